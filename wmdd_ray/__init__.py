@@ -1,0 +1,1 @@
+"""Dataset distillation by Wasserstein barycenters (WMDD, ICCV 2025) on Ray."""

@@ -1,0 +1,370 @@
+"""Every option of the pipeline: one frozen dataclass a stage, validated when made.
+
+The docstring under a field is its `--help` text: meaning, unit, and where the default comes from. A complete
+configuration is made by a function in `recipes.py`; a variant of one is `dataclasses.replace`. `Resources` is kept
+apart because it says where the work runs, never what comes out: it takes no part in fingerprints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from wmdd_ray.errors import ConfigError
+
+Arch = Literal["convnet3", "resnet18", "resnet50", "mobilenet_v2"]
+StageName = Literal[
+    "squeeze", "features", "barycenters", "recover", "relabel", "assemble", "evaluate"
+]
+
+
+def _require(ok: bool, option: str, expected: str, got: object) -> None:
+    if not ok:
+        raise ConfigError(f"--{option}: expected {expected}, got {got!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """How the real images are read and brought to the network's input."""
+
+    format: Literal["auto", "digits", "imagefolder", "webdataset", "parquet", "idx"] = "auto"
+    """Layout of `--data`; `auto` looks at the names under the URI."""
+    image_size: int = 32
+    """Side of the square network input and of the distilled images, pixels."""
+    resize: int = 32
+    """Shorter side after resizing, before the center crop to `image_size`, pixels (256 for ImageNet, torchvision)."""
+    channels: Literal[1, 3] = 3
+    """Color channels of the network input: every picture mode is converted to 1 (gray) or 3 (RGB)."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Per-channel mean in [0, 1] that the network input is centered by."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Per-channel standard deviation in [0, 1] that the network input is divided by."""
+    max_bad_images: int = 10
+    """Images that may be unreadable (counted, named, skipped) before the run stops."""
+    max_image_pixels: int = 64_000_000
+    """Largest width x height that is decoded; a larger header is refused as a bad image (64 MP covers ImageNet)."""
+
+    def __post_init__(self) -> None:
+        _require(self.image_size >= 8, "source.image-size", "at least 8 pixels", self.image_size)
+        _require(
+            self.resize >= self.image_size,
+            "source.resize",
+            f"at least image_size {self.image_size}",
+            self.resize,
+        )
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            _require(
+                len(values) == self.channels,
+                f"source.{name}",
+                f"{self.channels} values, one a channel",
+                values,
+            )
+        _require(min(self.std) > 0, "source.std", "positive values", self.std)
+        _require(self.max_bad_images >= 0, "source.max-bad-images", ">= 0", self.max_bad_images)
+        _require(self.max_image_pixels > 0, "source.max-image-pixels", "> 0", self.max_image_pixels)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkConfig:
+    """A classifier architecture, of the teacher or of a student."""
+
+    arch: Arch = "convnet3"
+    """`convnet3` is the small-image literature's three-block network (here with BatchNorm); the others are torchvision's."""
+    width: int = 64
+    """Channels of each ConvNet-3 block (128 in the literature); not used by the other architectures."""
+    small_stem: bool = False
+    """3x3 stride-1 first convolution without max-pool in place of the ResNets' 7x7 stride-2 stem (images <= 64 px)."""
+
+    def __post_init__(self) -> None:
+        _require(self.width >= 1, "width", ">= 1", self.width)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SqueezeConfig:
+    """Training of the teacher on the real images."""
+
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    """Architecture of the teacher."""
+    epochs: int = 50
+    """Passes over the real images (50 in WMDD's reference)."""
+    batch_size: int = 128
+    """Images of one optimizer step, summed over the workers."""
+    learning_rate: float = 0.05
+    """Peak rate of SGD with Nesterov momentum; cosine to 0."""
+    momentum: float = 0.9
+    """SGD momentum."""
+    weight_decay: float = 5e-4
+    """L2 penalty on all parameters with more than one dimension."""
+    label_smoothing: float = 0.0
+    """Mass moved from the true class to all classes."""
+    crop_scale_min: float = 0.5
+    """Smallest area fraction of the random resized crop, (0, 1]."""
+    flip: bool = True
+    """Random horizontal flip with probability 1/2 (off for digits: a mirrored digit is no digit)."""
+    mixed_precision: bool = True
+    """bfloat16 autocast where the device has it (CUDA); never on CPU."""
+    min_top1: float = 0.0
+    """Refuse a teacher below this held-out top-1, in [0, 1]; 0 means three times chance level."""
+    memory_limit_gib: float = 4.0
+    """Training images are held decoded in memory up to this size per worker; above it they are streamed every epoch."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "squeeze.epochs", ">= 1", self.epochs)
+        _require(self.batch_size >= 2, "squeeze.batch-size", ">= 2", self.batch_size)
+        _require(self.learning_rate > 0, "squeeze.learning-rate", "> 0", self.learning_rate)
+        _require(
+            0 < self.crop_scale_min <= 1,
+            "squeeze.crop-scale-min",
+            "in (0, 1]",
+            self.crop_scale_min,
+        )
+        _require(
+            0 <= self.label_smoothing < 1,
+            "squeeze.label-smoothing",
+            "in [0, 1)",
+            self.label_smoothing,
+        )
+        _require(0 <= self.min_top1 < 1, "squeeze.min-top1", "in [0, 1)", self.min_top1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeaturesConfig:
+    """The one pass over the real images that keeps features and BatchNorm moments."""
+
+    chunk_images: int = 512
+    """Images of one unit of work: what a killed worker costs at most."""
+    batch_size: int = 128
+    """Images of one forward pass inside a chunk."""
+    regroup: Literal["auto", "always", "never"] = "auto"
+    """Sort the features into one file a class with a Ray Data shuffle; `auto` does so when the source's files mix many classes."""
+
+    def __post_init__(self) -> None:
+        _require(self.chunk_images >= 1, "features.chunk-images", ">= 1", self.chunk_images)
+        _require(self.batch_size >= 1, "features.batch-size", ">= 1", self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BarycenterConfig:
+    """The weighted atoms of each class: min W2^2(sum_j w_j delta(z_j), 1/N sum_n delta(x_n))."""
+
+    solver: Literal["lloyd", "uniform", "emd", "sinkhorn", "sliced"] = "lloyd"
+    """`lloyd` is exact block descent with free weights; `uniform` fixes them to 1/K; `emd` is the paper's alternation."""
+    max_iters: int = 100
+    """Most iterations of a start."""
+    tol: float = 1e-6
+    """Stop when the relative decrease of the cost falls below this."""
+    num_starts: int = 1
+    """Independent k-means++ starts of `lloyd` and `uniform`; the lowest cost wins."""
+    reg: float = 0.05
+    """Entropic regularization of `sinkhorn`, as a fraction of the mean squared distance."""
+    num_projections: int = 100
+    """Random directions of `sliced`."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_iters", "num_starts", "num_projections"):
+            value = getattr(self, name)
+            _require(value >= 1, f"barycenters.{name.replace('_', '-')}", ">= 1", value)
+        _require(self.tol >= 0, "barycenters.tol", ">= 0", self.tol)
+        _require(self.reg > 0, "barycenters.reg", "> 0", self.reg)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecoverConfig:
+    """Optimization of the synthetic images against the teacher's features and BatchNorm moments."""
+
+    iterations: int = 2000
+    """Adam steps (2000 in WMDD)."""
+    learning_rate: float = 0.25
+    """Adam rate in normalized pixel units, cosine to 0 (0.25; 0.1 for Tiny-ImageNet, WMDD)."""
+    beta1: float = 0.5
+    """Adam's first-moment decay (WMDD)."""
+    beta2: float = 0.9
+    """Adam's second-moment decay (WMDD)."""
+    feature_term: Literal["wasserstein", "cross_entropy", "mean", "rbf_mmd", "none"] = "wasserstein"
+    """Feature loss: image to its atom; teacher's cross-entropy; class means (linear MMD); RBF MMD to the atoms; nothing."""
+    feature_weight: float = 1.0
+    """Coefficient of the feature term."""
+    moments: Literal["per_class", "global", "none"] = "per_class"
+    """BatchNorm target: the class's own moments (PCBN), the teacher's running statistics (SRe2L), or nothing."""
+    bn_weight: float = 10.0
+    """Coefficient of the moment term, lambda of the paper (10 was best in our Fashion-MNIST trial; 10 to 500 in WMDD's)."""
+    weighted_moments: bool = False
+    """Weight each image's share of the synthetic moments by its atom's weight (paper eq. for PCBN; off in the released run)."""
+    ce_weight: float = 0.0
+    """Coefficient of the teacher's cross-entropy on top of the feature term (1 in the reference's README, 0 in its late runs)."""
+    start: Literal["noise", "nearest", "random"] = "nearest"
+    """First iterate: Gaussian noise (paper), the real image nearest to the atom, or a random real image of the class."""
+    images_per_group: int = 100
+    """Classes that share a forward pass: max(1, images_per_group // ipc). One group is one unit of work."""
+    crop_scale_min: float = 0.5
+    """Smallest area fraction of the random resized crop during synthesis (0.08 in the reference, 0.5 in EDC)."""
+    flip: bool = True
+    """Random horizontal flip during synthesis."""
+    roll_px: int = 4
+    """Largest cyclic shift during synthesis, pixels (32 at 224 px in the reference)."""
+    checkpoint_s: float = 60.0
+    """A group that runs longer than this stores its state in the room, and resumes from there after a kill, seconds."""
+
+    def __post_init__(self) -> None:
+        _require(self.iterations >= 0, "recover.iterations", ">= 0", self.iterations)
+        _require(self.learning_rate > 0, "recover.learning-rate", "> 0", self.learning_rate)
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"recover.{name}", "in [0, 1)", value)
+        for name in ("feature_weight", "bn_weight", "ce_weight", "roll_px"):
+            value = getattr(self, name)
+            _require(value >= 0, f"recover.{name.replace('_', '-')}", ">= 0", value)
+        _require(
+            0 < self.crop_scale_min <= 1,
+            "recover.crop-scale-min",
+            "in (0, 1]",
+            self.crop_scale_min,
+        )
+        _require(self.images_per_group >= 1, "recover.images-per-group", ">= 1", self.images_per_group)
+        _require(self.checkpoint_s > 0, "recover.checkpoint-s", "> 0", self.checkpoint_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewConfig:
+    """The random views of an image that a soft label belongs to."""
+
+    crop_scale_min: float = 0.5
+    """Smallest area fraction of the random resized crop (0.08 in FKD, 0.5 in EDC)."""
+    flip: bool = True
+    """Random horizontal flip with probability 1/2."""
+    mix: Literal["cutmix", "mixup", "none"] = "cutmix"
+    """How a view is mixed with its partner's view (FKD uses CutMix)."""
+    mix_alpha: float = 1.0
+    """Beta(alpha, alpha) parameter of the mixing share."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.crop_scale_min <= 1, "relabel.views.crop-scale-min", "in (0, 1]", self.crop_scale_min)
+        _require(self.mix_alpha > 0, "relabel.views.mix-alpha", "> 0", self.mix_alpha)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RelabelConfig:
+    """The teacher's soft labels of random views, stored by label epoch (FKD)."""
+
+    epochs: int = 300
+    """Label epochs: views with their logits, stored for every distilled image (300 in FKD)."""
+    views: ViewConfig = field(default_factory=ViewConfig)
+    """How views are drawn."""
+    compression: Literal["full", "top_k"] = "full"
+    """`full` keeps every logit in fp16; `top_k` keeps the largest and the mass of the rest."""
+    top_k: int = 10
+    """Logits that `top_k` keeps."""
+    batch_size: int = 256
+    """Views of one teacher pass."""
+    epochs_per_unit: int = 25
+    """Label epochs that make one unit of work and one file."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "top_k", "batch_size", "epochs_per_unit"):
+            value = getattr(self, name)
+            _require(value >= 1, f"relabel.{name.replace('_', '-')}", ">= 1", value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AssembleConfig:
+    """The data set as it is handed to others."""
+
+    license: str = "other"
+    """License identifier for the data-set card: the license of the real images decides it, so it is yours to state."""
+    preview_classes: int = 20
+    """Most classes shown in `preview.png`."""
+    preview_images: int = 10
+    """Most images of a class shown in `preview.png`."""
+
+    def __post_init__(self) -> None:
+        _require(self.preview_classes >= 1, "assemble.preview-classes", ">= 1", self.preview_classes)
+        _require(self.preview_images >= 1, "assemble.preview-images", ">= 1", self.preview_images)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """Students trained from the distilled set alone, and the baselines under the same recipe."""
+
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    """Architecture of the students."""
+    epochs: int = 300
+    """Passes over the images; label epochs are cycled when fewer are stored."""
+    batch_size: int = 25
+    """Images of one optimizer step (small batches are worth 4 to 6 points at ipc 10 on Fashion-MNIST)."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Student optimizer."""
+    learning_rate: float = 1e-3
+    """Peak rate; cosine to 0."""
+    weight_decay: float = 0.01
+    """Decoupled (AdamW) or L2 (SGD) decay of parameters with more than one dimension."""
+    temperature: float = 20.0
+    """Temperature of the KL divergence to the soft labels (20 in FKD)."""
+    weighted_loss: bool = False
+    """Multiply an image's loss by its atom's weight, normalized to mean 1 over the data set."""
+    num_seeds: int = 3
+    """Students of each row; the table shows mean and standard deviation."""
+    baselines: tuple[Literal["random_real", "nearest_real", "all_real"], ...] = (
+        "random_real",
+        "nearest_real",
+        "all_real",
+    )
+    """Real-image rows beside the distilled set, trained by the identical recipe."""
+    all_real_epochs: int = 20
+    """Passes over all real images in the `all_real` row (its data set is larger, so fewer passes are more steps)."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "num_seeds", "all_real_epochs"):
+            value = getattr(self, name)
+            _require(value >= 1, f"evaluate.{name.replace('_', '-')}", ">= 1", value)
+        _require(self.batch_size >= 2, "evaluate.batch-size", ">= 2 (BatchNorm)", self.batch_size)
+        _require(self.learning_rate > 0, "evaluate.learning-rate", "> 0", self.learning_rate)
+        _require(self.temperature > 0, "evaluate.temperature", "> 0", self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillConfig:
+    """One complete run."""
+
+    recipe: str = "digits"
+    """Name of the recipe that the defaults come from."""
+    ipc: int = 10
+    """Distilled images per class."""
+    seed: int = 0
+    """Seed of everything random; each unit of work derives its own from (seed, stage, unit)."""
+    data: str = "digits"
+    """Training images: `digits` (embedded), a path, or a URI."""
+    val_data: str | None = None
+    """Held-out images; not needed where the source brings its own split (digits, IDX, folders `train`/`val`)."""
+    teacher: str | None = None
+    """A committed teacher room, `torchvision:WEIGHTS`, or a checkpoint file; trained by `squeeze` when absent."""
+    source: SourceConfig = field(default_factory=SourceConfig)
+    squeeze: SqueezeConfig = field(default_factory=SqueezeConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    barycenters: BarycenterConfig = field(default_factory=BarycenterConfig)
+    recover: RecoverConfig = field(default_factory=RecoverConfig)
+    relabel: RelabelConfig = field(default_factory=RelabelConfig)
+    assemble: AssembleConfig = field(default_factory=AssembleConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.ipc >= 1, "ipc", ">= 1", self.ipc)
+        _require(self.seed >= 0, "seed", ">= 0", self.seed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """Where and how wide a run is executed. Changes the time, never the result."""
+
+    num_workers: int = -1
+    """Workers of the training, recover, relabel and student stages; 0 runs them in the driver; -1 decides by the cluster."""
+    gpus_per_worker: float = -1.0
+    """GPUs of one worker; -1 takes one when the cluster has GPUs, else none."""
+    cpus_per_worker: int = 1
+    """CPUs, and with them computing threads, of one worker (fixed, because the thread count may change the last bit)."""
+    max_actors: int = 1000
+    """Most barycenter and embedding actors."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_workers >= -1, "num-workers", ">= 0, or -1 for auto", self.num_workers)
+        _require(self.cpus_per_worker >= 1, "cpus-per-worker", ">= 1", self.cpus_per_worker)
+        _require(self.max_actors >= 1, "max-actors", ">= 1", self.max_actors)

@@ -1,0 +1,424 @@
+"""One encode/decode pair a record: safetensors for arrays, Parquet for tables and images, JSON for metadata.
+
+Every function maps a record to bytes or back, and does no input or output of its own. Equal records give equal bytes.
+Never a pickle. Parquet carries page checksums, and the reader verifies them: without them one mutation in five of a
+Parquet file reads back as different data without an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from wmdd_ray.errors import ArtifactError
+from wmdd_ray.records import (
+    Barycenter,
+    ClassBarycenter,
+    ClassFeatures,
+    ClassImages,
+    FeatureChunk,
+    Moments,
+    SoftLabelBlock,
+    SoftLabels,
+    Teacher,
+    Views,
+)
+from wmdd_ray.store.filesystem import Store
+
+FORMAT_VERSION = 1
+_HUGGINGFACE = b"huggingface"
+_WMDD = b"wmdd"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """One object of a committed set: relative key, size in bytes, SHA-256 in hex."""
+
+    key: str
+    size_bytes: int
+    sha256: str
+
+
+def entry_of(key: str, content: bytes) -> FileEntry:
+    """Return the entry that describes `content` at `key`."""
+    return FileEntry(key=key, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def read_verified(store: Store, entry: FileEntry) -> bytes:
+    """Return the content of `entry`, verified.
+
+    Raises:
+        ArtifactError: The object is missing, cut, or holds other bytes than were committed. One second read is
+            made first, because a connection can corrupt what the disk holds right.
+    """
+    found = ""
+    for _ in range(2):
+        try:
+            content = store.get(entry.key)
+        except FileNotFoundError:
+            found = "no object"
+            continue
+        if entry_of(entry.key, content) == entry:
+            return content
+        found = f"{len(content)} bytes with another checksum"
+    raise ArtifactError(
+        f"{store.url(entry.key)}: expected {entry.size_bytes} bytes with SHA-256 {entry.sha256[:12]}..., found {found}; "
+        "restore the object, or delete the room that holds it and run the stage again"
+    )
+
+
+def dump_json(value: Any) -> bytes:
+    """Return canonical, readable JSON: sorted keys, two spaces, newline at the end."""
+    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def load_json(content: bytes, where: str) -> Any:
+    """Parse JSON; an ArtifactError names `where` when it is none."""
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise ArtifactError(f"{where}: expected JSON, found {content[:40]!r} ({error})") from error
+
+
+def _pack(arrays: dict[str, np.ndarray], **meta: Any) -> bytes:
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return save_safetensors(contiguous, metadata={"json": json.dumps(meta, sort_keys=True)})
+
+
+def _unpack(content: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    try:
+        arrays = load_safetensors(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return arrays, json.loads(header["__metadata__"]["json"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ArtifactError(f"expected a safetensors record of this project: {error}") from error
+
+
+# Teacher ---------------------------------------------------------------------------------------
+
+
+def encode_teacher(teacher: Teacher) -> bytes:
+    """Return the teacher as one safetensors file; everything but the weights is in its metadata."""
+    meta = {
+        name: getattr(teacher, name)
+        for name in (
+            "arch", "width", "small_stem", "class_names", "image_size", "resize", "channels", "mean_C", "std_C", "top1",
+        )
+    }  # fmt: skip
+    return _pack(teacher.weights, **meta)
+
+
+def decode_teacher(content: bytes) -> Teacher:
+    """Read what `encode_teacher` wrote."""
+    weights, meta = _unpack(content)
+    for name in ("class_names", "mean_C", "std_C"):
+        meta[name] = tuple(meta[name])
+    return Teacher(weights=weights, **meta)
+
+
+# Features --------------------------------------------------------------------------------------
+
+
+def _moments_arrays(moments: Moments) -> dict[str, np.ndarray]:
+    return {"count_L": moments.count_L, "mean_S": moments.mean_S, "m2_S": moments.m2_S}
+
+
+def encode_feature_chunk(chunk: FeatureChunk) -> bytes:
+    """Return a chunk; the moments of its M classes are stacked along a first axis."""
+    labels = sorted(chunk.moments)
+    first = chunk.moments[labels[0]] if labels else None
+    arrays = {"labels_N": chunk.labels_N, "features_ND": chunk.features_ND}
+    for name in ("count_L", "mean_S", "m2_S"):
+        if labels:
+            arrays[f"moments.{name}"] = np.stack([getattr(chunk.moments[k], name) for k in labels])
+    channels = first.channels_L if first else ()
+    return _pack(arrays, keys=chunk.keys, moment_labels=labels, channels_L=channels)
+
+
+def decode_feature_chunk(content: bytes) -> FeatureChunk:
+    """Read what `encode_feature_chunk` wrote."""
+    arrays, meta = _unpack(content)
+    moments = {
+        label: Moments(
+            channels_L=tuple(meta["channels_L"]),
+            count_L=arrays["moments.count_L"][i],
+            mean_S=arrays["moments.mean_S"][i],
+            m2_S=arrays["moments.m2_S"][i],
+        )
+        for i, label in enumerate(meta["moment_labels"])
+    }
+    return FeatureChunk(
+        keys=tuple(meta["keys"]),
+        labels_N=arrays["labels_N"],
+        features_ND=arrays["features_ND"],
+        moments=moments,
+    )
+
+
+def encode_class_features(features: ClassFeatures) -> bytes:
+    """Return the regrouped features of one class."""
+    arrays = {"features_ND": features.features_ND, **_moments_arrays(features.moments)}
+    return _pack(
+        arrays, label=features.label, keys=features.keys, channels_L=features.moments.channels_L
+    )
+
+
+def decode_class_features(content: bytes) -> ClassFeatures:
+    """Read what `encode_class_features` wrote."""
+    arrays, meta = _unpack(content)
+    return ClassFeatures(
+        label=meta["label"],
+        keys=tuple(meta["keys"]),
+        features_ND=arrays.pop("features_ND"),
+        moments=Moments(channels_L=tuple(meta["channels_L"]), **arrays),
+    )
+
+
+# Barycenters and images ------------------------------------------------------------------------
+
+
+def encode_class_barycenter(record: ClassBarycenter) -> bytes:
+    """Return one class's atoms, weights, moments and evidence."""
+    found = record.barycenter
+    arrays = {
+        "atoms_KD": found.atoms_KD,
+        "weights_K": found.weights_K,
+        **_moments_arrays(record.moments),
+    }
+    return _pack(
+        arrays,
+        label=record.label,
+        num_images=record.num_images,
+        nearest_keys=record.nearest_keys,
+        random_keys=record.random_keys,
+        channels_L=record.moments.channels_L,
+        cost=found.cost,
+        cost_history=found.cost_history,
+        num_iters=found.num_iters,
+        converged=found.converged,
+    )
+
+
+def decode_class_barycenter(content: bytes) -> ClassBarycenter:
+    """Read what `encode_class_barycenter` wrote."""
+    arrays, meta = _unpack(content)
+    barycenter = Barycenter(
+        atoms_KD=arrays["atoms_KD"],
+        weights_K=arrays["weights_K"],
+        cost=meta["cost"],
+        cost_history=tuple(meta["cost_history"]),
+        num_iters=meta["num_iters"],
+        converged=meta["converged"],
+    )
+    moments = Moments(
+        channels_L=tuple(meta["channels_L"]),
+        count_L=arrays["count_L"],
+        mean_S=arrays["mean_S"],
+        m2_S=arrays["m2_S"],
+    )
+    return ClassBarycenter(
+        label=meta["label"],
+        num_images=meta["num_images"],
+        barycenter=barycenter,
+        nearest_keys=tuple(meta["nearest_keys"]),
+        random_keys=tuple(meta["random_keys"]),
+        moments=moments,
+    )
+
+
+def encode_class_images(record: ClassImages) -> bytes:
+    """Return the distilled images of one class, uncompressed."""
+    arrays = {"images_KHWC": record.images_KHWC, "weights_K": record.weights_K}
+    return _pack(arrays, label=record.label, losses=record.losses)
+
+
+def decode_class_images(content: bytes) -> ClassImages:
+    """Read what `encode_class_images` wrote."""
+    arrays, meta = _unpack(content)
+    return ClassImages(label=meta["label"], losses=meta["losses"], **arrays)
+
+
+def encode_state(arrays: dict[str, np.ndarray]) -> bytes:
+    """Return the resumable state of an unfinished unit."""
+    return _pack(arrays)
+
+
+def decode_state(content: bytes) -> dict[str, np.ndarray]:
+    """Read what `encode_state` wrote."""
+    return _unpack(content)[0]
+
+
+# Tables ----------------------------------------------------------------------------------------
+
+
+def _write_parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True, row_group_size=1 << 16)
+    return sink.getvalue()
+
+
+def _read_parquet(content: bytes) -> pa.Table:
+    try:
+        return pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise ArtifactError(f"expected a Parquet file with valid page checksums: {error}") from error
+
+
+def _binary_rows(array_VK: np.ndarray) -> pa.Array:
+    """Return the rows of a 2-D array as fixed-size binary: 20 to 100 times faster than nested lists."""
+    array_VK = np.ascontiguousarray(array_VK)
+    width = array_VK.shape[1] * array_VK.dtype.itemsize
+    return pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(width), len(array_VK), [None, pa.py_buffer(array_VK)]
+    )
+
+
+def _from_binary_rows(column: pa.ChunkedArray, dtype: str) -> np.ndarray:
+    array = column.combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    width = array.type.byte_width
+    start = array.offset * width
+    raw = np.frombuffer(array.buffers()[1], dtype=np.uint8)[start : start + len(array) * width]
+    return raw.view(dtype).reshape(len(array), -1).copy()
+
+
+_VIEW_MATRICES = {"crop_V4": "<f4", "partner_crop_V4": "<f4", "mix_box_V4": "<i2"}
+_VIEW_VECTORS = ("image_V", "flip_V", "partner_V", "partner_flip_V", "share_V")
+
+
+def encode_soft_labels(block: SoftLabelBlock) -> bytes:
+    """Return a Parquet table with one row a view: how to draw it, and the teacher's logits on it.
+
+    Boxes and logits are little-endian fixed-size binary columns: `crop`, `partner_crop` 4 x float32, `mix_box`
+    4 x int16, `logits` float16, `classes` uint16 (top-k only), `rest` float16 (top-k only).
+    """
+    columns: dict[str, Any] = {}
+    for name in _VIEW_VECTORS:
+        columns[name.removesuffix("_V")] = pa.array(getattr(block.views, name))
+    for name, dtype in _VIEW_MATRICES.items():
+        columns[name.removesuffix("_V4")] = _binary_rows(getattr(block.views, name).astype(dtype))
+    labels = block.labels
+    columns["logits"] = _binary_rows(labels.values_VK.astype("<f2"))
+    if labels.indices_VK is not None and labels.rest_V is not None:
+        columns["classes"] = _binary_rows(labels.indices_VK.astype("<u2"))
+        columns["rest"] = pa.array(labels.rest_V)
+    meta = {
+        "first_epoch": block.first_epoch,
+        "num_epochs": block.num_epochs,
+        "num_classes": labels.num_classes,
+    }
+    table = pa.table(columns).replace_schema_metadata({_WMDD: json.dumps(meta, sort_keys=True).encode()})
+    return _write_parquet(table)
+
+
+def decode_soft_labels(content: bytes) -> SoftLabelBlock:
+    """Read what `encode_soft_labels` wrote."""
+    table = _read_parquet(content)
+    meta = json.loads((table.schema.metadata or {}).get(_WMDD, b"null"))
+    if meta is None:
+        raise ArtifactError("expected a soft-label file of this project, found another Parquet file")
+    views = {
+        name: table[name.removesuffix("_V")].to_numpy(zero_copy_only=False) for name in _VIEW_VECTORS
+    }
+    for name, dtype in _VIEW_MATRICES.items():
+        views[name] = _from_binary_rows(table[name.removesuffix("_V4")], dtype)
+    top_k = "classes" in table.column_names
+    labels = SoftLabels(
+        num_classes=meta["num_classes"],
+        values_VK=_from_binary_rows(table["logits"], "<f2"),
+        indices_VK=_from_binary_rows(table["classes"], "<u2") if top_k else None,
+        rest_V=table["rest"].to_numpy() if top_k else None,
+    )
+    return SoftLabelBlock(
+        first_epoch=meta["first_epoch"],
+        num_epochs=meta["num_epochs"],
+        views=Views(**views),
+        labels=labels,
+    )
+
+
+def encode_png(image_HWC: np.ndarray) -> bytes:
+    """Return one uint8 image with 1 or 3 channels as PNG, lossless."""
+    sink = io.BytesIO()
+    squeezed = image_HWC[:, :, 0] if image_HWC.shape[2] == 1 else image_HWC
+    Image.fromarray(squeezed).save(sink, format="PNG", optimize=True)
+    return sink.getvalue()
+
+
+def encode_images(
+    images_NHWC: np.ndarray, labels_N: np.ndarray, weights_N: np.ndarray, class_names: tuple[str, ...]
+) -> bytes:
+    """Return a Parquet table that Hugging Face `datasets` opens as images with class labels."""
+    rows = [
+        {"bytes": encode_png(image), "path": f"{label:05d}_{i:05d}.png"}
+        for i, (image, label) in enumerate(zip(images_NHWC, labels_N, strict=True))
+    ]
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table(
+        {
+            "image": pa.array(rows, type=struct),
+            "label": pa.array(labels_N, type=pa.int64()),
+            "weight": pa.array(weights_N, type=pa.float64()),
+        }
+    )
+    features = {
+        "image": {"_type": "Image"},
+        "label": {"names": list(class_names), "_type": "ClassLabel"},
+        "weight": {"dtype": "float64", "_type": "Value"},
+    }
+    meta = {_HUGGINGFACE: json.dumps({"info": {"features": features}}).encode()}
+    return _write_parquet(table.replace_schema_metadata(meta))
+
+
+def decode_images(content: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (images_NHWC uint8, labels_N int64, weights_N float64) of an `encode_images` table."""
+    table = _read_parquet(content)
+    images = []
+    for row in table["image"].to_pylist():
+        with Image.open(io.BytesIO(row["bytes"]), formats=("PNG",)) as picture:
+            pixels = np.asarray(picture)
+        images.append(pixels if pixels.ndim == 3 else pixels[:, :, None])
+    return np.stack(images), table["label"].to_numpy(), table["weight"].to_numpy()
+
+
+# Manifest --------------------------------------------------------------------------------------
+
+MANIFEST_KEY = "manifest.json"
+
+
+def encode_manifest(meta: dict[str, Any], files: list[FileEntry]) -> bytes:
+    """Return the manifest of a data set: `meta`, the format version, and every file with size and checksum."""
+    return dump_json({"format_version": FORMAT_VERSION, **meta, "files": [asdict(f) for f in files]})
+
+
+def read_manifest(store: Store) -> tuple[dict[str, Any], list[FileEntry]]:
+    """Return (metadata, files) of the data set under `store`.
+
+    Raises:
+        ArtifactError: There is no manifest, or it has a format that this version does not know.
+    """
+    try:
+        manifest = load_json(store.get(MANIFEST_KEY), store.url(MANIFEST_KEY))
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"no distilled data set at {store.uri}: expected {MANIFEST_KEY} there; pass the dataset/ folder of a "
+            "finished run"
+        ) from None
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{store.url(MANIFEST_KEY)}: expected format version {FORMAT_VERSION}, found "
+            f"{manifest.get('format_version')!r}; install the wmdd_ray version that wrote it"
+        )
+    files = [FileEntry(**entry) for entry in manifest.pop("files")]
+    return manifest, files
