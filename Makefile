@@ -1,0 +1,42 @@
+# From a fresh clone, with Python >= 3.11, git and make:
+#   make distill   the main job: distill the embedded digits, 10 images a class
+#   make test      the tests;  ARGS='-k barycenter' goes to pytest
+#   make lint      ruff and mypy
+#   make bench     measure this machine
+#   make clean     remove the environment and caches, never results
+VENV ?= .venv
+PYTHON ?= python3
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DELETE_ON_ERROR:
+.PHONY: distill test lint bench clean
+
+distill: $(STAMP)
+	$(BIN)/python jobs/distill.py --ipc 10 $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy wmdd_ray jobs
+
+bench: $(STAMP)
+	$(BIN)/python jobs/bench.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The project itself is not installed: jobs/ and tests/ find it in the checkout, so the code that runs is the code here.
+$(STAMP): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python >= 3.11 is needed and $(PYTHON) is older; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Installing requirements.txt into $(VENV) (about 5 GB, a few minutes; once)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
