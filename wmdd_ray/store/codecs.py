@@ -92,7 +92,7 @@ def load_json(content: bytes, where: str) -> Any:
 
 
 def _pack(arrays: dict[str, np.ndarray], **meta: Any) -> bytes:
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    contiguous = {name: np.array(array, order="C", copy=None) for name, array in arrays.items()}
     return save_safetensors(contiguous, metadata={"json": json.dumps(meta, sort_keys=True)})
 
 
@@ -264,7 +264,9 @@ def decode_state(content: bytes) -> dict[str, np.ndarray]:
 
 def _write_parquet(table: pa.Table) -> bytes:
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True, row_group_size=1 << 16)
+    pq.write_table(
+        table, sink, compression="zstd", write_page_checksum=True, row_group_size=1 << 16
+    )
     return sink.getvalue()
 
 
@@ -272,7 +274,9 @@ def _read_parquet(content: bytes) -> pa.Table:
     try:
         return pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        raise ArtifactError(f"expected a Parquet file with valid page checksums: {error}") from error
+        raise ArtifactError(
+            f"expected a Parquet file with valid page checksums: {error}"
+        ) from error
 
 
 def _binary_rows(array_VK: np.ndarray) -> pa.Array:
@@ -318,7 +322,9 @@ def encode_soft_labels(block: SoftLabelBlock) -> bytes:
         "num_epochs": block.num_epochs,
         "num_classes": labels.num_classes,
     }
-    table = pa.table(columns).replace_schema_metadata({_WMDD: json.dumps(meta, sort_keys=True).encode()})
+    table = pa.table(columns).replace_schema_metadata(
+        {_WMDD: json.dumps(meta, sort_keys=True).encode()}
+    )
     return _write_parquet(table)
 
 
@@ -327,9 +333,12 @@ def decode_soft_labels(content: bytes) -> SoftLabelBlock:
     table = _read_parquet(content)
     meta = json.loads((table.schema.metadata or {}).get(_WMDD, b"null"))
     if meta is None:
-        raise ArtifactError("expected a soft-label file of this project, found another Parquet file")
+        raise ArtifactError(
+            "expected a soft-label file of this project, found another Parquet file"
+        )
     views = {
-        name: table[name.removesuffix("_V")].to_numpy(zero_copy_only=False) for name in _VIEW_VECTORS
+        name: table[name.removesuffix("_V")].to_numpy(zero_copy_only=False)
+        for name in _VIEW_VECTORS
     }
     for name, dtype in _VIEW_MATRICES.items():
         views[name] = _from_binary_rows(table[name.removesuffix("_V4")], dtype)
@@ -357,7 +366,10 @@ def encode_png(image_HWC: np.ndarray) -> bytes:
 
 
 def encode_images(
-    images_NHWC: np.ndarray, labels_N: np.ndarray, weights_N: np.ndarray, class_names: tuple[str, ...]
+    images_NHWC: np.ndarray,
+    labels_N: np.ndarray,
+    weights_N: np.ndarray,
+    class_names: tuple[str, ...],
 ) -> bytes:
     """Return a Parquet table that Hugging Face `datasets` opens as images with class labels."""
     rows = [
@@ -399,7 +411,9 @@ MANIFEST_KEY = "manifest.json"
 
 def encode_manifest(meta: dict[str, Any], files: list[FileEntry]) -> bytes:
     """Return the manifest of a data set: `meta`, the format version, and every file with size and checksum."""
-    return dump_json({"format_version": FORMAT_VERSION, **meta, "files": [asdict(f) for f in files]})
+    return dump_json(
+        {"format_version": FORMAT_VERSION, **meta, "files": [asdict(f) for f in files]}
+    )
 
 
 def read_manifest(store: Store) -> tuple[dict[str, Any], list[FileEntry]]:

@@ -64,6 +64,9 @@ def arrow_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), str(path)
     if uri.startswith("s3://"):
         filesystem = pafs.S3FileSystem(
+            # The constructor, unlike from_uri, does not look for an endpoint in the environment.
+            endpoint_override=os.environ.get("AWS_ENDPOINT_URL_S3")
+            or os.environ.get("AWS_ENDPOINT_URL"),
             connect_timeout=10,
             request_timeout=30,
             retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=5),
@@ -150,7 +153,10 @@ class Store:
         assert content, "a conditional write needs content"
         with self._named("create", key):
             if self._path is not None:
-                with _staged(self._path / key, content) as staged, contextlib.suppress(FileExistsError):
+                with (
+                    _staged(self._path / key, content) as staged,
+                    contextlib.suppress(FileExistsError),
+                ):
                     os.link(staged, self._path / key)
                     return True
             else:
@@ -228,7 +234,9 @@ class Store:
                 f"cannot {verb} {self.url(key)}: access denied ({error}); check the credentials and the permissions "
                 "on this path"
             ) from error
-        except (OSError, *_client_errors()) as error:
+        except Exception as error:
+            if not isinstance(error, (OSError, *_client_errors())):
+                raise
             raise ArtifactError(
                 f"cannot {verb} {self.url(key)}: {type(error).__name__}: {error}; check that the bucket exists, the "
                 "endpoint and region are right (AWS_ENDPOINT_URL, AWS_REGION) and the store answers"

@@ -1,0 +1,171 @@
+"""Encoded pictures to the network's square uint8 input, and back to PNG.
+
+The picture is made upright (EXIF), brought to gray or RGB, resized and center-cropped with
+torchvision's arithmetic, so that a teacher trained elsewhere sees the pixels that it was trained
+on.
+
+What a picture's mode becomes: 16-bit gray keeps its high byte (Pillow would clip at 255);
+transparency is composited on white, the page that such pictures are drawn for (dropping the alpha
+channel would show colors that nobody ever saw, and black would hide line drawings); palette, CMYK
+and bilevel pictures are converted by Pillow.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from wmdd_ray.config import SourceConfig
+from wmdd_ray.errors import BadImageError
+
+# Every decoder that Pillow may try is attack surface. These three cover the labelled sets in use;
+# GIF, BMP and TIFF pictures are refused with a reason instead of being opened by the less-tested
+# decoders.
+_FORMATS = ("JPEG", "PNG", "WEBP")
+
+# What Pillow raises for malformed content. OSError: truncated or unidentified; SyntaxError: broken
+# chunk or marker structure; ValueError: limits and impossible headers; struct.error, IndexError,
+# KeyError, TypeError, EOFError, OverflowError: Python-level header parsing past the end or on
+# impossible values; zlib.error: broken PNG metadata; DecompressionBombError: Pillow's own pixel
+# limit; Warning: Pillow's doubts where warnings are set to raise. MemoryError is left out on
+# purpose: it tells about the machine, and must not turn a good image into a bad one.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    struct.error,
+    IndexError,
+    KeyError,
+    TypeError,
+    EOFError,
+    OverflowError,
+    zlib.error,
+    Image.DecompressionBombError,
+    Warning,
+)
+
+_ORIENTATION = 0x0112
+_TRANSPOSITION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode_image(content: bytes | np.ndarray, source: SourceConfig, where: str) -> np.ndarray:
+    """Return the picture as (image_size, image_size, channels) uint8.
+
+    Args:
+        content: A JPEG, PNG or WebP file (of an animation the first frame), or pixels as uint8 HW,
+        HW1 or HW3.
+        source: Sizes, channels and the pixel limit.
+        where: Name of the image for the error.
+
+    Raises:
+        BadImageError: Truncated, garbage, empty, or more pixels than `max_image_pixels`. Pillow's
+            own limit of 179 million pixels stays in force above that. No other exception leaves
+            this function for any content.
+    """
+    try:
+        picture = _picture_of(content, source.max_image_pixels)
+        picture = _upright(picture)
+        picture = _gray_or_rgb(picture, source.channels)
+        pixels = np.asarray(_resize_and_crop(picture, source))
+    except UnidentifiedImageError as error:
+        # Pillow's text holds a memory address, and a reason should be the same in every run.
+        start = content[:8] if isinstance(content, bytes) else b""
+        raise BadImageError(
+            f"{where}: expected a JPEG, PNG or WebP image, got {len(content)} bytes that "
+            f"start with {start!r}"
+        ) from error
+    except _DECODE_ERRORS as error:
+        raise BadImageError(f"{where}: {type(error).__name__}: {error}") from error
+    return np.ascontiguousarray(
+        pixels.reshape(source.image_size, source.image_size, source.channels)
+    )
+
+
+def encode_png(image_HWC: np.ndarray) -> bytes:
+    """Return a uint8 image with 1 or 3 channels as a PNG file, lossless."""
+    assert image_HWC.dtype == np.uint8, image_HWC.dtype
+    assert image_HWC.ndim == 3 and image_HWC.shape[2] in (1, 3), image_HWC.shape
+    squeezed = image_HWC[:, :, 0] if image_HWC.shape[2] == 1 else image_HWC
+    sink = io.BytesIO()
+    Image.fromarray(squeezed).save(sink, format="PNG", optimize=True)
+    return sink.getvalue()
+
+
+def _picture_of(content: bytes | np.ndarray, max_pixels: int) -> Image.Image:
+    """Return the loaded picture; the header alone decides whether it is loaded at all."""
+    if isinstance(content, np.ndarray):
+        plain = content[:, :, 0] if content.ndim == 3 and content.shape[2] == 1 else content
+        if plain.dtype != np.uint8 or not (plain.ndim == 2 or plain.shape[2:] == (3,)):
+            raise ValueError(f"expected uint8 HW, HW1 or HW3, got {content.dtype} {content.shape}")
+        _check_size(plain.shape[1], plain.shape[0], max_pixels)
+        return Image.fromarray(plain)
+    if not content:
+        raise ValueError("the file is empty")
+    picture = Image.open(io.BytesIO(content), formats=_FORMATS)
+    _check_size(*picture.size, max_pixels)
+    picture.load()
+    return picture
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise ValueError(f"the picture has no pixels ({width} x {height})")
+    if width * height > max_pixels:
+        raise ValueError(
+            f"{width} x {height} pixels, more than --source.max-image-pixels {max_pixels}; refused "
+            "by its header"
+        )
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation; broken EXIF counts as none, as the pixels may well be good."""
+    try:
+        orientation = picture.getexif().get(_ORIENTATION)
+        transposition = _TRANSPOSITION.get(orientation) if isinstance(orientation, int) else None
+    except _DECODE_ERRORS:
+        return picture
+    return picture if transposition is None else picture.transpose(transposition)
+
+
+def _gray_or_rgb(picture: Image.Image, channels: int) -> Image.Image:
+    """Return the picture in mode L (1 channel) or RGB (3 channels)."""
+    if picture.mode == "I" or picture.mode.startswith("I;16"):
+        high_byte = np.clip(np.asarray(picture).astype(np.int32) >> 8, 0, 255)
+        picture = Image.fromarray(high_byte.astype(np.uint8))
+    elif picture.mode == "F":
+        picture = Image.fromarray(np.clip(np.rint(np.asarray(picture)), 0, 255).astype(np.uint8))
+    elif picture.has_transparency_data:
+        rgba = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    if channels == 1:
+        return picture if picture.mode == "L" else picture.convert("RGB").convert("L")
+    return picture.convert("RGB")
+
+
+def _resize_and_crop(picture: Image.Image, source: SourceConfig) -> Image.Image:
+    """Bring the shorter side to `resize` and cut the center, rounding as torchvision does."""
+    width, height = picture.size
+    scaled = source.resize * max(width, height) // min(width, height)
+    if source.resize * scaled > max(source.max_image_pixels, source.resize**2):
+        raise ValueError(
+            f"{width} x {height} pixels: with a shorter side of {source.resize} it would have more "
+            f"than --source.max-image-pixels {source.max_image_pixels}"
+        )
+    size = (source.resize, scaled) if width <= height else (scaled, source.resize)
+    if size != picture.size:
+        picture = picture.resize(size, Image.Resampling.BILINEAR)
+    left, top = (round((side - source.image_size) / 2) for side in size)
+    box = (left, top, left + source.image_size, top + source.image_size)
+    return picture if box == (0, 0, *size) else picture.crop(box)

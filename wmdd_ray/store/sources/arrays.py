@@ -1,0 +1,231 @@
+"""Sources small enough to be one array: scikit-learn's digits, and IDX files (MNIST and kin)."""
+
+from __future__ import annotations
+
+import abc
+import gzip
+import io
+import math
+import re
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO, cast
+
+import numpy as np
+
+from wmdd_ray.config import SourceConfig
+from wmdd_ray.errors import DataError
+from wmdd_ray.store.sources.base import RawImage, Shard, Source, class_shards, reading
+from wmdd_ray.store.sources.classes import integer_names, match_classes
+from wmdd_ray.store.sources.listing import Listing, Split, no_such_split
+
+_IDX_NAME = re.compile(r"(?:.*[-/])?(train|t10k|test|val)-images[-.]idx[34]-ubyte(\.gz)?")
+_IDX_SPLITS = {"train": ("train",), "val": ("val", "t10k", "test")}
+_UBYTE = 0x08
+# Deflate cannot shrink by more than this, so a header that promises more lies.
+_MAX_GZIP_RATIO = 1032
+# The IDX files carry no names; https://github.com/zalandoresearch/fashion-mnist lists these.
+_FASHION_NAMES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+    "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+_NUM_DIGITS = 1797
+_TEST_DIGITS_PER_CLASS = 36
+
+
+class ArraySource(Source):
+    """Images that are held whole by whoever reads: the key of an image is its index.
+
+    The arrays are loaded at the first read and stay with this copy of the source: keep one in an
+    actor.
+    """
+
+    _transient = (*Source._transient, "_arrays")
+
+    def __init__(
+        self, root: str, files: dict[str, int], config: SourceConfig, class_names: tuple[str, ...]
+    ) -> None:
+        super().__init__(root=root, files=files, config=config, class_names=class_names)
+        self._arrays: tuple[np.ndarray, np.ndarray] | None = None
+
+    @abc.abstractmethod
+    def _load(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (images uint8 NHW or NHWC, labels_N)."""
+
+    def _loaded(self) -> tuple[np.ndarray, np.ndarray]:
+        if self._arrays is None:
+            images, labels_N = self._load()
+            for index in np.flatnonzero(labels_N >= len(self.class_names))[:1]:
+                self.class_of(int(labels_N[index]), str(index))
+            self._arrays = images, labels_N
+        return self._arrays
+
+    @property
+    def num_images(self) -> int:
+        return len(self._loaded()[1])
+
+    def shards(self, chunk_images: int) -> list[Shard]:
+        labels_N = self._loaded()[1]
+        by_label = (
+            (int(y), [str(i) for i in np.flatnonzero(labels_N == y)]) for y in np.unique(labels_N)
+        )
+        return class_shards(by_label, chunk_images)
+
+    def read_shard(self, shard: Shard) -> Iterator[RawImage]:
+        yield from self.read_keys(shard.keys)
+
+    def read_keys(self, keys: Sequence[str]) -> list[RawImage]:
+        images, labels_N = self._loaded()
+        for key in keys:
+            if not (key.isascii() and key.isdigit() and int(key) < len(labels_N)):
+                raise DataError(
+                    f"{self.root}: no image {key!r}, expected an index below {len(labels_N)}"
+                )
+        return [
+            RawImage(key=key, label=int(labels_N[int(key)]), content=images[int(key)])
+            for key in keys
+        ]
+
+
+class DigitsSource(ArraySource):
+    """1797 handwritten digits of 8 x 8 pixels from scikit-learn: 1437 to train, 360 held out."""
+
+    format = "digits"
+
+    def __init__(self, config: SourceConfig, split: Split, class_names: tuple[str, ...]) -> None:
+        # There is no file, but the fingerprint must tell the splits apart.
+        num_held_out = 10 * _TEST_DIGITS_PER_CLASS
+        num_images = num_held_out if split == "val" else _NUM_DIGITS - num_held_out
+        super().__init__("digits", {split: num_images * 64}, config, class_names)
+        self.split = split
+
+    def _load(self) -> tuple[np.ndarray, np.ndarray]:
+        # Imported here: half a second, for this source alone.
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images_NHW = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+        labels_N = digits.target.astype(np.int64)
+        # RandomState is the one generator whose stream NumPy has frozen: the split stays as it is
+        # for ever.
+        order = np.random.RandomState(0).permutation(len(labels_N))
+        held_out = np.zeros(len(labels_N), dtype=bool)
+        for label in range(len(digits.target_names)):
+            held_out[order[labels_N[order] == label][:_TEST_DIGITS_PER_CLASS]] = True
+        chosen = held_out if self.split == "val" else ~held_out
+        return images_NHW[chosen], labels_N[chosen]
+
+
+def open_digits(
+    config: SourceConfig, split: Split, class_names: tuple[str, ...] | None
+) -> DigitsSource:
+    """Return one split of the embedded digits."""
+    names = integer_names(10)
+    if class_names is not None and match_classes(names, class_names, "digits") is not None:
+        raise DataError(f"digits: expected the classes 0 to 9 in this order, got {class_names}")
+    return DigitsSource(config, split, names)
+
+
+class IdxSource(ArraySource):
+    """A pair of IDX files. They hold no class names: held-out labels are the training labels."""
+
+    format = "idx"
+
+    def __init__(
+        self,
+        listing: Listing,
+        images_file: str,
+        labels_file: str,
+        class_names: tuple[str, ...],
+    ) -> None:
+        files = {name: listing.files[name] for name in sorted((images_file, labels_file))}
+        super().__init__(listing.root, files, listing.config, class_names)
+        self.images_file = images_file
+        self.labels_file = labels_file
+
+    def _load(self) -> tuple[np.ndarray, np.ndarray]:
+        images = _read_idx(self, self.images_file, (3, 4))
+        labels_N = _read_idx(self, self.labels_file, (1,)).astype(np.int64)
+        if len(images) != len(labels_N) or not len(images):
+            raise DataError(
+                f"{self.url(self.images_file)}: expected as many images as labels and at least "
+                f"one, found {len(images)} images and {len(labels_N)} labels; restore both files"
+            )
+        return images, labels_N
+
+
+def is_idx(name: str) -> bool:
+    """Return whether a file holds the images of an IDX pair."""
+    return _IDX_NAME.fullmatch(name) is not None
+
+
+def open_idx(listing: Listing) -> IdxSource:
+    """Return the IDX pair of the split, as MNIST names it (`train-...`, `t10k-...`)."""
+    found = {name: match[1] for name in listing.files if (match := _IDX_NAME.fullmatch(name))}
+    for split in _IDX_SPLITS[listing.split]:
+        images_files = [name for name, found_split in found.items() if found_split == split]
+        if images_files:
+            break
+    else:
+        raise no_such_split(listing, list(found))
+    if len(images_files) > 1:
+        raise DataError(
+            f"{listing.root}: expected one file of {split} images, found {', '.join(images_files)}"
+            "; pass a folder that holds one data set"
+        )
+    images_file = images_files[0]
+    stem = re.sub(r"images([-.])idx[34]-ubyte(\.gz)?$", r"labels\1idx1-ubyte", images_file)
+    labels_file = next((name for name in (stem, stem + ".gz") if name in listing.files), None)
+    if labels_file is None:
+        raise DataError(
+            f"{listing.root}: found {images_file} but not its labels, {stem} or {stem}.gz"
+        )
+    if listing.class_names is not None:
+        return IdxSource(listing, images_file, labels_file, listing.class_names)
+    # The number of classes is in the labels: a first look with as many as a byte can name.
+    probe = IdxSource(listing, images_file, labels_file, integer_names(256))
+    num_classes = int(_read_idx(probe, labels_file, (1,)).max(initial=0)) + 1
+    is_fashion = "fashion" in f"{listing.root}/{images_file}".lower() and num_classes == len(
+        _FASHION_NAMES
+    )
+    names = _FASHION_NAMES if is_fashion else integer_names(num_classes)
+    return IdxSource(listing, images_file, labels_file, names)
+
+
+def _read_idx(source: IdxSource, file: str, expected_dims: tuple[int, ...]) -> np.ndarray:
+    """Return an IDX array of unsigned bytes, read-only.
+
+    Raises:
+        DataError: Another type or rank, or more or fewer bytes than the header says.
+    """
+    where = source.url(file)
+    what = f"an IDX file of unsigned bytes with {' or '.join(map(str, expected_dims))} dimensions"
+    try:
+        with reading(where, what), source.open_random(file) as handle:
+            stored = handle.read()
+            is_gzip = file.endswith(".gz")
+            limit_bytes = len(stored) * (_MAX_GZIP_RATIO if is_gzip else 1)
+            stream: BinaryIO = io.BytesIO(stored)
+            if is_gzip:
+                stream = cast(BinaryIO, gzip.GzipFile(fileobj=stream))
+            zeros, kind, num_dims = struct.unpack(">HBB", stream.read(4))
+            if zeros or kind != _UBYTE or num_dims not in expected_dims:
+                raise DataError(
+                    f"{where}: expected {what}, found type {kind:#x} with {num_dims} dimensions"
+                )
+            shape = struct.unpack(f">{num_dims}I", stream.read(4 * num_dims))
+            size_bytes = math.prod(shape)
+            content = stream.read(size_bytes + 1) if size_bytes <= limit_bytes else b""
+    except (struct.error, zlib.error) as error:
+        raise DataError(
+            f"{where}: expected {what}, found cut or malformed content ({error})"
+        ) from error
+    if len(content) != size_bytes:
+        found = "more" if len(content) > size_bytes else "fewer"
+        raise DataError(
+            f"{where}: expected {size_bytes} bytes after the header {shape}, found {found}; "
+            "restore the file"
+        )
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape)

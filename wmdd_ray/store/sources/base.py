@@ -1,0 +1,251 @@
+"""What every source of real images is: shards, records, keys; shared ways to read and to fail."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from wmdd_ray.config import SourceConfig
+from wmdd_ray.errors import ArtifactError, DataError
+from wmdd_ray.store.filesystem import arrow_filesystem
+from wmdd_ray.store.sources.classes import MAX_CLASSES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """One unit of reading; holds all that a worker needs beside the `Source`.
+
+    `keys` names the images of random-access formats; `file` is the tar or Parquet file, relative to
+    the root. `labels` are the distinct classes inside, ascending, or None when only reading tells;
+    likewise `num_images`.
+    """
+
+    id: str
+    file: str = ""
+    keys: tuple[str, ...] = ()
+    num_images: int | None = None
+    labels: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RawImage:
+    """One undecoded record: file bytes, or uint8 pixels; `problem` says why there is neither."""
+
+    key: str
+    label: int
+    content: bytes | np.ndarray
+    problem: str = ""
+
+
+class Source(abc.ABC):
+    """Labelled images under one URI, made on the driver; a pickled copy reads but does not list.
+
+    Attributes:
+        root: Absolute URI that file names are relative to.
+        config: How the images are read.
+        class_names: Name of class `label`, in label order.
+        relabel: Class of each label that the files hold, where the files number the classes in
+        another order.
+    """
+
+    format: ClassVar[str]
+    # What a copy on a worker does without: the listing can be hundreds of megabytes, connections do
+    # not travel.
+    _transient: ClassVar[tuple[str, ...]] = ("_files", "_filesystem")
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        files: dict[str, int],
+        config: SourceConfig,
+        class_names: tuple[str, ...],
+        relabel: tuple[int, ...] | None = None,
+    ) -> None:
+        if not 1 <= len(class_names) <= MAX_CLASSES:
+            raise DataError(
+                f"{root}: expected 1 to {MAX_CLASSES} classes, found {len(class_names)}"
+            )
+        self.root = root
+        self.config = config
+        self.class_names = class_names
+        self.relabel = relabel
+        self._files: dict[str, int] | None = files
+        self._filesystem: tuple[pafs.FileSystem, str] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the listing, caches and connections behind."""
+        return {
+            name: None if name in self._transient else value
+            for name, value in self.__dict__.items()
+        }
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Relative name -> bytes of every file that is read, sorted by name. Driver only."""
+        assert self._files is not None, "shards and fingerprints are made on the driver and sent"
+        return self._files
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files as they are stored. Driver only."""
+        return sum(self.files.values())
+
+    @property
+    @abc.abstractmethod
+    def num_images(self) -> int | None:
+        """Images, good and bad; None when only reading tells. Driver only."""
+
+    @abc.abstractmethod
+    def shards(self, chunk_images: int) -> list[Shard]:
+        """Return all shards in a fixed order. Driver only.
+
+        Args:
+            chunk_images: Most images of a shard of the random-access formats, which are cut class
+                by class; tar and Parquet have one shard a file.
+        """
+
+    @abc.abstractmethod
+    def read_shard(self, shard: Shard) -> Iterator[RawImage]:
+        """Yield the records of a shard in a fixed order; memory is bounded by the few in flight.
+
+        Raises:
+            DataError: The file is cut or malformed, or a label is outside the classes.
+            ArtifactError: The file is gone or cannot be reached.
+        """
+
+    @abc.abstractmethod
+    def read_keys(self, keys: Sequence[str]) -> list[RawImage]:
+        """Return the records of these keys, in this order, opening every file once.
+
+        Raises:
+            DataError: A key names nothing in this source.
+            ArtifactError: A file is gone or cannot be reached.
+        """
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over file names, sizes, format and classes: cheap. Driver only."""
+        digest = hashlib.sha256()
+        digest.update(json.dumps([self.format, self.class_names, self.relabel]).encode())
+        for name, size_bytes in sorted(self.files.items()):
+            digest.update(json.dumps([name, size_bytes]).encode())
+        return digest.hexdigest()
+
+    def url(self, file: str) -> str:
+        """Return the full URI of a file."""
+        return f"{self.root}/{file}"
+
+    def open_random(self, file: str) -> pa.NativeFile:
+        """Open a file for reads anywhere in it."""
+        filesystem, path = self._connected()
+        if self.root.startswith("memory://"):
+            # All who open a file of fsspec's memory share one position in it, threads included.
+            return pa.BufferReader(filesystem.handler.fs.cat_file(f"{path}/{file}"))
+        return filesystem.open_input_file(f"{path}/{file}")
+
+    def open_stream(self, file: str) -> pa.NativeFile:
+        """Open a file for one pass from its start."""
+        if self.root.startswith("memory://"):
+            return self.open_random(file)
+        filesystem, path = self._connected()
+        return filesystem.open_input_stream(f"{path}/{file}", compression=None, buffer_size=1 << 20)
+
+    def read_if_there(self, file: str) -> bytes | None:
+        """Return the content of a small file, or None when there is none."""
+        filesystem, path = self._connected()
+        with reading(self.url(file), "a file"):
+            if filesystem.get_file_info(f"{path}/{file}").type != pafs.FileType.File:
+                return None
+            with self.open_random(file) as handle:
+                return handle.read()
+
+    def _connected(self) -> tuple[pafs.FileSystem, str]:
+        if self._filesystem is None:
+            self._filesystem = arrow_filesystem(self.root)
+        return self._filesystem
+
+    def class_of(self, label: int, key: str) -> int:
+        """Return the class of a label found in a file.
+
+        Raises:
+            DataError: The label is outside the classes.
+        """
+        count = len(self.class_names if self.relabel is None else self.relabel)
+        if not 0 <= label < count:
+            raise DataError(
+                f"{self.root}: image {key} has label {label}, expected 0 to {count - 1} "
+                f"({count} classes); correct the labels or the class names"
+            )
+        return label if self.relabel is None else self.relabel[label]
+
+    @property
+    def max_content_bytes(self) -> int:
+        """Largest image file that is read: that of the largest image as raw 16-bit RGBA."""
+        return 8 * self.config.max_image_pixels
+
+    def too_large(self, size_bytes: int) -> str:
+        """Return why a file of this size is not read, or nothing when it is."""
+        if size_bytes <= self.max_content_bytes:
+            return ""
+        return (
+            f"{size_bytes} bytes, more than {self.max_content_bytes} (8 bytes a pixel of "
+            "--source.max-image-pixels)"
+        )
+
+
+@contextlib.contextmanager
+def reading(where: str, what: str) -> Iterator[None]:
+    """Turn what Arrow raises into the user's errors: storage failed, or content is not `what`."""
+    try:
+        yield
+    except (OSError, EOFError, UnicodeDecodeError, pa.ArrowException) as error:
+        if _is_storage_fault(error):
+            raise ArtifactError(
+                f"cannot read {where}: {type(error).__name__}: {error}; check that the file is "
+                "still there and that the store answers"
+            ) from error
+        raise DataError(
+            f"{where}: expected {what}, found cut or malformed content ({type(error).__name__}: "
+            f"{error}); restore the file from its origin"
+        ) from error
+
+
+def _is_storage_fault(error: Exception) -> bool:
+    # Arrow reports malformed Parquet as a plain OSError, without errno; the system's errors have
+    # one, S3's a name.
+    return isinstance(error, OSError) and (
+        isinstance(error, FileNotFoundError | PermissionError)
+        or error.errno is not None
+        or "AWS Error" in str(error)
+    )
+
+
+def class_shards(
+    keys_by_label: Iterable[tuple[int, Sequence[str]]], chunk_images: int
+) -> list[Shard]:
+    """Cut each class into shards of at most `chunk_images` consecutive images."""
+    assert chunk_images >= 1, chunk_images
+    return [
+        Shard(
+            id=f"c{label:05d}-{number:04d}",
+            keys=tuple(keys[start : start + chunk_images]),
+            num_images=len(keys[start : start + chunk_images]),
+            labels=(label,),
+        )
+        for label, keys in keys_by_label
+        for number, start in enumerate(range(0, len(keys), chunk_images))
+    ]
+
+
+def file_shard_id(position: int) -> str:
+    """Return the id of the shard that is the file at `position` of the sorted listing."""
+    return f"s{position:05d}"

@@ -1,0 +1,165 @@
+"""From shards to arrays: chunks that no bad image can shift, and whole small sets in memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from wmdd_ray.config import SourceConfig
+from wmdd_ray.errors import BadImageError, DataError
+from wmdd_ray.store.images import decode_image
+from wmdd_ray.store.sources.base import RawImage, Shard, Source
+from wmdd_ray.store.sources.classes import SHOWN
+
+# Shard size of a whole-set read: only bounds what is decoded at once.
+_LOAD_CHUNK_IMAGES = 512
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DecodedChunk:
+    """The good images among consecutive records of a shard; "key: reason" of the `bad` ones."""
+
+    shard_id: str
+    chunk: int
+    last: bool
+    keys: tuple[str, ...]
+    labels_N: np.ndarray  # int64
+    images_NHWC: np.ndarray  # uint8
+    bad: tuple[str, ...]
+
+
+def decoded_chunks(
+    source: Source,
+    shard: Shard,
+    config: SourceConfig,
+    chunk_images: int,
+    skip: frozenset[int] = frozenset(),
+) -> Iterator[DecodedChunk]:
+    """Read a shard and decode it chunk by chunk.
+
+    A record belongs to chunk `position // chunk_images`, where bad records count too. The chunk
+    that holds the last record is `last`, also when it is full; an empty shard is one empty last
+    chunk.
+
+    Args:
+        source: Where the shard is from.
+        shard: What to read.
+        config: Sizes, channels and limits.
+        chunk_images: Records of a chunk.
+        skip: Chunks that are done: read past, neither decoded nor yielded (so the last may be
+        missing).
+
+    Raises:
+        DataError: A label outside the classes, a malformed shard, or more bad images in one chunk
+        than a run may have.
+        ArtifactError: The storage fails.
+    """
+    assert chunk_images >= 1, chunk_images
+    records = source.read_shard(shard)
+    ahead = next(records, None)
+    for chunk in itertools.count():
+        keys: list[str] = []
+        labels: list[int] = []
+        images: list[np.ndarray] = []
+        bad: list[str] = []
+        for _ in range(chunk_images):
+            if ahead is None:
+                break
+            if chunk not in skip:
+                try:
+                    images.append(_decode(ahead, config))
+                    keys.append(ahead.key)
+                    labels.append(ahead.label)
+                except BadImageError as error:
+                    bad.append(str(error))
+                    refuse_too_many_bad(bad, config, source.root)
+            ahead = next(records, None)
+        if chunk not in skip:
+            shape = (len(images), config.image_size, config.image_size, config.channels)
+            yield DecodedChunk(
+                shard_id=shard.id,
+                chunk=chunk,
+                last=ahead is None,
+                keys=tuple(keys),
+                labels_N=np.array(labels, dtype=np.int64),
+                images_NHWC=np.stack(images) if images else np.empty(shape, dtype=np.uint8),
+                bad=tuple(bad),
+            )
+        if ahead is None:
+            return
+
+
+def _decode(record: RawImage, config: SourceConfig) -> np.ndarray:
+    if record.problem:
+        raise BadImageError(f"{record.key}: {record.problem}")
+    return decode_image(record.content, config, record.key)
+
+
+def refuse_too_many_bad(bad: Sequence[str], config: SourceConfig, where: str) -> None:
+    """Stop a run whose images are worse than it allows.
+
+    Args:
+        bad: "key: reason" of each bad image so far.
+        config: Holds the limit.
+        where: The source, for the message.
+
+    Raises:
+        DataError: More than `max_bad_images`; names the first few.
+    """
+    if len(bad) > config.max_bad_images:
+        raise DataError(
+            f"{where}: {len(bad)} images cannot be used, --source.max-bad-images allows "
+            f"{config.max_bad_images}; repair or remove them, or raise the limit. The first: "
+            f"{'; '.join(bad[:SHOWN])}"
+        )
+
+
+def load_images(
+    source: Source, config: SourceConfig, limit_bytes: int
+) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, tuple[str, ...]] | None:
+    """Decode a whole source into memory, in the order of its shards.
+
+    Args:
+        source: Fresh from `open_source`.
+        config: Sizes, channels and limits.
+        limit_bytes: Most bytes of decoded pixels.
+
+    Returns:
+        (keys, labels_N int64, images_NHWC uint8, bad), or None when the pixels would be more than
+        `limit_bytes`.
+
+    Raises:
+        DataError: As `decoded_chunks`, with the limit on bad images over the whole source.
+        ArtifactError: The storage fails.
+    """
+    image_bytes = config.image_size**2 * config.channels
+    if source.num_images is not None and source.num_images * image_bytes > limit_bytes:
+        return None
+    keys: list[str] = []
+    labels: list[np.ndarray] = []
+    parts: deque[np.ndarray] = deque()
+    bad: list[str] = []
+    for shard in source.shards(_LOAD_CHUNK_IMAGES):
+        for chunk in decoded_chunks(source, shard, config, _LOAD_CHUNK_IMAGES):
+            keys += chunk.keys
+            labels.append(chunk.labels_N)
+            parts.append(chunk.images_NHWC)
+            bad += chunk.bad
+            refuse_too_many_bad(bad, config, source.root)
+            if len(keys) * image_bytes > limit_bytes:
+                return None
+    images_NHWC = np.empty(
+        (len(keys), config.image_size, config.image_size, config.channels), dtype=np.uint8
+    )
+    start = 0
+    while parts:
+        # Each part is freed as it is copied, so that the set is not held twice.
+        part = parts.popleft()
+        images_NHWC[start : start + len(part)] = part
+        start += len(part)
+    labels_N = np.concatenate(labels) if labels else np.empty(0, dtype=np.int64)
+    return tuple(keys), labels_N, images_NHWC, tuple(bad)

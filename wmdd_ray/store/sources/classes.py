@@ -1,0 +1,56 @@
+"""Class names: matching one set of images to another by name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from wmdd_ray.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+# Soft labels name classes by uint16.
+MAX_CLASSES = 65536
+SHOWN = 5
+
+
+def match_classes(
+    found: Sequence[str], wanted: Sequence[str], where: str
+) -> tuple[int, ...] | None:
+    """Return, for each found class, its place among the wanted names; None when both are equal.
+
+    Raises:
+        DataError: A found name is not wanted, or a wanted name is there twice.
+    """
+    if tuple(found) == tuple(wanted):
+        return None
+    place = {name: label for label, name in enumerate(wanted)}
+    if len(place) < len(wanted):
+        raise DataError(
+            f"{where}: two training classes have one name, so these cannot be matched by name"
+        )
+    unknown = [name for name in found if name not in place]
+    missing = [name for name in wanted if name not in set(found)]
+    if unknown:
+        raise DataError(
+            f"{where}: expected the {len(wanted)} training classes, found {len(unknown)} others: "
+            + shown(unknown)
+            + (f"; absent: {shown(missing)}" if missing else "")
+            + "; pass held-out images with the same class names"
+        )
+    if missing:
+        logger.warning(
+            "%s: no images of %d training classes: %s", where, len(missing), shown(missing)
+        )
+    return tuple(place[name] for name in found)
+
+
+def integer_names(count: int) -> tuple[str, ...]:
+    """Return the names of classes of which only the labels are known."""
+    return tuple(str(label) for label in range(min(count, MAX_CLASSES + 1)))
+
+
+def shown(names: Sequence[str]) -> str:
+    """Return the first few names, and how many more there are."""
+    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(repr(name) for name in names[:SHOWN]) + more
