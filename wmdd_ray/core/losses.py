@@ -1,0 +1,123 @@
+"""What recover minimizes: one number a class, so that no class's gradient depends on its company.
+
+Legend: G classes that share a forward pass, K images (= atoms) of each, B = G K, D feature width, Y classes of the
+teacher, C channels of one BatchNorm layer, S channels summed over the layers, L layers.
+
+References:
+    Liu et al. 2025, Dataset Distillation via the Wasserstein Metric (feature term and per-class BatchNorm moments).
+    Yin et al. 2023, SRe2L (cross-entropy and running statistics). Gretton et al. 2012, A kernel two-sample test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wmdd_ray.core.taps import Tap
+
+FeatureTerm = Literal["wasserstein", "cross_entropy", "mean", "rbf_mmd", "none"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GroupTarget:
+    """The targets of G classes as tensors on the device; `weights_GK` of each class sum to 1."""
+
+    labels_G: Tensor
+    atoms_GKD: Tensor
+    weights_GK: Tensor
+
+
+def feature_loss_G(
+    term: FeatureTerm, features_BD: Tensor, logits_BY: Tensor, target: GroupTarget
+) -> Tensor:
+    """Return the feature term of every class, with f_j an image's feature, z_j its atom, w_j the atom's weight.
+
+    - wasserstein: mean_j |f_j - z_j|^2 (image j stays with atom j);
+    - cross_entropy: mean_j CE(teacher's logits, label);
+    - mean: |sum_j w_j f_j - sum_j w_j z_j|^2, the MMD of the linear kernel;
+    - rbf_mmd: squared MMD between sum_j w_j delta(f_j) and sum_j w_j delta(z_j), kernel exp(-d^2 / h), with h the
+      median squared distance between two atoms (for a single atom: its squared norm).
+    """
+    if term == "cross_entropy":
+        return cross_entropy_G(logits_BY, target)
+    features_GKD = features_BD.view(target.atoms_GKD.shape)
+    if term == "wasserstein":
+        return (features_GKD - target.atoms_GKD).square().sum(dim=2).mean(dim=1)
+    if term == "mean":
+        difference_GKD = target.weights_GK[:, :, None] * (features_GKD - target.atoms_GKD)
+        return difference_GKD.sum(dim=1).square().sum(dim=1)
+    assert term == "rbf_mmd", term
+    return _rbf_mmd_G(features_GKD, target.atoms_GKD, target.weights_GK)
+
+
+def cross_entropy_G(logits_BY: Tensor, target: GroupTarget) -> Tensor:
+    """Return the teacher's mean cross-entropy of every class."""
+    k = target.weights_GK.shape[1]
+    labels_B = target.labels_G.repeat_interleave(k)
+    return F.cross_entropy(logits_BY, labels_B, reduction="none").view(-1, k).mean(dim=1)
+
+
+def _rbf_mmd_G(features_GKD: Tensor, atoms_GKD: Tensor, weights_GK: Tensor) -> Tensor:
+    between_atoms_GKK = _squared_distances(atoms_GKD, atoms_GKD)
+    k = weights_GK.shape[1]
+    if k > 1:
+        pairs = torch.triu_indices(k, k, offset=1, device=atoms_GKD.device)
+        width_G = between_atoms_GKK[:, pairs[0], pairs[1]].median(dim=1).values
+    else:
+        width_G = atoms_GKD.square().sum(dim=(1, 2))
+    # Atoms that coincide (or a zero atom) leave no scale: 1 then.
+    width_G11 = torch.where(width_G > 0, width_G, torch.ones_like(width_G))[:, None, None]
+
+    def mean_kernel_G(distances_GKK: Tensor) -> Tensor:
+        kernel_GKK = torch.exp(-distances_GKK / width_G11)
+        return torch.einsum("gi,gij,gj->g", weights_GK, kernel_GKK, weights_GK)
+
+    return (
+        mean_kernel_G(_squared_distances(features_GKD, features_GKD))
+        - 2 * mean_kernel_G(_squared_distances(features_GKD, atoms_GKD))
+        + mean_kernel_G(between_atoms_GKK)
+    )
+
+
+def _squared_distances(x_GKD: Tensor, y_GKD: Tensor) -> Tensor:
+    """Return (G, K, K) squared distances: the product form, which has a gradient at 0 and no K x K x D array."""
+    squares = x_GKD.square().sum(dim=2)[:, :, None] + y_GKD.square().sum(dim=2)[:, None, :]
+    return (squares - 2 * x_GKD @ y_GKD.transpose(1, 2)).clamp_min(0)
+
+
+class MomentLoss:
+    """BatchNorm moment term (PCBN) of every class: sum_l |mu_l(X_k) - mu_kl|_2 + |var_l(X_k) - var_kl|_2.
+
+    The moments of a class come from those of its images by the law of total variance, image j with share w_j:
+    mean = sum_j w_j mean_j and var = sum_j w_j (var_j + (mean_j - mean)^2). All classes and layers are handled as one
+    array, since a forward pass of many small layers would otherwise spend its time on launching small operations.
+    """
+
+    def __init__(
+        self, channels_L: tuple[int, ...], share_GK: Tensor, mean_GS: Tensor, var_GS: Tensor
+    ) -> None:
+        """Keep the targets (G, S) and the images' shares, of which each class's sum to 1."""
+        assert mean_GS.shape == var_GS.shape == (len(share_GK), sum(channels_L)), mean_GS.shape
+        self.share_GK1 = share_GK[:, :, None]
+        self.mean_GS, self.var_GS = mean_GS, var_GS
+        layer_S = torch.repeat_interleave(torch.arange(len(channels_L)), torch.tensor(channels_L))
+        self.member_SL = F.one_hot(layer_S, len(channels_L)).to(mean_GS)
+
+    def __call__(self, taps: list[Tap]) -> Tensor:
+        """Return the loss of every class (G,) from each layer's (mean_BC, var_BC)."""
+        shape = (*self.share_GK1.shape[:2], -1)
+        mean_GKS = torch.cat([mean for mean, _ in taps], dim=1).view(shape)
+        var_GKS = torch.cat([var for _, var in taps], dim=1).view(shape)
+        mean_GS = (self.share_GK1 * mean_GKS).sum(dim=1)
+        spread_GKS = var_GKS + (mean_GKS - mean_GS[:, None]).square()
+        var_GS = (self.share_GK1 * spread_GKS).sum(dim=1)
+        return self._norms_G(mean_GS - self.mean_GS) + self._norms_G(var_GS - self.var_GS)
+
+    def _norms_G(self, difference_GS: Tensor) -> Tensor:
+        squares_GL = difference_GS.square() @ self.member_SL
+        # The clamp gives the norm the subgradient 0 at 0, where sqrt's is infinite.
+        return squares_GL.clamp_min(1e-24).sqrt().sum(dim=1)

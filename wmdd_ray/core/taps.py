@@ -1,0 +1,115 @@
+"""BatchNorm layers that also return the moments of their input, at less cost than the layer itself.
+
+Legend: B batch, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from wmdd_ray.core.networks import batch_norms
+
+Tap = tuple[Tensor, Tensor]
+
+
+@contextmanager
+def tapped(network: nn.Module) -> Iterator[list[Tap]]:
+    """Freeze `network` and tap its BatchNorm layers; on leaving, it is as it was.
+
+    Yields:
+        A list that after each forward pass holds one (mean_BC, var_BC) a layer, in the order of `batch_norms`:
+        mean and biased variance of each image's channel, differentiable.
+    """
+    norms = batch_norms(network)
+    assert not any(m.training for m in network.modules()), "taps need the network in eval mode"
+    assert not any("forward" in vars(m) for m in norms), "this network is tapped already"
+    required_grad = [p for p in network.parameters() if p.requires_grad]
+    nothing = torch.empty(0)
+    taps: list[Tap] = [(nothing, nothing)] * len(norms)
+    for parameter in required_grad:
+        parameter.requires_grad_(False)
+    for layer, norm in enumerate(norms):
+        # An attribute of the instance hides the method of the class until it is deleted.
+        object.__setattr__(norm, "forward", partial(_tapped_forward, norm, taps, layer))
+    try:
+        yield taps
+    finally:
+        for norm in norms:
+            object.__delattr__(norm, "forward")
+        for parameter in required_grad:
+            parameter.requires_grad_(True)
+
+
+def _tapped_forward(norm: nn.BatchNorm2d, taps: list[Tap], layer: int, x_BCHW: Tensor) -> Tensor:
+    y_BCHW, *tap = TappedNorm.apply(
+        x_BCHW, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+    )
+    taps[layer] = (tap[0], tap[1])
+    return y_BCHW
+
+
+class TappedNorm(torch.autograd.Function):
+    """Eval-mode BatchNorm with frozen parameters: x -> (y, mean_BC, var_BC).
+
+    The gradient of all three outputs is one affine map of gy and x with a coefficient per image and channel,
+        gx = scale_C gy + b_BC x + a_BC,   b = 2 g_var / HW,   a = g_mean / HW - b mean,
+    so that it needs no graph and no reduction (torch's own BatchNorm backward does reduce, for the gradients of
+    parameters that nobody asked for: this is where the time for the moments comes from). It is written over x, the
+    saved output of the convolution before: fresh memory costs more than the arithmetic. Should another operation
+    need x in its own backward pass, torch notices the overwriting and raises.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BCHW: Tensor,
+        running_mean_C: Tensor,
+        running_var_C: Tensor,
+        weight_C: Tensor | None,
+        bias_C: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        parameters = (weight_C, bias_C, running_mean_C, running_var_C)
+        if x_BCHW.is_cuda:
+            var_BC, mean_BC = torch.var_mean(x_BCHW, dim=(2, 3), correction=0)
+            y, _, _ = torch.native_batch_norm(x_BCHW, *parameters, False, 0.0, eps)
+        else:
+            # On a CPU torch.var_mean is scalar code, 15 times slower than these three vectorized passes. The
+            # centered copy of x is then overwritten by y.
+            mean_BC11 = x_BCHW.mean(dim=(2, 3), keepdim=True)
+            y = x_BCHW - mean_BC11
+            norm_BC = torch.linalg.vector_norm(y, dim=(2, 3))
+            mean_BC, var_BC = mean_BC11[:, :, 0, 0], norm_BC.square() / x_BCHW[0, 0].numel()
+            nothing = x_BCHW.new_empty(0)
+            out = (y, nothing, nothing)
+            torch.native_batch_norm(x_BCHW, *parameters, False, 0.0, eps, out=out)
+        scale_C = torch.rsqrt(running_var_C + eps)
+        ctx.save_for_backward(x_BCHW, mean_BC, scale_C if weight_C is None else scale_C * weight_C)
+        # A leaf, or a view of one, is the caller's own array.
+        ctx.may_overwrite = x_BCHW.grad_fn is not None and x_BCHW._base is None
+        return y, mean_BC, var_BC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        gy_BCHW, gmean_BC, gvar_BC = grad_outputs
+        x_BCHW, mean_BC, scale_C = ctx.saved_tensors
+        pixels = x_BCHW[0, 0].numel()
+        b_BC = gvar_BC * (2 / pixels)
+        a_BC11 = (gmean_BC / pixels - b_BC * mean_BC)[:, :, None, None]
+        b_BC11, scale_C11 = b_BC[:, :, None, None], scale_C[:, None, None]
+        gx_BCHW = x_BCHW if ctx.may_overwrite else x_BCHW.clone()
+        if gx_BCHW.is_cuda:
+            torch.addcmul(a_BC11, gx_BCHW, b_BC11, out=gx_BCHW)
+        else:
+            # Twice as fast on a CPU, where a broadcast addcmul is not vectorized.
+            gx_BCHW.mul_(b_BC11).add_(a_BC11)
+        gx_BCHW.addcmul_(gy_BCHW, scale_C11)
+        return gx_BCHW, None, None, None, None, None
