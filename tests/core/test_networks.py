@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from wmdd_ray.config import NetworkConfig
+from wmdd_ray.core.networks import (
+    batch_norms,
+    build_network,
+    features_and_logits,
+    last_linear,
+    load_weights,
+    network_of,
+    weights_of,
+)
+from wmdd_ray.errors import ConfigError, DataError
+from wmdd_ray.records import Teacher
+
+SMALL = NetworkConfig(arch="convnet3", width=4)
+
+
+def build(config: NetworkConfig = SMALL, **options: Any) -> nn.Module:
+    options = {"num_classes": 5, "channels": 3, "image_size": 16} | options
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build_network(config, **options).eval()
+
+
+def teacher_of(network: nn.Module) -> Teacher:
+    return Teacher(
+        arch="convnet3",
+        width=4,
+        small_stem=False,
+        class_names=tuple("abcde"),
+        image_size=16,
+        resize=16,
+        channels=3,
+        mean_C=(0.5,) * 3,
+        std_C=(0.25,) * 3,
+        top1=0.9,
+        weights=weights_of(network),
+    )
+
+
+@pytest.mark.parametrize("arch", ["convnet3", "resnet18", "resnet50", "mobilenet_v2"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("small_stem", [False, True])
+def test_every_architecture_takes_gray_and_color_images_with_either_stem(
+    arch: Any, channels: int, small_stem: bool
+) -> None:
+    config = NetworkConfig(arch=arch, width=4, small_stem=small_stem)
+    network = build(config, channels=channels, image_size=32)
+    features_BD, logits_BY = features_and_logits(network, torch.zeros(2, channels, 32, 32))
+    assert logits_BY.shape == (2, 5)
+    assert features_BD.shape == (2, last_linear(network).in_features)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2"])
+def test_the_small_stem_keeps_the_resolution_of_the_first_layer(arch: Any) -> None:
+    sizes = {}
+    for small_stem in (False, True):
+        network = build(NetworkConfig(arch=arch, small_stem=small_stem), image_size=32)
+        seen: list[torch.Size] = []
+        batch_norms(network)[0].register_forward_hook(lambda *a, seen=seen: seen.append(a[2].shape))
+        network(torch.zeros(1, 3, 32, 32))
+        sizes[small_stem] = seen[0][-1]
+    assert sizes == {False: 16, True: 32}
+
+
+@pytest.mark.parametrize("arch", ["convnet3", "resnet18", "resnet50", "mobilenet_v2"])
+def test_batch_norms_are_listed_in_forward_order(arch: Any) -> None:
+    network = build(NetworkConfig(arch=arch, width=4), image_size=32)
+    norms = batch_norms(network)
+    called: list[nn.Module] = []
+    for norm in norms:
+        norm.register_forward_hook(lambda module, *_: called.append(module))
+    network(torch.zeros(1, 3, 32, 32))
+    assert [norms.index(module) for module in called] == list(range(len(norms)))  # type: ignore[arg-type]
+
+
+def test_features_are_the_differentiable_input_of_the_last_layer() -> None:
+    network = build()
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    images.requires_grad_(True)
+    features_BD, logits_BY = features_and_logits(network, images)
+    torch.testing.assert_close(last_linear(network)(features_BD), logits_BY)
+    (gradient,) = torch.autograd.grad(features_BD.sum(), images)
+    assert gradient.abs().sum() > 0
+    assert not last_linear(network)._forward_pre_hooks
+
+
+def test_a_teacher_at_rest_comes_back_frozen_in_eval_mode_with_the_same_outputs() -> None:
+    network = build()
+    with torch.no_grad():
+        for norm in batch_norms(network):
+            norm.running_mean.add_(0.3)  # type: ignore[union-attr]
+    back = network_of(teacher_of(network))
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(back(images), network(images))
+    assert not any(m.training for m in back.modules())
+    assert not any(p.requires_grad for p in back.parameters())
+
+
+def test_network_of_draws_no_random_numbers() -> None:
+    teacher = teacher_of(build())
+    before = torch.get_rng_state()
+    network_of(teacher)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weights_are_copies() -> None:
+    network = build()
+    weights = weights_of(network)
+    weights["fc.bias"][:] = 7
+    assert not (last_linear(network).bias == 7).any()
+
+
+def test_loading_names_missing_unexpected_and_mis_shaped_tensors() -> None:
+    network = build()
+    state = dict(network.state_dict())
+    del state["bn1.weight"]
+    state["head.bias"] = torch.zeros(1)
+    state["fc.weight"] = torch.zeros(2, 2)
+    with pytest.raises(DataError, match=r"weights of a\.pt .*1 missing: bn1\.weight") as caught:
+        load_weights(network, state, "a.pt")
+    assert "1 unexpected: head.bias" in str(caught.value)
+    assert "fc.weight (2, 2) (expected (5, 16))" in str(caught.value)
+
+
+def test_a_teacher_of_another_width_is_refused() -> None:
+    with pytest.raises(DataError, match="check arch, width"):
+        network_of(replace(teacher_of(build()), width=8))
+
+
+def test_old_checkpoints_without_batch_counters_load() -> None:
+    network, other = build(), build()
+    state = network.state_dict()
+    for name in [n for n in state if n.endswith("num_batches_tracked")]:
+        del state[name]
+    with torch.no_grad():
+        last_linear(other).weight.zero_()
+    load_weights(other, state, "old")
+    assert torch.equal(last_linear(other).weight, last_linear(network).weight)
+
+
+def test_half_precision_weights_are_loaded_as_float32() -> None:
+    network = build()
+    load_weights(network, {k: v.half() for k, v in network.state_dict().items()}, "half")
+    assert last_linear(network).weight.dtype == torch.float32
+
+
+def test_convnet3_refuses_images_that_it_cannot_halve_three_times() -> None:
+    with pytest.raises(ConfigError, match="expected image_size >= 8 pixels, got 7"):
+        build(image_size=7)
+
+
+def test_weights_of_all_dtypes_survive_the_round_trip() -> None:
+    weights = weights_of(build())
+    assert weights["bn1.num_batches_tracked"].dtype == np.int64
+    assert weights["conv1.weight"].dtype == np.float32

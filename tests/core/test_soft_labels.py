@@ -1,0 +1,168 @@
+"""Soft labels: what compression keeps, what it loses, and what it refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import log_softmax, softmax
+from torch import nn
+
+from wmdd_ray.config import RelabelConfig, ViewConfig
+from wmdd_ray.core.soft_labels import (
+    compress,
+    concatenate_labels,
+    decompress,
+    label_views,
+    take_labels,
+)
+from wmdd_ray.core.views import draw_views, render_views
+from wmdd_ray.errors import ConfigError, DataError
+
+FULL = RelabelConfig(compression="full")
+
+
+def top(k: int) -> RelabelConfig:
+    return RelabelConfig(compression="top_k", top_k=k)
+
+
+def random_logits(num_views: int, num_classes: int, scale: float = 5, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return (scale * rng.standard_normal((num_views, num_classes))).astype(np.float32)
+
+
+def test_full_labels_keep_every_probability_to_half_precision() -> None:
+    logits_VY = random_logits(200, 100)
+    labels = compress(logits_VY, FULL)
+    assert labels.values_VK.dtype == np.float16 and labels.indices_VK is None
+    result_VY, true_VY = log_softmax(decompress(labels), 1), log_softmax(logits_VY, 1)
+    gap_VY = logits_VY.max(axis=1, keepdims=True) - logits_VY
+    # Half a unit of the last of float16's 11 bits; the normalizer is off by less than 2^-9 here.
+    assert (abs(result_VY - true_VY) <= gap_VY * 2**-11 + 2**-9).all()
+
+
+def test_a_large_common_offset_costs_no_precision() -> None:
+    # 3000 has a spacing of 2 in float16.
+    logits_VY = random_logits(50, 10)
+    shifted = decompress(compress(logits_VY.astype(np.float64) + 3000, FULL))
+    np.testing.assert_allclose(softmax(shifted, 1), softmax(logits_VY, 1), atol=0.01)
+    shifted = decompress(compress(logits_VY.astype(np.float64) - 3000, top(4)))
+    plain = decompress(compress(logits_VY, top(4)))
+    np.testing.assert_allclose(shifted, plain, atol=0.02)
+
+
+@pytest.mark.parametrize("config", [FULL, top(3)])
+def test_logits_beyond_half_precision_saturate_to_finite_values(config: RelabelConfig) -> None:
+    logits_VY = np.array([[1e30, 0, -1e30, 5, 1, 2], [0, 0, 0, 0, 0, -1e9]], dtype=np.float32)
+    result = decompress(compress(logits_VY, config))
+    assert np.isfinite(result).all()
+    np.testing.assert_array_equal(result.argmax(axis=1)[:1], [0])
+    np.testing.assert_allclose(softmax(result[0])[0], 1)
+
+
+def test_top_k_keeps_the_k_largest_probabilities_and_spreads_the_rest_evenly() -> None:
+    logits_VY, k = random_logits(300, 50), 7
+    labels = compress(logits_VY, top(k))
+    assert labels.indices_VK is not None and labels.rest_V is not None
+    assert labels.indices_VK.dtype == np.uint16 and labels.rest_V.dtype == np.float16
+    expected_VK = np.argsort(-logits_VY, axis=1)[:, :k]
+    np.testing.assert_array_equal(labels.indices_VK, expected_VK)
+    true_VY, result_VY = softmax(logits_VY, axis=1), softmax(decompress(labels), axis=1)
+    kept_true = np.take_along_axis(true_VY, expected_VK, axis=1)
+    kept_result = np.take_along_axis(result_VY, expected_VK, axis=1)
+    np.testing.assert_allclose(kept_result, kept_true, rtol=0.01)
+    others = np.ones_like(true_VY, dtype=bool)
+    np.put_along_axis(others, expected_VK, False, axis=1)
+    rest_VR = result_VY[others].reshape(300, 43)
+    np.testing.assert_allclose(rest_VR, np.repeat(rest_VR[:, :1], 43, axis=1), rtol=1e-6)
+    np.testing.assert_allclose(rest_VR.sum(1), (true_VY * others).sum(1), rtol=0.01)
+
+
+def test_top_k_of_a_hand_computed_row() -> None:
+    # Probabilities 1/2, 1/4, 1/8, 1/8 in shuffled order; the best two are kept.
+    labels = compress(np.log([[1 / 8, 1 / 2, 1 / 8, 1 / 4]]), top(2))
+    assert labels.rest_V is not None
+    np.testing.assert_allclose(labels.values_VK, [[0, -np.log(2)]], atol=1e-3)
+    np.testing.assert_allclose(labels.rest_V, [np.log(1 / 2)], atol=1e-3)
+    probabilities = softmax(decompress(labels), axis=1)
+    np.testing.assert_allclose(probabilities, [[1 / 8, 1 / 2, 1 / 8, 1 / 4]], atol=1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_classes=st.integers(2, 40),
+    k=st.integers(1, 45),
+    scale=st.floats(0, 100),
+    seed=st.integers(0, 2**16),
+)
+def test_mass_sums_to_one_and_the_best_class_stays(
+    num_classes: int, k: int, scale: float, seed: int
+) -> None:
+    logits_VY = random_logits(20, num_classes, scale, seed)
+    labels = compress(logits_VY, top(k))
+    assert (labels.indices_VK is None) == (k >= num_classes)
+    result = decompress(labels)
+    assert result.shape == (20, num_classes) and result.dtype == np.float32
+    np.testing.assert_allclose(softmax(result, axis=1).sum(1), 1, rtol=1e-5)
+    best_V1 = logits_VY.argmax(axis=1)[:, None]
+    kept = np.take_along_axis(softmax(result, axis=1), best_V1, axis=1)
+    true = np.take_along_axis(softmax(logits_VY, axis=1), best_V1, axis=1)
+    np.testing.assert_allclose(kept, true, rtol=0.02)
+
+
+def test_compressing_what_was_decompressed_changes_no_probability_again() -> None:
+    once = decompress(compress(random_logits(50, 30), top(5)))
+    twice = decompress(compress(once, top(5)))
+    np.testing.assert_allclose(softmax(twice, 1), softmax(once, 1), rtol=2e-3)
+
+
+@pytest.mark.parametrize("config", [FULL, top(4)])
+def test_rows_are_taken_and_put_together_without_decompression(config: RelabelConfig) -> None:
+    labels = compress(random_logits(20, 9), config)
+    order = np.random.default_rng(0).permutation(20)
+    parts = [take_labels(labels, order[:8]), take_labels(labels, order[8:])]
+    np.testing.assert_array_equal(decompress(concatenate_labels(parts)), decompress(labels)[order])
+
+
+def test_equal_logits_are_the_uniform_distribution() -> None:
+    result = decompress(compress(np.full((3, 12), 4.0), top(5)))
+    np.testing.assert_allclose(softmax(result, axis=1), 1 / 12, rtol=2e-3)
+
+
+def test_more_classes_than_sixteen_bits_need_full_labels() -> None:
+    logits_VY = np.zeros((1, 2**16 + 1), dtype=np.float32)
+    logits_VY[0, -1] = 9
+    with pytest.raises(ConfigError, match=r"at most 65536 classes, got 65537; use .* full"):
+        compress(logits_VY, top(10))
+    assert decompress(compress(logits_VY, FULL)).argmax() == 2**16
+    assert decompress(compress(logits_VY[:, 1:], top(10))).argmax() == 2**16 - 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_refused_with_their_view(bad: float) -> None:
+    logits_VY = random_logits(4, 3)
+    logits_VY[2, 1] = bad
+    with pytest.raises(DataError, match="finite teacher logits.*for view 2"):
+        compress(logits_VY, FULL)
+
+
+def test_labels_are_the_networks_logits_on_the_rendered_views() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(9, 1, 8, 8)
+    views = draw_views(9, 8, ViewConfig(), seed=0, epoch=0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)).eval()
+    expected = network(render_views(images, views, 8)).detach().numpy()
+    for batch_size in (2, 9, 100):
+        result = label_views(network, images, views, 8, batch_size)
+        assert result.dtype == np.float32
+        np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_in_training_mode_gives_no_labels() -> None:
+    images = torch.randn(2, 1, 8, 8)
+    views = draw_views(2, 8, ViewConfig(), seed=0, epoch=0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)).train()
+    with pytest.raises(AssertionError, match="eval mode"):
+        label_views(network, images, views, 8, 2)

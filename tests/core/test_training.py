@@ -1,0 +1,536 @@
+"""Training: batches, optimizers, the teacher's loop, the student's loop, and accuracy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+from scipy.stats import entropy
+from sklearn.datasets import load_digits
+from torch import distributed, nn
+
+from wmdd_ray.config import EvaluateConfig, SqueezeConfig, ViewConfig
+from wmdd_ray.core import training
+from wmdd_ray.core.batches import eval_batches, in_memory_batches, order_of, steps_of
+from wmdd_ray.core.optimizer import (
+    cosine_rate,
+    load_training_state,
+    make_optimizer,
+    take_step,
+    training_state,
+)
+from wmdd_ray.core.soft_labels import label_views
+from wmdd_ray.core.training import accuracy, soft_label_loss, train_classifier, train_student
+from wmdd_ray.core.views import StoredImages, draw_views, to_input
+from wmdd_ray.errors import ConfigError
+from wmdd_ray.records import Views
+
+MEAN, STD = (0.5,), (0.5,)
+Labeled = tuple[np.ndarray, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Labeled:
+    """Return scikit-learn's 1797 digits as uint8 (N, 8, 8, 1), in a fixed random order."""
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    pixels = (images.reshape(-1, 8, 8, 1) * 15.9).astype(np.uint8)
+    return pixels[order], labels[order].astype(np.int64)
+
+
+def small_network(seed: int = 0, width: int = 16, channels_last: bool = True) -> nn.Module:
+    torch.manual_seed(seed)
+    network = nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1, stride=2, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(width * 16, 10),
+    )
+    return network.to(memory_format=torch.channels_last) if channels_last else network
+
+
+def assert_same_weights(first: nn.Module, second: nn.Module) -> None:
+    torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
+
+
+def train_on(
+    network: nn.Module, data: Labeled, config: SqueezeConfig, **options: Any
+) -> torch.optim.Optimizer:
+    """Train `network` on all of `data`, and return the optimizer."""
+    optimizer = options.pop("optimizer", None) or sgd(network, config)
+
+    def batches(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return in_memory_batches(*data, batch_size=config.batch_size, seed=1, epoch=epoch)
+
+    steps = steps_of(len(data[0]), config.batch_size)
+    train_classifier(
+        network,
+        optimizer,
+        batches,
+        config,
+        steps_per_epoch=steps,
+        mean_C=MEAN,
+        std_C=STD,
+        seed=1,
+        **options,
+    )
+    return optimizer
+
+
+def sgd(network: nn.Module, config: SqueezeConfig) -> torch.optim.Optimizer:
+    return make_optimizer(
+        network,
+        "sgd",
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+    )
+
+
+# Optimizers
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_weight_decay_spares_parameters_of_one_dimension(name: str) -> None:
+    network = small_network()
+    before = copy.deepcopy(network)
+    optimizer = make_optimizer(network, name, learning_rate=0.1, weight_decay=0.5)  # type: ignore[arg-type]
+    loss = sum((0 * p).sum() for p in network.parameters())
+    assert isinstance(loss, torch.Tensor)
+    take_step(optimizer, loss, 0.1, 0, 10)
+    for old, new in zip(before.parameters(), network.parameters(), strict=True):
+        if old.ndim == 1:
+            torch.testing.assert_close(new, old, rtol=0, atol=0)
+        else:
+            assert (new.norm() < 0.99 * old.norm()).item()
+
+
+def test_rate_falls_as_a_cosine_from_peak_to_zero() -> None:
+    rates = [cosine_rate(0.4, step, 4) for step in range(5)]
+    expected = [0.4, 0.2 + 0.1 * np.sqrt(2), 0.2, 0.2 - 0.1 * np.sqrt(2), 0]
+    np.testing.assert_allclose(rates, expected, atol=1e-12)
+
+
+def test_a_step_uses_the_rate_of_the_schedule() -> None:
+    weight = nn.Linear(1, 1, bias=False)
+    before = weight.weight.item()
+    optimizer = make_optimizer(weight, "sgd", learning_rate=9.0, weight_decay=0, momentum=0)
+    take_step(optimizer, weight.weight.sum(), 0.4, 2, 4)
+    np.testing.assert_allclose(weight.weight.item(), before - 0.2, rtol=1e-6)
+
+
+def test_frozen_parameters_are_left_out_of_the_optimizer() -> None:
+    network = small_network()
+    network[0].requires_grad_(False)  # type: ignore[index]
+    optimizer = make_optimizer(network, "adamw", learning_rate=0.1, weight_decay=0.1)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in network.parameters() if p.requires_grad}
+
+
+# Batches
+
+
+def test_batches_of_an_epoch_are_disjoint_whole_and_shuffled(digits: Labeled) -> None:
+    images, _ = digits
+    names = np.arange(len(images))  # labels that name their image
+    batches = list(in_memory_batches(images, names, batch_size=64, seed=0, epoch=0))
+    assert len(batches) == steps_of(len(images), 64) == 28
+    index = torch.cat([labels for _, labels in batches]).numpy()
+    assert len(np.unique(index)) == len(index) == 28 * 64
+    assert (index != np.sort(index)).any()
+    for pixels, labels in batches:
+        assert pixels.dtype == torch.uint8 and len(pixels) == 64
+        np.testing.assert_array_equal(pixels.numpy(), images[labels.numpy()])
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    orders = [order_of(100, seed=s, epoch=e) for s, e in ((0, 0), (0, 1), (1, 0))]
+    np.random.seed(5)
+    np.testing.assert_array_equal(order_of(100, seed=0, epoch=1), orders[1])
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert (orders[i] != orders[j]).any()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_each_batch_without_overlap(digits: Labeled, world: int) -> None:
+    images, names = digits[0], np.arange(len(digits[0]))
+    options: dict[str, Any] = {"batch_size": 50, "seed": 3, "epoch": 2}
+    whole = [labels for _, labels in in_memory_batches(images, names, **options)]
+    ranks = [
+        [labels for _, labels in in_memory_batches(images, names, rank=r, world=world, **options)]
+        for r in range(world)
+    ]
+    assert {len(batches) for batches in ranks} == {len(whole)}
+    for step, batch in enumerate(whole):
+        parts = [batches[step] for batches in ranks]
+        assert {len(part) for part in parts} == {50 // world}
+        together = torch.cat(parts)
+        torch.testing.assert_close(together, batch[: len(together)], rtol=0, atol=0)
+
+
+def test_fewer_images_than_a_batch_are_one_batch(digits: Labeled) -> None:
+    few = digits[0][:7], digits[1][:7]
+    batches = list(in_memory_batches(*few, batch_size=64, seed=0, epoch=0))
+    assert [len(labels) for _, labels in batches] == [7]
+
+
+def test_more_workers_than_images_of_a_batch_are_refused(digits: Labeled) -> None:
+    with pytest.raises(ConfigError, match="got 5 workers for batches of 4 images; lower it"):
+        next(in_memory_batches(*digits, batch_size=4, seed=0, epoch=0, world=5))
+
+
+def test_eval_batches_are_all_images_in_order(digits: Labeled) -> None:
+    batches = list(eval_batches(*digits, mean_C=MEAN, std_C=STD, batch_size=500))
+    assert [len(labels) for _, labels in batches] == [500, 500, 500, 297]
+    torch.testing.assert_close(torch.cat([x for x, _ in batches]), to_input(digits[0], MEAN, STD))
+    np.testing.assert_array_equal(torch.cat([y for _, y in batches]).numpy(), digits[1])
+
+
+# The teacher
+
+
+def test_a_classifier_learns_the_digits(digits: Labeled) -> None:
+    config = SqueezeConfig(epochs=3, batch_size=32, crop_scale_min=0.8, flip=False)
+    network, losses = small_network(), []
+    train_on(
+        network,
+        (digits[0][:1400], digits[1][:1400]),
+        config,
+        on_epoch=lambda epoch, loss: losses.append((epoch, loss)),
+    )
+    held_out = eval_batches(
+        digits[0][1400:], digits[1][1400:], mean_C=MEAN, std_C=STD, batch_size=200
+    )
+    top1, top5 = accuracy(network, held_out)
+    assert top1 > 0.93 and top5 > 0.99
+    assert [epoch for epoch, _ in losses] == [0, 1, 2]
+    assert losses[2][1] < losses[1][1] < losses[0][1]
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_training_resumed_from_plain_arrays_gives_the_same_bytes(
+    digits: Labeled, channels_last: bool
+) -> None:
+    data = digits[0][:300], digits[1][:300]
+    config = SqueezeConfig(epochs=4, batch_size=50)
+    whole = small_network(channels_last=channels_last)
+    optimizer, saved = sgd(whole, config), {}
+
+    def save(epoch: int, _: float) -> None:
+        saved[epoch] = training_state(whole, optimizer)
+
+    train_on(whole, data, config, optimizer=optimizer, on_epoch=save)
+    resumed = small_network(seed=7, channels_last=channels_last)
+    again = sgd(resumed, config)
+    # As they come back from a file: row-major, and 0-dimensional arrays with one dimension.
+    state = {name: np.ascontiguousarray(array) for name, array in saved[1].items()}
+    load_training_state(resumed, again, state)
+    train_on(resumed, data, config, optimizer=again, start_epoch=2)
+    assert_same_weights(resumed, whole)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_training_state_of_every_optimizer_round_trips(name: str) -> None:
+    def steps(network: nn.Module, optimizer: torch.optim.Optimizer, first: int) -> None:
+        for step in range(first, first + 3):
+            images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(step))
+            take_step(optimizer, network(images).square().mean(), 0.01, step, 10)
+
+    first, second = small_network(), small_network(seed=1)
+    kwargs: dict[str, Any] = {"name": name, "learning_rate": 0.01, "weight_decay": 0.1}
+    optimizers = make_optimizer(first, **kwargs), make_optimizer(second, **kwargs)
+    steps(first, optimizers[0], 0)
+    load_training_state(second, optimizers[1], training_state(first, optimizers[0]))
+    assert_same_weights(second, first)
+    steps(first, optimizers[0], 3)
+    steps(second, optimizers[1], 3)
+    assert_same_weights(second, first)
+
+
+def test_training_draws_nothing_from_global_generators(digits: Labeled) -> None:
+    data, config = (digits[0][:100], digits[1][:100]), SqueezeConfig(epochs=1, batch_size=50)
+    first, second = small_network(), small_network()
+    train_on(first, data, config)
+    np.random.seed(9)
+    torch.manual_seed(9)
+    state = torch.get_rng_state()
+    train_on(second, data, config)
+    assert_same_weights(first, second)
+    torch.testing.assert_close(torch.get_rng_state(), state)
+
+
+def test_ranks_augment_differently_and_seeds_matter(digits: Labeled) -> None:
+    data, config = (digits[0][:100], digits[1][:100]), SqueezeConfig(epochs=1, batch_size=50)
+    first, second = small_network(), small_network()
+    train_on(first, data, config)
+    train_on(second, data, config, rank=1)
+    assert (first[0].weight != second[0].weight).any()  # type: ignore[index]
+
+
+def test_the_rate_falls_over_all_epochs_and_not_over_each(
+    digits: Labeled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+    monkeypatch.setattr(training, "take_step", lambda *args: steps.append(args[2:]))
+    config = SqueezeConfig(epochs=3, batch_size=50, learning_rate=0.3)
+    train_on(small_network(), (digits[0][:100], digits[1][:100]), config)
+    assert steps == [(0.3, step, 6) for step in range(6)]
+    steps.clear()
+    images = to_input(digits[0][:16], MEAN, STD)
+    train_small(small_network(), images, fixed_epochs(16), learning_rate=0.2)
+    assert steps == [(0.2, step, 6) for step in range(6)]
+
+
+def test_only_the_announced_steps_of_an_epoch_are_taken(digits: Labeled) -> None:
+    taken = []
+
+    def endless(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        while True:
+            taken.append(epoch)
+            yield torch.from_numpy(digits[0][:8]), torch.from_numpy(digits[1][:8])
+
+    network, config = small_network(), SqueezeConfig(epochs=2, batch_size=8)
+    train_classifier(
+        network,
+        sgd(network, config),
+        endless,
+        config,
+        steps_per_epoch=3,
+        mean_C=MEAN,
+        std_C=STD,
+        seed=0,
+    )
+    assert taken == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_loss_that_is_not_finite_names_the_learning_rate(digits: Labeled) -> None:
+    config = SqueezeConfig(epochs=1, batch_size=50, learning_rate=1e30)
+    with pytest.raises(ConfigError, match=r"--squeeze.learning-rate: .*finite.*epoch 0.*lower it"):
+        train_on(small_network(), (digits[0][:200], digits[1][:200]), config)
+
+
+def test_a_network_in_distributed_data_parallel_trains_to_the_same_weights(
+    digits: Labeled, tmp_path: Path
+) -> None:
+    data, config = (digits[0][:200], digits[1][:200]), SqueezeConfig(epochs=2, batch_size=50)
+    plain = small_network()
+    train_on(plain, data, config)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(small_network())
+        train_on(wrapped, data, config)
+    finally:
+        distributed.destroy_process_group()
+    torch.testing.assert_close(wrapped.module.state_dict(), plain.state_dict())
+
+
+# The student
+
+
+def random_logits(n: int, seed: int, num_classes: int = 10) -> torch.Tensor:
+    return 3 * torch.randn(n, num_classes, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 20.0])
+def test_soft_label_loss_is_the_mean_divergence_of_the_tempered_softmaxes(
+    temperature: float,
+) -> None:
+    student, teacher = random_logits(6, 0), random_logits(6, 1)
+    p, q = (softmax(x.double().numpy() / temperature, axis=1) for x in (teacher, student))
+    divergence_B = entropy(p, q, axis=1)
+    loss = soft_label_loss(student, teacher, temperature).item()
+    np.testing.assert_allclose(loss, divergence_B.mean(), rtol=1e-4)
+    weights = np.array([0, 1, 2, 0.5, 0.5, 2])
+    loss = soft_label_loss(student, teacher, temperature, torch.tensor(weights)).item()
+    np.testing.assert_allclose(loss, (weights * divergence_B).mean(), rtol=1e-4)
+
+
+def test_soft_label_loss_ignores_a_constant_in_a_row_and_is_zero_at_the_teacher() -> None:
+    teacher = random_logits(4, 0)
+    shift = torch.tensor([[5.0], [-3.0], [0.0], [100.0]])
+    torch.testing.assert_close(
+        soft_label_loss(teacher + shift, teacher, 4.0), torch.tensor(0.0), rtol=0, atol=1e-5
+    )
+
+
+def soft_epochs(
+    network: nn.Module, images: torch.Tensor
+) -> Any:  # Callable[[int], tuple[Views, ndarray]]
+    config = ViewConfig(crop_scale_min=0.7, flip=False)
+
+    def epoch_of(epoch: int) -> tuple[Views, np.ndarray]:
+        views = draw_views(len(images), 8, config, seed=0, epoch=epoch)
+        return views, label_views(network.eval(), images, views, 8, 100)
+
+    return epoch_of
+
+
+def test_a_student_learns_its_teacher_from_views_alone(digits: Labeled) -> None:
+    teacher = small_network()
+    train_on(teacher, digits, SqueezeConfig(epochs=2, batch_size=32, flip=False))
+    images = to_input(digits[0][:300], MEAN, STD)
+    student, config = small_network(seed=3), EvaluateConfig(batch_size=25, temperature=4.0)
+    losses: list[float] = []
+    train_student(
+        student,
+        images,
+        soft_epochs(teacher, images),
+        None,
+        config,
+        epochs=12,
+        image_size=8,
+        seed=0,
+        on_epoch=lambda _, loss: losses.append(loss),
+    )
+    held_out = eval_batches(
+        digits[0][300:], digits[1][300:], mean_C=MEAN, std_C=STD, batch_size=500
+    )
+    top1, _ = accuracy(student, held_out)
+    assert top1 > 0.85
+    assert len(losses) == 12 and losses[-1] < 0.5 * losses[0]
+
+
+def fixed_epochs(n: int, seed: int = 0) -> Any:
+    logits = random_logits(n, seed).numpy()
+    return lambda epoch: (draw_views(n, 8, ViewConfig(), seed=0, epoch=epoch), logits)
+
+
+def train_small(network: nn.Module, images: Any, epochs_of: Any, **changes: Any) -> nn.Module:
+    """Train on 3 label epochs in batches of 8, and return the network."""
+    weights = changes.pop("weights", None)
+    seed = changes.pop("seed", 0)
+    config = EvaluateConfig(batch_size=8, **changes)
+    train_student(network, images, epochs_of, weights, config, epochs=3, image_size=8, seed=seed)
+    return network
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_students_of_one_seed_are_equal_to_the_last_bit(optimizer: str) -> None:
+    images = torch.randn(21, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    first = train_small(small_network(), images, fixed_epochs(21), optimizer=optimizer)
+    np.random.seed(1)
+    torch.randn(3)
+    second = train_small(small_network(), images, fixed_epochs(21), optimizer=optimizer)
+    assert_same_weights(first, second)
+    other = train_small(small_network(), images, fixed_epochs(21), optimizer=optimizer, seed=1)
+    assert (other[0].weight != first[0].weight).any()  # type: ignore[index]
+
+
+def test_rendering_few_or_many_views_at_a_time_trains_the_same_student(
+    monkeypatch: pytest.MonkeyPatch, digits: Labeled
+) -> None:
+    images = to_input(digits[0][:30], MEAN, STD)
+    first = train_small(small_network(), images, fixed_epochs(30))
+    monkeypatch.setattr(training, "_RENDER_FLOATS", 1)
+    second = train_small(small_network(), images, fixed_epochs(30))
+    assert_same_weights(first, second)
+    stored = StoredImages(digits[0][:30], MEAN, STD)
+    assert_same_weights(first, train_small(small_network(), stored, fixed_epochs(30)))
+
+
+def test_batches_of_a_student_are_of_equal_size_and_hold_every_view_once() -> None:
+    class Recorder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.seen = nn.Linear(1, 10), list[torch.Tensor]()
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.seen.append(images.mean(dim=(1, 2, 3)).round())
+            return self.linear(images.mean(dim=(2, 3)))
+
+    constant = torch.arange(26.0)[:, None, None, None].expand(26, 1, 8, 8).contiguous()
+    views = draw_views(26, 8, ViewConfig(mix="none"), seed=0, epoch=0)
+    network = Recorder()
+    train_small(network, constant, lambda _: (views, random_logits(26, 0).numpy()))
+    assert [len(batch) for batch in network.seen[:4]] == [7, 7, 6, 6]
+    epochs = [torch.cat(network.seen[i : i + 4]) for i in (0, 4, 8)]
+    for seen in epochs:
+        torch.testing.assert_close(seen.sort().values, torch.arange(26.0))
+    assert (epochs[0] != epochs[1]).any()
+
+
+def test_weights_of_images_scale_their_loss_only_when_the_option_is_on() -> None:
+    images = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    weights = np.full(16, 0.1)
+    weights[5] = 0
+
+    def linear() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    changed = random_logits(16, 0).numpy()
+    changed[5] += 50 * np.eye(10)[3]
+
+    def other_label(epoch: int) -> tuple[Views, np.ndarray]:
+        return draw_views(16, 8, ViewConfig(), seed=0, epoch=epoch), changed
+
+    options: dict[str, Any] = {"weights": weights, "weighted_loss": True}
+    plain = train_small(linear(), images, fixed_epochs(16))
+    weighted = train_small(linear(), images, fixed_epochs(16), **options)
+    assert (plain[1].weight != weighted[1].weight).any()  # type: ignore[index]
+    # An image of weight 0 teaches nothing: its label may change.
+    assert_same_weights(weighted, train_small(linear(), images, other_label, **options))
+    options["weights"] = 7 * weights  # only relative weights count
+    rescaled = train_small(linear(), images, fixed_epochs(16), **options)
+    torch.testing.assert_close(rescaled.state_dict(), weighted.state_dict())
+    options["weighted_loss"] = False
+    assert_same_weights(plain, train_small(linear(), images, fixed_epochs(16), **options))
+
+
+def test_a_diverging_student_is_told_to_lower_its_rate() -> None:
+    images = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ConfigError, match=r"--evaluate.learning-rate: .*finite"):
+        train_small(
+            small_network(),
+            images,
+            fixed_epochs(16),
+            learning_rate=1e38,
+            optimizer="sgd",
+        )
+
+
+# Accuracy
+
+
+class Replay(nn.Module):
+    """Returns its input, flattened, as logits."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)
+
+
+def test_accuracy_counts_the_best_and_the_best_five() -> None:
+    logits_BY = torch.arange(10.0).flip(0).expand(10, 10)  # class 0 is best, class 9 last
+    labels_B = torch.arange(10)
+    batches = [
+        (logits_BY[part, :, None, None], labels_B[part]) for part in (slice(0, 7), slice(7, 10))
+    ]
+    assert accuracy(Replay(), batches) == (0.1, 0.5)
+
+
+def test_top5_of_three_classes_is_always_right() -> None:
+    logits_BY = torch.eye(3)[:, :, None, None]
+    top1, top5 = accuracy(Replay(), [(logits_BY, torch.tensor([0, 1, 0]))])
+    assert top5 == 1
+    np.testing.assert_allclose(top1, 2 / 3)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_accuracy_is_measured_in_eval_mode_and_puts_the_mode_back(mode: bool) -> None:
+    network = small_network().train(mode)
+    before = copy.deepcopy(network.state_dict())
+    accuracy(network, [(torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64))])
+    assert network.training is mode
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)

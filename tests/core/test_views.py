@@ -1,0 +1,314 @@
+"""Views: what is drawn, what is rendered, and that a stored view replays to the same pixels."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+
+from wmdd_ray.config import ViewConfig
+from wmdd_ray.core.views import (
+    StoredImages,
+    concatenate_views,
+    crop,
+    draw_crops,
+    draw_views,
+    render_views,
+    take,
+    to_input,
+)
+from wmdd_ray.records import Views
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+def random_images(n: int, size: int = 14, channels: int = 3, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, channels, size, size, generator=generator)
+
+
+def whole_box(n: int) -> torch.Tensor:
+    return torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(n, 4)
+
+
+def no_flip(n: int) -> torch.Tensor:
+    return torch.zeros(n, dtype=torch.bool)
+
+
+def assert_same_views(first: Views, second: Views) -> None:
+    for field in fields(Views):
+        np.testing.assert_array_equal(
+            getattr(first, field.name), getattr(second, field.name), err_msg=field.name
+        )
+
+
+def test_to_input_divides_by_255_then_normalizes() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (4, 5, 6, 3), dtype=np.uint8)
+    expected = (images / 255.0 - np.array(MEAN)) / np.array(STD)
+    result = to_input(images, MEAN, STD)
+    assert result.dtype == torch.float32 and result.is_contiguous()
+    np.testing.assert_allclose(result.numpy(), expected.transpose(0, 3, 1, 2), atol=1e-5)
+
+
+def test_to_input_leaves_its_argument_alone_and_takes_readonly_arrays() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 3, 3), dtype=np.uint8)
+    images.flags.writeable = False
+    before = images.copy()
+    to_input(images, MEAN, STD)
+    np.testing.assert_array_equal(images, before)
+
+
+@pytest.mark.parametrize("size", [8, 13, 28, 100])
+def test_crop_of_the_whole_image_is_the_image_bit_for_bit(size: int) -> None:
+    images = random_images(3, size)
+    torch.testing.assert_close(crop(images, whole_box(3), no_flip(3), size), images, rtol=0, atol=0)
+
+
+def test_flip_mirrors_left_and_right_of_the_chosen_images_only() -> None:
+    images = random_images(2)
+    result = crop(images, whole_box(2), torch.tensor([True, False]), 14)
+    torch.testing.assert_close(result[0], images[0].flip(-1), rtol=0, atol=0)
+    torch.testing.assert_close(result[1], images[1], rtol=0, atol=0)
+
+
+def test_crop_of_whole_pixels_is_a_slice() -> None:
+    images = random_images(1, 16)
+    box = torch.tensor([[4 / 16, 2 / 16, 8 / 16, 8 / 16]])
+    torch.testing.assert_close(crop(images, box, no_flip(1), 8), images[:, :, 4:12, 2:10])
+
+
+def test_crop_agrees_with_grid_sample() -> None:
+    images, n, size = random_images(40, 14).double(), 40, 11
+    boxes = torch.from_numpy(draw_crops(np.random.default_rng(1), n, 0.1))
+    flips = torch.rand(n, generator=torch.Generator().manual_seed(2)) < 0.5
+    t = (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    tx = torch.where(flips[:, None], 1 - t, t)
+    y = 2 * (boxes[:, :1] + t * boxes[:, 2:3]) - 1
+    x = 2 * (boxes[:, 1:2] + tx * boxes[:, 3:]) - 1
+    grid = torch.stack([x[:, None].expand(n, size, size), y[..., None].expand(n, size, size)], -1)
+    expected = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    result = crop(images.float(), boxes, flips, size)
+    torch.testing.assert_close(result, expected.float(), rtol=0, atol=1e-5)
+
+
+def test_crop_outside_the_image_repeats_its_border() -> None:
+    images = random_images(1, 6)
+    result = crop(images, torch.tensor([[-2.0, 0.0, 1.0, 1.0]]), no_flip(1), 6)
+    torch.testing.assert_close(result, images[:, :, :1].expand(1, 3, 6, 6))
+
+
+def test_gradient_of_crop_is_its_transpose() -> None:
+    # crop is linear: <crop(x), g> = <x, gradient>.
+    images = random_images(5, 9).requires_grad_()
+    boxes = torch.from_numpy(draw_crops(np.random.default_rng(3), 5, 0.2))
+    boxes[0] = torch.tensor([0.7, -0.3, 0.6, 1.5])  # over the border
+    flips = torch.tensor([True, False, True, False, True])
+    result = crop(images, boxes, flips, 12)
+    direction = torch.randn(result.shape, generator=torch.Generator().manual_seed(4))
+    result.backward(direction)
+    assert images.grad is not None
+    for i in range(5):
+        torch.testing.assert_close(
+            (images[i] * images.grad[i]).sum(), (result[i] * direction[i]).sum(), rtol=1e-4, atol=0
+        )
+    # The same sum by automatic differentiation of plain indexing, in double precision.
+    copy = images.detach().double().requires_grad_()
+    rows = F.grid_sample(copy, _grid(boxes, flips, 12), padding_mode="border", align_corners=False)
+    rows.backward(direction.double())
+    assert copy.grad is not None
+    torch.testing.assert_close(images.grad, copy.grad.float(), rtol=0, atol=1e-4)
+
+
+def _grid(boxes: torch.Tensor, flips: torch.Tensor, size: int) -> torch.Tensor:
+    n, t = len(boxes), (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    tx = torch.where(flips[:, None], 1 - t, t)
+    y, x = 2 * (boxes[:, :1] + t * boxes[:, 2:3]) - 1, 2 * (boxes[:, 1:2] + tx * boxes[:, 3:]) - 1
+    return torch.stack([x[:, None].expand(n, size, size), y[..., None].expand(n, size, size)], -1)
+
+
+def test_drawn_crops_have_uniform_area_bounded_aspect_and_fit() -> None:
+    boxes = draw_crops(np.random.default_rng(0), 20_000, 0.3).astype(np.float64)
+    top, left, height, width = boxes.T
+    assert (
+        boxes.min() >= 0 and (top + height).max() <= 1 + 1e-6 and (left + width).max() <= 1 + 1e-6
+    )
+    assert stats.kstest(height * width, "uniform", args=(0.3, 0.7)).pvalue > 1e-3
+    small = height * width < 0.7  # there the aspect is not narrowed
+    log_aspect = np.log(width / height)[small]
+    assert abs(log_aspect).max() <= np.log(4 / 3) + 1e-5
+    low = np.log(3 / 4)
+    assert stats.kstest(log_aspect, "uniform", args=(low, -2 * low)).pvalue > 1e-3
+    assert stats.kstest(top / (1 - height), "uniform").pvalue > 1e-3
+    assert stats.kstest(left / (1 - width), "uniform").pvalue > 1e-3
+
+
+def test_scale_min_of_one_is_always_the_whole_image() -> None:
+    boxes = draw_crops(np.random.default_rng(0), 50, 1.0)
+    np.testing.assert_allclose(boxes, np.tile([0, 0, 1, 1], (50, 1)), atol=1e-7)
+
+
+@pytest.mark.parametrize("mix", ["cutmix", "mixup", "none"])
+def test_views_depend_only_on_seed_epoch_and_row(mix: str) -> None:
+    config = ViewConfig(mix=mix)  # type: ignore[arg-type]
+    first = draw_views(50, 16, config, seed=1, epoch=7)
+    assert_same_views(first, draw_views(50, 16, config, seed=1, epoch=7))
+    longer = draw_views(80, 16, config, seed=1, epoch=7)
+    for name in ("crop_V4", "flip_V", "partner_crop_V4", "mix_box_V4", "share_V"):
+        np.testing.assert_array_equal(getattr(longer, name)[:50], getattr(first, name))
+    for seed, epoch in ((1, 8), (2, 7), (7, 1)):
+        other = draw_views(50, 16, config, seed=seed, epoch=epoch)
+        assert (other.crop_V4 != first.crop_V4).any(axis=1).all()
+
+
+def test_seed_of_64_bits_is_accepted() -> None:
+    draw_views(2, 16, ViewConfig(), seed=2**64 - 1, epoch=0)
+
+
+def test_rows_of_all_fields_are_mutually_independent() -> None:
+    # A draw that is used twice shows as a correlation between two fields.
+    views = draw_views(20_000, 64, ViewConfig(mix="mixup"), seed=0, epoch=0)
+    fields_VF = np.column_stack(
+        [
+            np.prod(views.crop_V4[:, 2:], axis=1),
+            views.crop_V4[:, 2] / views.crop_V4[:, 3],
+            views.crop_V4[:, 0] / (1 - views.crop_V4[:, 2]),
+            views.crop_V4[:, 1] / (1 - views.crop_V4[:, 3]),
+            views.flip_V,
+            np.prod(views.partner_crop_V4[:, 2:], axis=1),
+            views.partner_crop_V4[:, 2] / views.partner_crop_V4[:, 3],
+            views.partner_crop_V4[:, 0] / (1 - views.partner_crop_V4[:, 2]),
+            views.partner_crop_V4[:, 1] / (1 - views.partner_crop_V4[:, 3]),
+            views.partner_flip_V,
+            views.partner_V,
+            views.share_V,
+        ]
+    )
+    correlation = np.corrcoef(fields_VF, rowvar=False)
+    assert abs(correlation - np.eye(12)).max() < 0.1
+
+
+def test_partners_cover_the_whole_data_set() -> None:
+    partner_V = draw_views(5000, 16, ViewConfig(), seed=0, epoch=0).partner_V
+    assert partner_V.min() >= 0 and partner_V.max() < 5000
+    assert stats.kstest(partner_V / 5000, "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0, 4.0])
+def test_mixup_share_follows_the_beta_distribution(alpha: float) -> None:
+    config = ViewConfig(mix="mixup", mix_alpha=alpha)
+    share_V = draw_views(5000, 16, config, seed=3, epoch=0).share_V
+    assert stats.kstest(share_V, stats.beta(alpha, alpha).cdf).pvalue > 1e-3
+
+
+def test_cutmix_share_is_the_area_outside_the_box_that_is_pasted() -> None:
+    views = draw_views(500, 28, ViewConfig(), seed=0, epoch=0)
+    zeros_and_ones = torch.stack([torch.zeros(1, 28, 28), torch.ones(1, 28, 28)])
+    row_V = np.zeros(500, dtype=np.int32)
+    marked = replace(views, image_V=row_V, partner_V=row_V + 1)
+    rendered = render_views(zeros_and_ones, marked, 28)
+    pasted_V = rendered.mean(dim=(1, 2, 3)).numpy()
+    np.testing.assert_allclose(1 - pasted_V, views.share_V, atol=1e-6)
+    for picture, (top, left, bottom, right) in zip(rendered, views.mix_box_V4, strict=True):
+        assert (picture[0, top:bottom, left:right] == 1).all()
+    # Clipping at the border only shrinks a box, so the mean share lies above lambda's mean of 1/2.
+    assert 0.5 < views.share_V.mean() < 0.75
+    top, left, bottom, right = views.mix_box_V4.T
+    assert min(top.min(), left.min()) == 0 and max(bottom.max(), right.max()) == 28
+
+
+def test_no_mix_and_no_flip_are_what_they_say() -> None:
+    config = ViewConfig(mix="none", flip=False)
+    views = draw_views(20, 16, config, seed=0, epoch=0)
+    assert not views.flip_V.any()
+    np.testing.assert_array_equal(views.partner_V, views.image_V)
+    np.testing.assert_array_equal(views.share_V, 1)
+    images = random_images(20, 16)
+    expected = crop(images, torch.from_numpy(views.crop_V4), no_flip(20), 16)
+    torch.testing.assert_close(render_views(images, views, 16), expected, rtol=0, atol=0)
+    assert not draw_views(200, 16, ViewConfig(flip=False), seed=0, epoch=0).partner_flip_V.any()
+
+
+def test_mixup_is_the_weighted_mean_of_both_views() -> None:
+    images = random_images(6, 8)
+    views = draw_views(6, 8, ViewConfig(mix="mixup"), seed=0, epoch=0)
+    own = render_views(images, draw_own(views), 8)
+    partner = crop(
+        images[torch.from_numpy(views.partner_V).long()],
+        torch.from_numpy(views.partner_crop_V4),
+        torch.from_numpy(views.partner_flip_V),
+        8,
+    )
+    share = torch.from_numpy(views.share_V)[:, None, None, None]
+    expected = share * own + (1 - share) * partner
+    torch.testing.assert_close(render_views(images, views, 8), expected)
+
+
+def draw_own(views: Views) -> Views:
+    """Return `views` without their partners."""
+    return replace(
+        views, mix_box_V4=np.zeros_like(views.mix_box_V4), share_V=np.ones_like(views.share_V)
+    )
+
+
+@pytest.mark.parametrize("mix", ["cutmix", "mixup", "none"])
+@pytest.mark.parametrize("size", [11, 16])
+def test_any_partition_of_the_rows_renders_the_same_pixels_bit_for_bit(mix: str, size: int) -> None:
+    images = random_images(37, 13)
+    views = draw_views(37, size, ViewConfig(mix=mix), seed=0, epoch=3)  # type: ignore[arg-type]
+    whole = render_views(images, views, size)
+    for batch in (1, 2, 5, 36):
+        parts = [
+            render_views(images, take(views, slice(i, i + batch)), size)
+            for i in range(0, 37, batch)
+        ]
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=0)
+    order = np.random.default_rng(0).permutation(37)
+    shuffled = render_views(images, take(views, order), size)
+    torch.testing.assert_close(shuffled, whole[torch.from_numpy(order)], rtol=0, atol=0)
+
+
+def test_views_of_different_kinds_may_share_a_batch() -> None:
+    images = random_images(9, 12)
+    kinds = [
+        draw_views(9, 12, ViewConfig(mix=mix), seed=0, epoch=0)
+        for mix in ("cutmix", "mixup", "none")
+    ]
+    together = render_views(images, concatenate_views(kinds), 12)
+    apart = torch.cat([render_views(images, views, 12) for views in kinds])
+    torch.testing.assert_close(together, apart, rtol=0, atol=0)
+
+
+def test_a_stored_view_replays_to_the_same_pixels(tmp_path: Path) -> None:
+    images = random_images(10, 12)
+    views = draw_views(10, 12, ViewConfig(), seed=5, epoch=2)
+    np.savez(tmp_path / "views.npz", **{f.name: getattr(views, f.name) for f in fields(Views)})
+    with np.load(tmp_path / "views.npz") as arrays:
+        replayed = Views(**dict(arrays))
+    torch.testing.assert_close(
+        render_views(images, replayed, 12), render_views(images, views, 12), rtol=0, atol=0
+    )
+
+
+def test_take_and_concatenate_are_inverse() -> None:
+    views = draw_views(10, 16, ViewConfig(), seed=0, epoch=0)
+    parts = [take(views, slice(0, 4)), take(views, np.arange(4, 10))]
+    assert [len(p) for p in parts] == [4, 6]
+    assert_same_views(concatenate_views(parts), views)
+
+
+def test_stored_images_render_as_their_normalized_tensor() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (8, 9, 9, 3), dtype=np.uint8)
+    views = draw_views(8, 9, ViewConfig(), seed=0, epoch=0)
+    stored = StoredImages(images, MEAN, STD)
+    assert len(stored) == 8
+    torch.testing.assert_close(
+        render_views(stored, views, 9),
+        render_views(to_input(images, MEAN, STD), views, 9),
+        rtol=0,
+        atol=0,
+    )

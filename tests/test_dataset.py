@@ -1,0 +1,373 @@
+"""The distilled data set: same items in any order, with any workers, from any store."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, SubsetRandomSampler
+
+from wmdd_ray.config import EvaluateConfig, RelabelConfig, ViewConfig
+from wmdd_ray.core.soft_labels import compress, decompress, take_labels
+from wmdd_ray.core.training import train_student
+from wmdd_ray.core.views import StoredImages, concatenate_views, draw_views, render_views, take
+from wmdd_ray.dataset import DistilledDataset
+from wmdd_ray.errors import ArtifactError
+from wmdd_ray.records import SoftLabelBlock, Teacher
+from wmdd_ray.store import codecs
+from wmdd_ray.store.filesystem import Store
+
+NAMES = ("cat", "dog", "emu")
+IPC, SIZE, EPOCHS, N = 4, 10, 5, 12
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+EPOCHS_PER_FILE = 2
+RELABEL = RelabelConfig(compression="top_k", top_k=2)
+
+
+def source_arrays() -> dict[str, Any]:
+    """Return images, labels, weights, and each epoch's views and logits, as they are written."""
+    rng = np.random.default_rng(0)
+    weights_CK = rng.dirichlet(np.ones(IPC), size=len(NAMES))
+    views = [draw_views(N, SIZE, ViewConfig(), seed=0, epoch=e) for e in range(EPOCHS)]
+    logits = [3 * rng.standard_normal((N, len(NAMES))).astype(np.float32) for _ in range(EPOCHS)]
+    return {
+        "images": rng.integers(0, 256, (N, SIZE, SIZE, 3), dtype=np.uint8),
+        "labels": np.repeat(np.arange(len(NAMES)), IPC),
+        "weights": weights_CK.reshape(-1),
+        "views": views,
+        "logits": logits,
+    }
+
+
+SOURCE = source_arrays()
+
+
+def small_teacher() -> Teacher:
+    return Teacher(
+        arch="convnet3",
+        width=4,
+        small_stem=False,
+        class_names=NAMES,
+        image_size=SIZE,
+        resize=SIZE,
+        channels=3,
+        mean_C=MEAN,
+        std_C=STD,
+        top1=0.5,
+        weights={"fc.weight": np.zeros((3, 4), dtype=np.float32)},
+    )
+
+
+def label_files(slices: int, config: RelabelConfig) -> dict[str, bytes]:
+    """Return the label files; with several slices, each holds interleaved images."""
+    files = {}
+    for first in range(0, EPOCHS, EPOCHS_PER_FILE):
+        epochs = range(first, min(first + EPOCHS_PER_FILE, EPOCHS))
+        for s in range(slices):
+            rows = np.arange(N)[s::slices]
+            block = SoftLabelBlock(
+                first_epoch=first,
+                num_epochs=len(epochs),
+                views=concatenate_views([take(SOURCE["views"][e], rows) for e in epochs]),
+                labels=compress(
+                    np.concatenate([SOURCE["logits"][e][rows] for e in epochs]), config
+                ),
+            )
+            stop = epochs.stop - 1
+            name = (
+                f"e{first:05d}-{stop:05d}-s{s:04d}"
+                if slices > 1
+                else f"epochs-{first:05d}-{stop:05d}"
+            )
+            files[f"labels/{name}.parquet"] = codecs.encode_soft_labels(block)
+    return files
+
+
+def write_dataset(
+    uri: str,
+    *,
+    slices: int = 1,
+    config: RelabelConfig = RELABEL,
+    changes: dict[str, bytes | None] | None = None,
+    **meta: Any,
+) -> str:
+    """Write a small data set under `uri` and return `uri`; `changes` replaces or drops files."""
+    files: dict[str, bytes | None] = {"teacher.safetensors": codecs.encode_teacher(small_teacher())}
+    for i, part in enumerate((slice(0, 8), slice(8, N))):
+        images, labels, weights = (SOURCE[name][part] for name in ("images", "labels", "weights"))
+        content = codecs.encode_images(images, labels, weights, NAMES)
+        files[f"data/train-{i:05d}-of-00002.parquet"] = content
+    files |= label_files(slices, config)
+    files |= changes or {}
+    store = Store(uri)
+    written = {key: content for key, content in files.items() if content is not None}
+    for key, content in written.items():
+        store.put(key, content)
+    manifest = {
+        "class_names": NAMES,
+        "image_size": SIZE,
+        "channels": 3,
+        "mean": MEAN,
+        "std": STD,
+        "ipc": IPC,
+        "num_images": N,
+        "label_epochs": EPOCHS,
+        **meta,
+    }
+    entries = [codecs.entry_of(key, content) for key, content in written.items()]
+    store.put(codecs.MANIFEST_KEY, codecs.encode_manifest(manifest, entries))
+    return uri
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_dataset(str(tmp_path_factory.mktemp("distilled")))
+
+
+def expected_items() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return all views, logits and weights, computed from the arrays that were written."""
+    stored = StoredImages(SOURCE["images"], MEAN, STD)
+    views = torch.cat([render_views(stored, v, SIZE) for v in SOURCE["views"]])
+    logits = [decompress(compress(x, RELABEL)) for x in SOURCE["logits"]]
+    weights = SOURCE["weights"] / SOURCE["weights"].mean()
+    return views, torch.tensor(np.concatenate(logits)), torch.tensor(weights).float().repeat(EPOCHS)
+
+
+def assert_is_everything(batches: Any, order: Any = None) -> None:
+    """Assert that the batches, put together, are all items (in `order`) to the last bit."""
+    parts = [torch.cat(column) for column in zip(*batches, strict=True)]
+    for part, expected in zip(parts, expected_items(), strict=True):
+        target = expected if order is None else expected[torch.as_tensor(order)]
+        torch.testing.assert_close(part, target, rtol=0, atol=0)
+
+
+def test_opening_tells_what_the_data_set_is(uri: str) -> None:
+    dataset = DistilledDataset(uri)
+    assert len(dataset) == N * EPOCHS
+    assert (dataset.num_images, dataset.label_epochs, dataset.image_size) == (N, EPOCHS, SIZE)
+    assert dataset.class_names == NAMES and dataset.manifest["ipc"] == IPC
+    assert dataset.mean_C == MEAN and dataset.std_C == STD
+    np.testing.assert_array_equal(dataset.images, SOURCE["images"])
+    np.testing.assert_array_equal(dataset.labels, SOURCE["labels"])
+    np.testing.assert_array_equal(dataset.weights, SOURCE["weights"])
+    assert dataset.teacher().class_names == NAMES
+
+
+def test_item_i_is_image_i_mod_n_in_epoch_i_div_n(uri: str) -> None:
+    dataset = DistilledDataset(uri)
+    views, logits, weights = expected_items()
+    for i in (0, 5, N, 2 * N + 3, N * EPOCHS - 1):
+        view, soft_label, weight = dataset[i]
+        assert view.dtype == soft_label.dtype == weight.dtype == torch.float32
+        assert view.shape == (3, SIZE, SIZE) and soft_label.shape == (3,) and weight.shape == ()
+        torch.testing.assert_close(view, views[i], rtol=0, atol=0)
+        torch.testing.assert_close(soft_label, logits[i], rtol=0, atol=0)
+        torch.testing.assert_close(weight, weights[i], rtol=0, atol=0)
+
+
+def test_weights_have_mean_one_over_the_images(uri: str) -> None:
+    dataset = DistilledDataset(uri)
+    weights = torch.stack([dataset[i][2] for i in range(N)])
+    torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, N, 1000])
+def test_any_batch_size_gives_the_same_items(uri: str, batch_size: int) -> None:
+    assert_is_everything(DataLoader(DistilledDataset(uri), batch_size=batch_size))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_workers_of_both_start_methods_give_the_same_items(uri: str, method: str) -> None:
+    dataset = DistilledDataset(uri)
+    loader = DataLoader(
+        dataset,
+        batch_size=9,
+        num_workers=2,
+        multiprocessing_context=multiprocessing.get_context(method),
+    )
+    assert_is_everything(loader)
+
+
+def test_any_order_gives_the_same_items(uri: str) -> None:
+    order = np.random.default_rng(0).permutation(N * EPOCHS)
+    dataset = DistilledDataset(uri, cache_gib=0)  # blocks come and go
+    loader = DataLoader(dataset, batch_size=11, sampler=order.tolist())
+    assert_is_everything(loader, order)
+    plain = DataLoader(dataset, batch_size=11, sampler=SubsetRandomSampler(range(N * EPOCHS)))
+    assert sum(len(view) for view, _, _ in plain) == len(dataset)
+
+
+def test_sampler_shuffles_inside_each_epoch(uri: str) -> None:
+    dataset = DistilledDataset(uri)
+    order = list(dataset.sampler(seed=3))
+    assert len(dataset.sampler()) == len(order) == len(dataset)
+    epochs = np.array(order).reshape(EPOCHS, N)
+    for e, row in enumerate(epochs):
+        np.testing.assert_array_equal(np.sort(row), np.arange(e * N, (e + 1) * N))
+    assert (epochs[0] != epochs[1] - N).any()
+    assert order == list(dataset.sampler(seed=3)) != list(dataset.sampler(seed=4))
+    loader = DataLoader(dataset, batch_size=5, sampler=dataset.sampler(seed=3))
+    assert_is_everything(loader, order)
+
+
+def test_epoch_is_a_subset_of_its_items(uri: str) -> None:
+    dataset = DistilledDataset(uri)
+    epochs = [dataset.epoch(e) for e in range(EPOCHS)]
+    assert [len(subset) for subset in epochs] == [N] * EPOCHS
+    batches = [batch for subset in epochs for batch in DataLoader(subset, batch_size=5)]
+    assert_is_everything(batches)
+    for epoch in (-1, EPOCHS):
+        with pytest.raises(IndexError, match=f"label epoch {epoch} of {EPOCHS}"):
+            dataset.epoch(epoch)
+
+
+def test_items_outside_the_data_set_are_an_index_error(uri: str) -> None:
+    dataset = DistilledDataset(uri)
+    for index in (-1, N * EPOCHS):
+        with pytest.raises(IndexError, match=f"item {index} of {N * EPOCHS}"):
+            dataset[index]
+
+
+def test_label_epoch_returns_the_stored_arrays(uri: str) -> None:
+    dataset = DistilledDataset(uri)
+    for e in (3, 0, 4):
+        views, logits_VY = dataset.label_epoch(e)
+        for name, array in vars(SOURCE["views"][e]).items():
+            np.testing.assert_array_equal(getattr(views, name), array, err_msg=name)
+        labels = compress(SOURCE["logits"][e], RELABEL)
+        np.testing.assert_array_equal(logits_VY, decompress(labels))
+
+
+def test_label_files_may_hold_slices_of_the_images(tmp_path: Path) -> None:
+    dataset = DistilledDataset(write_dataset(str(tmp_path), slices=3))
+    assert_is_everything(DataLoader(dataset, batch_size=7))
+
+
+def test_full_labels_are_read_too(tmp_path: Path) -> None:
+    config = replace(RELABEL, compression="full")
+    dataset = DistilledDataset(write_dataset(str(tmp_path), config=config))
+    _, logits_VY = dataset.label_epoch(1)
+    np.testing.assert_array_equal(logits_VY, decompress(compress(SOURCE["logits"][1], config)))
+
+
+def test_a_pickled_data_set_is_small_and_gives_the_same_items(uri: str) -> None:
+    dataset = DistilledDataset(uri)
+    dataset[0]
+    content = pickle.dumps(dataset)
+    assert len(content) < SOURCE["images"].nbytes
+    assert_is_everything(DataLoader(pickle.loads(content), batch_size=6))
+
+
+def test_cache_holds_no_more_than_it_may(uri: str) -> None:
+    everything, little = DistilledDataset(uri), DistilledDataset(uri, cache_gib=0)
+    for dataset in (everything, little):
+        for e in range(EPOCHS):
+            dataset.label_epoch(e)
+    assert (len(everything._blocks), len(little._blocks)) == (3, 1)
+
+
+def test_a_student_trains_on_it_by_both_ways(uri: str) -> None:
+    dataset = DistilledDataset(uri)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE**2, 3))
+    train_student(
+        network,
+        StoredImages(dataset.images, dataset.mean_C, dataset.std_C),
+        dataset.label_epoch,
+        dataset.weights,
+        EvaluateConfig(batch_size=4, weighted_loss=True),
+        epochs=EPOCHS,
+        image_size=dataset.image_size,
+        seed=0,
+    )
+    views, soft_labels, _ = next(iter(DataLoader(dataset, batch_size=4)))
+    assert network(views).shape == soft_labels.shape
+
+
+def test_memory_store_is_read_like_a_disk() -> None:
+    dataset = DistilledDataset(write_dataset("memory://distilled-test/dataset"))
+    assert_is_everything(DataLoader(dataset, batch_size=8))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_forked_workers_read_an_object_store_that_the_parent_has_read(
+    s3_server: Callable[[], str],
+) -> None:
+    dataset = DistilledDataset(write_dataset(f"{s3_server()}/dataset"))
+    dataset[0]
+    loader = DataLoader(dataset, batch_size=9, num_workers=2, multiprocessing_context="fork")
+    assert_is_everything(loader)
+
+
+def test_no_data_set_at_the_uri_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=f"no distilled data set at {tmp_path}.*manifest.json"):
+        DistilledDataset(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "key", ["data/train-00001-of-00002.parquet", "labels/epochs-00002-00003.parquet"]
+)
+def test_changed_bytes_are_refused_with_the_key(tmp_path: Path, key: str) -> None:
+    path = Path(write_dataset(str(tmp_path))) / key
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match=key):
+        DistilledDataset(str(tmp_path)).label_epoch(2)
+
+
+def test_missing_label_epochs_are_refused_at_opening(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path), changes={"labels/epochs-00002-00003.parquet": None})
+    with pytest.raises(ArtifactError, match="label epochs 0 to 4, found 3 epochs"):
+        DistilledDataset(str(tmp_path))
+
+
+def test_missing_images_are_refused_at_opening(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path), changes={"data/train-00001-of-00002.parquet": None})
+    with pytest.raises(ArtifactError, match="expected 12 images, found 8"):
+        DistilledDataset(str(tmp_path))
+
+
+def test_a_manifest_without_an_entry_names_it(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path))
+    manifest = tmp_path / codecs.MANIFEST_KEY
+    manifest.write_text(manifest.read_text().replace('"num_images"', '"number"'))
+    with pytest.raises(ArtifactError, match="expected the entry 'num_images'"):
+        DistilledDataset(str(tmp_path))
+
+
+def test_a_block_that_lacks_an_image_is_refused(tmp_path: Path) -> None:
+    key = "labels/epochs-00004-00004.parquet"
+    block = codecs.decode_soft_labels(label_files(1, RELABEL)[key])
+    twice = np.array([0, 0, *range(2, N)])  # image 0 twice, image 1 never
+    content = codecs.encode_soft_labels(
+        replace(block, views=take(block.views, twice), labels=take_labels(block.labels, twice))
+    )
+    dataset = DistilledDataset(write_dataset(str(tmp_path), changes={key: content}))
+    dataset.label_epoch(3)
+    with pytest.raises(ArtifactError, match=f"{key}: expected one view of each of 12 images"):
+        dataset.label_epoch(4)
+
+
+def test_a_block_of_other_epochs_than_its_name_is_refused(tmp_path: Path) -> None:
+    files = label_files(1, RELABEL)
+    content = files["labels/epochs-00000-00001.parquet"]
+    changes: dict[str, bytes | None] = {"labels/epochs-00002-00003.parquet": content}
+    dataset = DistilledDataset(write_dataset(str(tmp_path), changes=changes))
+    with pytest.raises(ArtifactError, match="label epochs 2 to 3"):
+        dataset.label_epoch(2)
+
+
+def test_importing_the_data_set_does_not_import_ray() -> None:
+    code = "import sys, wmdd_ray.dataset; assert 'ray' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,92 @@
+"""Batches of images that lie in memory.
+
+Legend: N images, B batch, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from wmdd_ray.core.views import to_input
+from wmdd_ray.errors import ConfigError
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+# What a stream of random numbers is for. Each has its own word in the seed, never 0: numpy pads
+# seeds with zeros, so [seed, epoch] and [seed, epoch, 0] are the same stream.
+ORDER, AUGMENTATION = 1, 2
+
+
+def order_of(num_images: int, *, seed: int, epoch: int) -> np.ndarray:
+    """Return the shuffled order of one epoch: a permutation of the images, int64 (N,)."""
+    return np.random.default_rng([seed, epoch, ORDER]).permutation(num_images)
+
+
+def steps_of(num_images: int, batch_size: int) -> int:
+    """Return the batches of an epoch of `in_memory_batches`: whole ones, and at least one."""
+    return max(1, num_images // batch_size)
+
+
+def in_memory_batches(
+    images_NHWC: np.ndarray,
+    labels_N: np.ndarray,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Batch]:
+    """Yield one rank's share of the batches of one shuffled epoch.
+
+    The order is drawn from (seed, epoch). Every rank yields `steps_of(N, batch_size)` batches of
+    the same size, and the shares of a step are disjoint parts of the batch that a single rank
+    would see.
+
+    Args:
+        images_NHWC: uint8 images, all of them on every rank.
+        labels_N: int64 classes.
+        batch_size: images of one step, summed over the ranks; a remainder of the division by
+            `world` is left out, as is an incomplete last batch.
+        seed: seed of the run.
+        epoch: which epoch.
+        rank: this worker.
+        world: number of workers.
+
+    Yields:
+        (images uint8 NHWC, labels int64).
+
+    Raises:
+        ConfigError: A batch has fewer images than there are workers.
+    """
+    num_images = len(images_NHWC)
+    share = min(batch_size, num_images) // world
+    if share < 1:
+        raise ConfigError(
+            f"--num-workers: expected at most one worker an image of a batch, got {world} workers "
+            f"for batches of {min(batch_size, num_images)} images; lower it"
+        )
+    order_N = order_of(num_images, seed=seed, epoch=epoch)
+    for step in range(steps_of(num_images, batch_size)):
+        start = step * batch_size + rank * share
+        index_B = order_N[start : start + share]
+        yield torch.from_numpy(images_NHWC[index_B]), torch.from_numpy(labels_N[index_B])
+
+
+def eval_batches(
+    images_NHWC: np.ndarray,
+    labels_N: np.ndarray,
+    *,
+    mean_C: Sequence[float],
+    std_C: Sequence[float],
+    batch_size: int,
+    device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
+    """Yield (normalized float32 NCHW, int64 labels) of uint8 images, in order."""
+    for start in range(0, len(images_NHWC), batch_size):
+        part = slice(start, start + batch_size)
+        labels_B = torch.tensor(labels_N[part], device=device)
+        yield to_input(images_NHWC[part], mean_C, std_C, device), labels_B

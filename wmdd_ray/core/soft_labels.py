@@ -1,0 +1,142 @@
+"""The teacher's logits on views, and their compressed form.
+
+A row of logits matters only up to a constant, since softmax ignores it. Each row is shifted so that
+its largest logit is 0 before it is rounded to float16: the error of a logit is then at most 2^-11
+of its distance from the largest, so the likely classes are the exact ones.
+
+Legend: V views, N images, Y classes, K kept logits, C channels, H W pixels.
+
+References:
+    Shen and Xing 2022, FKD, section 3 (stored soft labels and their top-k compression with the rest
+    of the mass spread evenly).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.special import logsumexp
+from torch import nn
+
+from wmdd_ray.config import RelabelConfig
+from wmdd_ray.core.views import Images, render_views, take
+from wmdd_ray.errors import ConfigError, DataError
+from wmdd_ray.records import SoftLabels, Views
+
+_FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+
+def label_views(
+    network: nn.Module, images_NCHW: Images, views: Views, image_size: int, batch_size: int
+) -> np.ndarray:
+    """Return the network's logits on the views, float32 (V, Y).
+
+    Args:
+        network: classifier in eval mode, on the images' device.
+        images_NCHW: normalized images, or `StoredImages`.
+        views: rows that index into the images.
+        image_size: side of a rendered view, pixels.
+        batch_size: views of one pass. It can change the last bit, so a unit of work fixes it.
+    """
+    assert not network.training, "soft labels come from a network in eval mode"
+    logits = []
+    with torch.inference_mode():
+        for start in range(0, len(views), batch_size):
+            batch = take(views, slice(start, start + batch_size))
+            logits.append(network(render_views(images_NCHW, batch, image_size)).float().cpu())
+    return torch.cat(logits).numpy()
+
+
+def compress(logits_VY: np.ndarray, config: RelabelConfig) -> SoftLabels:
+    """Return the logits in float16: all of them, or the k largest and the mass of the rest.
+
+    `full`: all logits. `top_k`: the K largest in descending order, and rest = log sum exp of the
+    others. Both relative to the row's largest; values beyond float16 saturate. With K >= Y `top_k`
+    is `full`.
+
+    Args:
+        logits_VY: float logits.
+        config: `compression` and `top_k`.
+
+    Raises:
+        ConfigError: `top_k` with more classes than uint16 can name.
+        DataError: A logit is not finite.
+    """
+    num_classes = logits_VY.shape[1]
+    if not np.isfinite(logits_VY).all():
+        row = int(np.flatnonzero(~np.isfinite(logits_VY).all(axis=1))[0])
+        raise DataError(
+            f"relabel: expected finite teacher logits, found {logits_VY[row]} for view {row}; "
+            "the teacher's weights or the images are not finite: check its accuracy"
+        )
+    logits_VY = logits_VY.astype(np.float64)
+    logits_VY -= logits_VY.max(axis=1, keepdims=True)
+    if config.compression == "full" or config.top_k >= num_classes:
+        return SoftLabels(num_classes=num_classes, values_VK=_to_float16(logits_VY))
+    if num_classes > 2**16:
+        raise ConfigError(
+            f"--relabel.compression: top_k names classes by 16 bits, so at most {2**16} classes, "
+            f"got {num_classes}; use --relabel.compression full"
+        )
+    k = config.top_k
+    split_VY = np.argpartition(-logits_VY, k - 1, axis=1)
+    kept_VK = np.take_along_axis(logits_VY, split_VY[:, :k], axis=1)
+    order_VK = np.argsort(-kept_VK, axis=1, kind="stable")
+    kept_VK = np.take_along_axis(kept_VK, order_VK, axis=1)
+    indices_VK = np.take_along_axis(split_VY[:, :k], order_VK, axis=1)
+    rest_V = logsumexp(np.take_along_axis(logits_VY, split_VY[:, k:], axis=1), axis=1)
+    return SoftLabels(
+        num_classes=num_classes,
+        values_VK=_to_float16(kept_VK),
+        indices_VK=indices_VK.astype(np.uint16),
+        rest_V=_to_float16(rest_V),
+    )
+
+
+def decompress(labels: SoftLabels) -> np.ndarray:
+    """Return logits, float32 (V, Y), each row up to a constant.
+
+    Of top-k labels the softmax at temperature 1 has the kept probabilities, and the rest of the
+    mass spread evenly over the other classes; at another temperature that even spread is the only
+    loss.
+    """
+    values_VK = labels.values_VK.astype(np.float32)
+    if labels.indices_VK is None or labels.rest_V is None:
+        return values_VK
+    num_rest = labels.num_classes - values_VK.shape[1]
+    each_V = labels.rest_V.astype(np.float32) - np.float32(np.log(num_rest))
+    logits_VY = np.repeat(each_V[:, None], labels.num_classes, axis=1)
+    np.put_along_axis(logits_VY, labels.indices_VK.astype(np.int64), values_VK, axis=1)
+    return logits_VY
+
+
+def take_labels(labels: SoftLabels, index: np.ndarray | slice) -> SoftLabels:
+    """Return the rows `index` of `labels`, still compressed."""
+    return SoftLabels(
+        num_classes=labels.num_classes,
+        values_VK=labels.values_VK[index],
+        indices_VK=None if labels.indices_VK is None else labels.indices_VK[index],
+        rest_V=None if labels.rest_V is None else labels.rest_V[index],
+    )
+
+
+def concatenate_labels(parts: Sequence[SoftLabels]) -> SoftLabels:
+    """Return the rows of all `parts`, in order; all are compressed in the same way."""
+    first = parts[0]
+
+    def stacked(name: str) -> np.ndarray | None:
+        arrays = [getattr(part, name) for part in parts]
+        return None if getattr(first, name) is None else np.concatenate(arrays)
+
+    return SoftLabels(
+        num_classes=first.num_classes,
+        values_VK=np.concatenate([part.values_VK for part in parts]),
+        indices_VK=stacked("indices_VK"),
+        rest_V=stacked("rest_V"),
+    )
+
+
+def _to_float16(values: np.ndarray) -> np.ndarray:
+    return values.clip(-_FLOAT16_MAX, _FLOAT16_MAX).astype(np.float16)

@@ -1,0 +1,243 @@
+"""Random views of images: drawn from a seed, stored as plain arrays, replayed to the same pixels.
+
+A view is a resized crop with an optional flip, mixed with such a crop of a partner image (CutMix or
+MixUp). Each row of a `Views` record is self-contained, so a student may use any batch size, order
+or number of workers. Pixels are computed by gathers and by separate elementwise float32 operations,
+never by a reduction: they do not depend, to the last bit, on what else is in the batch.
+
+Legend: B batch, V views, N images, C channels, H W pixels of the input, S pixels of an output side.
+
+References:
+    Yun et al. 2019, CutMix. Zhang et al. 2018, mixup. Shen and Xing 2022, FKD (stored views and
+    their soft labels). Szegedy et al. 2015, the ranges of area and aspect of random resized crops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+import numpy as np
+import torch
+from scipy.special import betaincinv
+
+from wmdd_ray.config import ViewConfig
+from wmdd_ray.core.resample import crop
+from wmdd_ray.records import Views
+
+__all__ = [
+    "Images",
+    "StoredImages",
+    "concatenate_views",
+    "crop",
+    "draw_crops",
+    "draw_views",
+    "render_views",
+    "take",
+    "to_input",
+]
+
+_LOG_ASPECT_MAX = float(np.log(4 / 3))
+# Uniform numbers a row: 2 x (4 crop + 1 flip) + partner + lambda + 2 box center = 14, rounded up to
+# whole counters of Philox (4 numbers each), so that row i begins at counter 4 i.
+_DRAWS_PER_ROW = 16
+
+
+class StoredImages:
+    """uint8 images that are normalized when they are looked up: a quarter of the memory of float32.
+
+    `stored[index]` is float32 NCHW on `device`, so it stands in for a normalized tensor in
+    `render_views`.
+    """
+
+    def __init__(
+        self,
+        images_NHWC: np.ndarray | torch.Tensor,
+        mean_C: Sequence[float],
+        std_C: Sequence[float],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Keep uint8 `images_NHWC` where they are; looked-up images go to `device`."""
+        self.images_NHWC = _tensor_of(images_NHWC)
+        self.mean_C, self.std_C = tuple(mean_C), tuple(std_C)
+        self.device = torch.device(device)
+
+    def __len__(self) -> int:
+        return len(self.images_NHWC)
+
+    def __getitem__(self, index_B: torch.Tensor) -> torch.Tensor:
+        rows_BHWC = self.images_NHWC[index_B.to(self.images_NHWC.device)]
+        return to_input(rows_BHWC, self.mean_C, self.std_C, self.device)
+
+
+Images = torch.Tensor | StoredImages
+
+
+def to_input(
+    images_NHWC: np.ndarray | torch.Tensor,
+    mean_C: Sequence[float],
+    std_C: Sequence[float],
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Return the network's input: float32 NCHW, (pixel / 255 - mean) / std.
+
+    Args:
+        images_NHWC: uint8 pixels.
+        mean_C: per-channel mean in [0, 1].
+        std_C: per-channel standard deviation in [0, 1].
+        device: where the result lies; bytes, not floats, are moved there.
+    """
+    images = _tensor_of(images_NHWC)
+    assert images.dtype == torch.uint8, images.dtype
+    assert images.shape[-1] == len(mean_C) == len(std_C), "one mean and std a channel"
+    pixels = (
+        images.to(device)
+        .permute(0, 3, 1, 2)
+        .to(torch.float32, memory_format=torch.contiguous_format)
+    )
+    mean = torch.tensor(mean_C, dtype=torch.float32, device=pixels.device)[:, None, None]
+    std = torch.tensor(std_C, dtype=torch.float32, device=pixels.device)[:, None, None]
+    return pixels.div_(255).sub_(mean).div_(std)
+
+
+def draw_crops(rng: np.random.Generator, n: int, scale_min: float) -> np.ndarray:
+    """Return n random boxes, float32 (n, 4): (top, left, height, width) as fractions of the image.
+
+    The area is uniform in [scale_min, 1]. The aspect ratio is log-uniform in [3/4, 4/3], narrowed
+    to what fits at that area: unlike torchvision's trials with a fallback, this keeps the area
+    uniform and always needs four random numbers a box.
+    """
+    return _crops_of(rng.random((n, 4)), scale_min)
+
+
+def draw_views(
+    num_images: int, image_size: int, config: ViewConfig, *, seed: int, epoch: int
+) -> Views:
+    """Return one view of every image; row i depends only on (seed, epoch, i), its partner on N too.
+
+    CutMix: lambda ~ Beta(alpha, alpha); a box of area share 1 - lambda around a uniform center,
+    clipped at the border, is taken from the partner, and `share_V` is the image's own share after
+    clipping. MixUp: `share_V` is lambda. The partner is any image of the data set, with its own
+    crop and flip.
+
+    Args:
+        num_images: images of the data set.
+        image_size: side of the rendered view, pixels.
+        config: how views are drawn.
+        seed: seed of the label epochs, >= 0.
+        epoch: label epoch, >= 0.
+    """
+    philox = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
+    u = np.random.Generator(philox).random((num_images, _DRAWS_PER_ROW))
+    image_V = np.arange(num_images, dtype=np.int32)
+    crop_V4 = _crops_of(u[:, 0:4], config.crop_scale_min)
+    flip_V = (u[:, 4] < 0.5) & config.flip
+    box_V4 = np.zeros((num_images, 4), dtype=np.int16)
+    if config.mix == "none":
+        return Views(
+            image_V=image_V,
+            crop_V4=crop_V4,
+            flip_V=flip_V,
+            partner_V=image_V,
+            partner_crop_V4=crop_V4,
+            partner_flip_V=flip_V,
+            mix_box_V4=box_V4,
+            share_V=np.ones(num_images, dtype=np.float32),
+        )
+    # Unlike a rejection sampler, the inverse of the distribution function needs one number a row.
+    share_V = betaincinv(config.mix_alpha, config.mix_alpha, u[:, 11])
+    if config.mix == "cutmix":
+        box_V4, share_V = _mix_boxes(share_V, u[:, 12:14], image_size)
+    return Views(
+        image_V=image_V,
+        crop_V4=crop_V4,
+        flip_V=flip_V,
+        partner_V=(u[:, 10] * num_images).astype(np.int32),
+        partner_crop_V4=_crops_of(u[:, 5:9], config.crop_scale_min),
+        partner_flip_V=(u[:, 9] < 0.5) & config.flip,
+        mix_box_V4=box_V4,
+        share_V=share_V.astype(np.float32),
+    )
+
+
+def render_views(images_NCHW: Images, views: Views, image_size: int) -> torch.Tensor:
+    """Return the views' pixels, float32 (V, C, image_size, image_size), on the images' device.
+
+    A row whose mix box is not empty is CutMix; any other row is share * view + (1 - share) *
+    partner's view, which for share 1 is the view itself.
+
+    Args:
+        images_NCHW: normalized images of the data set, or `StoredImages`.
+        views: rows that index into `images_NCHW`.
+        image_size: side of the output, pixels: the one that the views were drawn for.
+    """
+    device = images_NCHW.device
+
+    def on_device(array: np.ndarray) -> torch.Tensor:
+        return torch.tensor(array, device=device)
+
+    def cropped(image_V: np.ndarray, crop_V4: np.ndarray, flip_V: np.ndarray) -> torch.Tensor:
+        images_VCHW = images_NCHW[on_device(image_V.astype(np.int64))]
+        return crop(images_VCHW, on_device(crop_V4), on_device(flip_V), image_size)
+
+    own = cropped(views.image_V, views.crop_V4, views.flip_V)
+    top_V, left_V, bottom_V, right_V = views.mix_box_V4.T
+    is_cut_V = (bottom_V > top_V) & (right_V > left_V)
+    is_blend_V = ~is_cut_V & (views.share_V < 1)
+    if not (is_cut_V.any() or is_blend_V.any()):
+        return own
+    other = cropped(views.partner_V, views.partner_crop_V4, views.partner_flip_V)
+    if is_cut_V.any():
+        pixel_S = np.arange(image_size)
+        in_rows_VS = (pixel_S >= top_V[:, None]) & (pixel_S < bottom_V[:, None])
+        in_columns_VS = (pixel_S >= left_V[:, None]) & (pixel_S < right_V[:, None])
+        rows, columns = on_device(in_rows_VS), on_device(in_columns_VS)
+        own = torch.where(rows[:, None, :, None] & columns[:, None, None, :], other, own)
+    if is_blend_V.any():
+        share_V = np.where(is_blend_V, views.share_V, np.float32(1))
+        share = on_device(share_V)[:, None, None, None]
+        own = share * own + (1 - share) * other
+    return own
+
+
+def take(views: Views, index: np.ndarray | slice) -> Views:
+    """Return the rows `index` of `views`."""
+    return Views(**{f.name: getattr(views, f.name)[index] for f in fields(Views)})
+
+
+def concatenate_views(parts: Sequence[Views]) -> Views:
+    """Return the rows of all `parts`, in order."""
+    return Views(
+        **{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Views)}
+    )
+
+
+def _crops_of(u_N4: np.ndarray, scale_min: float) -> np.ndarray:
+    """Return boxes from uniform numbers (area, aspect, top, left); float32, inside [0, 1]."""
+    area_N = scale_min + (1 - scale_min) * u_N4[:, 0]
+    # height = sqrt(area / aspect) <= 1 and width = sqrt(area * aspect) <= 1.
+    log_aspect_N = (2 * u_N4[:, 1] - 1) * np.minimum(_LOG_ASPECT_MAX, -np.log(area_N))
+    height_N = np.sqrt(area_N * np.exp(-log_aspect_N))
+    width_N = np.sqrt(area_N * np.exp(log_aspect_N))
+    top_N, left_N = u_N4[:, 2] * (1 - height_N), u_N4[:, 3] * (1 - width_N)
+    return np.stack([top_N, left_N, height_N, width_N], axis=1).astype(np.float32).clip(0, 1)
+
+
+def _mix_boxes(
+    share_V: np.ndarray, center_V2: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return CutMix boxes (top, left, bottom, right) in pixels, and the share outside them."""
+    side_V = np.sqrt(1 - share_V) * size
+    center_V2 = np.floor(center_V2 * size)
+    start_V2 = np.clip(np.rint(center_V2 - side_V[:, None] / 2), 0, size)
+    stop_V2 = np.clip(np.rint(center_V2 + side_V[:, None] / 2), 0, size)
+    box_V4 = np.concatenate([start_V2, stop_V2], axis=1).astype(np.int16)
+    area_V = np.prod(stop_V2 - start_V2, axis=1)
+    return box_V4, 1 - area_V / size**2
+
+
+def _tensor_of(array: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """Return `array` as a tensor; arrays that may not be written (memory maps) are copied."""
+    if isinstance(array, torch.Tensor):
+        return array
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
