@@ -220,7 +220,9 @@ class RecoverConfig:
             "in (0, 1]",
             self.crop_scale_min,
         )
-        _require(self.images_per_group >= 1, "recover.images-per-group", ">= 1", self.images_per_group)
+        _require(
+            self.images_per_group >= 1, "recover.images-per-group", ">= 1", self.images_per_group
+        )
         _require(self.checkpoint_s > 0, "recover.checkpoint-s", "> 0", self.checkpoint_s)
 
 
@@ -238,7 +240,12 @@ class ViewConfig:
     """Beta(alpha, alpha) parameter of the mixing share."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.crop_scale_min <= 1, "relabel.views.crop-scale-min", "in (0, 1]", self.crop_scale_min)
+        _require(
+            0 < self.crop_scale_min <= 1,
+            "relabel.views.crop-scale-min",
+            "in (0, 1]",
+            self.crop_scale_min,
+        )
         _require(self.mix_alpha > 0, "relabel.views.mix-alpha", "> 0", self.mix_alpha)
 
 
@@ -256,11 +263,13 @@ class RelabelConfig:
     """Logits that `top_k` keeps."""
     batch_size: int = 256
     """Views of one teacher pass."""
+    slice_images: int = 4096
+    """Images (whole classes) that one unit holds in memory and mixes among themselves, drawn anew every unit."""
     epochs_per_unit: int = 25
     """Label epochs that make one unit of work and one file."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "top_k", "batch_size", "epochs_per_unit"):
+        for name in ("epochs", "top_k", "batch_size", "slice_images", "epochs_per_unit"):
             value = getattr(self, name)
             _require(value >= 1, f"relabel.{name.replace('_', '-')}", ">= 1", value)
 
@@ -277,7 +286,9 @@ class AssembleConfig:
     """Most images of a class shown in `preview.png`."""
 
     def __post_init__(self) -> None:
-        _require(self.preview_classes >= 1, "assemble.preview-classes", ">= 1", self.preview_classes)
+        _require(
+            self.preview_classes >= 1, "assemble.preview-classes", ">= 1", self.preview_classes
+        )
         _require(self.preview_images >= 1, "assemble.preview-images", ">= 1", self.preview_images)
 
 
@@ -359,12 +370,12 @@ class Resources:
     """Workers of the training, recover, relabel and student stages; 0 runs them in the driver; -1 decides by the cluster."""
     gpus_per_worker: float = -1.0
     """GPUs of one worker; -1 takes one when the cluster has GPUs, else none."""
-    cpus_per_worker: int = 1
-    """CPUs, and with them computing threads, of one worker (fixed, because the thread count may change the last bit)."""
+    cpus_per_worker: int = 0
+    """CPUs, and with them computing threads, of one worker; 0 takes one, or all cores when the driver itself works."""
     max_actors: int = 1000
     """Most barycenter and embedding actors."""
 
     def __post_init__(self) -> None:
         _require(self.num_workers >= -1, "num-workers", ">= 0, or -1 for auto", self.num_workers)
-        _require(self.cpus_per_worker >= 1, "cpus-per-worker", ">= 1", self.cpus_per_worker)
+        _require(self.cpus_per_worker >= 0, "cpus-per-worker", ">= 0", self.cpus_per_worker)
         _require(self.max_actors >= 1, "max-actors", ">= 1", self.max_actors)

@@ -42,7 +42,9 @@ class Teacher:
     weights: dict[str, Array]
 
     def __post_init__(self) -> None:
-        assert len(self.mean_C) == len(self.std_C) == self.channels, "mean/std need one value a channel"
+        assert len(self.mean_C) == len(self.std_C) == self.channels, (
+            "mean/std need one value a channel"
+        )
         assert 0.0 <= self.top1 <= 1.0, f"top1 is a fraction, got {self.top1}"
 
     @property

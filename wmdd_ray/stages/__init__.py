@@ -1,0 +1,16 @@
+"""Work on many machines: the only Ray code of the package. `pipeline.py` is the table of contents."""
+
+import os
+import secrets
+
+# Ray reads these settings when it is imported, so they are made here, before any stage imports it, for a run that
+# starts its own Ray.
+if not os.environ.get("RAY_ADDRESS"):
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Without this, Ray replaces 127.0.0.1 by the machine's own address.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # A token of its own: with none, other users of the machine could run code in it, and Ray's default would leave a
+    # token file in the home folder that makes a later `ray start --head` ask for it.
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

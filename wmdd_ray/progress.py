@@ -1,0 +1,99 @@
+"""One line a stage: done/total, rate, time left. Redrawn on a terminal; a plain line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import TextIO
+
+from wmdd_ray.run import Progress
+
+_TERMINAL_S = 0.2
+_PLAIN_S = 10.0
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people say them: `8 s`, `3 min 20 s`, `2 h 5 min`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"
+
+
+class StageLine(Progress):
+    """The line of one stage.
+
+    Args:
+        name: Stage name.
+        stream: Where to write; standard error when None, so that standard output holds results only.
+    """
+
+    def __init__(self, name: str, stream: TextIO | None = None) -> None:
+        self._name = name
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
+        self._lock = threading.Lock()
+        self._total: int | None = None
+        self._begun = self._shown = time.monotonic()
+        self._found = self._done = 0.0
+        self._note = ""
+        self._open = False
+
+    def start(self, total: int | None, done: float) -> None:
+        """Begin with `done` of `total` units found finished (total None: not known before the data streamed)."""
+        with self._lock:
+            self._total, self._found, self._done = total, done, max(done, self._done)
+            self._begun = time.monotonic()
+            self._open = True
+            self._show(force=True)
+
+    def update(self, done: float, note: str = "") -> None:
+        """Go forward to `done` units; going backward is ignored (a retried unit was counted in part before)."""
+        with self._lock:
+            self._done = max(self._done, done)
+            self._note = note or self._note
+            self._show()
+
+    def finish(self, note: str = "") -> None:
+        """Write the last state of the line and end it."""
+        with self._lock:
+            if not self._open:
+                return
+            self._open = False
+            done = self._done if self._total is None else self._total
+            spent = duration(time.monotonic() - self._begun)
+            text = f"{self._name:<12}{_units(done)}/{_units(done)} {note or f'done in {spent}'}"
+            if self._note and not note:
+                text += f", {self._note}"
+            self._write(text, end="\n")
+
+    def _show(self, *, force: bool = False) -> None:
+        now = time.monotonic()
+        if not self._open or (
+            not force and now - self._shown < (_TERMINAL_S if self._live else _PLAIN_S)
+        ):
+            return
+        self._shown = now
+        total = "?" if self._total is None else _units(self._total)
+        text = f"{self._name:<12}{_units(self._done)}/{total}"
+        fresh = self._done - self._found
+        if fresh > 0 and now > self._begun:
+            rate = fresh / (now - self._begun)
+            text += f" {rate:.2f}/s" if rate >= 0.1 else f" {60 * rate:.2f}/min"
+            if self._total is not None:
+                text += f", {duration((self._total - self._done) / rate)} left"
+        if self._note:
+            text += f", {self._note}"
+        self._write(text, end="" if self._live else "\n")
+
+    def _write(self, text: str, *, end: str) -> None:
+        self._stream.write(f"\r\x1b[K{text}{end}" if self._live else f"{text}{end}")
+        self._stream.flush()
+
+
+def _units(count: float) -> str:
+    return f"{count:.0f}" if abs(count - round(count)) < 0.05 else f"{count:.1f}"

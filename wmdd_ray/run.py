@@ -1,0 +1,394 @@
+"""The spine of the pipeline: order, fingerprint, skip, resume, commit. No Ray, no formulas.
+
+One root URI holds a room a stage. A room is built in this order, and each step is one whole object:
+
+    plan.json          what the room is being built from: options, inputs, their fingerprints
+    <payloads>         the arrays, tables and images of a unit of work
+    units/<id>.json    the unit is finished: its files with sizes and checksums, its metrics
+    stage.json         the room is committed: every unit's files, metrics, seconds
+
+A reader follows `stage.json` and verifies what it names; nothing is found by listing, renamed or overwritten. Running
+again skips committed rooms, and inside an unfinished room the finished units. A room whose plan differs is refused
+with the name of the option that changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from wmdd_ray.config import DistillConfig, Resources
+from wmdd_ray.errors import ArtifactError, ConfigError, LostRaceError
+from wmdd_ray.store.codecs import FileEntry, dump_json, entry_of, load_json, read_verified
+from wmdd_ray.store.filesystem import Store
+
+logger = logging.getLogger(__name__)
+
+_READERS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitMarker:
+    """One finished unit of work. `seconds` is the time inside core functions and storage of that unit."""
+
+    unit: str
+    files: tuple[FileEntry, ...]
+    metrics: dict[str, Any]
+    seconds: float
+    host: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCommit:
+    """What `stage.json` says. `options` are the config values that the room was made with, `inputs` room -> fingerprint."""
+
+    stage: str
+    version: int
+    fingerprint: str
+    options: dict[str, Any]
+    inputs: dict[str, str]
+    units: dict[str, UnitMarker]
+    metrics: dict[str, Any]
+    seconds: float
+
+    def file(self, key: str) -> FileEntry:
+        """Return the committed file `key`."""
+        for marker in self.units.values():
+            for entry in marker.files:
+                if entry.key == key:
+                    return entry
+        raise ArtifactError(
+            f"stage {self.stage} committed no file {key}; run it again with --overwrite"
+        )
+
+
+class Room:
+    """One stage's folder. Small and picklable: workers open it again from its URI."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.name = name
+        self.store = store.child(name)
+
+    def finished(self) -> set[str]:
+        """Return the ids of the units that are committed, by one listing."""
+        keys = self.store.list("units")
+        return {k.removeprefix("units/").removesuffix(".json") for k in keys if k.endswith(".json")}
+
+    def commit_unit(
+        self,
+        unit: str,
+        payloads: Mapping[str, bytes],
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        seconds: float = 0.0,
+        host: str = "",
+    ) -> UnitMarker:
+        """Store the payloads, then publish the unit. A unit that somebody else finished first is left as it is.
+
+        Units are pure functions of their inputs, so a second writer of the same payload puts the same bytes.
+        """
+        for key, content in payloads.items():
+            self.store.put(key, content)
+        marker = UnitMarker(
+            unit=unit,
+            files=tuple(entry_of(key, content) for key, content in payloads.items()),
+            metrics=dict(metrics or {}),
+            seconds=round(seconds, 4),
+            host=host,
+        )
+        self.store.create(f"units/{unit}.json", dump_json(asdict(marker)))
+        return marker
+
+    def read_unit(self, unit: str) -> UnitMarker:
+        """Return the marker of a finished unit."""
+        key = f"units/{unit}.json"
+        return _marker(load_json(self.store.get(key), self.store.url(key)))
+
+    def read_units(self, units: Iterable[str]) -> dict[str, UnitMarker]:
+        """Return the markers of finished units, read side by side, in the order given."""
+        units = list(units)
+        with ThreadPoolExecutor(_READERS) as pool:
+            return dict(zip(units, pool.map(self.read_unit, units), strict=True))
+
+    def read_commit(self) -> StageCommit | None:
+        """Return what `stage.json` says, or None when the room is not committed."""
+        try:
+            found = load_json(self.store.get("stage.json"), self.store.url("stage.json"))
+        except FileNotFoundError:
+            return None
+        units = {unit: _marker(marker) for unit, marker in found.pop("units").items()}
+        return StageCommit(units=units, **found)
+
+    def committed(self) -> StageCommit:
+        """Return what `stage.json` says; an ArtifactError when the room is not committed."""
+        commit = self.read_commit()
+        if commit is None:
+            raise ArtifactError(f"{self.store.uri} is not committed: run its stage first")
+        return commit
+
+    def read(self, entry: FileEntry) -> bytes:
+        """Return the verified content of a committed file."""
+        return read_verified(self.store, entry)
+
+
+def _marker(found: dict[str, Any]) -> UnitMarker:
+    files = tuple(FileEntry(**entry) for entry in found.pop("files"))
+    return UnitMarker(files=files, **found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a stage has to do: its unit ids in order, and the bytes that they will take.
+
+    `units` is None when the number of units shows only while the data streams (tar shards).
+    """
+
+    units: tuple[str, ...] | None
+    estimated_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A row of the pipeline's table of contents.
+
+    `options` picks the part of the configuration that the stage's bytes depend on. `inputs` are the rooms that it
+    reads. `plan` names its units. `work` does them and returns the room's metrics.
+    """
+
+    name: str
+    room: str
+    version: int
+    inputs: tuple[str, ...]
+    reads_data: bool
+    options: Callable[[DistillConfig], dict[str, Any]]
+    plan: Callable[[StageRun], Work]
+    work: Callable[[StageRun], dict[str, Any]]
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One run: where its rooms are, what it is asked for, and the real images it may read.
+
+    `open_source` opens ("train" | "val") on first use: listing millions of objects is not free.
+    """
+
+    store: Store
+    config: DistillConfig
+    resources: Resources
+    open_source: Callable[[str], Any]
+    progress: Callable[[str], Progress]
+    connect: Callable[[], None]
+    _sources: dict[str, Any] = field(default_factory=dict)
+
+    def source(self, split: str) -> Any:
+        """Return the opened source of a split, opened once."""
+        if split not in self._sources:
+            self._sources[split] = self.open_source(split)
+        return self._sources[split]
+
+    def room(self, name: str) -> Room:
+        """Return a room of this run."""
+        return Room(self.store, name)
+
+
+class Progress:
+    """Where a stage reports how far it is. The base class shows nothing; the jobs show a line a stage."""
+
+    def start(self, total: int | None, done: float) -> None:
+        """Say how many units there are, and how many were found finished."""
+
+    def update(self, done: float, note: str = "") -> None:
+        """Say how many units are finished now; a unit under way counts in part."""
+
+    def finish(self, note: str = "") -> None:
+        """Close the line."""
+
+
+@dataclass(kw_only=True)
+class StageRun:
+    """What a stage function is given: its own room, the rooms to its left, the options, a progress line."""
+
+    run: Run
+    stage: Stage
+    room: Room
+    progress: Progress
+
+    @property
+    def config(self) -> DistillConfig:
+        """The configuration of the run."""
+        return self.run.config
+
+    @property
+    def resources(self) -> Resources:
+        """Where and how wide to execute."""
+        return self.run.resources
+
+    @cached_property
+    def inputs(self) -> dict[str, StageCommit]:
+        """The commits of the rooms that this stage reads."""
+        return {name: self.run.room(name).committed() for name in self.stage.inputs}
+
+
+def fingerprint(value: Any) -> str:
+    """Return the SHA-256 of canonical JSON, first 16 hex digits."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def unit_seed(seed: int, stage: str, unit: str) -> int:
+    """Return the 63-bit seed of one unit of work: its own, whoever does it and whenever."""
+    digest = hashlib.sha256(f"{seed}/{stage}/{unit}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def expected_plan(run: Run, stage: Stage, done: Mapping[str, str]) -> dict[str, Any]:
+    """Return the plan of a stage's room: options, inputs and the fingerprint over both.
+
+    Args:
+        run: The run.
+        stage: The stage.
+        done: Room -> fingerprint of the rooms to the left.
+    """
+    inputs = {name: done[name] for name in stage.inputs}
+    if stage.reads_data:
+        inputs["data"] = run.source("train").fingerprint()
+        inputs["val_data"] = run.source("val").fingerprint()
+    # Through JSON and back, so that a plan compares equal to itself read from the store (tuples become lists).
+    options = json.loads(json.dumps(stage.options(run.config)))
+    head = {"stage": stage.name, "version": stage.version, "options": options, "inputs": inputs}
+    return {**head, "fingerprint": fingerprint(head)}
+
+
+def run_pipeline(
+    run: Run,
+    stages: Sequence[Stage],
+    *,
+    first: str | None = None,
+    last: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, StageCommit]:
+    """Bring every room up to date and return their commits, in order.
+
+    Args:
+        run: The run.
+        stages: The table of contents.
+        first: Stage to begin with; those before it must be committed for the same options.
+        last: Stage to end with.
+        overwrite: Replace rooms that were made with other options, and, with `first`, its room and those after.
+
+    Raises:
+        ConfigError: A room was made with other options and `overwrite` is off; the message names the options.
+    """
+    names = [stage.name for stage in stages]
+    begin = names.index(first) if first else 0
+    end = names.index(last) + 1 if last else len(names)
+    if begin >= end:
+        raise ConfigError(
+            f"--from {first} comes after --until {last}; the order is {', '.join(names)}"
+        )
+    commits: dict[str, StageCommit] = {}
+    fingerprints: dict[str, str] = {}
+    for position, stage in enumerate(stages[:end]):
+        room = run.room(stage.room)
+        plan = expected_plan(run, stage, fingerprints)
+        if overwrite and first and position >= begin:
+            room.store.delete("")
+        commit = room.read_commit()
+        if commit is None or commit.fingerprint != plan["fingerprint"]:
+            if position < begin:
+                raise ConfigError(
+                    f"--from {first} needs a committed {stage.room}/ for these options, and there is none in "
+                    f"{run.store.uri}; run from an earlier stage"
+                )
+            commit = _build(run, stage, room, plan, overwrite=overwrite)
+        else:
+            line = run.progress(stage.name)
+            line.start(len(commit.units), len(commit.units))
+            line.finish("found committed")
+        commits[stage.room] = commit
+        fingerprints[stage.room] = commit.fingerprint
+    return commits
+
+
+def _build(
+    run: Run, stage: Stage, room: Room, plan: dict[str, Any], *, overwrite: bool
+) -> StageCommit:
+    """Do a stage's unfinished units and commit its room."""
+    started = time.monotonic()
+    _claim(room, plan, overwrite=overwrite)
+    run.connect()
+    stage_run = StageRun(run=run, stage=stage, room=room, progress=run.progress(stage.name))
+    metrics = stage.work(stage_run)
+    units = room.read_units(sorted(room.finished()))
+    commit = StageCommit(
+        stage=stage.name,
+        version=stage.version,
+        fingerprint=plan["fingerprint"],
+        options=plan["options"],
+        inputs=plan["inputs"],
+        units=units,
+        metrics=metrics,
+        seconds=round(time.monotonic() - started, 3),
+    )
+    if not room.store.create("stage.json", dump_json(asdict(commit))):
+        winner = room.committed()
+        if winner.fingerprint != commit.fingerprint:
+            raise LostRaceError(
+                f"{room.store.uri} was committed by another run with other options while this one worked on it; "
+                "give each run its own --out"
+            )
+        commit = winner
+    stage_run.progress.finish()
+    return commit
+
+
+def _claim(room: Room, plan: dict[str, Any], *, overwrite: bool) -> None:
+    """Write the room's plan, or check that the one which lies there is the same."""
+    try:
+        found = load_json(room.store.get("plan.json"), room.store.url("plan.json"))
+    except FileNotFoundError:
+        found = None
+    if found is not None and found["fingerprint"] != plan["fingerprint"]:
+        if not overwrite:
+            raise ConfigError(
+                f"{room.store.uri} was made with {_difference(found, plan)}; pass --overwrite to replace this room "
+                "and those after it, or another --out to keep both"
+            )
+        room.store.delete("")
+        found = None
+    if found is None and not room.store.create("plan.json", dump_json(plan)):
+        _claim(room, plan, overwrite=False)
+
+
+def _difference(found: dict[str, Any], plan: dict[str, Any]) -> str:
+    """Return the differing options in words: name, value there, value asked for."""
+    old, new = (flatten(p["options"]) for p in (found, plan))
+    changed = [
+        f"{name}={old.get(name)!r} (this run asks for {new.get(name)!r})"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    for name in sorted(found["inputs"].keys() | plan["inputs"].keys()):
+        if found["inputs"].get(name) != plan["inputs"].get(name):
+            changed.append(f"another version of its input {name}")
+    if found["version"] != plan["version"]:
+        changed.append(f"version {found['version']} of the stage (this is {plan['version']})")
+    return ", ".join(changed)
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested options as one level with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            flat.update(flatten(item, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = item
+    return flat

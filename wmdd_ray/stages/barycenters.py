@@ -1,0 +1,169 @@
+"""barycenters: the weighted atoms of each class, one class a task on actors that grow with the cluster."""
+
+from __future__ import annotations
+
+import socket
+import time
+from dataclasses import asdict
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import ray
+
+from wmdd_ray.config import DistillConfig
+from wmdd_ray.records import ClassBarycenter, ClassFeatures
+from wmdd_ray.run import Room, StageRun, Work, unit_seed
+from wmdd_ray.stages import features
+from wmdd_ray.stages.actors import fan_out
+from wmdd_ray.store import codecs
+
+_CACHED_CHUNKS = 64
+
+
+def options(config: DistillConfig) -> dict[str, Any]:
+    """Return the options that the barycenters depend on."""
+    return {"ipc": config.ipc, "seed": config.seed, "barycenters": asdict(config.barycenters)}
+
+
+def unit_of(label: int) -> str:
+    """Return the unit id of a class."""
+    return f"{label:05d}"
+
+
+def key_of(label: int) -> str:
+    """Return the key of a class's barycenter."""
+    return f"classes/{label:05d}.safetensors"
+
+
+def read_barycenter(
+    room: Room, commit_files: dict[str, codecs.FileEntry], label: int
+) -> ClassBarycenter:
+    """Return one class's barycenter, verified."""
+    return codecs.decode_class_barycenter(room.read(commit_files[key_of(label)]))
+
+
+def plan(stage: StageRun) -> Work:
+    """Return one unit a class."""
+    num_classes = len(stage.run.source("train").class_names)
+    units = tuple(unit_of(label) for label in range(num_classes))
+    return Work(units=units, estimated_bytes=num_classes * stage.config.ipc * 512 * 4)
+
+
+def work(stage: StageRun) -> dict[str, Any]:
+    """Solve every class that is not finished, largest class first."""
+    counts = stage.inputs["features"].metrics["class_counts"]
+    order = sorted(range(len(counts)), key=lambda label: -counts[label])
+    finished = stage.room.finished()
+    units = [unit_of(label) for label in order if unit_of(label) not in finished]
+    done = len(counts) - len(units)
+    stage.progress.start(len(counts), done)
+
+    def show(unit: str, seconds: float) -> None:
+        nonlocal done
+        done += 1
+        stage.progress.update(done)
+
+    if units:
+        arguments = (
+            stage.room,
+            stage.run.room("features"),
+            stage.run.source("train").class_names,
+            stage.config,
+        )
+        actor = ray.remote(num_cpus=1)(BarycenterActor)
+        fan_out(actor, arguments, units, max_actors=stage.resources.max_actors, on_done=show)
+    markers = stage.room.read_units(unit_of(label) for label in range(len(counts)))
+    costs = [marker.metrics["cost"] for marker in markers.values()]
+    return {
+        "cost_per_class": costs,
+        "mean_cost": float(np.mean(costs)),
+        "not_converged": [unit for unit, m in markers.items() if not m.metrics["converged"]],
+        "seconds_in_core": round(sum(m.metrics["seconds_in_core"] for m in markers.values()), 3),
+    }
+
+
+class BarycenterActor:
+    """Solves one class a call. Holds only where things are: features come from storage, results go there."""
+
+    def __init__(
+        self, room: Room, features_room: Room, class_names: tuple[str, ...], config: DistillConfig
+    ) -> None:
+        self._room = room
+        self._features = features_room
+        self._commit = features_room.committed()
+        self._class_names = class_names
+        self._config = config
+        self._chunk = lru_cache(maxsize=_CACHED_CHUNKS)(self._read_chunk)
+
+    def ready(self) -> None:
+        """Return once the actor can work: imports are the larger part of its start."""
+        import wmdd_ray.core.barycenter  # noqa: F401
+
+    def work(self, unit: str) -> float:
+        """Solve the class `unit`, commit it, and return the seconds it took."""
+        from wmdd_ray.core.barycenter import nearest_images, solve_barycenter
+
+        label, config = int(unit), self._config
+        started = time.perf_counter()
+        real = self._class_features(label)
+        in_core = time.perf_counter()
+        where = f'class {label} ("{self._class_names[label]}")'
+        found = solve_barycenter(
+            real.features_ND,
+            config.ipc,
+            config.barycenters,
+            seed=unit_seed(config.seed, "barycenters", unit),
+            where=where,
+        )
+        nearest = nearest_images(found.atoms_KD, real.features_ND)
+        rng = np.random.Generator(np.random.Philox(key=unit_seed(config.seed, "random_real", unit)))
+        drawn = rng.choice(len(real.keys), size=config.ipc, replace=False)
+        in_core = time.perf_counter() - in_core
+        record = ClassBarycenter(
+            label=label,
+            num_images=len(real.keys),
+            barycenter=found,
+            nearest_keys=tuple(real.keys[i] for i in nearest),
+            random_keys=tuple(real.keys[i] for i in sorted(drawn)),
+            moments=real.moments,
+        )
+        seconds = time.perf_counter() - started
+        self._room.commit_unit(
+            unit,
+            {key_of(label): codecs.encode_class_barycenter(record)},
+            metrics={
+                "cost": found.cost,
+                "num_iters": found.num_iters,
+                "converged": found.converged,
+                "num_images": record.num_images,
+                "seconds_in_core": round(in_core, 4),
+            },
+            seconds=seconds,
+            host=socket.gethostname(),
+        )
+        return seconds
+
+    def _class_features(self, label: int) -> ClassFeatures:
+        regrouped = f"class-{label:05d}"
+        if regrouped in self._commit.units:
+            entry = self._commit.file(features.class_key(label))
+            return codecs.decode_class_features(self._features.read(entry))
+        parts = []
+        for unit, marker in sorted(self._commit.units.items()):
+            if str(label) in marker.metrics["label_counts"]:
+                chunk = self._chunk(unit)
+                rows = np.flatnonzero(chunk.labels_N == label)
+                parts.append(
+                    ClassFeatures(
+                        label=label,
+                        keys=tuple(chunk.keys[i] for i in rows),
+                        features_ND=chunk.features_ND[rows],
+                        moments=chunk.moments[label],
+                    )
+                )
+        return features.merge_class_features(parts)
+
+    def _read_chunk(self, unit: str) -> Any:
+        entry = self._commit.units[unit].files[0]
+        return codecs.decode_feature_chunk(self._features.read(entry))

@@ -1,0 +1,105 @@
+"""The cluster that a run finds or starts, and how wide a stage may work on it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from wmdd_ray.config import Resources
+from wmdd_ray.errors import ConfigError, WmddError
+
+# A laptop: up to this many CPUs, worker processes (each imports torch, 11 to 24 s) cost more than they bring.
+_LAPTOP_CPUS = 4
+_LOCAL_OBJECT_STORE_BYTES = 512 << 20
+
+
+def connect(out: str, *, verbose: bool = False) -> None:
+    """Join the cluster that `RAY_ADDRESS` names (as inside `ray job submit`), or start one on this machine.
+
+    A local Ray listens on 127.0.0.1 only and asks for a token that is made for this run alone.
+
+    Args:
+        out: Root URI of the run.
+        verbose: Show Ray's own log lines and those of the workers.
+
+    Raises:
+        ConfigError: `out` is not a place that every worker sees.
+    """
+    if not verbose:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+    if not ray.is_initialized():
+        level = logging.INFO if verbose else logging.ERROR
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(logging_level=level, log_to_driver=verbose)
+        else:
+            _start_local(level, verbose)
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    if out.startswith("memory://") or (num_nodes > 1 and "://" not in out):
+        raise ConfigError(
+            f"--out {out}: expected a URI that all {num_nodes} nodes of the cluster see, such as "
+            "s3://bucket/prefix (or file:///mount/folder for a disk that every node has mounted)"
+        )
+
+
+def _start_local(level: int, verbose: bool) -> None:
+    # Workers import the package from this checkout, wherever the driver was started.
+    root = str(Path(__file__).resolve().parents[2])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    ray.init(
+        address="local",
+        num_cpus=max(2, os.cpu_count() or 2),
+        include_dashboard=False,
+        object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+        logging_level=level,
+        log_to_driver=verbose,
+        _node_ip_address="127.0.0.1",
+    )
+
+
+@dataclass(frozen=True)
+class Width:
+    """How wide a stage works: `num_workers` 0 means in the driver. `cpus` of a worker are its computing threads too."""
+
+    num_workers: int
+    cpus: int
+    gpus: float
+
+
+def width(resources: Resources) -> Width:
+    """Return the workers of a stage: as asked for, else one a GPU, else one a CPU, else (on a laptop) the driver."""
+    num_workers, gpus = resources.num_workers, resources.gpus_per_worker
+    if num_workers == 0:
+        return Width(0, resources.cpus_per_worker or os.cpu_count() or 1, max(0.0, gpus))
+    here = ray.cluster_resources()
+    if gpus < 0:
+        gpus = 1.0 if here.get("GPU", 0) else 0.0
+    cpus = resources.cpus_per_worker or 1
+    if num_workers < 0:
+        total_cpus = here.get("CPU", 1)
+        if gpus:
+            num_workers = max(1, int(here["GPU"] / gpus))
+        elif len(ray.nodes()) == 1 and total_cpus <= _LAPTOP_CPUS:
+            return Width(0, resources.cpus_per_worker or int(total_cpus), 0.0)
+        else:
+            num_workers = max(1, int(total_cpus) // cpus)
+    return Width(num_workers, cpus, gpus)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Return the deliberate error inside what Ray wrapped around it, or `error` itself when there is none."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        inner = pending.pop()
+        if inner is None or id(inner) in seen:
+            continue
+        seen.add(id(inner))
+        if isinstance(inner, WmddError) and type(inner).__module__ == "wmdd_ray.errors":
+            return inner
+        pending += [inner.__cause__, inner.__context__, getattr(inner, "cause", None)]
+        pending += list(getattr(inner, "worker_failures", {}).values())
+    return error

@@ -1,0 +1,336 @@
+"""features: one pass over the real images that keeps features and per-class BatchNorm moments.
+
+Ray Data streams the source: a shard a row -> decode on CPU tasks, a chunk of images a row -> embed on a pool of actors
+that hold the teacher. A chunk is the unit of work: its boundaries are fixed by the data, the embedding actor commits
+it, and nothing is kept in an actor between two calls, so a retried chunk counts once. What is in memory is what is
+in flight between the two steps.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+
+from wmdd_ray.config import DistillConfig, SourceConfig
+from wmdd_ray.errors import DataError
+from wmdd_ray.records import ClassFeatures, FeatureChunk
+from wmdd_ray.run import Room, StageRun, UnitMarker, Work
+from wmdd_ray.stages.cluster import root_cause, width
+from wmdd_ray.stages.teacher import read_teacher
+from wmdd_ray.store import codecs
+from wmdd_ray.store.sources import Shard, Source, decoded_chunks, refuse_too_many_bad
+
+# Above this many (class, chunk) reads, one shuffle is cheaper than every class reading its rows out of many chunks.
+_REGROUP_READS = 20_000
+
+
+def options(config: DistillConfig) -> dict[str, Any]:
+    """Return the options that the features depend on."""
+    return {"source": asdict(config.source), "features": asdict(config.features)}
+
+
+def plan(stage: StageRun) -> Work:
+    """Return the chunks of the source, where their number is known before streaming."""
+    chunk_images = stage.config.features.chunk_images
+    source = stage.run.source("train")
+    units: list[str] = []
+    for shard in source.shards(chunk_images):
+        if shard.num_images is None:
+            return Work(units=None, estimated_bytes=0)
+        count = max(1, -(-shard.num_images // chunk_images))
+        units += [f"{shard.id}-{chunk:05d}" for chunk in range(count)]
+    num_images = source.num_images or 0
+    return Work(units=tuple(units), estimated_bytes=num_images * 512 * 4)
+
+
+def work(stage: StageRun) -> dict[str, Any]:
+    """Embed every chunk that is not finished, then regroup by class where the source mixes many classes."""
+    source: Source = stage.run.source("train")
+    config = stage.config.features
+    shards = source.shards(config.chunk_images)
+    finished = stage.room.read_units(u for u in stage.room.finished() if not _is_class(u))
+    markers = dict(finished)
+    bad = [reason for marker in finished.values() for reason in marker.metrics["bad"]]
+    units = plan(stage).units
+    stage.progress.start(None if units is None else len(units), len(finished))
+    left = _unfinished(shards, finished)
+    if left:
+        stream = _stream(stage, source, left)
+        try:
+            for row in stream.iter_rows():
+                bad += json.loads(row["bad"])
+                refuse_too_many_bad(bad, stage.config.source, source.root)
+                markers[row["unit"]] = stage.room.read_unit(row["unit"])
+                images = sum(m.metrics["num_images"] for m in markers.values())
+                stage.progress.update(len(markers), f"{images} images")
+        except Exception as error:
+            raise root_cause(error) from error
+    refuse_too_many_bad(bad, stage.config.source, source.root)
+    counts: Counter[int] = Counter()
+    reads = 0
+    for marker in markers.values():
+        labels = marker.metrics["label_counts"]
+        reads += len(labels)
+        counts.update({int(label): n for label, n in labels.items()})
+    _check_classes(counts, source.class_names, stage.config.ipc)
+    regroup = config.regroup == "always" or (config.regroup == "auto" and reads > _REGROUP_READS)
+    if regroup:
+        _regroup(stage, sorted(markers))
+    return {
+        "num_images": sum(counts.values()),
+        "class_counts": [counts[label] for label in range(len(source.class_names))],
+        "bad_images": bad,
+        "regrouped": regroup,
+        "seconds_in_core": round(sum(m.metrics["seconds_in_core"] for m in markers.values()), 3),
+    }
+
+
+def _unfinished(shards: Any, finished: dict[str, UnitMarker]) -> dict[int, frozenset[int]]:
+    """Return position of every unfinished shard -> its finished chunks."""
+    chunks: dict[str, set[int]] = {}
+    complete: set[str] = set()
+    for unit, marker in finished.items():
+        shard, _, chunk = unit.rpartition("-")
+        chunks.setdefault(shard, set()).add(int(chunk))
+        if marker.metrics["last"]:
+            complete.add(shard)
+    left = {}
+    for position, shard in enumerate(shards):
+        done = frozenset(chunks.get(shard.id, ()))
+        if shard.id not in complete or len(done) <= max(done):
+            left[position] = done
+    return left
+
+
+def _stream(stage: StageRun, source: Source, left: dict[int, frozenset[int]]) -> ray.data.Dataset:
+    """Return the Ray Data pipeline whose rows say which unit was committed."""
+    config = stage.config
+    wide = width(stage.resources)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # the stage has its own line
+    context.execution_options.preserve_order = False
+    shards = source.shards(config.features.chunk_images)
+    rows = [
+        {"shard": json.dumps(asdict(shards[position])), "skip": sorted(skip)}
+        for position, skip in left.items()
+    ]
+    decode = _Decode(source, config.source, config.features.chunk_images)
+    gpus = {"num_gpus": wide.gpus} if wide.gpus else {"num_cpus": 1}
+    most = max(1, min(stage.resources.max_actors, len(rows), wide.num_workers or 1))
+    return (
+        ray.data.from_items(rows, override_num_blocks=len(rows))
+        .map_batches(decode, batch_size=1, batch_format="pyarrow")
+        .map_batches(
+            Embedder,
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
+            fn_constructor_kwargs={
+                "room": stage.room,
+                "teacher_room": stage.run.room("teacher"),
+                "batch_size": config.features.batch_size,
+                "threads": 1,
+            },
+            **gpus,
+        )
+    )
+
+
+class _Decode:
+    """Reads one shard and yields its unfinished chunks, pixels at the network's size. Runs as a plain task."""
+
+    def __init__(self, source: Source, config: SourceConfig, chunk_images: int) -> None:
+        self._source = source
+        self._config = config
+        self._chunk_images = chunk_images
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        row = batch.to_pylist()[0]
+        shard = shard_of(json.loads(row["shard"]))
+        chunks = decoded_chunks(
+            self._source, shard, self._config, self._chunk_images, frozenset(row["skip"])
+        )
+        for chunk in chunks:
+            yield pa.table(
+                {
+                    "unit": [f"{chunk.shard_id}-{chunk.chunk:05d}"],
+                    "last": [chunk.last],
+                    "keys": [json.dumps(chunk.keys)],
+                    "bad": [json.dumps(chunk.bad)],
+                    "labels": [np.asarray(chunk.labels_N, dtype="<i8").tobytes()],
+                    "shape": [list(chunk.images_NHWC.shape)],
+                    "pixels": pa.array([chunk.images_NHWC.tobytes()], type=pa.large_binary()),
+                }
+            )
+
+
+def shard_of(found: dict[str, Any]) -> Shard:
+    """Return the shard that travelled as a JSON row."""
+    labels = found.pop("labels")
+    keys = tuple(found.pop("keys"))
+    return Shard(keys=keys, labels=None if labels is None else tuple(labels), **found)
+
+
+class Embedder:
+    """Holds the teacher on a device; embeds a chunk a call and commits it."""
+
+    def __init__(self, room: Room, teacher_room: Room, batch_size: int, threads: int) -> None:
+        import torch
+
+        from wmdd_ray.core.networks import network_of
+
+        torch.set_num_threads(threads)
+        self._room = room
+        self._batch_size = batch_size
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._teacher = read_teacher(teacher_room)
+        self._network = network_of(self._teacher, self._device)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        row = {name: batch[name][0] for name in batch.column_names}
+        unit, bad = row["unit"].as_py(), row["bad"].as_py()
+        labels_N = np.frombuffer(row["labels"].as_buffer(), dtype="<i8")
+        pixels = np.frombuffer(row["pixels"].as_buffer(), dtype=np.uint8)
+        images_NHWC = pixels.reshape(row["shape"].as_py())
+        started = time.perf_counter()
+        chunk = self._embed(tuple(json.loads(row["keys"].as_py())), labels_N, images_NHWC)
+        seconds = time.perf_counter() - started
+        counts = Counter(labels_N.tolist())
+        self._room.commit_unit(
+            unit,
+            {f"chunks/{unit}.safetensors": codecs.encode_feature_chunk(chunk)},
+            metrics={
+                "num_images": len(labels_N),
+                "label_counts": {str(label): n for label, n in sorted(counts.items())},
+                "last": row["last"].as_py(),
+                "bad": json.loads(bad),
+                "seconds_in_core": round(seconds, 4),
+            },
+            seconds=time.perf_counter() - started,
+            host=socket.gethostname(),
+        )
+        return pa.table({"unit": [unit], "bad": [bad]})
+
+    def _embed(
+        self, keys: tuple[str, ...], labels_N: np.ndarray, images_NHWC: np.ndarray
+    ) -> FeatureChunk:
+        from wmdd_ray.core.moments import features_and_moments
+        from wmdd_ray.core.views import to_input
+
+        if not keys:
+            empty = np.zeros((0, 0), np.float32)
+            return FeatureChunk(keys=(), labels_N=labels_N, features_ND=empty, moments={})
+        teacher = self._teacher
+        images_NCHW = to_input(images_NHWC, teacher.mean_C, teacher.std_C, self._device)
+        features_ND, moments = features_and_moments(
+            self._network, images_NCHW, labels_N, batch_size=self._batch_size
+        )
+        return FeatureChunk(keys=keys, labels_N=labels_N, features_ND=features_ND, moments=moments)
+
+
+def _check_classes(counts: Counter[int], class_names: tuple[str, ...], ipc: int) -> None:
+    """Refuse classes with fewer images than ipc before anything is built on them."""
+    for label, name in enumerate(class_names):
+        if counts[label] < ipc:
+            raise DataError(
+                f'class {label} ("{name}") has {counts[label]} images but ipc is {ipc}; lower --ipc or drop the class'
+            )
+
+
+# Regrouping ------------------------------------------------------------------------------------
+
+
+def _is_class(unit: str) -> bool:
+    return unit.startswith("class-")
+
+
+def class_key(label: int) -> str:
+    """Return the key of a class's regrouped features."""
+    return f"classes/{label:05d}.safetensors"
+
+
+def _regroup(stage: StageRun, units: list[str]) -> None:
+    """Shuffle the features into one file a class, with Ray Data's own group-by."""
+    rows = [{"order": i, "unit": unit} for i, unit in enumerate(units)]
+    dataset = (
+        ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000))
+        .map_batches(_Split(stage.room), batch_size=1, batch_format="pyarrow")
+        .groupby("label")
+        .map_groups(_Merge(stage.room), batch_format="numpy")
+    )
+    try:
+        done = sum(1 for _ in dataset.iter_rows())
+    except Exception as error:
+        raise root_cause(error) from error
+    stage.progress.update(0, f"regrouped {done} classes")
+
+
+class _Split:
+    """Reads a committed chunk and yields its part of every class, encoded."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        row = batch.to_pylist()[0]
+        entry = self._room.read_unit(row["unit"]).files[0]
+        chunk = codecs.decode_feature_chunk(self._room.read(entry))
+        for label, moments in chunk.moments.items():
+            rows = np.flatnonzero(chunk.labels_N == label)
+            part = ClassFeatures(
+                label=label,
+                keys=tuple(chunk.keys[i] for i in rows),
+                features_ND=chunk.features_ND[rows],
+                moments=moments,
+            )
+            payload = codecs.encode_class_features(part)
+            yield pa.table(
+                {
+                    "label": [label],
+                    "order": [row["order"]],
+                    "part": pa.array([payload], pa.large_binary()),
+                }
+            )
+
+
+class _Merge:
+    """Merges a class's parts in chunk order and commits them."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+
+    def __call__(self, group: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        label = int(group["label"][0])
+        parts = [
+            codecs.decode_class_features(bytes(group["part"][i]))
+            for i in np.argsort(group["order"])
+        ]
+        payload = codecs.encode_class_features(merge_class_features(parts))
+        self._room.commit_unit(
+            f"class-{label:05d}",
+            {class_key(label): payload},
+            metrics={"num_images": sum(len(p.keys) for p in parts)},
+        )
+        return {"label": np.array([label])}
+
+
+def merge_class_features(parts: list[ClassFeatures]) -> ClassFeatures:
+    """Return the features of one class from its parts, in the order given."""
+    from wmdd_ray.core.moments import merge_moments
+
+    return ClassFeatures(
+        label=parts[0].label,
+        keys=tuple(key for part in parts for key in part.keys),
+        features_ND=np.concatenate([part.features_ND for part in parts]),
+        moments=merge_moments([part.moments for part in parts]),
+    )

@@ -1,0 +1,191 @@
+"""recover: the distilled images, on Ray Train workers that take groups of classes from a load-balanced stream."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from wmdd_ray.config import DistillConfig
+from wmdd_ray.core.moments import variance_S
+from wmdd_ray.core.networks import network_of
+from wmdd_ray.core.synthesis import ClassTarget, recover_group
+from wmdd_ray.records import ClassBarycenter, ClassImages
+from wmdd_ray.run import Room, StageRun, Work, unit_seed
+from wmdd_ray.stages import barycenters
+from wmdd_ray.stages.teacher import read_teacher
+from wmdd_ray.stages.workers import DoUnit, Report, do_units
+from wmdd_ray.store import codecs
+from wmdd_ray.store.images import decode_image
+from wmdd_ray.store.sources import Source
+
+
+def options(config: DistillConfig) -> dict[str, Any]:
+    """Return the options that the images depend on."""
+    recover = asdict(config.recover)
+    del recover["checkpoint_s"]
+    return {"seed": config.seed, "recover": recover}
+
+
+def groups(config: DistillConfig, num_classes: int) -> dict[str, range]:
+    """Return unit id -> the labels of its classes. Fixed by ipc and the options, never by the cluster."""
+    size = max(1, config.recover.images_per_group // config.ipc)
+    starts = range(0, num_classes, size)
+    return {f"g{i:05d}": range(s, min(s + size, num_classes)) for i, s in enumerate(starts)}
+
+
+def key_of(label: int) -> str:
+    """Return the key of a class's images."""
+    return f"classes/{label:05d}.safetensors"
+
+
+def plan(stage: StageRun) -> Work:
+    """Return one unit a group of classes."""
+    config = stage.config
+    num_classes = len(stage.run.source("train").class_names)
+    image_bytes = config.source.image_size**2 * config.source.channels
+    return Work(
+        units=tuple(groups(config, num_classes)),
+        estimated_bytes=num_classes * config.ipc * image_bytes,
+    )
+
+
+def work(stage: StageRun) -> dict[str, Any]:
+    """Recover every group that is not finished."""
+    units = groups(stage.config, len(stage.inputs["features"].metrics["class_counts"]))
+    worker = partial(
+        open_worker,
+        room=stage.room,
+        teacher_room=stage.run.room("teacher"),
+        barycenter_room=stage.run.room("barycenters"),
+        source=stage.run.source("train"),
+        config=stage.config,
+        units=units,
+    )
+    do_units(stage, list(units), worker)
+    markers = stage.room.read_units(units)
+    losses = [loss for marker in markers.values() for loss in marker.metrics["losses"]]
+    return {
+        "losses": {name: float(np.mean([loss[name] for loss in losses])) for name in losses[0]},
+        "seconds_in_core": round(sum(m.metrics["seconds_in_core"] for m in markers.values()), 3),
+    }
+
+
+def open_worker(
+    device: torch.device,
+    *,
+    room: Room,
+    teacher_room: Room,
+    barycenter_room: Room,
+    source: Source,
+    config: DistillConfig,
+    units: dict[str, range],
+) -> DoUnit:
+    """Load the teacher and return the function that recovers one group of classes."""
+    teacher = read_teacher(teacher_room)
+    network = network_of(teacher, device)
+    files = {f.key: f for m in barycenter_room.committed().units.values() for f in m.files}
+
+    def target_of(label: int) -> ClassTarget:
+        found = barycenters.read_barycenter(barycenter_room, files, label)
+        counts_S = np.repeat(found.moments.count_L, found.moments.channels_L)
+        assert counts_S.min() > 0, f"class {label} has no moments"
+        return ClassTarget(
+            label=label,
+            atoms_KD=found.barycenter.atoms_KD,
+            weights_K=found.barycenter.weights_K,
+            mean_S=found.moments.mean_S,
+            var_S=variance_S(found.moments),
+            start_KHWC=_start(found, source, config),
+        )
+
+    def do_unit(unit: str, report: Report) -> None:
+        started = time.perf_counter()
+        targets = [target_of(label) for label in units[unit]]
+        keep = _Checkpoints(room, unit, config.recover.checkpoint_s)
+        iterations = config.recover.iterations
+
+        def on_step(iteration: int, get_state: Callable[[], dict[str, np.ndarray]]) -> None:
+            keep.maybe(get_state)
+            report(iteration / max(1, iterations), f"step {iteration}/{iterations} of {unit}")
+
+        in_core = time.perf_counter()
+        images = recover_group(
+            network,
+            targets,
+            config.recover,
+            image_size=teacher.image_size,
+            channels=teacher.channels,
+            mean_C=teacher.mean_C,
+            std_C=teacher.std_C,
+            seed=unit_seed(config.seed, "recover", ""),
+            device=device,
+            state=keep.load(),
+            on_step=on_step,
+        )
+        in_core = time.perf_counter() - in_core
+        room.commit_unit(
+            unit,
+            {key_of(record.label): codecs.encode_class_images(record) for record in images},
+            metrics={
+                "labels": [record.label for record in images],
+                "losses": [record.losses for record in images],
+                "seconds_in_core": round(in_core, 4),
+            },
+            seconds=time.perf_counter() - started,
+            host=socket.gethostname(),
+        )
+        keep.clear()
+
+    return do_unit
+
+
+def _start(found: ClassBarycenter, source: Source, config: DistillConfig) -> np.ndarray | None:
+    """Return the start images of a class, or None for a noise start."""
+    if config.recover.start == "noise":
+        return None
+    keys = found.nearest_keys if config.recover.start == "nearest" else found.random_keys
+    return read_real(source, keys, config)
+
+
+def read_real(source: Source, keys: tuple[str, ...], config: DistillConfig) -> np.ndarray:
+    """Return real images (K, H, W, C) uint8 by key, as the network sees them."""
+    raws = source.read_keys(keys)
+    return np.stack([decode_image(raw.content, config.source, raw.key) for raw in raws])
+
+
+class _Checkpoints:
+    """The state of a long unit in storage, written at most once in `every_s` seconds and gone when it is finished."""
+
+    def __init__(self, room: Room, unit: str, every_s: float) -> None:
+        self._store = room.store
+        self._key = f"partial/{unit}/state.safetensors"
+        self._folder = f"partial/{unit}"
+        self._every_s = every_s
+        self._last = time.monotonic()
+
+    def load(self) -> dict[str, np.ndarray] | None:
+        try:
+            return codecs.decode_state(self._store.get(self._key))
+        except FileNotFoundError:
+            return None
+
+    def maybe(self, get_state: Callable[[], dict[str, np.ndarray]]) -> None:
+        if time.monotonic() - self._last >= self._every_s:
+            self._store.put(self._key, codecs.encode_state(get_state()))
+            self._last = time.monotonic()
+
+    def clear(self) -> None:
+        self._store.delete(self._folder)
+
+
+def read_images(room: Room, labels: range | list[int]) -> list[ClassImages]:
+    """Return the distilled images of some classes, verified."""
+    files = {f.key: f for m in room.committed().units.values() for f in m.files}
+    return [codecs.decode_class_images(room.read(files[key_of(label)])) for label in labels]

@@ -1,0 +1,188 @@
+"""relabel: the teacher's soft labels of self-contained views, stored by label epoch, on Ray Train workers.
+
+A unit is a block of label epochs of a slice of the data set: whole classes, drawn anew every block, that fit a
+worker's memory and mix among themselves. A set of up to `slice_images` images is one slice.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from wmdd_ray.config import DistillConfig
+from wmdd_ray.core.networks import network_of
+from wmdd_ray.core.soft_labels import compress, label_views
+from wmdd_ray.core.views import concatenate_views, draw_views, to_input
+from wmdd_ray.records import SoftLabelBlock, Views
+from wmdd_ray.run import Room, StageRun, Work, unit_seed
+from wmdd_ray.stages.recover import read_images
+from wmdd_ray.stages.teacher import read_teacher
+from wmdd_ray.stages.workers import DoUnit, Report, do_units
+from wmdd_ray.store import codecs
+
+# Bytes of a stored view besides its logits: two boxes, a mix box, indices, flips, share.
+_VIEW_BYTES = 54
+
+
+def options(config: DistillConfig) -> dict[str, Any]:
+    """Return the options that the labels depend on."""
+    return {"seed": config.seed, "relabel": asdict(config.relabel)}
+
+
+def blocks(config: DistillConfig, num_classes: int) -> dict[str, tuple[range, np.ndarray]]:
+    """Return unit id -> (label epochs, labels of the classes in its slice)."""
+    relabel = config.relabel
+    size = max(1, relabel.slice_images // config.ipc)
+    num_slices = -(-num_classes // size)
+    units: dict[str, tuple[range, np.ndarray]] = {}
+    for first in range(0, relabel.epochs, relabel.epochs_per_unit):
+        epochs = range(first, min(first + relabel.epochs_per_unit, relabel.epochs))
+        order = np.arange(num_classes)
+        if num_slices > 1:
+            rng = np.random.Generator(
+                np.random.Philox(key=unit_seed(config.seed, "slices", str(first)))
+            )
+            order = rng.permutation(num_classes)
+        for i in range(num_slices):
+            unit = f"e{epochs.start:05d}-{epochs.stop - 1:05d}-s{i:04d}"
+            units[unit] = (epochs, np.sort(order[i * size : (i + 1) * size]))
+    return units
+
+
+def key_of(unit: str) -> str:
+    """Return the key of a unit's labels."""
+    return f"labels/{unit}.parquet"
+
+
+def plan(stage: StageRun) -> Work:
+    """Return one unit a block of label epochs and slice."""
+    config = stage.config
+    num_classes = len(stage.run.source("train").class_names)
+    kept = (
+        num_classes
+        if config.relabel.compression == "full"
+        else min(num_classes, 2 * config.relabel.top_k)
+    )
+    views = num_classes * config.ipc * config.relabel.epochs
+    return Work(
+        units=tuple(blocks(config, num_classes)), estimated_bytes=views * (_VIEW_BYTES + 2 * kept)
+    )
+
+
+def work(stage: StageRun) -> dict[str, Any]:
+    """Label every block that is not finished."""
+    num_classes = len(stage.inputs["features"].metrics["class_counts"])
+    units = blocks(stage.config, num_classes)
+    worker = partial(
+        open_worker,
+        room=stage.room,
+        teacher_room=stage.run.room("teacher"),
+        images_room=stage.run.room("images"),
+        config=stage.config,
+        units=units,
+    )
+    do_units(stage, list(units), worker)
+    markers = stage.room.read_units(units)
+    return {
+        "label_bytes": sum(f.size_bytes for m in markers.values() for f in m.files),
+        "seconds_in_core": round(sum(m.metrics["seconds_in_core"] for m in markers.values()), 3),
+    }
+
+
+def open_worker(
+    device: torch.device,
+    *,
+    room: Room,
+    teacher_room: Room,
+    images_room: Room,
+    config: DistillConfig,
+    units: dict[str, tuple[range, np.ndarray]],
+) -> DoUnit:
+    """Load the teacher and return the function that labels one block."""
+    teacher = read_teacher(teacher_room)
+    network = network_of(teacher, device)
+    held: dict[bytes, torch.Tensor] = {}
+
+    def images_of(labels: np.ndarray) -> torch.Tensor:
+        if labels.tobytes() not in held:
+            held.clear()
+            classes = read_images(images_room, labels.tolist())
+            pixels = np.concatenate([record.images_KHWC for record in classes])
+            held[labels.tobytes()] = to_input(pixels, teacher.mean_C, teacher.std_C, device)
+        return held[labels.tobytes()]
+
+    def do_unit(unit: str, report: Report) -> None:
+        started = time.perf_counter()
+        epochs, labels = units[unit]
+        images_NCHW = images_of(labels)
+        in_core = time.perf_counter()
+        block = label_block(
+            network,
+            images_NCHW,
+            epochs,
+            config,
+            image_size=teacher.image_size,
+            name=unit.partition("-s")[2],
+            report=report,
+        )
+        in_core = time.perf_counter() - in_core
+        index_N = (
+            (labels[:, None] * config.ipc + np.arange(config.ipc)).reshape(-1).astype(np.int32)
+        )
+        block = replace(block, views=renamed(block.views, index_N))
+        room.commit_unit(
+            unit,
+            {key_of(unit): codecs.encode_soft_labels(block)},
+            metrics={"epochs": [epochs.start, epochs.stop], "seconds_in_core": round(in_core, 4)},
+            seconds=time.perf_counter() - started,
+            host=socket.gethostname(),
+        )
+
+    return do_unit
+
+
+def label_block(
+    network: torch.nn.Module,
+    images_NCHW: torch.Tensor,
+    epochs: range,
+    config: DistillConfig,
+    *,
+    image_size: int,
+    name: str,
+    report: Report,
+) -> SoftLabelBlock:
+    """Draw the views of every image in every epoch of a block, and label them.
+
+    The views depend on (seed, `name` of the slice, epoch, image) alone, so that baselines with other images are labeled
+    on the same views.
+    """
+    seed = unit_seed(config.seed, "relabel", name)
+    views, logits = [], []
+    for epoch in epochs:
+        drawn = draw_views(
+            len(images_NCHW), image_size, config.relabel.views, seed=seed, epoch=epoch
+        )
+        views.append(drawn)
+        logits.append(
+            label_views(
+                network, images_NCHW, drawn, image_size, batch_size=config.relabel.batch_size
+            )
+        )
+        report((epoch - epochs.start + 1) / len(epochs), f"label epoch {epoch}")
+    return SoftLabelBlock(
+        first_epoch=epochs.start,
+        num_epochs=len(epochs),
+        views=concatenate_views(views),
+        labels=compress(np.concatenate(logits), config.relabel),
+    )
+
+
+def renamed(views: Views, index_N: np.ndarray) -> Views:
+    """Return the views of a slice with the images' positions in the whole data set."""
+    return replace(views, image_V=index_N[views.image_V], partner_V=index_N[views.partner_V])

@@ -1,0 +1,432 @@
+"""squeeze: a classifier trained on the real images with Ray Train, or one that is given.
+
+Whichever it is, its top-1 on held-out images is measured before anything is built on it, and a teacher at chance
+level or with its classes in another order is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import ray.train
+import ray.train.torch
+import torch
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from wmdd_ray.config import Arch, DistillConfig, NetworkConfig, SourceConfig
+from wmdd_ray.core.batches import Batch, in_memory_batches, steps_of
+from wmdd_ray.core.class_order import confusion, permuted_classes
+from wmdd_ray.core.networks import (
+    build_network,
+    load_weights,
+    network_of,
+    read_checkpoint,
+    torchvision_weights,
+    weights_of,
+)
+from wmdd_ray.core.optimizer import load_training_state, make_optimizer, training_state
+from wmdd_ray.core.training import train_classifier
+from wmdd_ray.errors import ArtifactError, ConfigError, DataError, WmddError
+from wmdd_ray.records import Teacher
+from wmdd_ray.run import Room, StageRun, Work, unit_seed
+from wmdd_ray.stages import workers
+from wmdd_ray.stages.cluster import width
+from wmdd_ray.stages.features import shard_of
+from wmdd_ray.stages.held_out import HeldOut, Listed
+from wmdd_ray.stages.teacher import TEACHER_KEY
+from wmdd_ray.store import codecs
+from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.sources import Source, decoded_chunks
+
+logger = logging.getLogger(__name__)
+
+UNIT = "teacher"
+_STATE_KEY = "partial/state.safetensors"
+_STATE_EVERY_S = 20.0
+_STREAM_CHUNK_IMAGES = 256
+_SHUFFLE_IMAGES = 4096
+
+
+def options(config: DistillConfig) -> dict[str, Any]:
+    """Return the options that the teacher depends on; a given teacher does not depend on the training's."""
+    if config.teacher is not None:
+        squeeze = {"network": asdict(config.squeeze.network), "min_top1": config.squeeze.min_top1}
+        return {"teacher": config.teacher, "source": asdict(config.source), "squeeze": squeeze}
+    squeeze = asdict(config.squeeze)
+    del squeeze["memory_limit_gib"]
+    return {
+        "teacher": None,
+        "seed": config.seed,
+        "source": asdict(config.source),
+        "squeeze": squeeze,
+    }
+
+
+def plan(stage: StageRun) -> Work:
+    """Return the one unit: the teacher."""
+    network = build_network(
+        stage.config.squeeze.network,
+        num_classes=len(stage.run.source("train").class_names),
+        channels=stage.config.source.channels,
+        image_size=stage.config.source.image_size,
+    )
+    return Work(units=(UNIT,), estimated_bytes=sum(4 * p.numel() for p in network.parameters()))
+
+
+def work(stage: StageRun) -> dict[str, Any]:
+    """Train or import the teacher, measure it, and commit it."""
+    done = UNIT in stage.room.finished()
+    stage.progress.start(1, int(done))
+    if not done:
+        if stage.config.teacher is None:
+            _train(stage)
+        else:
+            _import(stage, stage.config.teacher)
+    marker = stage.room.read_unit(UNIT)
+    stage.progress.update(1, f"top-1 {100 * marker.metrics['top1']:.1f} %")
+    return dict(marker.metrics)
+
+
+# A given teacher --------------------------------------------------------------------------------
+
+
+def _import(stage: StageRun, spec: str) -> None:
+    started = time.perf_counter()
+    source: Source = stage.run.source("train")
+    network_config, weights = _given_weights(stage.config, spec, source.class_names)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = build_network(
+        network_config,
+        num_classes=len(source.class_names),
+        channels=stage.config.source.channels,
+        image_size=stage.config.source.image_size,
+    )
+    load_weights(network, weights, f"--teacher {spec}")
+    network = network.to(device).eval()
+    val = Listed.of(stage.run.source("val"), stage.config.source)
+    top1 = measure(network, val, stage.config, spec, device)
+    _commit(
+        stage.room, stage.config, network_config, network, source.class_names, top1, started, {}
+    )
+
+
+def _given_weights(
+    config: DistillConfig, spec: str, class_names: tuple[str, ...]
+) -> tuple[NetworkConfig, dict[str, torch.Tensor]]:
+    """Return architecture and weights of `torchvision:NAME`, a committed teacher, or a checkpoint file."""
+    if spec.startswith("torchvision:"):
+        arch, state, *_ = torchvision_weights(spec.removeprefix("torchvision:"))
+        return NetworkConfig(arch=arch), state
+    for room in (Room(Store(spec), ""), Room(Store(spec), "teacher")):
+        commit = room.read_commit()
+        if commit is None:
+            continue
+        teacher = codecs.decode_teacher(room.read(commit.file(TEACHER_KEY)))
+        _check_names(teacher.class_names, class_names, spec)
+        network = NetworkConfig(
+            arch=cast(Arch, teacher.arch), width=teacher.width, small_stem=teacher.small_stem
+        )
+        return network, {name: torch.tensor(array) for name, array in teacher.weights.items()}
+    folder, _, name = spec.rpartition("/")
+    try:
+        content = Store(folder or ".").get(name)
+    except (FileNotFoundError, IsADirectoryError, ArtifactError) as error:
+        raise ConfigError(
+            f"--teacher {spec}: expected a committed teacher (a run or its teacher/ folder), torchvision:WEIGHTS, or a "
+            f"checkpoint file, found none of them ({type(error).__name__})"
+        ) from error
+    return config.squeeze.network, read_checkpoint(content, spec)
+
+
+def _check_names(teacher: tuple[str, ...], data: tuple[str, ...], spec: str) -> None:
+    if teacher != data:
+        first = next(
+            (i for i, (a, b) in enumerate(zip(teacher, data, strict=False)) if a != b),
+            min(len(teacher), len(data)),
+        )
+        raise DataError(
+            f"--teacher {spec}: its {len(teacher)} classes differ from the data's {len(data)}, first at class {first}: "
+            f"{teacher[first : first + 3]} against {data[first : first + 3]}; use the teacher of this data"
+        )
+
+
+# Training ---------------------------------------------------------------------------------------
+
+
+def _train(stage: StageRun) -> None:
+    """Train with Ray Train: DDP over the workers, or in the driver."""
+    wide = width(stage.resources)
+    source: Source = stage.run.source("train")
+    limit = int(stage.config.squeeze.memory_limit_gib * 2**30)
+    image_bytes = stage.config.source.image_size**2 * stage.config.source.channels
+    in_memory = source.num_images is not None and source.num_images * image_bytes <= limit
+    datasets, num_images = {}, source.num_images
+    if not in_memory:
+        stage.run.connect()
+        num_images = num_images or _count(source)
+        datasets["train"] = _stream(source, stage.config.source)
+    config: dict[str, Any] = {
+        "room": stage.room,
+        "config": stage.config,
+        "source": source,
+        "listed": Listed.of(source, stage.config.source) if in_memory else None,
+        "num_images": num_images,
+        "val": Listed.of(stage.run.source("val"), stage.config.source),
+        "cpus": wide.cpus,
+    }
+    if wide.num_workers == 0:
+        queue: Any = workers.UnitQueue([UNIT], stage.progress.update)
+        run_config = None
+    else:
+        queue = ray.remote(num_cpus=0)(workers.UnitQueue).remote([UNIT])
+        run_config = workers.train_run_config(stage, f"squeeze-{stage.room.name}-{time.time_ns()}")
+    config["queue"] = queue
+    trainer = TorchTrainer(
+        _train_loop,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="nccl" if wide.gpus else "gloo"),
+        scaling_config=workers.scaling(wide, wide.num_workers, elastic=False),
+        run_config=run_config,
+        datasets=datasets,
+    )
+    if wide.num_workers == 0:
+        with workers.quiet_environment():
+            trainer.fit()
+        error = queue.error()
+    else:
+        with workers.polled(queue, stage.progress, 0):
+            try:
+                trainer.fit()
+            except Exception as failure:
+                raise workers.workers_lost(stage, failure) from failure
+        error = ray.get(queue.error.remote())
+    if error is not None:
+        raise error
+
+
+def _train_loop(config: dict[str, Any]) -> None:
+    """Train on one worker. Rank 0 keeps the resumable state, measures the result and commits it."""
+    try:
+        _train_on_worker(config)
+    except WmddError as error:
+        workers.call(config["queue"], "fail", UNIT, error)
+
+
+def _train_on_worker(loop: dict[str, Any]) -> None:
+    started = time.perf_counter()
+    config: DistillConfig = loop["config"]
+    source: Source = loop["source"]
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(loop["cpus"])
+    device = workers.device_of_worker()
+    seed = unit_seed(config.seed, "squeeze", UNIT)
+    torch.manual_seed(seed)
+    network = build_network(
+        config.squeeze.network,
+        num_classes=len(source.class_names),
+        channels=config.source.channels,
+        image_size=config.source.image_size,
+    ).to(device)
+    network.to(memory_format=torch.channels_last)
+    squeeze = config.squeeze
+    optimizer = make_optimizer(
+        network, "sgd", learning_rate=squeeze.learning_rate, weight_decay=squeeze.weight_decay, momentum=squeeze.momentum
+    )  # fmt: skip
+    store = loop["room"].store
+    first, losses = _resume(store, network, optimizer)
+    parallel = ray.train.torch.prepare_model(network, move_to_device=False)
+    report = workers.reporter(loop["queue"], UNIT)
+    saved = time.monotonic()
+
+    def on_epoch(epoch: int, loss: float) -> None:
+        nonlocal saved
+        losses.append(round(loss, 4))
+        if rank == 0:
+            report(
+                (epoch + 1) / (squeeze.epochs + 1),
+                f"epoch {epoch + 1}/{squeeze.epochs}, loss {loss:.3f}",
+            )
+            if time.monotonic() - saved > _STATE_EVERY_S:
+                state = training_state(network, optimizer)
+                state["epoch"], state["losses"] = np.array(epoch + 1), np.array(losses)
+                store.put(_STATE_KEY, codecs.encode_state(state))
+                saved = time.monotonic()
+
+    train_classifier(
+        parallel,
+        optimizer,
+        _epoch_batches(loop, rank, world, seed),
+        squeeze,
+        steps_per_epoch=steps_of(loop["num_images"], squeeze.batch_size),
+        mean_C=config.source.mean,
+        std_C=config.source.std,
+        seed=seed,
+        rank=rank,
+        start_epoch=first,
+        on_epoch=on_epoch,
+    )
+    if rank == 0:
+        network.eval()
+        top1 = measure(network, loop["val"], config, "the trained teacher", device)
+        extra = {"losses": losses}
+        _commit(
+            loop["room"], config, squeeze.network, network, source.class_names, top1, started, extra
+        )
+        store.delete("partial")
+
+
+def _resume(
+    store: Store, network: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, list[float]]:
+    """Load the state of an interrupted training; return (first epoch, losses so far)."""
+    try:
+        state = codecs.decode_state(store.get(_STATE_KEY))
+    except FileNotFoundError:
+        return 0, []
+    epoch, losses = int(state.pop("epoch")), state.pop("losses").tolist()
+    load_training_state(network, optimizer, state)
+    return epoch, losses
+
+
+def _epoch_batches(loop: dict[str, Any], rank: int, world: int, seed: int) -> Any:
+    """Return epoch -> batches of this rank: of images in memory, or streamed by Ray Data."""
+    config: DistillConfig = loop["config"]
+    batch_size = config.squeeze.batch_size
+    if loop["listed"] is None:
+        share = max(1, batch_size // world)
+        return lambda epoch: _streamed_batches(config.source, share, seed + epoch)
+    loaded = loop["listed"].load(1 << 62)
+    images_NHWC, labels_N = loaded
+    return lambda epoch: in_memory_batches(
+        images_NHWC, labels_N, batch_size=batch_size, seed=seed, epoch=epoch, rank=rank, world=world
+    )
+
+
+def _streamed_batches(config: SourceConfig, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Yield batches of the worker's part of the stream, shuffled in a buffer."""
+    shape = (config.image_size, config.image_size, config.channels)
+    stream = ray.train.get_dataset_shard("train")
+    assert stream is not None
+    batches = stream.iter_batches(
+        batch_size=batch_size,
+        batch_format="pyarrow",
+        drop_last=True,
+        local_shuffle_buffer_size=max(_SHUFFLE_IMAGES, batch_size),
+        local_shuffle_seed=seed % 2**32,
+    )
+    for batch in batches:
+        pixels = b"".join(batch["pixels"].to_pylist())
+        images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).reshape(-1, *shape)
+        yield images, torch.tensor(batch["label"].to_numpy())
+
+
+def _stream(source: Source, config: SourceConfig) -> ray.data.Dataset:
+    """Return a Ray Data stream with an image a row; the shards come in another order every epoch."""
+    shards = [{"shard": json.dumps(asdict(s))} for s in source.shards(_STREAM_CHUNK_IMAGES)]
+    held = ray.put(source)
+
+    def decode(batch: pa.Table) -> Iterator[pa.Table]:
+        shard = shard_of(json.loads(batch["shard"][0].as_py()))
+        for chunk in decoded_chunks(ray.get(held), shard, config, _STREAM_CHUNK_IMAGES):
+            pixels = [image.tobytes() for image in chunk.images_NHWC]
+            yield pa.table({"pixels": pa.array(pixels, pa.binary()), "label": chunk.labels_N})
+
+    rows = ray.data.from_items(shards, override_num_blocks=len(shards)).randomize_block_order()
+    return rows.map_batches(decode, batch_size=1, batch_format="pyarrow")
+
+
+def _count(source: Source) -> int:
+    """Return the number of images of a source that only reading tells, by one task a shard."""
+    held = ray.put(source)
+
+    @ray.remote
+    def count(shard: Any) -> int:
+        return sum(1 for _ in ray.get(held).read_shard(shard))
+
+    return sum(ray.get([count.remote(shard) for shard in source.shards(_STREAM_CHUNK_IMAGES)]))
+
+
+# Measuring and committing -----------------------------------------------------------------------
+
+
+def measure(
+    network: torch.nn.Module, val: Listed, config: DistillConfig, name: str, device: torch.device
+) -> float:
+    """Return the top-1 on held-out images, in [0, 1].
+
+    Raises:
+        DataError: It is at chance level, below `squeeze.min_top1`, or its classes are in another order.
+    """
+    class_names = val.source.class_names
+    num_classes = len(class_names)
+    held_out = HeldOut(val, config.source.mean, config.source.std, device)
+    counts_YY = confusion(network, held_out, num_classes)
+    top1 = float(np.trace(counts_YY) / counts_YY.sum())
+    moved = permuted_classes(counts_YY)
+    if moved:
+        shown = ", ".join(
+            f'class {k} ("{class_names[k]}") is its class {j}' for k, j in list(moved.items())[:3]
+        )
+        raise DataError(
+            f"{name}: its classes are in another order than the data's: {len(moved)} of {num_classes} are exchanged "
+            f"({shown}); its top-1 is {top1:.3f} as it is. Reorder the class names of the data or the teacher's last layer"
+        )
+    needed = config.squeeze.min_top1 or min(3 / num_classes, (1 + 1 / num_classes) / 2)
+    if top1 < needed:
+        raise DataError(
+            f"{name}: top-1 {top1:.3f} on {int(counts_YY.sum())} held-out images, expected at least {needed:.3f} "
+            f"(chance is {1 / num_classes:.3f}); check the data, its normalization, and the training, or set "
+            "--squeeze.min-top1"
+        )
+    return top1
+
+
+def _commit(
+    room: Room,
+    config: DistillConfig,
+    network_config: NetworkConfig,
+    network: torch.nn.Module,
+    class_names: tuple[str, ...],
+    top1: float,
+    started: float,
+    metrics: dict[str, Any],
+) -> None:
+    source = config.source
+    teacher = Teacher(
+        arch=network_config.arch,
+        width=network_config.width,
+        small_stem=network_config.small_stem,
+        class_names=class_names,
+        image_size=source.image_size,
+        resize=source.resize,
+        channels=source.channels,
+        mean_C=source.mean,
+        std_C=source.std,
+        top1=top1,
+        weights=weights_of(network),
+    )
+    network_of(teacher)
+    seconds = time.perf_counter() - started
+    room.commit_unit(
+        UNIT,
+        {TEACHER_KEY: codecs.encode_teacher(teacher)},
+        metrics={
+            "top1": top1,
+            "arch": network_config.arch,
+            "seconds_in_core": round(seconds, 3),
+            **metrics,
+        },
+        seconds=seconds,
+        host=socket.gethostname(),
+    )
