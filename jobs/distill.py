@@ -1,0 +1,222 @@
+"""Distil a labelled image data set: `python jobs/distill.py --ipc 10`.
+
+Seven stages, each a folder under --out: squeeze (teacher/), features/, barycenters/, recover (images/), relabel (labels/),
+assemble (dataset/), evaluate (evaluation/). Run the same command again after any interruption: finished units are kept.
+Exit codes: 0 done, 1 workers lost, 2 configuration, 3 lost a race for --out, 4 input, 5 storage, 143 terminated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import tyro
+
+from wmdd_ray.card import results_table, size
+from wmdd_ray.config import DistillConfig, Resources, StageName
+from wmdd_ray.errors import WmddError
+from wmdd_ray.progress import StageLine, duration
+from wmdd_ray.provenance import hardware, versions
+from wmdd_ray.recipes import recipe_of
+from wmdd_ray.run import Run, Stage, StageCommit, StageRun, expected_plan, run_pipeline
+from wmdd_ray.store.codecs import dump_json
+from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.sources import Source, open_source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Options of the job. Those with a dot belong to one stage."""
+
+    out: str | None = None
+    """Root of the run: a path, or a URI that all nodes see. Absent: runs/RECIPE-ipcIPC (a submitted job: in the home folder)."""
+    first: Annotated[StageName | None, tyro.conf.arg(name="from")] = None
+    """Begin with this stage; those before it must be committed."""
+    last: Annotated[StageName | None, tyro.conf.arg(name="until")] = None
+    """End with this stage."""
+    overwrite: bool = False
+    """Replace rooms that were made with other options; with --from, that room and those after in any case."""
+    dry_run: bool = False
+    """Print the plan (stages, units, what is committed, estimated sizes) and stop."""
+    verbose: bool = False
+    """Show Ray's and the workers' log lines, and whole tracebacks."""
+    config: Annotated[DistillConfig, tyro.conf.arg(name="")] = field(default_factory=DistillConfig)
+    resources: Annotated[Resources, tyro.conf.arg(name="")] = field(default_factory=Resources)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job and return its exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        job = parse(arguments)
+    except WmddError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    logging.basicConfig(
+        level=logging.INFO if job.verbose else logging.WARNING, format="%(name)s: %(message)s"
+    )
+    try:
+        return distill(job)
+    except WmddError as error:
+        if job.verbose:
+            logging.exception("the job ends here")
+        print(f"\nerror: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def parse(arguments: list[str]) -> Job:
+    """Return the job of a command line: a recipe's values, changed by the options given."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default="digits")
+    first.add_argument("--ipc", type=int, default=10)
+    known, _ = first.parse_known_args(arguments)
+    default = Job(config=recipe_of(known.recipe, known.ipc))
+    return tyro.cli(Job, args=arguments, default=default, description=__doc__)
+
+
+def distill(job: Job) -> int:
+    """Bring every room up to date and print what a person wants to know."""
+    started = time.monotonic()
+    run = open_run(job)
+    # Imported here: stages load torch and Ray, which a wrong option should not have to wait for.
+    from wmdd_ray.stages.pipeline import PIPELINE
+
+    if job.dry_run:
+        print_plan(run, PIPELINE)
+        return 0
+    write_run_record(run)
+    commits = run_pipeline(run, PIPELINE, first=job.first, last=job.last, overwrite=job.overwrite)
+    if "evaluation" in commits:
+        from wmdd_ray.stages.assemble import write_card
+
+        write_card(run.room("dataset"), run.config, commits["evaluation"])
+    print_summary(run, commits, time.monotonic() - started)
+    return 0
+
+
+def open_run(job: Job) -> Run:
+    """Return the run of a job; nothing is read or started yet."""
+    config = job.config
+    out = job.out or default_out(config)
+    sources: dict[str, Source] = {}
+
+    def open_split(split: str) -> Source:
+        if split == "train":
+            sources["train"] = open_source(config.data, config.source, split="train")
+            return sources["train"]
+        names = run.source("train").class_names
+        uri = config.val_data or config.data
+        return open_source(
+            uri,
+            config.source,
+            split="val",
+            class_names=names,
+            dedicated=config.val_data is not None,
+        )
+
+    def connect() -> None:
+        from wmdd_ray.stages.cluster import connect
+
+        connect(out, verbose=job.verbose)
+
+    run = Run(
+        store=Store(out),
+        config=config,
+        resources=job.resources,
+        open_source=open_split,
+        progress=StageLine,
+        connect=connect,
+    )
+    return run
+
+
+def default_out(config: DistillConfig) -> str:
+    """Return where a run goes when --out is absent. A submitted job's working folder is thrown away after it."""
+    name = f"{config.recipe}-ipc{config.ipc}"
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return str(Path.home() / "wmdd_ray_runs" / name)
+    return str(Path("runs") / name)
+
+
+def write_run_record(run: Run) -> None:
+    """Store the merged configuration, versions and revision of this run."""
+    record = {"config": asdict(run.config), "resources": asdict(run.resources), **versions()}
+    record |= {"hardware": hardware(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
+    run.store.put("run.json", dump_json(record))
+
+
+def print_plan(run: Run, pipeline: tuple[Stage, ...]) -> None:
+    """Print what a run would do: a line a stage with its units, those finished, and the bytes to come."""
+    print(f"plan for {run.store.uri}")
+    print(f"{'stage':<12} {'room':<13} {'state':<34} {'units':>12} {'about':>9}")
+    fingerprints: dict[str, str] = {}
+    for stage in pipeline:
+        room = run.room(stage.room)
+        commit = room.read_commit()
+        state, ready = "to do", all(name in fingerprints for name in stage.inputs)
+        plan = expected_plan(run, stage, fingerprints) if ready else None
+        if commit is not None and plan is not None:
+            same = commit.fingerprint == plan["fingerprint"]
+            state = "committed" if same else "other options: needs --overwrite"
+            if same:
+                fingerprints[stage.room] = commit.fingerprint
+        work = stage.plan(StageRun(run=run, stage=stage, room=room, progress=StageLine(stage.name)))
+        finished = room.finished()
+        done = len(finished if work.units is None else finished & set(work.units))
+        units = f"{done}/{'?' if work.units is None else len(work.units)}"
+        if state == "to do" and finished:
+            state = "in part: resumed"
+        print(
+            f"{stage.name:<12} {stage.room + '/':<13} {state:<34} {units:>12} {size(work.estimated_bytes):>9}"
+        )
+
+
+def print_summary(run: Run, commits: dict[str, StageCommit], seconds: float) -> None:
+    """Print where the set is, its size, the accuracy table, and where the time went."""
+    print()
+    if "dataset" in commits:
+        made = commits["dataset"].metrics
+        real = made["source"]
+        uri = run.room("dataset").store.uri
+        print(f"distilled set   {uri}")
+        print(f"preview         {uri}/preview.png")
+        print(
+            f"size            {made['num_images']} images, {size(made['image_bytes'])} (+ {size(made['label_bytes'])} of soft "
+            f"labels, {size(made['teacher_bytes'])} of teacher) for {real['num_images']} real images, "
+            f"{size(real['stored_bytes'])}"
+        )
+        for reason in commits["features"].metrics["bad_images"][:5]:
+            print(f"skipped         {reason}")
+    if "evaluation" in commits:
+        found = commits["evaluation"].metrics
+        student = found["student"]["network"]["arch"]
+        print(
+            f"student         {student}, from scratch; teacher's top-1 {100 * found['teacher_top1']:.1f} %\n"
+        )
+        print(results_table(found["table"]))
+    print(f"\n{'stage':<12} {'committed in':>14} {'inside core':>14}")
+    for commit in commits.values():
+        core = commit.metrics.get("seconds_in_core")
+        print(
+            f"{commit.stage:<12} {duration(commit.seconds):>14} {duration(core) if core is not None else '-':>14}"
+        )
+    print(f"this run took {duration(seconds)}")
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
