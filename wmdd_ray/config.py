@@ -370,12 +370,12 @@ class Resources:
     """Workers of the training, recover, relabel and student stages; 0 runs them in the driver; -1 decides by the cluster."""
     gpus_per_worker: float = -1.0
     """GPUs of one worker; -1 takes one when the cluster has GPUs, else none."""
-    cpus_per_worker: int = 0
-    """CPUs, and with them computing threads, of one worker; 0 takes one, or all cores when the driver itself works."""
+    cpus_per_worker: int = 1
+    """CPUs, and with them computing threads, of one worker (one: on shared cores two threads ran 4 to 7 times slower)."""
     max_actors: int = 1000
     """Most barycenter and embedding actors."""
 
     def __post_init__(self) -> None:
         _require(self.num_workers >= -1, "num-workers", ">= 0, or -1 for auto", self.num_workers)
-        _require(self.cpus_per_worker >= 0, "cpus-per-worker", ">= 0", self.cpus_per_worker)
+        _require(self.cpus_per_worker >= 1, "cpus-per-worker", ">= 1", self.cpus_per_worker)
         _require(self.max_actors >= 1, "max-actors", ">= 1", self.max_actors)

@@ -21,7 +21,7 @@ from wmdd_ray.core.transport import squared_distances_KN
 from wmdd_ray.records import Barycenter
 
 
-def lloyd(
+def solve_lloyd(
     features_ND: np.ndarray, ipc: int, config: BarycenterConfig, rng: np.random.Generator
 ) -> Barycenter:
     """Exact block descent with free weights, from k-means++ starts; the start with the lowest cost wins."""

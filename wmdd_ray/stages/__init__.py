@@ -9,6 +9,8 @@ if not os.environ.get("RAY_ADDRESS"):
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Without this, Ray replaces 127.0.0.1 by the machine's own address.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # Ray Data makes the core worker print an error about its own actors on every run; Python exceptions say what matters.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # A token of its own: with none, other users of the machine could run code in it, and Ray's default would leave a
     # token file in the home folder that makes a later `ray start --head` ask for it.
     if "RAY_AUTH_MODE" not in os.environ:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import socket
 import time
 from dataclasses import asdict
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import ray
 
 from wmdd_ray.config import DistillConfig
-from wmdd_ray.records import ClassBarycenter, ClassFeatures
+from wmdd_ray.records import ClassBarycenter
 from wmdd_ray.run import Room, StageRun, Work, unit_seed
-from wmdd_ray.stages import features
 from wmdd_ray.stages.actors import fan_out
+from wmdd_ray.stages.class_features import ClassFeaturesReader
 from wmdd_ray.store import codecs
-
-_CACHED_CHUNKS = 64
 
 
 def options(config: DistillConfig) -> dict[str, Any]:
@@ -90,11 +87,9 @@ class BarycenterActor:
         self, room: Room, features_room: Room, class_names: tuple[str, ...], config: DistillConfig
     ) -> None:
         self._room = room
-        self._features = features_room
-        self._commit = features_room.committed()
+        self._features = ClassFeaturesReader(features_room)
         self._class_names = class_names
         self._config = config
-        self._chunk = lru_cache(maxsize=_CACHED_CHUNKS)(self._read_chunk)
 
     def ready(self) -> None:
         """Return once the actor can work: imports are the larger part of its start."""
@@ -106,7 +101,7 @@ class BarycenterActor:
 
         label, config = int(unit), self._config
         started = time.perf_counter()
-        real = self._class_features(label)
+        real = self._features.read(label)
         in_core = time.perf_counter()
         where = f'class {label} ("{self._class_names[label]}")'
         found = solve_barycenter(
@@ -143,27 +138,3 @@ class BarycenterActor:
             host=socket.gethostname(),
         )
         return seconds
-
-    def _class_features(self, label: int) -> ClassFeatures:
-        regrouped = f"class-{label:05d}"
-        if regrouped in self._commit.units:
-            entry = self._commit.file(features.class_key(label))
-            return codecs.decode_class_features(self._features.read(entry))
-        parts = []
-        for unit, marker in sorted(self._commit.units.items()):
-            if str(label) in marker.metrics["label_counts"]:
-                chunk = self._chunk(unit)
-                rows = np.flatnonzero(chunk.labels_N == label)
-                parts.append(
-                    ClassFeatures(
-                        label=label,
-                        keys=tuple(chunk.keys[i] for i in rows),
-                        features_ND=chunk.features_ND[rows],
-                        moments=chunk.moments[label],
-                    )
-                )
-        return features.merge_class_features(parts)
-
-    def _read_chunk(self, unit: str) -> Any:
-        entry = self._commit.units[unit].files[0]
-        return codecs.decode_feature_chunk(self._features.read(entry))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,15 +51,29 @@ def _start_local(level: int, verbose: bool) -> None:
     # Workers import the package from this checkout, wherever the driver was started.
     root = str(Path(__file__).resolve().parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    ray.init(
-        address="local",
-        num_cpus=max(2, os.cpu_count() or 2),
-        include_dashboard=False,
-        object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-        logging_level=level,
-        log_to_driver=verbose,
-        _node_ip_address="127.0.0.1",
-    )
+    with contextlib.nullcontext() if verbose else _hushed():
+        ray.init(
+            address="local",
+            num_cpus=max(2, os.cpu_count() or 2),
+            include_dashboard=False,
+            object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+            logging_level=level,
+            log_to_driver=verbose,
+            _node_ip_address="127.0.0.1",
+        )
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep the core worker's own announcements, which no log level reaches, off the terminal; exceptions pass."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 @dataclass(frozen=True)
@@ -71,21 +87,23 @@ class Width:
 
 def width(resources: Resources) -> Width:
     """Return the workers of a stage: as asked for, else one a GPU, else one a CPU, else (on a laptop) the driver."""
-    num_workers, gpus = resources.num_workers, resources.gpus_per_worker
+    num_workers, cpus, gpus = (
+        resources.num_workers,
+        resources.cpus_per_worker,
+        resources.gpus_per_worker,
+    )
     if num_workers == 0:
-        return Width(0, resources.cpus_per_worker or os.cpu_count() or 1, max(0.0, gpus))
+        return Width(0, cpus, max(0.0, gpus))
     here = ray.cluster_resources()
     if gpus < 0:
         gpus = 1.0 if here.get("GPU", 0) else 0.0
-    cpus = resources.cpus_per_worker or 1
     if num_workers < 0:
-        total_cpus = here.get("CPU", 1)
         if gpus:
             num_workers = max(1, int(here["GPU"] / gpus))
-        elif len(ray.nodes()) == 1 and total_cpus <= _LAPTOP_CPUS:
-            return Width(0, resources.cpus_per_worker or int(total_cpus), 0.0)
+        elif len(ray.nodes()) == 1 and here.get("CPU", 1) <= _LAPTOP_CPUS:
+            return Width(0, cpus, 0.0)
         else:
-            num_workers = max(1, int(total_cpus) // cpus)
+            num_workers = max(1, int(here.get("CPU", 1)) // cpus)
     return Width(num_workers, cpus, gpus)
 
 

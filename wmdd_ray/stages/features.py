@@ -23,8 +23,14 @@ import ray.data
 
 from wmdd_ray.config import DistillConfig, SourceConfig
 from wmdd_ray.errors import DataError
-from wmdd_ray.records import ClassFeatures, FeatureChunk
+from wmdd_ray.records import FeatureChunk
 from wmdd_ray.run import Room, StageRun, UnitMarker, Work
+from wmdd_ray.stages.class_features import (
+    class_key,
+    class_part,
+    class_unit,
+    merge_class_features,
+)
 from wmdd_ray.stages.cluster import root_cause, width
 from wmdd_ray.stages.teacher import read_teacher
 from wmdd_ray.store import codecs
@@ -254,11 +260,6 @@ def _is_class(unit: str) -> bool:
     return unit.startswith("class-")
 
 
-def class_key(label: int) -> str:
-    """Return the key of a class's regrouped features."""
-    return f"classes/{label:05d}.safetensors"
-
-
 def _regroup(stage: StageRun, units: list[str]) -> None:
     """Shuffle the features into one file a class, with Ray Data's own group-by."""
     rows = [{"order": i, "unit": unit} for i, unit in enumerate(units)]
@@ -285,14 +286,8 @@ class _Split:
         row = batch.to_pylist()[0]
         entry = self._room.read_unit(row["unit"]).files[0]
         chunk = codecs.decode_feature_chunk(self._room.read(entry))
-        for label, moments in chunk.moments.items():
-            rows = np.flatnonzero(chunk.labels_N == label)
-            part = ClassFeatures(
-                label=label,
-                keys=tuple(chunk.keys[i] for i in rows),
-                features_ND=chunk.features_ND[rows],
-                moments=moments,
-            )
+        for label in chunk.moments:
+            part = class_part(chunk, label)
             payload = codecs.encode_class_features(part)
             yield pa.table(
                 {
@@ -317,20 +312,8 @@ class _Merge:
         ]
         payload = codecs.encode_class_features(merge_class_features(parts))
         self._room.commit_unit(
-            f"class-{label:05d}",
+            class_unit(label),
             {class_key(label): payload},
             metrics={"num_images": sum(len(p.keys) for p in parts)},
         )
         return {"label": np.array([label])}
-
-
-def merge_class_features(parts: list[ClassFeatures]) -> ClassFeatures:
-    """Return the features of one class from its parts, in the order given."""
-    from wmdd_ray.core.moments import merge_moments
-
-    return ClassFeatures(
-        label=parts[0].label,
-        keys=tuple(key for part in parts for key in part.keys),
-        features_ND=np.concatenate([part.features_ND for part in parts]),
-        moments=merge_moments([part.moments for part in parts]),
-    )
