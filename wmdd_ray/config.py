@@ -73,7 +73,7 @@ class NetworkConfig:
     width: int = 64
     """Channels of each ConvNet-3 block (128 in the literature); not used by the other architectures."""
     small_stem: bool = False
-    """3x3 stride-1 first convolution without max-pool in place of the ResNets' 7x7 stride-2 stem (images <= 64 px)."""
+    """3x3 stride-1 first convolution without max-pool (ResNet) or stride 1 (MobileNetV2), for images of 64 px and less."""
 
     def __post_init__(self) -> None:
         _require(self.width >= 1, "width", ">= 1", self.width)

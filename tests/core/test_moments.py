@@ -8,12 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from wmdd_ray.config import NetworkConfig
-from wmdd_ray.core.moments import (
-    features_and_moments,
-    merge_moments,
-    running_moments,
-    variance_S,
-)
+from wmdd_ray.core.embedding import features_and_moments, running_moments
+from wmdd_ray.core.moments import merge_moments, variance_S
 from wmdd_ray.core.networks import batch_norms, build_network, features_and_logits
 from wmdd_ray.records import Moments
 
@@ -39,17 +35,18 @@ IMAGES = torch.randn(11, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 LABELS = np.array([2, 0, 2, 2, 5, 0, 2, 5, 0, 0, 2])
 
 
-def two_pass(net: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
-    """Return all BatchNorm inputs of one forward pass over everything, float64 (values, C)."""
-    caught: list[torch.Tensor] = []
+def inputs_of(net: nn.Module, batch_size: int) -> list[torch.Tensor]:
+    """Return every BatchNorm layer's input of all images, float64 (N, C, H W), from the same batches."""
+    caught: list[list[torch.Tensor]] = [[] for _ in batch_norms(net)]
     handles = [
-        norm.register_forward_pre_hook(lambda _, args: caught.append(args[0].double()))
-        for norm in batch_norms(net)
+        norm.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].double()))
+        for norm, seen in zip(batch_norms(net), caught, strict=True)
     ]
-    net(images)
+    for batch in IMAGES.split(batch_size):
+        net(batch)
     for handle in handles:
         handle.remove()
-    return [x.movedim(1, -1).flatten(0, -2) for x in caught]
+    return [torch.cat(seen).flatten(2) for seen in caught]
 
 
 def of_values(values_NS: np.ndarray) -> Moments:
@@ -70,15 +67,15 @@ def test_moments_equal_two_passes_in_float64_for_any_batches(
     net = network(offset)
     _, moments = features_and_moments(net, IMAGES, LABELS, batch_size=batch_size)
     assert list(moments) == [0, 2, 5]
+    inputs = inputs_of(net, batch_size)
     for label, got in moments.items():
-        layers = two_pass(net, IMAGES[torch.from_numpy(label == LABELS)])
+        layers = [x[torch.from_numpy(label == LABELS)].movedim(1, -1).flatten(0, 1) for x in inputs]
         mean = torch.cat([x.mean(0) for x in layers]).numpy()
         variance = torch.cat([x.var(0, correction=0) for x in layers]).numpy()
         assert got.count_L.tolist() == [len(x) for x in layers]
         assert got.channels_L == (4, 4, 4)
-        np.testing.assert_allclose(got.mean_S, mean, rtol=1e-6, atol=1e-6)
-        # With a mean of 300 the network's own float32 leaves a few times 1e-5 of it in every value.
-        np.testing.assert_allclose(variance_S(got), variance, rtol=2e-6 if offset == 0 else 1e-3)
+        np.testing.assert_allclose(got.mean_S, mean, rtol=2e-8, atol=1e-8)
+        np.testing.assert_allclose(variance_S(got), variance, rtol=1e-6)
 
 
 @given(st.permutations(range(11)), st.sets(st.integers(1, 10)))

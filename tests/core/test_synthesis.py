@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from wmdd_ray.config import NetworkConfig, RecoverConfig
-from wmdd_ray.core.moments import features_and_moments, variance_S
+from wmdd_ray.core.embedding import features_and_moments
+from wmdd_ray.core.moments import variance_S
 from wmdd_ray.core.networks import batch_norms, build_network, last_linear
 from wmdd_ray.core.synthesis import ClassTarget, recover_group
 from wmdd_ray.core.views import to_input

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from wmdd_ray.config import RecoverConfig
+from wmdd_ray.core.embedding import running_moments
 from wmdd_ray.core.jitter import Jitter, noise_start
 from wmdd_ray.core.losses import GroupTarget, MomentLoss, cross_entropy_G, feature_loss_G
-from wmdd_ray.core.moments import running_moments
 from wmdd_ray.core.networks import batch_norms, features_and_logits
 from wmdd_ray.core.pixel_adam import PixelAdam, State, to_array
 from wmdd_ray.core.taps import Tap, tapped

@@ -230,7 +230,7 @@ class Embedder:
     def _embed(
         self, keys: tuple[str, ...], labels_N: np.ndarray, images_NHWC: np.ndarray
     ) -> FeatureChunk:
-        from wmdd_ray.core.moments import features_and_moments
+        from wmdd_ray.core.embedding import features_and_moments
         from wmdd_ray.core.views import to_input
 
         if not keys:

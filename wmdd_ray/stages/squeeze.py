@@ -7,12 +7,10 @@ level or with its classes in another order is refused.
 from __future__ import annotations
 
 import json
-import logging
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,34 +21,23 @@ import ray.train.torch
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from wmdd_ray.config import Arch, DistillConfig, NetworkConfig, SourceConfig
+from wmdd_ray.config import DistillConfig, SourceConfig
 from wmdd_ray.core.batches import Batch, in_memory_batches, steps_of
-from wmdd_ray.core.class_order import confusion, permuted_classes
-from wmdd_ray.core.networks import (
-    build_network,
-    load_weights,
-    network_of,
-    read_checkpoint,
-    torchvision_weights,
-    weights_of,
-)
+from wmdd_ray.core.networks import build_network
 from wmdd_ray.core.optimizer import load_training_state, make_optimizer, training_state
 from wmdd_ray.core.training import train_classifier
-from wmdd_ray.errors import ArtifactError, ConfigError, DataError, WmddError
-from wmdd_ray.records import Teacher
-from wmdd_ray.run import Room, StageRun, Work, unit_seed
+from wmdd_ray.errors import WmddError
+from wmdd_ray.run import StageRun, Work, unit_seed
 from wmdd_ray.stages import workers
 from wmdd_ray.stages.cluster import width
 from wmdd_ray.stages.features import shard_of
-from wmdd_ray.stages.held_out import HeldOut, Listed
-from wmdd_ray.stages.teacher import TEACHER_KEY
+from wmdd_ray.stages.given_teacher import import_teacher
+from wmdd_ray.stages.held_out import Listed
+from wmdd_ray.stages.teacher import UNIT, commit_teacher, measure
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, decoded_chunks
 
-logger = logging.getLogger(__name__)
-
-UNIT = "teacher"
 _STATE_KEY = "partial/state.safetensors"
 _STATE_EVERY_S = 20.0
 _STREAM_CHUNK_IMAGES = 256
@@ -91,76 +78,10 @@ def work(stage: StageRun) -> dict[str, Any]:
         if stage.config.teacher is None:
             _train(stage)
         else:
-            _import(stage, stage.config.teacher)
+            import_teacher(stage, stage.config.teacher)
     marker = stage.room.read_unit(UNIT)
     stage.progress.update(1, f"top-1 {100 * marker.metrics['top1']:.1f} %")
     return dict(marker.metrics)
-
-
-# A given teacher --------------------------------------------------------------------------------
-
-
-def _import(stage: StageRun, spec: str) -> None:
-    started = time.perf_counter()
-    source: Source = stage.run.source("train")
-    network_config, weights = _given_weights(stage.config, spec, source.class_names)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = build_network(
-        network_config,
-        num_classes=len(source.class_names),
-        channels=stage.config.source.channels,
-        image_size=stage.config.source.image_size,
-    )
-    load_weights(network, weights, f"--teacher {spec}")
-    network = network.to(device).eval()
-    val = Listed.of(stage.run.source("val"), stage.config.source)
-    top1 = measure(network, val, stage.config, spec, device)
-    _commit(
-        stage.room, stage.config, network_config, network, source.class_names, top1, started, {}
-    )
-
-
-def _given_weights(
-    config: DistillConfig, spec: str, class_names: tuple[str, ...]
-) -> tuple[NetworkConfig, dict[str, torch.Tensor]]:
-    """Return architecture and weights of `torchvision:NAME`, a committed teacher, or a checkpoint file."""
-    if spec.startswith("torchvision:"):
-        arch, state, *_ = torchvision_weights(spec.removeprefix("torchvision:"))
-        return NetworkConfig(arch=arch), state
-    for room in (Room(Store(spec), ""), Room(Store(spec), "teacher")):
-        commit = room.read_commit()
-        if commit is None:
-            continue
-        teacher = codecs.decode_teacher(room.read(commit.file(TEACHER_KEY)))
-        _check_names(teacher.class_names, class_names, spec)
-        network = NetworkConfig(
-            arch=cast(Arch, teacher.arch), width=teacher.width, small_stem=teacher.small_stem
-        )
-        return network, {name: torch.tensor(array) for name, array in teacher.weights.items()}
-    folder, _, name = spec.rpartition("/")
-    try:
-        content = Store(folder or ".").get(name)
-    except (FileNotFoundError, IsADirectoryError, ArtifactError) as error:
-        raise ConfigError(
-            f"--teacher {spec}: expected a committed teacher (a run or its teacher/ folder), torchvision:WEIGHTS, or a "
-            f"checkpoint file, found none of them ({type(error).__name__})"
-        ) from error
-    return config.squeeze.network, read_checkpoint(content, spec)
-
-
-def _check_names(teacher: tuple[str, ...], data: tuple[str, ...], spec: str) -> None:
-    if teacher != data:
-        first = next(
-            (i for i, (a, b) in enumerate(zip(teacher, data, strict=False)) if a != b),
-            min(len(teacher), len(data)),
-        )
-        raise DataError(
-            f"--teacher {spec}: its {len(teacher)} classes differ from the data's {len(data)}, first at class {first}: "
-            f"{teacher[first : first + 3]} against {data[first : first + 3]}; use the teacher of this data"
-        )
-
-
-# Training ---------------------------------------------------------------------------------------
 
 
 def _train(stage: StageRun) -> None:
@@ -224,6 +145,7 @@ def _train_loop(config: dict[str, Any]) -> None:
 
 def _train_on_worker(loop: dict[str, Any]) -> None:
     started = time.perf_counter()
+    workers.keep_freed_memory()
     config: DistillConfig = loop["config"]
     source: Source = loop["source"]
     context = ray.train.get_context()
@@ -280,7 +202,7 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
         network.eval()
         top1 = measure(network, loop["val"], config, "the trained teacher", device)
         extra = {"losses": losses}
-        _commit(
+        commit_teacher(
             loop["room"], config, squeeze.network, network, source.class_names, top1, started, extra
         )
         store.delete("partial")
@@ -355,78 +277,3 @@ def _count(source: Source) -> int:
         return sum(1 for _ in ray.get(held).read_shard(shard))
 
     return sum(ray.get([count.remote(shard) for shard in source.shards(_STREAM_CHUNK_IMAGES)]))
-
-
-# Measuring and committing -----------------------------------------------------------------------
-
-
-def measure(
-    network: torch.nn.Module, val: Listed, config: DistillConfig, name: str, device: torch.device
-) -> float:
-    """Return the top-1 on held-out images, in [0, 1].
-
-    Raises:
-        DataError: It is at chance level, below `squeeze.min_top1`, or its classes are in another order.
-    """
-    class_names = val.source.class_names
-    num_classes = len(class_names)
-    held_out = HeldOut(val, config.source.mean, config.source.std, device)
-    counts_YY = confusion(network, held_out, num_classes)
-    top1 = float(np.trace(counts_YY) / counts_YY.sum())
-    moved = permuted_classes(counts_YY)
-    if moved:
-        shown = ", ".join(
-            f'class {k} ("{class_names[k]}") is its class {j}' for k, j in list(moved.items())[:3]
-        )
-        raise DataError(
-            f"{name}: its classes are in another order than the data's: {len(moved)} of {num_classes} are exchanged "
-            f"({shown}); its top-1 is {top1:.3f} as it is. Reorder the class names of the data or the teacher's last layer"
-        )
-    needed = config.squeeze.min_top1 or min(3 / num_classes, (1 + 1 / num_classes) / 2)
-    if top1 < needed:
-        raise DataError(
-            f"{name}: top-1 {top1:.3f} on {int(counts_YY.sum())} held-out images, expected at least {needed:.3f} "
-            f"(chance is {1 / num_classes:.3f}); check the data, its normalization, and the training, or set "
-            "--squeeze.min-top1"
-        )
-    return top1
-
-
-def _commit(
-    room: Room,
-    config: DistillConfig,
-    network_config: NetworkConfig,
-    network: torch.nn.Module,
-    class_names: tuple[str, ...],
-    top1: float,
-    started: float,
-    metrics: dict[str, Any],
-) -> None:
-    source = config.source
-    teacher = Teacher(
-        arch=network_config.arch,
-        width=network_config.width,
-        small_stem=network_config.small_stem,
-        class_names=class_names,
-        image_size=source.image_size,
-        resize=source.resize,
-        channels=source.channels,
-        mean_C=source.mean,
-        std_C=source.std,
-        top1=top1,
-        weights=weights_of(network),
-    )
-    network_of(teacher)
-    seconds = time.perf_counter() - started
-    room.commit_unit(
-        UNIT,
-        {TEACHER_KEY: codecs.encode_teacher(teacher)},
-        metrics={
-            "top1": top1,
-            "arch": network_config.arch,
-            "seconds_in_core": round(seconds, 3),
-            **metrics,
-        },
-        seconds=seconds,
-        host=socket.gethostname(),
-    )

@@ -8,6 +8,7 @@ queue: everything committed stays. With no workers, the same loop runs in the dr
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import tempfile
 import threading
@@ -31,6 +32,8 @@ from wmdd_ray.stages.cluster import Width, root_cause, width
 MAX_ATTEMPTS = 3
 _MAX_GROUP_RESTARTS = 32
 _POLL_S = 1.0
+# From malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 Report = Callable[[float, str], None]
 """Says which fraction of the unit under way is done, with a short note."""
@@ -213,7 +216,20 @@ def call(queue: UnitQueue | ActorHandle, method: str, *args: Any) -> Any:
     return ray.get(getattr(queue, method).remote(*args))
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc not to hand freed tensors back to the system.
+
+    It does so above 32 MB by default, at 10,000 to 38,000 page faults an iteration of recover: 20 to 35 % of the time
+    of a small network on CPU. Other C libraries have no such call.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def _worker_loop(config: dict[str, Any]) -> None:
+    keep_freed_memory()
     context = ray.train.get_context()
     queue, rank = config["queue"], context.get_world_rank()
     torch.set_num_threads(config["cpus"])
