@@ -98,12 +98,18 @@ def width(resources: Resources) -> Width:
     if gpus < 0:
         gpus = 1.0 if here.get("GPU", 0) else 0.0
     if num_workers < 0:
+        here_cpus = int(here.get("CPU", 0))
+        if not (gpus or here_cpus):
+            raise ConfigError(
+                "--num-workers: the cluster has no CPUs or GPUs for work at the moment, so their number cannot be taken from "
+                "it; say what the autoscaler shall start, such as --num-workers 8 --gpus-per-worker 1"
+            )
         if gpus:
             num_workers = max(1, int(here["GPU"] / gpus))
-        elif len(ray.nodes()) == 1 and here.get("CPU", 1) <= _LAPTOP_CPUS:
+        elif len(ray.nodes()) == 1 and here_cpus <= _LAPTOP_CPUS:
             return Width(0, cpus, 0.0)
         else:
-            num_workers = max(1, int(here.get("CPU", 1)) // cpus)
+            num_workers = max(1, here_cpus // cpus)
     return Width(num_workers, cpus, gpus)
 
 
