@@ -135,6 +135,14 @@ def test_class_folders_may_have_folders_inside(store: Store) -> None:
     assert source.class_names == NAMES and labels_of(source) == [0, 1, 2]
 
 
+def test_many_files_read_ahead_come_in_order(store: Store) -> None:
+    for i in range(60):
+        store.put(f"ant/{i:02d}.png", b"%d" % i)
+    source = open_source(store.uri, CONFIG, split="train")
+    contents = [raw.content for shard in source.shards(60) for raw in source.read_shard(shard)]
+    assert contents == [b"%d" % i for i in range(60)]
+
+
 def test_a_class_called_train_is_no_split(store: Store) -> None:
     for name in ("car", "train"):
         store.put(f"{name}/0.png", PNGS[0])
@@ -292,10 +300,11 @@ def test_braces_stand_for_ranges_and_lists() -> None:
 
 
 def test_files_are_split_by_the_words_in_their_names(store: Store) -> None:
-    names = ["val/a.parquet", "x_test.parquet", "constrained.parquet", "my-training2.parquet"]
+    train = ["my-training2.parquet", "val-mirror/train-0.parquet"]
+    names = ["val/a.parquet", "x_test.parquet", "constrained.parquet", *train]
     for name in names:
         store.put(name, parquet_of(PNGS[:3], [0, 1, 2], NAMES))
-    assert list(open_source(store.uri, CONFIG, split="train").files) == ["my-training2.parquet"]
+    assert list(open_source(store.uri, CONFIG, split="train").files) == train
     assert list(open_source(store.uri, CONFIG, split="val").files) == ["val/a.parquet"]
 
 

@@ -35,6 +35,7 @@ from wmdd_ray.records import (
     Views,
 )
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.images import encode_png
 
 FORMAT_VERSION = 1
 _HUGGINGFACE = b"huggingface"
@@ -355,14 +356,6 @@ def decode_soft_labels(content: bytes) -> SoftLabelBlock:
         views=Views(**views),
         labels=labels,
     )
-
-
-def encode_png(image_HWC: np.ndarray) -> bytes:
-    """Return one uint8 image with 1 or 3 channels as PNG, lossless."""
-    sink = io.BytesIO()
-    squeezed = image_HWC[:, :, 0] if image_HWC.shape[2] == 1 else image_HWC
-    Image.fromarray(squeezed).save(sink, format="PNG", optimize=True)
-    return sink.getvalue()
 
 
 def encode_images(
