@@ -29,7 +29,8 @@ from wmdd_ray.errors import WmddError
 from wmdd_ray.progress import StageLine, duration
 from wmdd_ray.provenance import hardware, versions
 from wmdd_ray.recipes import recipe_of
-from wmdd_ray.run import Run, Stage, StageCommit, StageRun, expected_plan, run_pipeline
+from wmdd_ray.rooms import StageCommit
+from wmdd_ray.run import Run, Stage, StageRun, expected_plan, run_pipeline
 from wmdd_ray.store.codecs import dump_json
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
@@ -95,7 +96,6 @@ def distill(job: Job) -> int:
     if job.dry_run:
         print_plan(run, PIPELINE)
         return 0
-    write_run_record(run)
     commits = run_pipeline(run, PIPELINE, first=job.first, last=job.last, overwrite=job.overwrite)
     if "evaluation" in commits:
         from wmdd_ray.stages.assemble import write_card
@@ -129,6 +129,8 @@ def open_run(job: Job) -> Run:
         from wmdd_ray.stages.cluster import connect
 
         connect(out, verbose=job.verbose)
+        # Only now: a run that was refused, or had nothing to do, is not what made the rooms.
+        write_run_record(run)
 
     run = Run(
         store=Store(out),
@@ -175,7 +177,9 @@ def print_plan(run: Run, pipeline: tuple[Stage, ...]) -> None:
         finished = room.finished()
         done = len(finished if work.units is None else finished & set(work.units))
         units = f"{done}/{'?' if work.units is None else len(work.units)}"
-        if state == "to do" and finished:
+        if plan is None:
+            state = "follows the rooms above"
+        elif state == "to do" and finished:
             state = "in part: resumed"
         print(
             f"{stage.name:<12} {stage.room + '/':<13} {state:<34} {units:>12} {size(work.estimated_bytes):>9}"

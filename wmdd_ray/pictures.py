@@ -6,32 +6,45 @@ import io
 
 import numpy as np
 
+# Matplotlib brings this font along, so a preview is the same on every machine.
+_FONT = "DejaVu Sans"
+_CELL_INCHES = 0.55
+# A picture's side stays below matplotlib's limit of 2^16 pixels.
+_MOST_PIXELS = 60_000
 
-def preview(rows: list[tuple[str, np.ndarray]]) -> bytes:
+
+def preview(rows: list[tuple[int, str, np.ndarray]]) -> bytes:
     """Return a PNG grid: a class a row with its name, an image a column.
 
     Args:
-        rows: (class name, images uint8 (K, H, W, C) with C 1 or 3) of each class, at least one.
+        rows: (label, class name, images uint8 (K, H, W, C) with C 1 or 3) of each class, at least one. A name that
+            the font has no letters for is shown as `class LABEL`.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = max(len(images) for _, images in rows)
-    names = [name if len(name) <= 18 else name[:17] + "…" for name, _ in rows]
-    cell, margin = 0.55, 0.15 + 0.085 * max(len(name) for name in names)
-    width = cell * columns + margin
-    figure, axes = pyplot.subplots(
-        len(rows), columns, figsize=(width, cell * len(rows)), squeeze=False, dpi=150
-    )
-    for axes_row, name, (_, images_KHWC) in zip(axes, names, rows, strict=True):
+    columns = max(len(images) for _, _, images in rows)
+    names = _shown([(label, name) for label, name, _ in rows])
+    margin = 0.15 + 0.085 * max(len(name) for name in names)
+    width, height = _CELL_INCHES * columns + margin, _CELL_INCHES * len(rows)
+    # A figure of its own, not pyplot's: nothing of the caller's matplotlib is changed.
+    figure = Figure(figsize=(width, height), dpi=min(150.0, _MOST_PIXELS / max(width, height)))
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes_row, name, (_, _, images_KHWC) in zip(grid, names, rows, strict=True):
         for axis in axes_row:
             axis.axis("off")
         for axis, image in zip(axes_row, images_KHWC, strict=False):
-            axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            pixels = image[:, :, 0] if image.shape[2] == 1 else image
+            axis.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes_row[0].text(
-            -0.15, 0.5, name, transform=axes_row[0].transAxes, ha="right", va="center", fontsize=8
+            -0.15,
+            0.5,
+            name,
+            transform=axes_row[0].transAxes,
+            ha="right",
+            va="center",
+            fontsize=8,
+            family=_FONT,
+            parse_math=False,  # a name may hold dollar signs
         )
     figure.subplots_adjust(
         left=margin / width,
@@ -43,5 +56,19 @@ def preview(rows: list[tuple[str, np.ndarray]]) -> bytes:
     )
     sink = io.BytesIO()
     figure.savefig(sink, format="png", metadata={"Software": None})
-    pyplot.close(figure)
     return sink.getvalue()
+
+
+def _shown(classes: list[tuple[int, str]]) -> list[str]:
+    """Return the text beside each row: the name, cut to 18 letters, or the label when the font lacks one of them."""
+    from matplotlib.font_manager import findfont
+    from matplotlib.ft2font import FT2Font
+
+    letters = FT2Font(findfont(_FONT)).get_charmap()
+    texts = []
+    for label, name in classes:
+        text = " ".join(name.split())
+        text = text if len(text) <= 18 else text[:17] + "…"
+        readable = text and all(ord(letter) in letters for letter in text)
+        texts.append(text if readable else f"class {label}")
+    return texts

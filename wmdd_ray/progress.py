@@ -15,8 +15,8 @@ _PLAIN_S = 10.0
 
 def duration(seconds: float) -> str:
     """Return seconds as people say them: `8 s`, `3 min 20 s`, `2 h 5 min`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    if seconds < 59.5:  # bounds of what rounds to 60 and to 10
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest} s"
@@ -85,7 +85,8 @@ class StageLine(Progress):
             rate = fresh / (now - self._begun)
             text += f" {rate:.2f}/s" if rate >= 0.1 else f" {60 * rate:.2f}/min"
             if self._total is not None:
-                text += f", {duration((self._total - self._done) / rate)} left"
+                left = max(0.0, self._total - self._done)
+                text += f", {duration(left / rate)} left"
         if self._note:
             text += f", {self._note}"
         self._write(text, end="" if self._live else "\n")

@@ -20,7 +20,8 @@ from wmdd_ray.config import DistillConfig
 from wmdd_ray.errors import LostRaceError
 from wmdd_ray.pictures import preview
 from wmdd_ray.provenance import versions
-from wmdd_ray.run import Room, StageCommit, StageRun, Work
+from wmdd_ray.rooms import Room, StageCommit
+from wmdd_ray.run import StageRun, Work
 from wmdd_ray.stages import recover
 from wmdd_ray.stages.actors import fan_out
 from wmdd_ray.stages.cluster import width
@@ -211,7 +212,7 @@ class AssembleActor:
         labels = np.linspace(0, len(self._class_names) - 1, shown).round().astype(int).tolist()
         classes = recover.read_images(self._images_room, labels)
         most = self._config.assemble.preview_images
-        rows = [(self._class_names[r.label], r.images_KHWC[:most]) for r in classes]
+        rows = [(r.label, self._class_names[r.label], r.images_KHWC[:most]) for r in classes]
         return PREVIEW_KEY, preview(rows)
 
 

@@ -12,7 +12,8 @@ import ray
 
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.records import ClassBarycenter
-from wmdd_ray.run import Room, StageRun, Work, unit_seed
+from wmdd_ray.rooms import Room
+from wmdd_ray.run import StageRun, Work, unit_seed
 from wmdd_ray.stages.actors import fan_out
 from wmdd_ray.stages.class_features import ClassFeaturesReader
 from wmdd_ray.store import codecs
@@ -42,9 +43,13 @@ def read_barycenter(
 
 def plan(stage: StageRun) -> Work:
     """Return one unit a class."""
+    # Imported here: actors import this module, and need no torch.
+    from wmdd_ray.stages.teacher import feature_width
+
     num_classes = len(stage.run.source("train").class_names)
+    width_D = feature_width(stage.config, num_classes)
     units = tuple(unit_of(label) for label in range(num_classes))
-    return Work(units=units, estimated_bytes=num_classes * stage.config.ipc * 512 * 4)
+    return Work(units=units, estimated_bytes=num_classes * stage.config.ipc * width_D * 4)
 
 
 def work(stage: StageRun) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from wmdd_ray.core.moments import merge_moments
 from wmdd_ray.records import ClassFeatures, FeatureChunk
-from wmdd_ray.run import Room
+from wmdd_ray.rooms import Room
 from wmdd_ray.store import codecs
 
 _CACHED_CHUNKS = 64

@@ -26,13 +26,15 @@ from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.provenance import hardware, versions
 from wmdd_ray.records import StudentResult, Teacher, Views
-from wmdd_ray.run import Room, StageRun, Work, unit_seed
+from wmdd_ray.rooms import Room
+from wmdd_ray.run import StageRun, Work, unit_seed
 from wmdd_ray.stages import barycenters
 from wmdd_ray.stages.held_out import HeldOut, Listed
 from wmdd_ray.stages.recover import read_real
 from wmdd_ray.stages.relabel import blocks, renamed
 from wmdd_ray.stages.workers import DoUnit, Report, do_units
 from wmdd_ray.store import codecs
+from wmdd_ray.store.sources import Source
 
 _ALL_REAL_BYTES = 4 << 30
 # Labels of a baseline are kept for the next seed up to this many logits.
@@ -78,7 +80,11 @@ def work(stage: StageRun) -> dict[str, Any]:
         room=stage.room,
         dataset_uri=stage.run.room("dataset").store.uri,
         barycenter_room=stage.run.room("barycenters"),
-        train=Listed.of(stage.run.source("train"), config.source),
+        source=stage.run.source("train"),
+        # Its listing can be long, and only this row reads all of it.
+        train=Listed.of(stage.run.source("train"), config.source)
+        if "all_real" in config.evaluate.baselines
+        else None,
         val=Listed.of(stage.run.source("val"), config.source),
         config=config,
     )
@@ -139,7 +145,8 @@ def open_worker(
     room: Room,
     dataset_uri: str,
     barycenter_room: Room,
-    train: Listed,
+    source: Source,
+    train: Listed | None,
     val: Listed,
     config: DistillConfig,
 ) -> DoUnit:
@@ -157,11 +164,12 @@ def open_worker(
                 label_epoch = _cycled(dataset)
                 weights_N, epochs = dataset.weights, config.evaluate.epochs
             elif row == "all_real":
+                assert train is not None
                 pixels = _all_real(train)
                 label_epoch = _fresh_labels(pixels, teacher, config, device)
                 weights_N, epochs = np.ones(len(pixels)), config.evaluate.all_real_epochs
             else:
-                pixels = _baseline_images(row, barycenter_room, train, config, teacher.num_classes)
+                pixels = _baseline_images(row, barycenter_room, source, config, teacher.num_classes)
                 label_epoch = _stored_labels(pixels, teacher, config, device)
                 weights_N, epochs = np.ones(len(pixels)), config.evaluate.epochs
             images = StoredImages(pixels, teacher.mean_C, teacher.std_C, device)
@@ -248,7 +256,7 @@ def _all_real(train: Listed) -> np.ndarray:
 
 
 def _baseline_images(
-    row: str, room: Room, train: Listed, config: DistillConfig, num_classes: int
+    row: str, room: Room, source: Source, config: DistillConfig, num_classes: int
 ) -> np.ndarray:
     """Return as many real images as the distilled set has, in its order of classes."""
     files = {f.key: f for m in room.committed().units.values() for f in m.files}
@@ -256,7 +264,7 @@ def _baseline_images(
     for label in range(num_classes):
         found = barycenters.read_barycenter(room, files, label)
         keys = found.random_keys if row == "random_real" else found.nearest_keys
-        chosen.append(read_real(train.source, keys, config))
+        chosen.append(read_real(source, keys, config))
     return np.concatenate(chosen)
 
 

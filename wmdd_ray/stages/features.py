@@ -24,7 +24,8 @@ import ray.data
 from wmdd_ray.config import DistillConfig, SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.records import FeatureChunk
-from wmdd_ray.run import Room, StageRun, UnitMarker, Work
+from wmdd_ray.rooms import Room, UnitMarker, marker_of
+from wmdd_ray.run import StageRun, Work
 from wmdd_ray.stages.class_features import (
     class_key,
     class_part,
@@ -32,12 +33,13 @@ from wmdd_ray.stages.class_features import (
     merge_class_features,
 )
 from wmdd_ray.stages.cluster import root_cause, width
-from wmdd_ray.stages.teacher import read_teacher
+from wmdd_ray.stages.teacher import feature_width, read_teacher
 from wmdd_ray.store import codecs
 from wmdd_ray.store.sources import Shard, Source, decoded_chunks, refuse_too_many_bad
 
 # Above this many (class, chunk) reads, one shuffle is cheaper than every class reading its rows out of many chunks.
 _REGROUP_READS = 20_000
+_MAX_PARTITIONS = 256
 
 
 def options(config: DistillConfig) -> dict[str, Any]:
@@ -55,8 +57,8 @@ def plan(stage: StageRun) -> Work:
             return Work(units=None, estimated_bytes=0)
         count = max(1, -(-shard.num_images // chunk_images))
         units += [f"{shard.id}-{chunk:05d}" for chunk in range(count)]
-    num_images = source.num_images or 0
-    return Work(units=tuple(units), estimated_bytes=num_images * 512 * 4)
+    width_D = feature_width(stage.config, len(source.class_names))
+    return Work(units=tuple(units), estimated_bytes=(source.num_images or 0) * width_D * 4)
 
 
 def work(stage: StageRun) -> dict[str, Any]:
@@ -69,15 +71,17 @@ def work(stage: StageRun) -> dict[str, Any]:
     bad = [reason for marker in finished.values() for reason in marker.metrics["bad"]]
     units = plan(stage).units
     stage.progress.start(None if units is None else len(units), len(finished))
+    images = sum(marker.metrics["num_images"] for marker in finished.values())
     left = _unfinished(shards, finished)
     if left:
         stream = _stream(stage, source, left)
         try:
             for row in stream.iter_rows():
-                bad += json.loads(row["bad"])
+                marker = marker_of(json.loads(row["marker"]))
+                markers[marker.unit] = marker
+                bad += marker.metrics["bad"]
                 refuse_too_many_bad(bad, stage.config.source, source.root)
-                markers[row["unit"]] = stage.room.read_unit(row["unit"])
-                images = sum(m.metrics["num_images"] for m in markers.values())
+                images += marker.metrics["num_images"]
                 stage.progress.update(len(markers), f"{images} images")
         except Exception as error:
             raise root_cause(error) from error
@@ -212,7 +216,7 @@ class Embedder:
         chunk = self._embed(tuple(json.loads(row["keys"].as_py())), labels_N, images_NHWC)
         seconds = time.perf_counter() - started
         counts = Counter(labels_N.tolist())
-        self._room.commit_unit(
+        marker = self._room.commit_unit(
             unit,
             {f"chunks/{unit}.safetensors": codecs.encode_feature_chunk(chunk)},
             metrics={
@@ -225,7 +229,7 @@ class Embedder:
             seconds=time.perf_counter() - started,
             host=socket.gethostname(),
         )
-        return pa.table({"unit": [unit], "bad": [bad]})
+        return pa.table({"marker": [json.dumps(asdict(marker))]})
 
     def _embed(
         self, keys: tuple[str, ...], labels_N: np.ndarray, images_NHWC: np.ndarray
@@ -262,12 +266,18 @@ def _is_class(unit: str) -> bool:
 
 def _regroup(stage: StageRun, units: list[str]) -> None:
     """Shuffle the features into one file a class, with Ray Data's own group-by."""
+    room = stage.room
+    num_classes = len(stage.run.source("train").class_names)
     rows = [{"order": i, "unit": unit} for i, unit in enumerate(units)]
+
+    def merge(group: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return _merge(room, group)
+
     dataset = (
         ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000))
-        .map_batches(_Split(stage.room), batch_size=1, batch_format="pyarrow")
-        .groupby("label")
-        .map_groups(_Merge(stage.room), batch_format="numpy")
+        .map_batches(_Split(room), batch_size=1, batch_format="pyarrow")
+        .groupby("label", num_partitions=min(num_classes, _MAX_PARTITIONS))
+        .map_groups(merge, batch_format="numpy")
     )
     try:
         done = sum(1 for _ in dataset.iter_rows())
@@ -298,22 +308,15 @@ class _Split:
             )
 
 
-class _Merge:
-    """Merges a class's parts in chunk order and commits them."""
-
-    def __init__(self, room: Room) -> None:
-        self._room = room
-
-    def __call__(self, group: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        label = int(group["label"][0])
-        parts = [
-            codecs.decode_class_features(bytes(group["part"][i]))
-            for i in np.argsort(group["order"])
-        ]
-        payload = codecs.encode_class_features(merge_class_features(parts))
-        self._room.commit_unit(
-            class_unit(label),
-            {class_key(label): payload},
-            metrics={"num_images": sum(len(p.keys) for p in parts)},
-        )
-        return {"label": np.array([label])}
+def _merge(room: Room, group: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Merge a class's parts in chunk order and commit them."""
+    label = int(group["label"][0])
+    order = np.argsort(group["order"])
+    parts = [codecs.decode_class_features(bytes(group["part"][i])) for i in order]
+    payload = codecs.encode_class_features(merge_class_features(parts))
+    room.commit_unit(
+        class_unit(label),
+        {class_key(label): payload},
+        metrics={"num_images": sum(len(p.keys) for p in parts)},
+    )
+    return {"label": np.array([label])}

@@ -11,7 +11,8 @@ from wmdd_ray.config import Arch, DistillConfig, NetworkConfig, SourceConfig
 from wmdd_ray.core.checkpoints import read_checkpoint, torchvision_weights
 from wmdd_ray.core.networks import build_network, load_weights
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError
-from wmdd_ray.run import Room, StageRun
+from wmdd_ray.rooms import Room
+from wmdd_ray.run import StageRun
 from wmdd_ray.stages.held_out import Listed
 from wmdd_ray.stages.teacher import TEACHER_KEY, commit_teacher, measure
 from wmdd_ray.store import codecs

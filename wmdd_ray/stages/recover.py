@@ -17,7 +17,8 @@ from wmdd_ray.core.moments import variance_S
 from wmdd_ray.core.networks import network_of
 from wmdd_ray.core.synthesis import ClassTarget, recover_group
 from wmdd_ray.records import ClassBarycenter, ClassImages
-from wmdd_ray.run import Room, StageRun, Work, unit_seed
+from wmdd_ray.rooms import Room
+from wmdd_ray.run import StageRun, Work, unit_seed
 from wmdd_ray.stages import barycenters
 from wmdd_ray.stages.teacher import read_teacher
 from wmdd_ray.stages.workers import DoUnit, Report, do_units

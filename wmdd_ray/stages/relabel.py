@@ -20,7 +20,8 @@ from wmdd_ray.core.networks import network_of
 from wmdd_ray.core.soft_labels import compress, label_views
 from wmdd_ray.core.views import concatenate_views, draw_views, to_input
 from wmdd_ray.records import SoftLabelBlock, Views
-from wmdd_ray.run import Room, StageRun, Work, unit_seed
+from wmdd_ray.rooms import Room
+from wmdd_ray.run import StageRun, Work, unit_seed
 from wmdd_ray.stages.recover import read_images
 from wmdd_ray.stages.teacher import read_teacher
 from wmdd_ray.stages.workers import DoUnit, Report, do_units

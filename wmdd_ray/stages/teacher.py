@@ -11,10 +11,10 @@ import torch
 
 from wmdd_ray.config import DistillConfig, NetworkConfig
 from wmdd_ray.core.class_order import confusion, permuted_classes
-from wmdd_ray.core.networks import weights_of
+from wmdd_ray.core.networks import build_network, last_linear, weights_of
 from wmdd_ray.errors import DataError
 from wmdd_ray.records import Teacher
-from wmdd_ray.run import Room
+from wmdd_ray.rooms import Room
 from wmdd_ray.stages.held_out import HeldOut, Listed
 from wmdd_ray.store import codecs
 
@@ -25,6 +25,18 @@ TEACHER_KEY = "teacher.safetensors"
 def read_teacher(room: Room) -> Teacher:
     """Return the teacher of a committed room, verified."""
     return codecs.decode_teacher(room.read(room.committed().file(TEACHER_KEY)))
+
+
+def feature_width(config: DistillConfig, num_classes: int) -> int:
+    """Return D, the width of the features of the network that the options name."""
+    with torch.device("meta"):
+        network = build_network(
+            config.squeeze.network,
+            num_classes=num_classes,
+            channels=config.source.channels,
+            image_size=config.source.image_size,
+        )
+    return last_linear(network).in_features
 
 
 def measure(

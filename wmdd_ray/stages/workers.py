@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import tempfile
 import threading
@@ -28,6 +29,8 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from wmdd_ray.errors import WmddError
 from wmdd_ray.run import Progress, StageRun
 from wmdd_ray.stages.cluster import Width, root_cause, width
+
+logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 _MAX_GROUP_RESTARTS = 32
@@ -241,6 +244,14 @@ def _worker_loop(config: dict[str, Any]) -> None:
         except WmddError as error:
             call(queue, "fail", unit, error)
             return
+        except Exception as error:
+            if isinstance(queue, UnitQueue):
+                raise
+            # Ray Train would start the whole group again and again for a fault that comes back every time.
+            logger.exception("unit %s", unit)
+            text = f"unit {unit}: {type(error).__name__}: {error}; --verbose shows the workers' log"
+            call(queue, "fail", unit, WmddError(text))
+            return
         call(queue, "report", unit, 1.0, "")
 
 
@@ -289,12 +300,10 @@ def polled(queue: ActorHandle, progress: Progress, found: int) -> Iterator[None]
 @contextlib.contextmanager
 def quiet_environment() -> Iterator[None]:
     """Hold back the log lines with which Ray Train announces its local mode."""
-    import logging
-
-    logger = logging.getLogger("ray.train")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    train_logger = logging.getLogger("ray.train")
+    level = train_logger.level
+    train_logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        train_logger.setLevel(level)

@@ -22,9 +22,9 @@ import fsspec
 import pyarrow.fs as pafs
 
 from wmdd_ray.errors import ArtifactError
+from wmdd_ray.store.retries import client_errors, retried
 
-# One layer retries (s3fs, 3 times), so that a dead endpoint answers within about two minutes and not in half an hour:
-# botocore's own 5 attempts would multiply with s3fs's 5.
+# `retries.py` repeats, and no other layer: 4 times 30 seconds is how long a server that hangs is waited for.
 _S3_OPTIONS = {
     "config_kwargs": {
         "retries": {"mode": "standard", "total_max_attempts": 1},
@@ -33,7 +33,6 @@ _S3_OPTIONS = {
     },
     "use_listings_cache": False,
 }
-_S3_RETRIES = 3
 _memory_lock = threading.Lock()
 
 
@@ -86,7 +85,7 @@ def _fsspec(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
             "fsspec package is installed"
         ) from error
     if uri.startswith("s3://"):
-        fs.retries = _S3_RETRIES
+        fs.retries = 1
     return fs, root.rstrip("/")
 
 
@@ -125,7 +124,7 @@ class Store:
             if self._path is not None:
                 return (self._path / key).read_bytes()
             fs, root = self._fs()
-            return fs.cat_file(f"{root}/{key}")
+            return retried(lambda: fs.cat_file(f"{root}/{key}"))
 
     def put(self, key: str, content: bytes) -> None:
         """Write `content` to `key` in one piece, replacing what was there."""
@@ -135,7 +134,7 @@ class Store:
                     os.replace(staged, self._path / key)
             else:
                 fs, root = self._fs()
-                fs.pipe_file(f"{root}/{key}", content)
+                retried(lambda: fs.pipe_file(f"{root}/{key}", content))
 
     def create(self, key: str, content: bytes) -> bool:
         """Write `content` to `key` unless an object is there already.
@@ -177,7 +176,7 @@ class Store:
                     raise FileExistsError(key)
                 fs.pipe_file(f"{root}/{key}", content)
         else:
-            fs.pipe_file(f"{root}/{key}", content, mode="create")
+            retried(lambda: fs.pipe_file(f"{root}/{key}", content, mode="create"))
 
     def exists(self, key: str) -> bool:
         """Return whether there is an object at `key`."""
@@ -185,7 +184,11 @@ class Store:
             if self._path is not None:
                 return (self._path / key).is_file()
             fs, root = self._fs()
-            return fs.isfile(f"{root}/{key}")
+            try:
+                # Not `isfile`, which answers no when the store does not answer.
+                return retried(lambda: fs.info(f"{root}/{key}"))["type"] == "file"
+            except FileNotFoundError:
+                return False
 
     def list(self, prefix: str = "") -> dict[str, int]:
         """Return key -> bytes of every object under the folder `prefix`, sorted by key."""
@@ -197,7 +200,7 @@ class Store:
             else:
                 fs, root = self._fs()
                 fs.invalidate_cache()
-                under = fs.find(f"{root}/{prefix}".rstrip("/"), detail=True)
+                under = retried(lambda: fs.find(f"{root}/{prefix}".rstrip("/"), detail=True))
                 # Object stores name keys without the leading slash that a root such as memory's has.
                 found = {
                     name.lstrip("/").removeprefix(root.lstrip("/") + "/"): int(info["size"] or 0)
@@ -207,15 +210,20 @@ class Store:
         return dict(sorted(found.items()))
 
     def delete(self, prefix: str) -> None:
-        """Remove every object under the folder `prefix`; removing nothing is fine."""
+        """Remove the object `prefix`, or every object under the folder of that name; removing nothing is fine."""
         with self._named("delete", prefix):
             if self._path is not None:
+                if (self._path / prefix).is_file():
+                    (self._path / prefix).unlink(missing_ok=True)
+                for key in self.list(prefix):
+                    (self._path / key).unlink(missing_ok=True)
+                # What is left is empty, or an unfinished write of somebody who is still at it.
                 shutil.rmtree(self._path / prefix, ignore_errors=True)
                 return
             fs, root = self._fs()
             keys = [f"{root}/{key}" for key in self.list(prefix)]
             if keys:
-                fs.rm(keys)
+                retried(lambda: fs.rm(keys))
 
     def _fs(self) -> tuple[fsspec.AbstractFileSystem, str]:
         if self._remote is None:
@@ -227,15 +235,21 @@ class Store:
         """Turn whatever a storage client raises into one error that names the object."""
         try:
             yield
-        except (FileNotFoundError, ArtifactError):
+        except ArtifactError:
             raise
+        except FileNotFoundError as error:
+            if verb == "read":
+                raise
+            raise ArtifactError(
+                f"cannot {verb} {self.url(key)}: {error}; check that the bucket or folder exists"
+            ) from error
         except PermissionError as error:
             raise ArtifactError(
                 f"cannot {verb} {self.url(key)}: access denied ({error}); check the credentials and the permissions "
                 "on this path"
             ) from error
         except Exception as error:
-            if not isinstance(error, (OSError, *_client_errors())):
+            if not isinstance(error, (OSError, *client_errors())):
                 raise
             raise ArtifactError(
                 f"cannot {verb} {self.url(key)}: {type(error).__name__}: {error}; check that the bucket exists, the "
@@ -256,16 +270,3 @@ def _staged(target: Path, content: bytes) -> Iterator[Path]:
         yield staged
     finally:
         staged.unlink(missing_ok=True)
-
-
-def _client_errors() -> tuple[type[Exception], ...]:
-    """Return what S3 clients leak that is no OSError; empty when they are not loaded."""
-    import sys
-
-    found: list[type[Exception]] = []
-    if "botocore.exceptions" in sys.modules:
-        exceptions = sys.modules["botocore.exceptions"]
-        found += [exceptions.BotoCoreError, exceptions.ClientError]
-    if "aiohttp" in sys.modules:
-        found.append(sys.modules["aiohttp"].ClientError)
-    return tuple(found)
