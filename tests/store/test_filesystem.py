@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import S3Uri, free_port
+from wmdd_ray.errors import ArtifactError
+from wmdd_ray.store import filesystem
+from wmdd_ray.store.filesystem import Store, arrow_filesystem, is_local
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "local":
+        return Store(str(tmp_path / "root"))
+    if request.param == "memory":
+        return Store(f"memory://test-{uuid.uuid4().hex}/root")
+    return Store(request.getfixturevalue("s3_server")())
+
+
+def test_what_is_put_is_got_listed_and_deleted(store: Store) -> None:
+    assert store.list() == {}
+    store.put("a/one.bin", b"1")
+    store.put("a/two.bin", b"22")
+    store.put("b/three.bin", b"333")
+    assert store.get("a/two.bin") == b"22"
+    assert store.list() == {"a/one.bin": 1, "a/two.bin": 2, "b/three.bin": 3}
+    assert store.list("a") == {"a/one.bin": 1, "a/two.bin": 2}
+    store.put("a/one.bin", b"again")
+    assert store.get("a/one.bin") == b"again"
+    store.delete("a")
+    store.delete("nothing")
+    assert store.list() == {"b/three.bin": 3}
+    assert store.child("b").get("three.bin") == b"333"
+
+
+def test_existing_is_told_from_missing(store: Store) -> None:
+    store.put("folder/here", b"x")
+    assert store.exists("folder/here")
+    assert not store.exists("folder/there")
+    assert not store.exists("folder")
+    with pytest.raises(FileNotFoundError):
+        store.get("folder/there")
+
+
+def test_create_is_won_once_and_a_lost_reply_is_not_a_lost_write(store: Store) -> None:
+    assert store.create("commit", b"mine")
+    assert store.create("commit", b"mine"), "the same content again is our own write"
+    assert not store.create("commit", b"theirs")
+    assert store.get("commit") == b"mine"
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_one_of_many_writers_wins_a_create(kind: str, tmp_path: Path) -> None:
+    store = Store(str(tmp_path) if kind == "local" else f"memory://race-{uuid.uuid4().hex}")
+    barrier = threading.Barrier(8)
+
+    def write(i: int) -> bool:
+        barrier.wait()
+        return store.create("stage.json", b"writer %d" % i)
+
+    for _ in range(5):
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(write, range(8)))
+        assert sum(won) == 1
+        assert store.get("stage.json") == b"writer %d" % won.index(True)
+        store.delete("")
+
+
+def test_a_write_that_fails_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path))
+
+    def no_space(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(filesystem.os, "fsync", no_space)
+    with pytest.raises(ArtifactError, match="cannot write .*key.*No space left"):
+        store.put("key", b"content")
+    assert list(tmp_path.iterdir()) == []
+    assert store.list() == {}
+
+
+def test_a_staged_file_of_a_killed_writer_is_never_listed(tmp_path: Path) -> None:
+    (tmp_path / ".key.0123.part").write_bytes(b"half")
+    assert Store(str(tmp_path)).list() == {}
+
+
+def test_a_large_object_is_one_commit_on_s3(s3_server: S3Uri) -> None:
+    store = Store(s3_server())
+    content = bytes(range(256)) * (12 << 12)
+    store.put("large.bin", content)
+    assert store.create("large2.bin", content)
+    assert store.list() == {"large.bin": len(content), "large2.bin": len(content)}
+    assert store.get("large2.bin") == content
+
+
+def test_a_store_travels_as_its_uri(store: Store) -> None:
+    store.put("key", b"x")
+    copy = pickle.loads(pickle.dumps(store))
+    assert copy.uri == store.uri
+    assert copy.get("key") == b"x"
+
+
+def test_a_missing_bucket_is_named_quickly(s3_server: S3Uri) -> None:
+    s3_server()
+    store = Store("s3://no-such-bucket-here/run")
+    started = time.monotonic()
+    with pytest.raises(ArtifactError, match=r"s3://no-such-bucket-here/run/key.*bucket"):
+        store.put("key", b"x")
+    assert time.monotonic() - started < 30
+
+
+def test_a_store_that_does_not_answer_is_given_up_in_bounded_time(
+    s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    started = time.monotonic()
+    try:
+        with pytest.raises(ArtifactError, match="cannot read s3://bucket/run/key.*endpoint"):
+            Store("s3://bucket/run").get("key")
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+    assert time.monotonic() - started < 60
+
+
+def test_an_unknown_scheme_is_refused() -> None:
+    with pytest.raises(ArtifactError, match="nonsense://x"):
+        Store("nonsense://x/y").get("key")
+
+
+@pytest.mark.parametrize(
+    ("uri", "local"),
+    [("runs/x", True), ("/tmp/x", True), ("file:///x", True), ("s3://b/x", False), ("gs://b/x", False)],
+)
+def test_local_uris_are_known(uri: str, local: bool) -> None:
+    assert is_local(uri) == local
+
+
+def test_arrow_reads_what_the_store_wrote(store: Store) -> None:
+    store.put("folder/data.bin", b"arrow")
+    fs, path = arrow_filesystem(store.uri)
+    with fs.open_input_file(f"{path}/folder/data.bin") as file:
+        assert file.read() == b"arrow"
+
+
+def test_two_drivers_on_one_unit_agree(
+    store: Store, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    from wmdd_ray.rooms import Room
+
+    room = Room(store, "images")
+    commit: Callable[..., object] = room.commit_unit
+    commit("g0", {"g0.bin": b"pixels"}, seconds=1.0, host="one")
+    commit("g0", {"g0.bin": b"pixels"}, seconds=2.0, host="two")
+    assert room.finished() == {"g0"}
+    assert room.read_unit("g0").host == "one"
+    assert room.read(room.read_unit("g0").files[0]) == b"pixels"

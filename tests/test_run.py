@@ -1,0 +1,254 @@
+"""The spine, with stages that the tests make: no Ray, no networks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wmdd_ray.config import DistillConfig, RecoverConfig, Resources
+from wmdd_ray.errors import ConfigError, LostRaceError
+from wmdd_ray.recipes import recipe_of
+from wmdd_ray.run import (
+    Progress,
+    Run,
+    Stage,
+    StageRun,
+    Work,
+    expected_plan,
+    run_pipeline,
+    unit_seed,
+)
+from wmdd_ray.store.codecs import dump_json
+from wmdd_ray.store.filesystem import Store
+
+UNITS = ("u0", "u1", "u2")
+
+
+@dataclass
+class Worked:
+    """Which units were done, by stage, and a unit to fail at."""
+
+    done: list[tuple[str, str]] = field(default_factory=list)
+    fail_at: tuple[str, str] | None = None
+
+
+class FakeSource:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def fingerprint(self) -> str:
+        return self.name
+
+
+def stage_of(
+    name: str, inputs: tuple[str, ...], options: Callable[[DistillConfig], dict[str, Any]], worked: Worked
+) -> Stage:
+    def work(stage: StageRun) -> dict[str, Any]:
+        finished = stage.room.finished()
+        for unit in UNITS:
+            if unit in finished:
+                continue
+            if worked.fail_at == (name, unit):
+                raise RuntimeError("killed here")
+            worked.done.append((name, unit))
+            payload = f"{name} {unit} {[c.fingerprint for c in stage.inputs.values()]}".encode()
+            stage.room.commit_unit(unit, {f"{unit}.bin": payload}, metrics={"n": 1})
+        return {"units": len(UNITS)}
+
+    return Stage(
+        name=name,
+        room=f"{name}_room",
+        version=1,
+        inputs=inputs,
+        reads_data=not inputs,
+        options=options,
+        plan=lambda stage: Work(units=UNITS, estimated_bytes=0),
+        work=work,
+    )
+
+
+@pytest.fixture
+def worked() -> Worked:
+    return Worked()
+
+
+@pytest.fixture
+def pipeline(worked: Worked) -> tuple[Stage, ...]:
+    return (
+        stage_of("first", (), lambda c: {"seed": c.seed}, worked),
+        stage_of("second", ("first_room",), lambda c: {"recover": asdict(c.recover)}, worked),
+        stage_of("third", ("first_room", "second_room"), lambda c: {"ipc": c.ipc}, worked),
+    )
+
+
+def run_at(out: Path, config: DistillConfig | None = None, data: str = "v1") -> Run:
+    return Run(
+        store=Store(str(out)),
+        config=config or recipe_of("digits", 10),
+        resources=Resources(),
+        open_source=lambda split: FakeSource(f"{split} {data}"),
+        progress=lambda name: Progress(),
+        connect=lambda: None,
+    )
+
+
+def test_a_second_run_finds_every_room_committed_and_works_on_nothing(
+    tmp_path: Path, pipeline: tuple[Stage, ...], worked: Worked
+) -> None:
+    first = run_pipeline(run_at(tmp_path), pipeline)
+    assert len(worked.done) == 9
+    second = run_pipeline(run_at(tmp_path), pipeline)
+    assert len(worked.done) == 9
+    assert first == second
+
+
+def test_a_run_that_failed_midway_does_only_what_is_left(
+    tmp_path: Path, pipeline: tuple[Stage, ...], worked: Worked
+) -> None:
+    worked.fail_at = ("second", "u1")
+    with pytest.raises(RuntimeError, match="killed here"):
+        run_pipeline(run_at(tmp_path), pipeline)
+    assert not (tmp_path / "second_room" / "stage.json").exists()
+    worked.fail_at = None
+    run_pipeline(run_at(tmp_path), pipeline)
+    assert len(worked.done) == len(set(worked.done)) == 9
+
+
+def test_a_changed_option_is_refused_with_its_name_and_both_values(
+    tmp_path: Path, pipeline: tuple[Stage, ...]
+) -> None:
+    config = recipe_of("digits", 10)
+    run_pipeline(run_at(tmp_path, config), pipeline)
+    changed = replace(config, recover=replace(config.recover, iterations=777))
+    with pytest.raises(ConfigError, match=r"recover\.iterations=300 \(this run asks for 777\).*--overwrite"):
+        run_pipeline(run_at(tmp_path, changed), pipeline)
+
+
+def test_an_option_changed_before_the_room_was_committed_is_refused_too(
+    tmp_path: Path, pipeline: tuple[Stage, ...], worked: Worked
+) -> None:
+    worked.fail_at = ("first", "u1")
+    with pytest.raises(RuntimeError):
+        run_pipeline(run_at(tmp_path), pipeline)
+    worked.fail_at = None
+    with pytest.raises(ConfigError, match=r"seed=0 \(this run asks for 5\)"):
+        run_pipeline(run_at(tmp_path, replace(recipe_of("digits", 10), seed=5)), pipeline)
+
+
+def test_other_input_data_is_refused_by_name(tmp_path: Path, pipeline: tuple[Stage, ...]) -> None:
+    run_pipeline(run_at(tmp_path), pipeline)
+    with pytest.raises(ConfigError, match="another version of its input data"):
+        run_pipeline(run_at(tmp_path, data="v2"), pipeline)
+
+
+def test_overwrite_replaces_the_changed_room_and_those_after_and_leaves_those_before(
+    tmp_path: Path, pipeline: tuple[Stage, ...], worked: Worked
+) -> None:
+    config = recipe_of("digits", 10)
+    before = run_pipeline(run_at(tmp_path, config), pipeline)
+    worked.done.clear()
+    changed = replace(config, recover=RecoverConfig(iterations=5))
+    after = run_pipeline(run_at(tmp_path, changed), pipeline, overwrite=True)
+    assert {name for name, _ in worked.done} == {"second", "third"}
+    assert after["first_room"] == before["first_room"]
+    assert after["third_room"].fingerprint != before["third_room"].fingerprint
+
+
+def test_from_with_overwrite_does_that_room_and_those_after_again(
+    tmp_path: Path, pipeline: tuple[Stage, ...], worked: Worked
+) -> None:
+    run_pipeline(run_at(tmp_path), pipeline)
+    worked.done.clear()
+    run_pipeline(run_at(tmp_path), pipeline, first="second", overwrite=True)
+    assert {name for name, _ in worked.done} == {"second", "third"}
+
+
+def test_from_needs_the_rooms_before_and_until_stops(
+    tmp_path: Path, pipeline: tuple[Stage, ...], worked: Worked
+) -> None:
+    with pytest.raises(ConfigError, match="--from second needs a committed first_room/"):
+        run_pipeline(run_at(tmp_path), pipeline, first="second")
+    run_pipeline(run_at(tmp_path), pipeline, last="first")
+    assert {name for name, _ in worked.done} == {"first"}
+    run_pipeline(run_at(tmp_path), pipeline, first="second", last="second")
+    assert {name for name, _ in worked.done} == {"first", "second"}
+    with pytest.raises(ConfigError, match="--from third comes after --until first"):
+        run_pipeline(run_at(tmp_path), pipeline, first="third", last="first")
+
+
+def test_resources_take_no_part_in_fingerprints_and_options_do(
+    tmp_path: Path, pipeline: tuple[Stage, ...]
+) -> None:
+    one, many = run_at(tmp_path), run_at(tmp_path)
+    many.resources = Resources(num_workers=64, max_actors=7)
+    plan = expected_plan(one, pipeline[0], {})
+    assert expected_plan(many, pipeline[0], {}) == plan
+    other = run_at(tmp_path, replace(recipe_of("digits", 10), seed=1))
+    assert expected_plan(other, pipeline[0], {})["fingerprint"] != plan["fingerprint"]
+
+
+def test_a_reader_follows_the_commit_and_not_what_lies_beside_it(
+    tmp_path: Path, pipeline: tuple[Stage, ...]
+) -> None:
+    run_pipeline(run_at(tmp_path), pipeline)
+    (tmp_path / "first_room" / "stray.bin").write_bytes(b"not committed")
+    commit = run_at(tmp_path).room("first_room").committed()
+    assert sorted(f.key for m in commit.units.values() for f in m.files) == ["u0.bin", "u1.bin", "u2.bin"]
+
+
+def test_a_run_that_loses_the_race_for_a_room_takes_the_winners_commit_when_it_is_equal(
+    tmp_path: Path, pipeline: tuple[Stage, ...]
+) -> None:
+    finished = run_pipeline(run_at(tmp_path / "other"), pipeline, last="first")["first_room"]
+    first = replace(pipeline[0], work=_racing(pipeline[0], tmp_path, asdict(finished)))
+    assert run_pipeline(run_at(tmp_path), (first,))["first_room"] == finished
+
+
+def test_a_run_that_loses_the_race_to_other_options_says_so(
+    tmp_path: Path, pipeline: tuple[Stage, ...]
+) -> None:
+    finished = run_pipeline(run_at(tmp_path / "other"), pipeline, last="first")["first_room"]
+    foreign = {**asdict(finished), "fingerprint": "0123456789abcdef"}
+    first = replace(pipeline[0], work=_racing(pipeline[0], tmp_path, foreign))
+    with pytest.raises(LostRaceError, match="give each run its own --out"):
+        run_pipeline(run_at(tmp_path), (first,))
+
+
+def _racing(
+    stage: Stage, out: Path, commit: dict[str, Any]
+) -> Callable[[StageRun], dict[str, Any]]:
+    """Return the stage's work, after which another run has committed the room."""
+
+    def work(stage_run: StageRun) -> dict[str, Any]:
+        metrics = stage.work(stage_run)
+        assert Store(str(out)).create(f"{stage.room}/stage.json", dump_json(commit))
+        return metrics
+
+    return work
+
+
+def test_seeds_of_units_differ_and_are_the_same_everywhere() -> None:
+    seeds = {
+        unit_seed(seed, stage, unit) for seed in (0, 1) for stage in ("a", "b") for unit in ("0", "1")
+    }
+    assert len(seeds) == 8
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert unit_seed(0, "recover", "g00000") == unit_seed(0, "recover", "g00000")
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist", "imagenette", "tiny_imagenet", "imagenet1k"])
+@pytest.mark.parametrize("ipc", [1, 10, 100])
+def test_every_recipe_is_a_valid_configuration_that_json_can_hold(name: str, ipc: int) -> None:
+    config = recipe_of(name, ipc)
+    assert (config.recipe, config.ipc) == (name, ipc)
+    json.dumps(asdict(config))
+
+
+def test_an_unknown_recipe_lists_those_there_are() -> None:
+    with pytest.raises(ConfigError, match="digits, fashion_mnist, imagenette"):
+        recipe_of("cifar", 10)
