@@ -335,3 +335,16 @@ def test_nearest_images_are_the_best_distinct_choice() -> None:
         found = nearest_images(atoms, features)
         assert len(set(found.tolist())) == 3
         assert_allclose(squared[range(3), found].sum(), min(totals.values()))
+
+
+@pytest.mark.parametrize("solver", ["lloyd", "uniform", "emd"])
+@pytest.mark.parametrize("exponent", [-60, -30, 40])
+def test_the_unit_of_the_features_does_not_change_the_answer(solver: str, exponent: int) -> None:
+    rng = np.random.default_rng(3)
+    features_ND = rng.normal(size=(6, 4))[rng.integers(6, size=40)] + 0.1 * rng.normal(size=(40, 4))
+    features_ND = features_ND.astype(np.float32)
+    config = BarycenterConfig(solver=solver)  # type: ignore[arg-type]
+    plain = solve_barycenter(features_ND, 5, config, seed=0)
+    scaled = solve_barycenter(features_ND * np.float32(2.0**exponent), 5, config, seed=0)
+    np.testing.assert_allclose(scaled.cost / 4.0**exponent, plain.cost, rtol=1e-5)
+    np.testing.assert_allclose(scaled.weights_K, plain.weights_K, atol=1e-6)

@@ -18,6 +18,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -76,10 +77,26 @@ def solve_barycenter(
         raise DataError(
             f"{where}: {bad} of {num_images} feature vectors are not finite; check the teacher's weights and the images"
         )
+    rng = np.random.Generator(np.random.Philox(seed))
     with one_thread():
-        return _SOLVERS[config.solver](
-            features_ND, ipc, config, np.random.Generator(np.random.Philox(seed))
-        )
+        scale = _scale_of(features_ND)
+        if scale == 1:
+            return _SOLVERS[config.solver](features_ND, ipc, config, rng)
+        found = _SOLVERS[config.solver](features_ND.astype(np.float64) / scale, ipc, config, rng)
+    return replace(
+        found,
+        atoms_KD=(found.atoms_KD.astype(np.float64) * scale).astype(np.float32),
+        cost=found.cost * scale**2,
+        cost_history=tuple(cost * scale**2 for cost in found.cost_history),
+    )
+
+
+def _scale_of(features_ND: np.ndarray) -> float:
+    """Return the power of two by which features are divided: 1, unless float32 products would leave their range."""
+    spread = float(np.abs(features_ND.astype(np.float64)).max())
+    if spread == 0 or 2.0**-30 < spread < 2.0**30:
+        return 1.0
+    return 2.0 ** np.floor(np.log2(spread))
 
 
 def nearest_images(atoms_KD: np.ndarray, features_ND: np.ndarray) -> np.ndarray:

@@ -59,9 +59,11 @@ def exact_plan(weights_K: np.ndarray, costs_KN: np.ndarray) -> tuple[np.ndarray,
     uniform_N = np.full(num_features, 1.0 / num_features)
     # The simplex wants equal masses to the last bit.
     row_mass_K = weights_K / weights_K.sum()
-    plan, log = ot.emd(row_mass_K, uniform_N, costs_KN, numItermax=_MAX_PIVOTS, log=True)
+    # POT's tolerances are absolute: below about 1e-12 it would call any plan optimal.
+    scale = float(costs_KN.max()) or 1.0
+    plan, log = ot.emd(row_mass_K, uniform_N, costs_KN / scale, numItermax=_MAX_PIVOTS, log=True)
     assert log["warning"] is None, log["warning"]
-    return plan, float(log["cost"]), np.asarray(log["u"])
+    return plan, float(log["cost"]) * scale, np.asarray(log["u"]) * scale
 
 
 def exact_cost(atoms_KD: np.ndarray, weights_K: np.ndarray, features_ND: np.ndarray) -> float:
