@@ -313,7 +313,7 @@ def features(data: str, bare_chunks: int = 20, out: str | None = None) -> None:
         "core in the stage, by chunk": in_core,
         **bare_rates,
     }
-    base = statistics.median(bare_rates["bare, by chunk: decode + network + moments"])
+    base = statistics.median(bare_rates["bare loop: decode + network"])
     rows = [
         {"what": name, "images_per_s": spread(found), "of_bare": statistics.median(found) / base}
         for name, found in rates.items()
@@ -322,7 +322,7 @@ def features(data: str, bare_chunks: int = 20, out: str | None = None) -> None:
 
 
 def bare_loops(run: str, data: str, num_chunks: int) -> dict[str, list[float]]:
-    """Return images per wall-clock second of every chunk, for two loops in one process that take turns."""
+    """Return images per wall-clock second of every chunk, for loops in one process that take turns."""
     import torch
 
     from wmdd_ray.core.embedding import features_and_moments
@@ -335,6 +335,7 @@ def bare_loops(run: str, data: str, num_chunks: int) -> dict[str, list[float]]:
     config = recipe_of("fashion_mnist", 10)
     teacher = decode_teacher((Path(run) / "teacher" / "teacher.safetensors").read_bytes())
     network = network_of(teacher)
+    channels_last = copy.deepcopy(network).to(memory_format=torch.channels_last)
     source = open_source(data, config.source, split="train")
     chunk_images, batch_size = config.features.chunk_images, config.features.batch_size
     rates: dict[str, list[float]] = {}
@@ -343,16 +344,18 @@ def bare_loops(run: str, data: str, num_chunks: int) -> dict[str, list[float]]:
         for chunk in decoded_chunks(source, shard, config.source, chunk_images):
             images = to_input(chunk.images_NHWC, teacher.mean_C, teacher.std_C, "cpu")
             marks = [started, time.perf_counter()]
-            with torch.no_grad():
-                for batch in images.split(batch_size):
-                    network(batch)
+            for module in (network, channels_last):
+                with torch.no_grad():
+                    for batch in images.split(batch_size):
+                        module(batch)
+                marks.append(time.perf_counter())
+            features_and_moments(channels_last, images, chunk.labels_N, batch_size=batch_size)
             marks.append(time.perf_counter())
-            features_and_moments(network, images, chunk.labels_N, batch_size=batch_size)
-            marks.append(time.perf_counter())
-            decode_s, network_s, moments_s = np.diff(marks).tolist()
-            for name, work_s in (("network", network_s), ("network + moments", moments_s)):
-                rate = len(images) / (decode_s + work_s)
-                rates.setdefault(f"bare, by chunk: decode + {name}", []).append(rate)
+            decode_s, *work_s = np.diff(marks).tolist()
+            names = ("network", "network in channels-last", "the stage's core function")
+            for name, seconds in zip(names, work_s, strict=True):
+                rate = len(images) / (decode_s + seconds)
+                rates.setdefault(f"bare loop: decode + {name}", []).append(rate)
             started = time.perf_counter()
     return rates
 

@@ -1,4 +1,4 @@
-"""Distil a labelled image data set: `python jobs/distill.py --ipc 10`.
+"""Distill a labelled image data set: `python jobs/distill.py --ipc 10`.
 
 Seven stages, each a folder under --out: squeeze (teacher/), features/, barycenters/, recover (images/), relabel (labels/),
 assemble (dataset/), evaluate (evaluation/). Run the same command again after any interruption: finished units are kept.
@@ -129,6 +129,8 @@ def open_run(job: Job) -> Run:
         from wmdd_ray.stages.cluster import connect
 
         connect(out, verbose=job.verbose)
+        # ray.init() puts a handler of its own in the place of ours, and that one exits with 15.
+        signal.signal(signal.SIGTERM, _terminate)
         # Only now: a run that was refused, or had nothing to do, is not what made the rooms.
         write_run_record(run)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from wmdd_ray.config import (
     DistillConfig,
     EvaluateConfig,
+    FeaturesConfig,
     NetworkConfig,
     RecoverConfig,
     RelabelConfig,
@@ -57,6 +58,7 @@ def fashion_mnist(ipc: int) -> DistillConfig:
         source=SourceConfig(
             format="idx", image_size=28, resize=28, channels=1, mean=(0.2860,), std=(0.3530,)
         ),
+        features=FeaturesConfig(chunk_images=2048),
         squeeze=SqueezeConfig(network=network, epochs=8, batch_size=128, crop_scale_min=0.7),
         recover=RecoverConfig(iterations=1000, crop_scale_min=0.5, roll_px=2),
         relabel=RelabelConfig(epochs=300, views=ViewConfig(crop_scale_min=0.5)),

@@ -59,12 +59,13 @@ def of_values(values_NS: np.ndarray) -> Moments:
     )
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 @pytest.mark.parametrize("batch_size", [1, 3, 11, 64])
 def test_moments_equal_two_passes_in_float64_for_any_batches(
-    batch_size: int, offset: float
+    batch_size: int, offset: float, memory_format: torch.memory_format
 ) -> None:
-    net = network(offset)
+    net = network(offset).to(memory_format=memory_format)
     _, moments = features_and_moments(net, IMAGES, LABELS, batch_size=batch_size)
     assert list(moments) == [0, 2, 5]
     inputs = inputs_of(net, batch_size)

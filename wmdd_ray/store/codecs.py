@@ -280,6 +280,13 @@ def _read_parquet(content: bytes) -> pa.Table:
         ) from error
 
 
+def _check_columns(table: pa.Table, expected: set[str]) -> None:
+    if set(table.column_names) != expected:
+        raise ArtifactError(
+            f"expected a Parquet file with the columns {sorted(expected)}, found {sorted(table.column_names)}"
+        )
+
+
 def _binary_rows(array_VK: np.ndarray) -> pa.Array:
     """Return the rows of a 2-D array as fixed-size binary: 20 to 100 times faster than nested lists."""
     array_VK = np.ascontiguousarray(array_VK)
@@ -332,27 +339,31 @@ def encode_soft_labels(block: SoftLabelBlock) -> bytes:
 def decode_soft_labels(content: bytes) -> SoftLabelBlock:
     """Read what `encode_soft_labels` wrote."""
     table = _read_parquet(content)
-    meta = json.loads((table.schema.metadata or {}).get(_WMDD, b"null"))
-    if meta is None:
-        raise ArtifactError(
-            "expected a soft-label file of this project, found another Parquet file"
-        )
+    names = {name.removesuffix("_V") for name in _VIEW_VECTORS}
+    names |= {name.removesuffix("_V4") for name in _VIEW_MATRICES} | {"logits"}
+    # The footer is outside the pages that have checksums: what it says is not taken on trust.
+    try:
+        meta = json.loads((table.schema.metadata or {})[_WMDD])
+        counts = {name: int(meta[name]) for name in ("first_epoch", "num_epochs", "num_classes")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"expected a soft-label file of this project: {error!r}") from error
+    top_k = "classes" in table.column_names
+    _check_columns(table, names | ({"classes", "rest"} if top_k else set()))
     views = {
         name: table[name.removesuffix("_V")].to_numpy(zero_copy_only=False)
         for name in _VIEW_VECTORS
     }
     for name, dtype in _VIEW_MATRICES.items():
         views[name] = _from_binary_rows(table[name.removesuffix("_V4")], dtype)
-    top_k = "classes" in table.column_names
     labels = SoftLabels(
-        num_classes=meta["num_classes"],
+        num_classes=counts["num_classes"],
         values_VK=_from_binary_rows(table["logits"], "<f2"),
         indices_VK=_from_binary_rows(table["classes"], "<u2") if top_k else None,
         rest_V=table["rest"].to_numpy() if top_k else None,
     )
     return SoftLabelBlock(
-        first_epoch=meta["first_epoch"],
-        num_epochs=meta["num_epochs"],
+        first_epoch=counts["first_epoch"],
+        num_epochs=counts["num_epochs"],
         views=Views(**views),
         labels=labels,
     )
@@ -389,6 +400,7 @@ def encode_images(
 def decode_images(content: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (images_NHWC uint8, labels_N int64, weights_N float64) of an `encode_images` table."""
     table = _read_parquet(content)
+    _check_columns(table, {"image", "label", "weight"})
     images = []
     for row in table["image"].to_pylist():
         with Image.open(io.BytesIO(row["bytes"]), formats=("PNG",)) as picture:

@@ -122,7 +122,10 @@ class Store:
         """
         with self._named("read", key):
             if self._path is not None:
-                return (self._path / key).read_bytes()
+                try:
+                    return (self._path / key).read_bytes()
+                except NotADirectoryError as error:  # the store's root is a file itself
+                    raise FileNotFoundError(str(self._path / key)) from error
             fs, root = self._fs()
             return retried(lambda: fs.cat_file(f"{root}/{key}"))
 
