@@ -361,6 +361,11 @@ def decode_soft_labels(content: bytes) -> SoftLabelBlock:
         indices_VK=_from_binary_rows(table["classes"], "<u2") if top_k else None,
         rest_V=table["rest"].to_numpy() if top_k else None,
     )
+    width = labels.num_classes if labels.indices_VK is None else labels.indices_VK.shape[1]
+    if labels.values_VK.shape != (table.num_rows, width):
+        raise ArtifactError(
+            f"expected {table.num_rows} x {width} logits, found {labels.values_VK.shape}: the file's schema was changed"
+        )
     return SoftLabelBlock(
         first_epoch=counts["first_epoch"],
         num_epochs=counts["num_epochs"],
