@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import ast
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wmdd_ray import config as options
+from wmdd_ray.config import DistillConfig, RelabelConfig, Resources, SourceConfig
+from wmdd_ray.errors import ConfigError
+from wmdd_ray.recipes import recipe_of
+
+
+def test_every_option_says_what_it_means() -> None:
+    tree = ast.parse(Path(str(options.__file__)).read_text())
+    silent = []
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
+            if not isinstance(statement, ast.AnnAssign):
+                continue
+            described = isinstance(following, ast.Expr) and isinstance(
+                following.value, ast.Constant
+            )
+            is_group = "Config" in ast.unparse(statement.annotation)
+            if not described and not is_group:
+                silent.append(f"{node.name}.{ast.unparse(statement.target)}")
+    assert silent == []
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (DistillConfig, {"ipc": 0}, "--ipc: expected >= 1, got 0"),
+        (DistillConfig, {"seed": -1}, "--seed: expected >= 0, got -1"),
+        (SourceConfig, {"image_size": 4, "resize": 8}, "--source.image-size: .*8 pixels, got 4"),
+        (SourceConfig, {"image_size": 64}, "--source.resize: expected at least image_size 64"),
+        (SourceConfig, {"channels": 1}, "--source.mean: expected 1 values, one a channel"),
+        (options.SqueezeConfig, {"epochs": 0}, "--squeeze.epochs: expected >= 1"),
+        (options.FeaturesConfig, {"chunk_images": 0}, "--features.chunk-images"),
+        (options.BarycenterConfig, {"num_starts": 0}, "--barycenters.num-starts: expected >= 1"),
+        (options.RecoverConfig, {"beta1": 1.0}, r"--recover.beta1: expected in \[0, 1\), got 1.0"),
+        (options.RecoverConfig, {"crop_scale_min": 0}, r"--recover.crop-scale-min.*\(0, 1\]"),
+        (options.ViewConfig, {"mix_alpha": 0}, "--relabel.views.mix-alpha: expected > 0"),
+        (RelabelConfig, {"slice_images": 0}, "--relabel.slice-images: expected >= 1"),
+        (
+            options.EvaluateConfig,
+            {"batch_size": 1},
+            r"--evaluate.batch-size: .*\(BatchNorm\), got 1",
+        ),
+        (Resources, {"num_workers": -2}, "--num-workers: expected >= 0, or -1 for auto, got -2"),
+    ],
+)
+def test_a_bad_value_is_named_as_it_was_typed(
+    section: type, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        section(**values)
+
+
+def test_every_part_of_a_configuration_is_frozen_and_hashable() -> None:
+    config = recipe_of("imagenet1k", 50)
+    assert hash(config) == hash(recipe_of("imagenet1k", 50))
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            with pytest.raises(AttributeError):
+                setattr(value, fields(value)[0].name, None)
+
+
+@given(
+    num_classes=st.integers(1, 300),
+    ipc=st.integers(1, 120),
+    images=st.integers(1, 500),
+    epochs=st.integers(1, 40),
+)
+def test_units_cover_every_class_once_whatever_the_numbers(
+    num_classes: int, ipc: int, images: int, epochs: int
+) -> None:
+    from dataclasses import replace
+
+    from wmdd_ray.stages import assemble, recover, relabel
+
+    config = recipe_of("digits", ipc)
+    config = replace(
+        config,
+        recover=replace(config.recover, images_per_group=images),
+        relabel=replace(config.relabel, slice_images=images, epochs=epochs, epochs_per_unit=7),
+    )
+    everything = list(range(num_classes))
+    for units in (recover.groups(config, num_classes), assemble.image_files(config, num_classes)):
+        assert [label for labels in units.values() for label in labels] == everything
+    seen: dict[int, list[int]] = {epoch: [] for epoch in range(epochs)}
+    for labeled, labels in relabel.blocks(config, num_classes).values():
+        for epoch in labeled:
+            seen[epoch] += labels.tolist()
+    assert all(sorted(labels) == everything for labels in seen.values())
