@@ -49,7 +49,8 @@ class StageLine(Progress):
             self._total, self._found, self._done = total, done, max(done, self._done)
             self._begun = time.monotonic()
             self._open = True
-            self._show(force=True)
+            if done != total:
+                self._show(force=True)
 
     def update(self, done: float, note: str = "") -> None:
         """Go forward to `done` units; going backward is ignored (a retried unit was counted in part before)."""
