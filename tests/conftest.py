@@ -15,9 +15,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.stages.tiny import FinishedRun
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,6 +34,8 @@ os.environ.update(
     # Without it Ray replaces 127.0.0.1 by the machine's own address.
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
     RAY_USAGE_STATS_ENABLED="0",
+    # Ray Train looks whether its workers have ended every 2 s otherwise.
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
     # Ray's workers import wmdd_ray and tests from the checkout, wherever pytest was started.
     PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
 )
@@ -127,3 +133,14 @@ def ray_local(s3_endpoint: str) -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """One undisturbed run of the tiny pipeline, in a process and on a Ray of its own. Read only."""
+    from tests.stages import tiny
+
+    out = tmp_path_factory.mktemp("finished") / "run"
+    typed = tiny.typed(out)
+    assert typed.exit_code == 0, typed.stderr
+    return tiny.FinishedRun(out=out, typed=typed, payloads=tiny.payloads(out))

@@ -46,7 +46,10 @@ class FakeSource:
 
 
 def stage_of(
-    name: str, inputs: tuple[str, ...], options: Callable[[DistillConfig], dict[str, Any]], worked: Worked
+    name: str,
+    inputs: tuple[str, ...],
+    options: Callable[[DistillConfig], dict[str, Any]],
+    worked: Worked,
 ) -> Stage:
     def work(stage: StageRun) -> dict[str, Any]:
         finished = stage.room.finished()
@@ -125,7 +128,9 @@ def test_a_changed_option_is_refused_with_its_name_and_both_values(
     config = recipe_of("digits", 10)
     run_pipeline(run_at(tmp_path, config), pipeline)
     changed = replace(config, recover=replace(config.recover, iterations=777))
-    with pytest.raises(ConfigError, match=r"recover\.iterations=300 \(this run asks for 777\).*--overwrite"):
+    with pytest.raises(
+        ConfigError, match=r"recover\.iterations=300 \(this run asks for 777\).*--overwrite"
+    ):
         run_pipeline(run_at(tmp_path, changed), pipeline)
 
 
@@ -198,7 +203,11 @@ def test_a_reader_follows_the_commit_and_not_what_lies_beside_it(
     run_pipeline(run_at(tmp_path), pipeline)
     (tmp_path / "first_room" / "stray.bin").write_bytes(b"not committed")
     commit = run_at(tmp_path).room("first_room").committed()
-    assert sorted(f.key for m in commit.units.values() for f in m.files) == ["u0.bin", "u1.bin", "u2.bin"]
+    assert sorted(f.key for m in commit.units.values() for f in m.files) == [
+        "u0.bin",
+        "u1.bin",
+        "u2.bin",
+    ]
 
 
 def test_a_run_that_loses_the_race_for_a_room_takes_the_winners_commit_when_it_is_equal(
@@ -234,14 +243,19 @@ def _racing(
 
 def test_seeds_of_units_differ_and_are_the_same_everywhere() -> None:
     seeds = {
-        unit_seed(seed, stage, unit) for seed in (0, 1) for stage in ("a", "b") for unit in ("0", "1")
+        unit_seed(seed, stage, unit)
+        for seed in (0, 1)
+        for stage in ("a", "b")
+        for unit in ("0", "1")
     }
     assert len(seeds) == 8
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert unit_seed(0, "recover", "g00000") == unit_seed(0, "recover", "g00000")
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion_mnist", "imagenette", "tiny_imagenet", "imagenet1k"])
+@pytest.mark.parametrize(
+    "name", ["digits", "fashion_mnist", "imagenette", "tiny_imagenet", "imagenet1k"]
+)
 @pytest.mark.parametrize("ipc", [1, 10, 100])
 def test_every_recipe_is_a_valid_configuration_that_json_can_hold(name: str, ipc: int) -> None:
     config = recipe_of(name, ipc)
@@ -252,3 +266,14 @@ def test_every_recipe_is_a_valid_configuration_that_json_can_hold(name: str, ipc
 def test_an_unknown_recipe_lists_those_there_are() -> None:
     with pytest.raises(ConfigError, match="digits, fashion_mnist, imagenette"):
         recipe_of("cifar", 10)
+
+
+def test_a_room_in_which_nothing_was_done_can_be_begun_with_other_options(
+    tmp_path: Path, pipeline: tuple[Stage, ...], worked: Worked
+) -> None:
+    worked.fail_at = ("first", "u0")
+    with pytest.raises(RuntimeError):
+        run_pipeline(run_at(tmp_path), pipeline)
+    worked.fail_at = None
+    run_pipeline(run_at(tmp_path, replace(recipe_of("digits", 10), seed=5)), pipeline, last="first")
+    assert {name for name, _ in worked.done} == {"first"}

@@ -238,7 +238,8 @@ def _claim(room: Room, plan: dict[str, Any], *, overwrite: bool) -> None:
     except FileNotFoundError:
         found = None
     if found is not None and found["fingerprint"] != plan["fingerprint"]:
-        if not overwrite:
+        # A room with a plan and nothing else (a teacher that was refused, say) has nothing to lose.
+        if not overwrite and set(room.store.list()) > {"plan.json"}:
             raise ConfigError(
                 f"{room.store.uri} was made with {_difference(found, plan)}; pass --overwrite to replace this room "
                 "and those after it, or another --out to keep both"

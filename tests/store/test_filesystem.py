@@ -142,7 +142,13 @@ def test_an_unknown_scheme_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("uri", "local"),
-    [("runs/x", True), ("/tmp/x", True), ("file:///x", True), ("s3://b/x", False), ("gs://b/x", False)],
+    [
+        ("runs/x", True),
+        ("/tmp/x", True),
+        ("file:///x", True),
+        ("s3://b/x", False),
+        ("gs://b/x", False),
+    ],
 )
 def test_local_uris_are_known(uri: str, local: bool) -> None:
     assert is_local(uri) == local

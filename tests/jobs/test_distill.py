@@ -1,0 +1,176 @@
+"""The job as a person meets it: one command, what it prints, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs import distill
+from tests.stages import tiny
+from tests.stages.tiny import ROOMS, FinishedRun
+from wmdd_ray.stages import cluster
+
+slow = pytest.mark.slow
+
+
+@slow
+def test_one_command_leaves_every_room_committed(finished_run: FinishedRun) -> None:
+    for stage, room in tiny.ROOM_OF.items():
+        commit = json.loads((finished_run.out / room / "stage.json").read_text())
+        assert commit["stage"] == stage
+        assert len(commit["units"]) == tiny.UNITS[stage]
+        assert commit["seconds"] > 0
+    assert json.loads((finished_run.out / "run.json").read_text())["config"]["ipc"] == 4
+
+
+@slow
+def test_the_summary_names_the_data_set_its_size_and_all_four_rows(
+    finished_run: FinishedRun,
+) -> None:
+    said = finished_run.typed.stdout
+    assert f"distilled set   {finished_run.out}/dataset\n" in said
+    assert "40 images" in said and "for 1437 real images" in said
+    rows = [line for line in said.splitlines() if line.startswith("| (")]
+    assert [row[2:5] for row in rows] == ["(a)", "(b)", "(c)", "(d)"]
+    assert [row.split("|")[2].strip() for row in rows] == ["40", "40", "40", "1437"]
+    assert all(" ± " in row and row.endswith("| 2 |") for row in rows)
+    for stage in tiny.STAGES:
+        assert f"\n{stage}" in said
+
+
+@slow
+def test_without_a_terminal_a_run_writes_plain_lines_of_progress(
+    finished_run: FinishedRun,
+) -> None:
+    lines = finished_run.typed.stderr.splitlines()
+    assert not any("\r" in line or "\x1b" in line for line in lines)
+    foreign = [line for line in lines if line and line.split()[0] not in tiny.STAGES]
+    # Ray's C++ logs past every setting of Python's logging.
+    assert [line for line in foreign if not re.match(r"\[.*\] \w+\.cc:\d+: ", line)] == []
+
+
+@slow
+def test_the_preview_shows_every_class_and_is_not_blank(finished_run: FinishedRun) -> None:
+    with Image.open(finished_run.out / "dataset" / "preview.png") as image:
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("L"))
+    assert min(pixels.shape) > 200
+    # Ten rows of classes: every tenth of the height has dark and bright pixels.
+    for row in np.array_split(pixels, 10):
+        assert np.ptp(row) > 150
+
+
+@slow
+def test_the_card_reports_the_results(finished_run: FinishedRun) -> None:
+    card = (finished_run.out / "dataset" / "README.md").read_text()
+    rows = [line for line in finished_run.typed.stdout.splitlines() if line.startswith("| (")]
+    assert all(row in card for row in rows)
+
+
+@slow
+def test_the_same_command_again_does_no_work_and_says_the_same(finished_run: FinishedRun) -> None:
+    before = tiny.markers(finished_run.out)
+    assert len(before) == sum(tiny.UNITS.values())
+    again = tiny.typed(finished_run.out)
+    assert again.exit_code == 0, again.stderr
+    assert tiny.markers(finished_run.out) == before
+    assert again.stderr.count("found committed") == len(ROOMS)
+    assert (
+        again.stdout.partition("this run took")[0]
+        == (finished_run.typed.stdout.partition("this run took")[0])
+    )
+    # It starts no Ray: what is left is the import of torch.
+    assert again.seconds < finished_run.typed.seconds / 2
+    tiny.assert_same_payloads(finished_run.out, finished_run.payloads)
+
+
+@slow
+def test_a_dry_run_tells_what_is_committed_writes_nothing_and_starts_nothing(
+    finished_run: FinishedRun,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cluster, "connect", lambda *_, **__: pytest.fail("Ray was asked for"))
+    assert tiny.job(tmp_path / "new", "--dry-run") == 0
+    before = plan_rows(capsys.readouterr().out)
+    assert not (tmp_path / "new").exists()
+    assert list(before) == list(tiny.STAGES)
+    assert "to do" in before["squeeze"]
+    assert all("follows the rooms above" in before[stage] for stage in tiny.STAGES[1:])
+    assert "0/20" in before["features"] and "0/8" in before["evaluate"]
+
+    copied = tiny.copy_rooms(finished_run.out, tmp_path / "half", "teacher", "features")
+    (copied / "features" / "stage.json").unlink()
+    (copied / "features" / "units" / "c00003-0001-00000.json").unlink()
+    held = sorted(copied.rglob("*"))
+    assert tiny.job(copied, "--dry-run") == 0
+    half = plan_rows(capsys.readouterr().out)
+    assert sorted(copied.rglob("*")) == held
+    assert "committed" in half["squeeze"] and "1/1" in half["squeeze"]
+    assert "in part" in half["features"] and "19/20" in half["features"]
+    assert "0/10" in half["barycenters"] and "committed" not in half["barycenters"]
+
+    assert tiny.job(finished_run.out, "--dry-run", "--recover.iterations", "13") == 0
+    changed = plan_rows(capsys.readouterr().out)
+    assert "5/5" in changed["recover"] and "needs --overwrite" in changed["recover"]
+    assert " committed " in changed["barycenters"]
+
+
+def plan_rows(printed: str) -> dict[str, str]:
+    lines = printed.splitlines()
+    assert lines[0].startswith("plan for ")
+    return {line.split()[0]: line for line in lines[2:]}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--recipe", "cifar"), "--recipe: expected one of digits, fashion_mnist"),
+        (("--ipc", "0"), "--ipc: expected >= 1, got 0"),
+        (("--from", "evaluate", "--until", "squeeze"), "--from evaluate comes after --until"),
+    ],
+)
+def test_a_wrong_option_ends_with_2_and_one_line(
+    options: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert distill.main(["--out", str(tmp_path / "run"), *options]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert error.startswith("error: ") and "\n" not in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--ipc", "ten"), "argument --ipc: invalid int value: 'ten'"),
+        (("--recover.iterations", "-1"), "--recover.iterations: expected >= 0, got -1"),
+        (("--recover.iterationz", "3"), "--recover.iterations INT"),
+    ],
+)
+def test_a_command_line_that_does_not_parse_ends_with_2_and_names_the_option(
+    options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        distill.main(list(options))
+    assert ended.value.code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err + captured.out
+
+
+def test_help_shows_the_defaults_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        distill.main(["--recipe", "fashion_mnist", "--help"])
+    assert ended.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--recover.bn-weight FLOAT Coefficient of the moment term, lambda of the paper" in shown
+    assert (
+        "--data STR Training images: `digits` (embedded), a path, or a URI. (default: fashion-mnist)"
+        in shown
+    )

@@ -1,0 +1,191 @@
+"""Teachers: trained here, or given; never built on unmeasured."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.stages import tiny
+from tests.stages.tiny import FinishedRun
+from wmdd_ray.core.networks import build_network
+from wmdd_ray.errors import WmddError
+from wmdd_ray.records import Teacher
+from wmdd_ray.run import Room
+from wmdd_ray.stages import squeeze
+from wmdd_ray.stages.teacher import read_teacher
+from wmdd_ray.store.filesystem import Store
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+slow = pytest.mark.slow
+
+UNTIL = ("--until", "squeeze")
+State = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def teacher(finished_run: FinishedRun) -> Teacher:
+    return read_teacher(Room(Store(str(finished_run.out)), "teacher"))
+
+
+@pytest.fixture
+def state(teacher: Teacher) -> State:
+    return {name: torch.from_numpy(array.copy()) for name, array in teacher.weights.items()}
+
+
+def imported(out: Path, spec: Path | str, *options: str) -> int:
+    return tiny.job(out, "--teacher", str(spec), *UNTIL, *options)
+
+
+def assert_taken_over(out: Path, teacher: Teacher) -> None:
+    """Assert that a run's teacher has the weights of `teacher` and the top-1 that was measured then."""
+    found = read_teacher(Room(Store(str(out)), "teacher"))
+    assert (found.arch, found.width, found.class_names) == (
+        teacher.arch,
+        teacher.width,
+        teacher.class_names,
+    )
+    assert found.top1 == teacher.top1 > 0.5
+    np.testing.assert_equal(found.weights, teacher.weights)
+
+
+@pytest.mark.parametrize("folder", ["", "/teacher"])
+def test_a_teacher_is_taken_from_another_run_whatever_network_the_options_name(
+    folder: str, finished_run: FinishedRun, teacher: Teacher, tmp_path: Path
+) -> None:
+    spec = f"{finished_run.out}{folder}"
+    assert imported(tmp_path / "run", spec, "--squeeze.network.width", "16") == 0
+    assert_taken_over(tmp_path / "run", teacher)
+
+
+def save_nested(state: State, path: Path) -> None:
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [("t.safetensors", save_file), ("t.pt", torch.save), ("t.pth.tar", save_nested)],
+)
+def test_a_teacher_is_taken_from_a_checkpoint_file(
+    name: str,
+    save: Callable[[State, Path], None],
+    state: State,
+    teacher: Teacher,
+    tmp_path: Path,
+) -> None:
+    save(state, tmp_path / name)
+    assert imported(tmp_path / "run", tmp_path / name) == 0
+    assert_taken_over(tmp_path / "run", teacher)
+
+
+def test_a_teacher_at_chance_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    config = tiny.config()
+    untrained = build_network(
+        config.squeeze.network, num_classes=10, channels=1, image_size=config.source.image_size
+    )
+    torch.save(untrained.state_dict(), tmp_path / "t.pt")
+    assert imported(tmp_path / "run", tmp_path / "t.pt") == 4
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/t.pt: top-1 0." in error
+    assert "on 360 held-out images, expected at least 0.300 (chance is 0.100)" in error
+    assert not (tmp_path / "run/teacher/stage.json").exists()
+
+
+def test_a_teacher_with_two_exchanged_classes_is_refused_and_they_are_named(
+    state: State, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exchanged = torch.tensor([0, 1, 2, 6, 4, 5, 3, 7, 8, 9])
+    for name in ("fc.weight", "fc.bias"):
+        state[name] = state[name][exchanged]
+    torch.save(state, tmp_path / "t.pt")
+    assert imported(tmp_path / "run", tmp_path / "t.pt") == 4
+    error = capsys.readouterr().err
+    assert "2 of 10 are exchanged" in error
+    assert 'class 3 ("3") is its class 6, class 6 ("6") is its class 3' in error
+    assert not (tmp_path / "run/teacher/stage.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--squeeze.network.width", "16"), "bn1.bias (8,) (expected (16,))"),
+        (("--squeeze.network.arch", "resnet18"), "layer1.0.bn1.bias"),
+    ],
+)
+def test_weights_of_another_network_are_refused_by_the_name_of_a_layer(
+    option: tuple[str, str],
+    message: str,
+    state: State,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    torch.save(state, tmp_path / "t.pt")
+    assert imported(tmp_path / "run", tmp_path / "t.pt", *option) == 4
+    error = capsys.readouterr().err
+    assert f"weights of --teacher {tmp_path}/t.pt do not fit" in error
+    assert message in error
+    assert not (tmp_path / "run/teacher/stage.json").exists()
+
+
+def test_a_teacher_that_is_nowhere_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert imported(tmp_path / "run", tmp_path / "missing.pt") == 2
+    error = capsys.readouterr().err
+    assert f"--teacher {tmp_path}/missing.pt: expected a committed teacher" in error
+
+
+def test_training_that_was_cut_goes_on_from_its_last_stored_epoch_with_the_same_bytes(
+    finished_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = squeeze.train_classifier
+    began: list[int] = []
+
+    @functools.wraps(train)
+    def cut(*args: object, on_epoch: Callable[[int, float], None], **options: object) -> None:
+        def on_epoch_or_cut(epoch: int, loss: float) -> None:
+            on_epoch(epoch, loss)
+            if len(began) == 1 and epoch == 1:
+                raise WmddError("cut here")
+
+        began.append(options["start_epoch"])  # type: ignore[arg-type]
+        train(*args, on_epoch=on_epoch_or_cut, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(squeeze, "train_classifier", cut)
+    monkeypatch.setattr(squeeze, "_STATE_EVERY_S", -1.0)
+    out = tmp_path / "run"
+    assert tiny.job(out, *UNTIL) == 1
+    assert (out / "teacher/partial/state.safetensors").is_file()
+    assert tiny.job(out, *UNTIL) == 0
+    assert began == [0, 2]
+    assert not (out / "teacher/partial").exists()
+    tiny.assert_same_payloads(out, finished_run.payloads, "teacher")
+    losses = [
+        json.loads((run / "teacher/stage.json").read_text())["metrics"]["losses"]
+        for run in (out, finished_run.out)
+    ]
+    assert losses[0] == losses[1]
+
+
+@slow
+def test_images_beyond_the_memory_limit_are_streamed_and_teach_as_well(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert tiny.job(out, *UNTIL, "--squeeze.memory-limit-gib", "1e-4") == 0
+    assert read_teacher(Room(Store(str(out)), "teacher")).top1 > 0.6
+
+
+@slow
+def test_two_workers_train_one_teacher_together(teacher: Teacher, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert tiny.job(out, *UNTIL, "--num-workers", "2") == 0
+    found = read_teacher(Room(Store(str(out)), "teacher"))
+    assert found.top1 > 0.6
+    # The same seed and the same batches, only summed in two halves: near the teacher of one worker.
+    assert abs(found.top1 - teacher.top1) < 0.1
