@@ -38,6 +38,11 @@ def test_every_option_says_what_it_means() -> None:
     [
         (DistillConfig, {"ipc": 0}, "--ipc: expected >= 1, got 0"),
         (DistillConfig, {"seed": -1}, "--seed: expected >= 0, got -1"),
+        (
+            DistillConfig,
+            {"evaluate": options.EvaluateConfig(epochs=301)},
+            "--evaluate.epochs: expected at most the 300 stored label epochs .*, got 301",
+        ),
         (SourceConfig, {"image_size": 4, "resize": 8}, "--source.image-size: .*8 pixels, got 4"),
         (SourceConfig, {"image_size": 64}, "--source.resize: expected at least image_size 64"),
         (SourceConfig, {"channels": 1}, "--source.mean: expected 1 values, one a channel"),
@@ -91,6 +96,7 @@ def test_units_cover_every_class_once_whatever_the_numbers(
         config,
         recover=replace(config.recover, images_per_group=images),
         relabel=replace(config.relabel, slice_images=images, epochs=epochs, epochs_per_unit=7),
+        evaluate=replace(config.evaluate, epochs=epochs),
     )
     everything = list(range(num_classes))
     for units in (recover.groups(config, num_classes), assemble.image_files(config, num_classes)):

@@ -360,6 +360,13 @@ class DistillConfig:
     def __post_init__(self) -> None:
         _require(self.ipc >= 1, "ipc", ">= 1", self.ipc)
         _require(self.seed >= 0, "seed", ">= 0", self.seed)
+        stored, used = self.relabel.epochs, self.evaluate.epochs
+        _require(
+            used <= stored or used % stored == 0,
+            "evaluate.epochs",
+            f"at most the {stored} stored label epochs (--relabel.epochs) or a multiple of them",
+            used,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,6 +19,11 @@ def class_unit(label: int) -> str:
     return f"class-{label:05d}"
 
 
+def is_class_unit(unit: str) -> bool:
+    """Return whether a unit of the features room is a regrouped class, and not a chunk."""
+    return unit.startswith("class-")
+
+
 def class_key(label: int) -> str:
     """Return the key of a class's regrouped features."""
     return f"classes/{label:05d}.safetensors"

@@ -26,20 +26,15 @@ from wmdd_ray.errors import DataError
 from wmdd_ray.records import FeatureChunk
 from wmdd_ray.rooms import Room, UnitMarker, marker_of
 from wmdd_ray.run import StageRun, Work
-from wmdd_ray.stages.class_features import (
-    class_key,
-    class_part,
-    class_unit,
-    merge_class_features,
-)
+from wmdd_ray.stages.class_features import is_class_unit
 from wmdd_ray.stages.cluster import root_cause, width
+from wmdd_ray.stages.regroup import regroup_by_class
 from wmdd_ray.stages.teacher import feature_width, read_teacher
 from wmdd_ray.store import codecs
 from wmdd_ray.store.sources import Shard, Source, decoded_chunks, refuse_too_many_bad
 
 # Above this many (class, chunk) reads, one shuffle is cheaper than every class reading its rows out of many chunks.
 _REGROUP_READS = 20_000
-_MAX_PARTITIONS = 256
 
 
 def options(config: DistillConfig) -> dict[str, Any]:
@@ -66,7 +61,7 @@ def work(stage: StageRun) -> dict[str, Any]:
     source: Source = stage.run.source("train")
     config = stage.config.features
     shards = source.shards(config.chunk_images)
-    finished = stage.room.read_units(u for u in stage.room.finished() if not _is_class(u))
+    finished = stage.room.read_units(u for u in stage.room.finished() if not is_class_unit(u))
     markers = dict(finished)
     bad = [reason for marker in finished.values() for reason in marker.metrics["bad"]]
     units = plan(stage).units
@@ -95,7 +90,7 @@ def work(stage: StageRun) -> dict[str, Any]:
     _check_classes(counts, source.class_names, stage.config.ipc)
     regroup = config.regroup == "always" or (config.regroup == "auto" and reads > _REGROUP_READS)
     if regroup:
-        _regroup(stage, sorted(markers))
+        regroup_by_class(stage, sorted(markers))
     return {
         "num_images": sum(counts.values()),
         "class_counts": [counts[label] for label in range(len(source.class_names))],
@@ -257,68 +252,3 @@ def _check_classes(counts: Counter[int], class_names: tuple[str, ...], ipc: int)
             raise DataError(
                 f'class {label} ("{name}") has {counts[label]} images but ipc is {ipc}; lower --ipc or drop the class'
             )
-
-
-# Regrouping ------------------------------------------------------------------------------------
-
-
-def _is_class(unit: str) -> bool:
-    return unit.startswith("class-")
-
-
-def _regroup(stage: StageRun, units: list[str]) -> None:
-    """Shuffle the features into one file a class, with Ray Data's own group-by."""
-    room = stage.room
-    num_classes = len(stage.run.source("train").class_names)
-    rows = [{"order": i, "unit": unit} for i, unit in enumerate(units)]
-
-    def merge(group: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return _merge(room, group)
-
-    dataset = (
-        ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000))
-        .map_batches(_Split(room), batch_size=1, batch_format="pyarrow")
-        .groupby("label", num_partitions=min(num_classes, _MAX_PARTITIONS))
-        .map_groups(merge, batch_format="numpy")
-    )
-    try:
-        done = sum(1 for _ in dataset.iter_rows())
-    except Exception as error:
-        raise root_cause(error) from error
-    stage.progress.update(0, f"regrouped {done} classes")
-
-
-class _Split:
-    """Reads a committed chunk and yields its part of every class, encoded."""
-
-    def __init__(self, room: Room) -> None:
-        self._room = room
-
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        row = batch.to_pylist()[0]
-        entry = self._room.read_unit(row["unit"]).files[0]
-        chunk = codecs.decode_feature_chunk(self._room.read(entry))
-        for label in chunk.moments:
-            part = class_part(chunk, label)
-            payload = codecs.encode_class_features(part)
-            yield pa.table(
-                {
-                    "label": [label],
-                    "order": [row["order"]],
-                    "part": pa.array([payload], pa.large_binary()),
-                }
-            )
-
-
-def _merge(room: Room, group: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Merge a class's parts in chunk order and commit them."""
-    label = int(group["label"][0])
-    order = np.argsort(group["order"])
-    parts = [codecs.decode_class_features(bytes(group["part"][i])) for i in order]
-    payload = codecs.encode_class_features(merge_class_features(parts))
-    room.commit_unit(
-        class_unit(label),
-        {class_key(label): payload},
-        metrics={"num_images": sum(len(p.keys) for p in parts)},
-    )
-    return {"label": np.array([label])}

@@ -1,79 +1,35 @@
-"""The table of contents: the seven stages in order, each with its room and what it reads."""
+"""The table of contents: the seven stages in order, each with its room and the rooms that it reads."""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 from wmdd_ray.run import Stage
 from wmdd_ray.stages import assemble, barycenters, evaluate, features, recover, relabel, squeeze
 
+
+def _stage(
+    module: ModuleType, room: str, *inputs: str, reads_data: bool = False, version: int = 1
+) -> Stage:
+    """Return the stage of a module; raise `version` when the same options would make other bytes."""
+    return Stage(
+        name=module.__name__.rpartition(".")[2],
+        room=room,
+        version=version,
+        inputs=inputs,
+        reads_data=reads_data,
+        options=module.options,
+        plan=module.plan,
+        work=module.work,
+    )
+
+
 PIPELINE: tuple[Stage, ...] = (
-    Stage(
-        name="squeeze",
-        room="teacher",
-        version=1,
-        inputs=(),
-        reads_data=True,
-        options=squeeze.options,
-        plan=squeeze.plan,
-        work=squeeze.work,
-    ),
-    Stage(
-        name="features",
-        room="features",
-        version=1,
-        inputs=("teacher",),
-        reads_data=True,
-        options=features.options,
-        plan=features.plan,
-        work=features.work,
-    ),
-    Stage(
-        name="barycenters",
-        room="barycenters",
-        version=1,
-        inputs=("features",),
-        reads_data=False,
-        options=barycenters.options,
-        plan=barycenters.plan,
-        work=barycenters.work,
-    ),
-    Stage(
-        name="recover",
-        room="images",
-        version=1,
-        inputs=("teacher", "features", "barycenters"),
-        reads_data=False,
-        options=recover.options,
-        plan=recover.plan,
-        work=recover.work,
-    ),
-    Stage(
-        name="relabel",
-        room="labels",
-        version=1,
-        inputs=("teacher", "features", "images"),
-        reads_data=False,
-        options=relabel.options,
-        plan=relabel.plan,
-        work=relabel.work,
-    ),
-    Stage(
-        name="assemble",
-        room="dataset",
-        version=1,
-        inputs=("teacher", "features", "images", "labels"),
-        reads_data=False,
-        options=assemble.options,
-        plan=assemble.plan,
-        work=assemble.work,
-    ),
-    Stage(
-        name="evaluate",
-        room="evaluation",
-        version=1,
-        inputs=("teacher", "barycenters", "dataset"),
-        reads_data=True,
-        options=evaluate.options,
-        plan=evaluate.plan,
-        work=evaluate.work,
-    ),
+    _stage(squeeze, "teacher", reads_data=True),
+    _stage(features, "features", "teacher", reads_data=True),
+    _stage(barycenters, "barycenters", "features"),
+    _stage(recover, "images", "teacher", "features", "barycenters"),
+    _stage(relabel, "labels", "teacher", "features", "images"),
+    _stage(assemble, "dataset", "teacher", "features", "images", "labels"),
+    _stage(evaluate, "evaluation", "teacher", "barycenters", "dataset", reads_data=True),
 )

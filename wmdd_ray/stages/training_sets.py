@@ -1,0 +1,168 @@
+"""What students are trained on: the distilled set, and real images with labels from the same teacher on the same views."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from wmdd_ray.config import DistillConfig
+from wmdd_ray.core.networks import network_of
+from wmdd_ray.core.soft_labels import compress, decompress, label_views
+from wmdd_ray.core.views import StoredImages, concatenate_views, draw_views
+from wmdd_ray.dataset import DistilledDataset
+from wmdd_ray.errors import ConfigError
+from wmdd_ray.records import Teacher, Views
+from wmdd_ray.rooms import Room
+from wmdd_ray.run import unit_seed
+from wmdd_ray.stages import barycenters
+from wmdd_ray.stages.held_out import Listed
+from wmdd_ray.stages.recover import read_real
+from wmdd_ray.stages.relabel import blocks, renamed
+from wmdd_ray.store.sources import Source
+
+_ALL_REAL_BYTES = 4 << 30
+# Labels of a baseline are kept for the next seed up to this many logits.
+_KEPT_LOGITS = 1 << 25
+
+LabelEpoch = Callable[[int], tuple[Views, np.ndarray]]
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingSet:
+    """Images, epoch -> (views, teacher's logits), the images' weights, and how often a student passes over them."""
+
+    images: StoredImages
+    label_epoch: LabelEpoch
+    weights_N: np.ndarray
+    epochs: int
+
+
+class TrainingSets:
+    """Makes the training set of a row of the table; keeps the last one for the next seed."""
+
+    def __init__(
+        self,
+        dataset: DistilledDataset,
+        teacher: Teacher,
+        barycenter_room: Room,
+        source: Source,
+        train: Listed | None,
+        config: DistillConfig,
+        device: torch.device,
+    ) -> None:
+        self._dataset, self._teacher = dataset, teacher
+        self._barycenter_room, self._source, self._train = barycenter_room, source, train
+        self._config, self._device = config, device
+        self._held: dict[str, TrainingSet] = {}
+
+    def get(self, row: str) -> TrainingSet:
+        """Return the training set of `distilled`, `random_real`, `nearest_real` or `all_real`."""
+        if row not in self._held:
+            self._held.clear()
+            self._held[row] = self._make(row)
+        return self._held[row]
+
+    def _make(self, row: str) -> TrainingSet:
+        config, teacher, device = self._config, self._teacher, self._device
+        epochs = config.evaluate.epochs
+        weights_N = None
+        if row == "distilled":
+            pixels, weights_N = self._dataset.images, self._dataset.weights
+            label_epoch = _cycled(self._dataset)
+        elif row == "all_real":
+            assert self._train is not None
+            pixels, epochs = _all_real(self._train), config.evaluate.all_real_epochs
+            label_epoch = _fresh_labels(pixels, teacher, config, device)
+        else:
+            pixels = _baseline_images(
+                row, self._barycenter_room, self._source, config, teacher.num_classes
+            )
+            label_epoch = _stored_labels(pixels, teacher, config, device)
+        if weights_N is None:
+            weights_N = np.ones(len(pixels))
+        images = StoredImages(pixels, teacher.mean_C, teacher.std_C, device)
+        return TrainingSet(images, label_epoch, weights_N, epochs)
+
+
+def _cycled(dataset: DistilledDataset) -> LabelEpoch:
+    return lambda epoch: dataset.label_epoch(epoch % dataset.label_epochs)
+
+
+def _all_real(train: Listed) -> np.ndarray:
+    loaded = train.load(_ALL_REAL_BYTES)
+    if loaded is None:
+        raise ConfigError(
+            "--evaluate.baselines all_real: the real images take more than 4 GiB decoded; leave this row out (the teacher's "
+            "top-1 stands for it), e.g. --evaluate.baselines random_real nearest_real"
+        )
+    return loaded[0]
+
+
+def _baseline_images(
+    row: str, room: Room, source: Source, config: DistillConfig, num_classes: int
+) -> np.ndarray:
+    """Return as many real images as the distilled set has, in its order of classes."""
+    files = {f.key: f for m in room.committed().units.values() for f in m.files}
+    chosen = []
+    for label in range(num_classes):
+        found = barycenters.read_barycenter(room, files, label)
+        keys = found.random_keys if row == "random_real" else found.nearest_keys
+        chosen.append(read_real(source, keys, config))
+    return np.concatenate(chosen)
+
+
+def _fresh_labels(
+    pixels_NHWC: np.ndarray, teacher: Teacher, config: DistillConfig, device: torch.device
+) -> LabelEpoch:
+    """Return epoch -> new views of all images and the teacher's labels, made when asked for."""
+    network = network_of(teacher, device)
+    images = StoredImages(pixels_NHWC, teacher.mean_C, teacher.std_C, device)
+    seed = unit_seed(config.seed, "relabel", "all_real")
+
+    def label_epoch(epoch: int) -> tuple[Views, np.ndarray]:
+        views = draw_views(
+            len(images), teacher.image_size, config.relabel.views, seed=seed, epoch=epoch
+        )
+        return views, label_views(
+            network, images, views, teacher.image_size, config.relabel.batch_size
+        )
+
+    return label_epoch
+
+
+def _stored_labels(
+    pixels_NHWC: np.ndarray, teacher: Teacher, config: DistillConfig, device: torch.device
+) -> LabelEpoch:
+    """Return epoch -> views and labels of other images on the very views of the distilled set, compressed alike."""
+    network = network_of(teacher, device)
+    images = StoredImages(pixels_NHWC, teacher.mean_C, teacher.std_C, device)
+    slices_of_epoch: dict[int, list[tuple[str, np.ndarray]]] = {}
+    for unit, (epochs, labels) in blocks(config, teacher.num_classes).items():
+        for epoch in epochs:
+            slices_of_epoch.setdefault(epoch, []).append((unit.partition("-s")[2], labels))
+    kept: dict[int, tuple[Views, np.ndarray]] = {}
+    keep = len(images) * config.relabel.epochs * teacher.num_classes <= _KEPT_LOGITS
+
+    def label_epoch(epoch: int) -> tuple[Views, np.ndarray]:
+        epoch %= config.relabel.epochs
+        if epoch in kept:
+            return kept[epoch]
+        parts = []
+        for name, labels in slices_of_epoch[epoch]:
+            index_N = (labels[:, None] * config.ipc + np.arange(config.ipc)).reshape(-1)
+            seed = unit_seed(config.seed, "relabel", name)
+            drawn = draw_views(
+                len(index_N), teacher.image_size, config.relabel.views, seed=seed, epoch=epoch
+            )
+            parts.append(renamed(drawn, index_N.astype(np.int32)))
+        views = concatenate_views(parts)
+        logits = label_views(network, images, views, teacher.image_size, config.relabel.batch_size)
+        found = views, decompress(compress(logits, config.relabel))
+        if keep:
+            kept[epoch] = found
+        return found
+
+    return label_epoch
