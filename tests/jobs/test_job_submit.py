@@ -139,14 +139,17 @@ def test_a_cluster_with_a_token_runs_the_submitted_job_of_who_has_it_only(tmp_pa
         assert "authentication" in (refused.stdout + refused.stderr).lower()
         assert not (tmp_path / "refused").exists()
 
-        done = submit(head, tmp_path / "run", "--until", "features")
+        done = submit(head, tmp_path / "run")
         said = done.stdout + done.stderr
         assert done.returncode == 0, said
         assert "succeeded" in said
         assert "features    20/20 done" in said
+        assert "(d) all real images, soft labels | 1437 | 1 |" in said
         assert token not in said
-    commit = json.loads((tmp_path / "run/features/stage.json").read_text())
-    assert len(commit["units"]) == tiny.UNITS["features"]
+    commits = [
+        json.loads((tmp_path / "run" / room / "stage.json").read_text()) for room in tiny.ROOMS
+    ]
+    assert {commit["stage"]: len(commit["units"]) for commit in commits} == tiny.UNITS
 
 
 def test_a_cluster_without_authentication_runs_the_submitted_job(tmp_path: Path) -> None:
