@@ -2,7 +2,7 @@
 #   make distill   the main job: distill the embedded digits, 10 images a class
 #   make test      the tests;  ARGS='-k barycenter' goes to pytest
 #   make lint      ruff and mypy
-#   make bench     measure this machine
+#   make bench ARGS=barycenter    measure this machine; also: recover, features, orchestration
 #   make clean     remove the environment and caches, never results
 VENV ?= .venv
 PYTHON ?= python3
