@@ -94,6 +94,16 @@ def test_a_staged_file_of_a_killed_writer_is_never_listed(tmp_path: Path) -> Non
     assert Store(str(tmp_path)).list() == {}
 
 
+def test_what_only_marks_a_folder_on_s3_is_not_an_object(s3_server: S3Uri) -> None:
+    store = Store(s3_server())
+    store.put("train/state.json", b"{}")
+    arrow, path = arrow_filesystem(store.uri)
+    arrow.create_dir(f"{path}/train/empty", recursive=True)
+    assert store.list() == {"train/state.json": 2}
+    store.delete("train")
+    assert store.list() == {}
+
+
 def test_a_large_object_is_one_commit_on_s3(s3_server: S3Uri) -> None:
     store = Store(s3_server())
     content = bytes(range(256)) * (12 << 12)

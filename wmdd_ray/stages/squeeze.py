@@ -131,6 +131,7 @@ def _train(stage: StageRun) -> None:
             except Exception as failure:
                 raise workers.workers_lost(stage, failure) from failure
         error = ray.get(queue.error.remote())
+        stage.run.store.delete(workers.TRAIN_FOLDER)
     if error is not None:
         raise error
 

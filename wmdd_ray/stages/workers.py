@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 3
 _MAX_GROUP_RESTARTS = 32
 _POLL_S = 1.0
+# Where Ray Train keeps its own notes of a group under a run's root; nothing there counts, and it goes with the group.
+TRAIN_FOLDER = "train"
 # From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -171,6 +173,7 @@ def run_loop(
                 raise workers_lost(stage, failure) from failure
         error = ray.get(queue.error.remote())
         ray.kill(queue)
+        stage.run.store.delete(TRAIN_FOLDER)
     if error is not None:
         raise error
 
@@ -190,7 +193,7 @@ def scaling(wide: Width, num_workers: int, *, elastic: bool = True) -> ScalingCo
 def train_run_config(stage: StageRun, name: str) -> RunConfig:
     """Return Ray Train's run: it stores nothing that counts, so a folder of the machine is enough on one node."""
     if "://" in stage.run.store.uri:
-        storage = f"{stage.run.store.uri}/train"
+        storage = stage.run.store.url(TRAIN_FOLDER)
     else:
         storage = os.path.join(tempfile.gettempdir(), "wmdd_ray_train")
     return RunConfig(

@@ -208,7 +208,8 @@ class Store:
                 found = {
                     name.lstrip("/").removeprefix(root.lstrip("/") + "/"): int(info["size"] or 0)
                     for name, info in under.items()
-                    if info["type"] == "file"
+                    # Arrow and web consoles leave empty objects named like folders.
+                    if info["type"] == "file" and not name.endswith("/")
                 }
         return dict(sorted(found.items()))
 
