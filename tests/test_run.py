@@ -241,6 +241,72 @@ def _racing(
     return work
 
 
+def test_a_run_whose_room_was_taken_over_does_not_commit_into_it(
+    tmp_path: Path, pipeline: tuple[Stage, ...]
+) -> None:
+    other = run_at(tmp_path, replace(recipe_of("digits", 10), seed=5))
+
+    def work(stage_run: StageRun) -> dict[str, Any]:
+        metrics = pipeline[0].work(stage_run)
+        stage_run.room.clear()
+        plan = expected_plan(other, pipeline[0], {})
+        assert stage_run.room.store.create("plan.json", dump_json(plan))
+        return metrics
+
+    with pytest.raises(LostRaceError, match="was replaced by another run"):
+        run_pipeline(run_at(tmp_path), (replace(pipeline[0], work=work),))
+    assert other.room("first_room").read_commit() is None
+
+
+def test_of_two_runs_that_begin_a_room_at_once_the_second_is_held_to_the_first_ones_plan(
+    tmp_path: Path, pipeline: tuple[Stage, ...], worked: Worked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faster = run_at(tmp_path, replace(recipe_of("digits", 10), seed=5))
+    plan = dump_json(expected_plan(faster, pipeline[0], {}))
+    create = Store.create
+
+    def beaten(store: Store, key: str, content: bytes) -> bool:
+        if key == "plan.json":
+            create(store, "plan.json", plan)
+            create(store, "units/u0.json", b"{}")
+        return create(store, key, content)
+
+    monkeypatch.setattr(Store, "create", beaten)
+    with pytest.raises(ConfigError, match=r"seed=5 \(this run asks for 0\)"):
+        run_pipeline(run_at(tmp_path), pipeline, last="first")
+    assert worked.done == []
+    assert (tmp_path / "first_room" / "plan.json").read_bytes() == plan
+
+
+@pytest.mark.parametrize("deletions", range(6))
+def test_what_a_killed_overwrite_leaves_is_never_taken_for_the_new_options_work(
+    deletions: int,
+    tmp_path: Path,
+    pipeline: tuple[Stage, ...],
+    worked: Worked,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run_pipeline(run_at(tmp_path), pipeline, last="first")
+    assert len(list((tmp_path / "first_room").iterdir())) == 6  # 3 payloads, units, plan, commit
+    new = run_at(tmp_path, replace(recipe_of("digits", 10), seed=5))
+    delete, done = Store.delete, list[str]()
+
+    def killed(store: Store, key: str) -> None:
+        if len(done) == deletions:
+            raise KeyboardInterrupt
+        done.append(key)
+        delete(store, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "delete", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_pipeline(new, pipeline, last="first", overwrite=True)
+    worked.done.clear()
+    commit = run_pipeline(new, pipeline, last="first", overwrite=True)["first_room"]
+    assert commit.options == {"seed": 5}
+    assert [unit for _, unit in worked.done] == list(UNITS)
+
+
 def test_seeds_of_units_differ_and_are_the_same_everywhere() -> None:
     seeds = {
         unit_seed(seed, stage, unit)

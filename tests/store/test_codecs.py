@@ -153,7 +153,7 @@ def assert_same(got: Any, expected: Any) -> None:
         for field in fields(expected):
             assert_same(getattr(got, field.name), getattr(expected, field.name))
     elif isinstance(expected, dict):
-        assert list(got) == list(expected)
+        assert list(got) == sorted(expected)
         for name, value in expected.items():
             assert_same(got[name], value)
     else:

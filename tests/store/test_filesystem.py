@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import pickle
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.conftest import S3Uri, free_port
 from wmdd_ray.errors import ArtifactError
@@ -57,16 +61,56 @@ def test_create_is_won_once_and_a_lost_reply_is_not_a_lost_write(store: Store) -
     assert store.get("commit") == b"mine"
 
 
+def test_deleting_takes_one_object_or_one_folder_and_not_their_namesakes(store: Store) -> None:
+    for key in ("units/a.json", "units2/a.json", "units.json", "plan.json", "plan.json.old"):
+        store.put(key, b"x")
+    store.delete("plan.json")
+    store.delete("units")
+    assert list(store.list()) == ["plan.json.old", "units.json", "units2/a.json"]
+    assert store.list("unit") == {}
+
+
+KEYS = st.sampled_from(["a", "b", "b2/c", "b2/d", "b3/é f"])
+CONTENTS = st.sampled_from([b"1", b"22", b"333"])
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("put"), KEYS, CONTENTS),
+        st.tuples(st.just("create"), KEYS, CONTENTS),
+        st.tuples(st.just("delete"), st.sampled_from(["", "a", "b", "b2", "b2/c"])),
+    ),
+    max_size=12,
+)
+
+
 @pytest.mark.parametrize("kind", ["local", "memory"])
-def test_one_of_many_writers_wins_a_create(kind: str, tmp_path: Path) -> None:
-    store = Store(str(tmp_path) if kind == "local" else f"memory://race-{uuid.uuid4().hex}")
+@given(steps=STEPS)
+@settings(max_examples=40)
+def test_a_store_behaves_as_a_dictionary_of_bytes(kind: str, steps: list[Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(folder if kind == "local" else f"memory://law-{uuid.uuid4().hex}")
+        model: dict[str, bytes] = {}
+        for action, key, *content in steps:
+            if action == "put":
+                store.put(key, content[0])
+                model[key] = content[0]
+            elif action == "create":
+                won = store.create(key, content[0])
+                assert won == (model.setdefault(key, content[0]) == content[0])
+            else:
+                store.delete(key)
+                model = {k: v for k, v in model.items() if key and f"{k}/".find(f"{key}/") != 0}
+            assert store.list() == {k: len(model[k]) for k in sorted(model)}
+        assert {key: store.get(key) for key in store.list()} == model
+
+
+def test_one_of_many_writers_wins_a_create(store: Store) -> None:
     barrier = threading.Barrier(8)
 
     def write(i: int) -> bool:
         barrier.wait()
         return store.create("stage.json", b"writer %d" % i)
 
-    for _ in range(5):
+    for _ in range(3):
         with ThreadPoolExecutor(8) as pool:
             won = list(pool.map(write, range(8)))
         assert sum(won) == 1

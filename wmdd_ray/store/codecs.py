@@ -99,7 +99,8 @@ def _pack(arrays: dict[str, np.ndarray], **meta: Any) -> bytes:
 
 def _unpack(content: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
-        arrays = load_safetensors(content)
+        # By name: the library hands them out in another order in every process.
+        arrays = dict(sorted(load_safetensors(content).items()))
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         return arrays, json.loads(header["__metadata__"]["json"])
     except (SafetensorError, KeyError, ValueError) as error:
