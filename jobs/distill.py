@@ -2,7 +2,7 @@
 
 Seven stages, each a folder under --out: squeeze (teacher/), features/, barycenters/, recover (images/), relabel (labels/),
 assemble (dataset/), evaluate (evaluation/). Run the same command again after any interruption: finished units are kept.
-Exit codes: 0 done, 1 workers lost, 2 configuration, 3 lost a race for --out, 4 input, 5 storage, 143 terminated.
+Exit codes: 0 done, 1 workers lost, 2 configuration, 3 lost a race for --out, 4 input, 5 storage, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ from wmdd_ray.provenance import hardware, versions
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.rooms import StageCommit
 from wmdd_ray.run import Run, Stage, StageRun, expected_plan, run_pipeline
-from wmdd_ray.store.codecs import dump_json
+from wmdd_ray.store.documents import dump_json
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
+
+_RESUME = "finished units are kept: run the same command again to go on"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,8 @@ class Job:
     """Replace rooms that were made with other options; with --from, that room and those after in any case."""
     dry_run: bool = False
     """Print the plan (stages, units, what is committed, estimated sizes) and stop."""
+    allow_unsafe_commits: bool = False
+    """Work on a store that ignores conditional writes; two runs with one --out can then overwrite each other unnoticed."""
     verbose: bool = False
     """Show Ray's and the workers' log lines, and whole tracebacks."""
     config: Annotated[DistillConfig, tyro.conf.arg(name="")] = field(default_factory=DistillConfig)
@@ -61,19 +65,21 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         job = parse(arguments)
-    except WmddError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    logging.basicConfig(
-        level=logging.INFO if job.verbose else logging.WARNING, format="%(name)s: %(message)s"
-    )
-    try:
+        logging.basicConfig(
+            level=logging.INFO if job.verbose else logging.WARNING, format="%(name)s: %(message)s"
+        )
         return distill(job)
     except WmddError as error:
-        if job.verbose:
+        if "--verbose" in arguments:
             logging.exception("the job ends here")
         print(f"\nerror: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {_RESUME}", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except _Terminated:
+        print(f"\nterminated; {_RESUME}", file=sys.stderr)
+        return 128 + signal.SIGTERM
 
 
 def parse(arguments: list[str]) -> Job:
@@ -96,7 +102,23 @@ def distill(job: Job) -> int:
     if job.dry_run:
         print_plan(run, PIPELINE)
         return 0
-    commits = run_pipeline(run, PIPELINE, first=job.first, last=job.last, overwrite=job.overwrite)
+    code = 1
+    try:
+        commits = run_pipeline(
+            run, PIPELINE, first=job.first, last=job.last, overwrite=job.overwrite
+        )
+        code = 0
+    except WmddError as error:
+        code = error.exit_code
+        raise
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+        raise
+    except _Terminated:
+        code = 128 + signal.SIGTERM
+        raise
+    finally:
+        run.end(code)
     if "evaluation" in commits:
         from wmdd_ray.stages.assemble import write_card
 
@@ -141,6 +163,7 @@ def open_run(job: Job) -> Run:
         open_source=open_split,
         progress=StageLine,
         connect=connect,
+        unsafe_commits=job.allow_unsafe_commits,
     )
     return run
 
@@ -220,8 +243,13 @@ def print_summary(run: Run, commits: dict[str, StageCommit], seconds: float) -> 
     print(f"this run took {duration(seconds)}")
 
 
+class _Terminated(BaseException):
+    """A request to terminate came. Not an Exception: nothing on its way up shall take it for a failure of its own."""
+
+
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the way out takes its time
+    raise _Terminated
 
 
 if __name__ == "__main__":

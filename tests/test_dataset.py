@@ -24,7 +24,7 @@ from wmdd_ray.core.views import StoredImages, concatenate_views, draw_views, ren
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.records import SoftLabelBlock, Teacher
-from wmdd_ray.store import codecs
+from wmdd_ray.store import codecs, documents
 from wmdd_ray.store.filesystem import Store
 
 NAMES = ("cat", "dog", "emu")
@@ -124,8 +124,8 @@ def write_dataset(
         "label_epochs": EPOCHS,
         **meta,
     }
-    entries = [codecs.entry_of(key, content) for key, content in written.items()]
-    store.put(codecs.MANIFEST_KEY, codecs.encode_manifest(manifest, entries))
+    entries = [documents.entry_of(key, content) for key, content in written.items()]
+    store.put(documents.MANIFEST_KEY, documents.encode_manifest(manifest, entries))
     return uri
 
 
@@ -340,8 +340,10 @@ def test_missing_images_are_refused_at_opening(tmp_path: Path) -> None:
 
 def test_a_manifest_without_an_entry_names_it(tmp_path: Path) -> None:
     write_dataset(str(tmp_path))
-    manifest = tmp_path / codecs.MANIFEST_KEY
-    manifest.write_text(manifest.read_text().replace('"num_images"', '"number"'))
+    store = Store(str(tmp_path))
+    manifest = documents.read_sealed(store, documents.MANIFEST_KEY)
+    manifest["number"] = manifest.pop("num_images")
+    store.put(documents.MANIFEST_KEY, documents.seal(manifest))
     with pytest.raises(ArtifactError, match="expected the entry 'num_images'"):
         DistilledDataset(str(tmp_path))
 

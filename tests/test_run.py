@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from wmdd_ray.config import DistillConfig, RecoverConfig, Resources
-from wmdd_ray.errors import ConfigError, LostRaceError
+from wmdd_ray.errors import ArtifactError, ConfigError, LostRaceError
+from wmdd_ray.events import read_events
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.run import (
     Progress,
@@ -23,7 +24,7 @@ from wmdd_ray.run import (
     run_pipeline,
     unit_seed,
 )
-from wmdd_ray.store.codecs import dump_json
+from wmdd_ray.store.documents import seal
 from wmdd_ray.store.filesystem import Store
 
 UNITS = ("u0", "u1", "u2")
@@ -60,7 +61,10 @@ def stage_of(
                 raise RuntimeError("killed here")
             worked.done.append((name, unit))
             payload = f"{name} {unit} {[c.fingerprint for c in stage.inputs.values()]}".encode()
-            stage.room.commit_unit(unit, {f"{unit}.bin": payload}, metrics={"n": 1})
+            attempt = stage.room.begin_unit(unit)
+            stage.room.commit_unit(
+                unit, {f"{unit}.bin": payload}, attempt=attempt, metrics={"n": 1}
+            )
         return {"units": len(UNITS)}
 
     return Stage(
@@ -210,12 +214,63 @@ def test_a_reader_follows_the_commit_and_not_what_lies_beside_it(
     ]
 
 
-def test_a_run_that_loses_the_race_for_a_room_takes_the_winners_commit_when_it_is_equal(
+def test_a_run_that_loses_the_race_for_a_room_ends_and_the_next_one_finds_it_committed(
     tmp_path: Path, pipeline: tuple[Stage, ...]
 ) -> None:
     finished = run_pipeline(run_at(tmp_path / "other"), pipeline, last="first")["first_room"]
     first = replace(pipeline[0], work=_racing(pipeline[0], tmp_path, asdict(finished)))
+    with pytest.raises(LostRaceError, match=r"with the same options .* run the same command again"):
+        run_pipeline(run_at(tmp_path), (first,))
     assert run_pipeline(run_at(tmp_path), (first,))["first_room"] == finished
+
+
+def test_a_commit_whose_reply_was_lost_is_not_a_lost_race(
+    tmp_path: Path, pipeline: tuple[Stage, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, lost = Store.create, list[str]()
+
+    def create(store: Store, key: str, content: bytes) -> bool:
+        if key == "stage.json":
+            lost.append(key)
+            assert put(store, key, content)  # what a client repeats that got no answer
+        return put(store, key, content)
+
+    monkeypatch.setattr(Store, "create", create)
+    run = run_at(tmp_path)
+    assert run_pipeline(run, pipeline[:1])["first_room"].run == run.token
+    assert lost == ["stage.json"]
+
+
+def test_a_store_that_ignores_conditions_is_refused_before_the_first_write_unless_accepted(
+    tmp_path: Path, pipeline: tuple[Stage, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ignores(store: Store, key: str, content: bytes) -> bool:
+        store.put(key, content)
+        return True
+
+    monkeypatch.setattr(Store, "create", ignores)
+    with pytest.raises(ArtifactError, match="--allow-unsafe-commits"):
+        run_pipeline(run_at(tmp_path), pipeline)
+    assert Store(str(tmp_path)).list() == {}
+    accepted = run_at(tmp_path)
+    accepted.unsafe_commits = True
+    assert len(run_pipeline(accepted, pipeline)) == len(pipeline)
+
+
+def test_the_event_log_tells_what_a_run_did(tmp_path: Path, pipeline: tuple[Stage, ...]) -> None:
+    first, second = run_at(tmp_path), run_at(tmp_path)
+    run_pipeline(first, pipeline, last="first")
+    first.end(0)
+    run_pipeline(second, pipeline)
+    second.end(0)
+    events = read_events(Store(str(tmp_path)))
+    told = [(e["run"], e["event"], e.get("stage")) for e in events]
+    expected = [(first.token, "run_started", None)]
+    expected += [(first.token, e, "first") for e in ("stage_started", "stage_committed")]
+    expected += [(first.token, "run_ended", None), (second.token, "run_started", None)]
+    for stage in pipeline[1:]:
+        expected += [(second.token, e, stage.name) for e in ("stage_started", "stage_committed")]
+    assert told == [*expected, (second.token, "run_ended", None)]
 
 
 def test_a_run_that_loses_the_race_to_other_options_says_so(
@@ -224,7 +279,7 @@ def test_a_run_that_loses_the_race_to_other_options_says_so(
     finished = run_pipeline(run_at(tmp_path / "other"), pipeline, last="first")["first_room"]
     foreign = {**asdict(finished), "fingerprint": "0123456789abcdef"}
     first = replace(pipeline[0], work=_racing(pipeline[0], tmp_path, foreign))
-    with pytest.raises(LostRaceError, match="give each run its own --out"):
+    with pytest.raises(LostRaceError, match=r"other options .* Give each run its own --out"):
         run_pipeline(run_at(tmp_path), (first,))
 
 
@@ -235,7 +290,7 @@ def _racing(
 
     def work(stage_run: StageRun) -> dict[str, Any]:
         metrics = stage.work(stage_run)
-        assert Store(str(out)).create(f"{stage.room}/stage.json", dump_json(commit))
+        assert Store(str(out)).create(f"{stage.room}/stage.json", seal(commit))
         return metrics
 
     return work
@@ -250,7 +305,7 @@ def test_a_run_whose_room_was_taken_over_does_not_commit_into_it(
         metrics = pipeline[0].work(stage_run)
         stage_run.room.clear()
         plan = expected_plan(other, pipeline[0], {})
-        assert stage_run.room.store.create("plan.json", dump_json(plan))
+        assert stage_run.room.store.create("plan.json", seal(plan))
         return metrics
 
     with pytest.raises(LostRaceError, match="was replaced by another run"):
@@ -262,7 +317,7 @@ def test_of_two_runs_that_begin_a_room_at_once_the_second_is_held_to_the_first_o
     tmp_path: Path, pipeline: tuple[Stage, ...], worked: Worked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faster = run_at(tmp_path, replace(recipe_of("digits", 10), seed=5))
-    plan = dump_json(expected_plan(faster, pipeline[0], {}))
+    plan = seal(expected_plan(faster, pipeline[0], {}))
     create = Store.create
 
     def beaten(store: Store, key: str, content: bytes) -> bool:
@@ -278,7 +333,7 @@ def test_of_two_runs_that_begin_a_room_at_once_the_second_is_held_to_the_first_o
     assert (tmp_path / "first_room" / "plan.json").read_bytes() == plan
 
 
-@pytest.mark.parametrize("deletions", range(6))
+@pytest.mark.parametrize("deletions", range(7))
 def test_what_a_killed_overwrite_leaves_is_never_taken_for_the_new_options_work(
     deletions: int,
     tmp_path: Path,
@@ -287,7 +342,9 @@ def test_what_a_killed_overwrite_leaves_is_never_taken_for_the_new_options_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run_pipeline(run_at(tmp_path), pipeline, last="first")
-    assert len(list((tmp_path / "first_room").iterdir())) == 6  # 3 payloads, units, plan, commit
+    assert (
+        len(list((tmp_path / "first_room").iterdir())) == 7
+    )  # 3 payloads, attempts, units, plan, commit
     new = run_at(tmp_path, replace(recipe_of("digits", 10), seed=5))
     delete, done = Store.delete, list[str]()
 

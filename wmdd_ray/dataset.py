@@ -30,7 +30,7 @@ from wmdd_ray.core.soft_labels import concatenate_labels, decompress, take_label
 from wmdd_ray.core.views import StoredImages, concatenate_views, render_views, take
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.records import SoftLabels, Teacher, Views
-from wmdd_ray.store import codecs
+from wmdd_ray.store import codecs, documents
 from wmdd_ray.store.filesystem import Store
 
 Item = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -73,7 +73,7 @@ class DistilledDataset(Dataset[Item]):
         """
         self.uri = str(uri)
         self.cache_bytes = int(cache_gib * 2**30)
-        self.manifest, self._files = codecs.read_manifest(Store(self.uri))
+        self.manifest, self._files = documents.read_manifest(Store(self.uri))
         try:
             self.class_names: tuple[str, ...] = tuple(self.manifest["class_names"])
             self.image_size: int = self.manifest["image_size"]
@@ -163,7 +163,7 @@ class DistilledDataset(Dataset[Item]):
         entry = next((f for f in self._files if f.key == key), None)
         if entry is None:
             raise ArtifactError(f"{self.uri}/manifest.json: expected a file {key}")
-        return codecs.read_verified(Store(self.uri), entry)
+        return documents.read_verified(Store(self.uri), entry)
 
     def _read_images(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         keys = [f.key for f in self._files if f.key.startswith("data/")]

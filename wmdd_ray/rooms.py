@@ -2,37 +2,51 @@
 
 One root URI holds a room a stage. A room is built in this order, and each step is one whole object:
 
-    plan.json          what the room is being built from: options, inputs, their fingerprints
-    <payloads>         the arrays, tables and images of a unit of work
-    units/<id>.json    the unit is finished: its files with sizes and checksums, its metrics
-    stage.json         the room is committed: every unit's files, metrics, seconds
+    plan.json            what the room is being built from: options, inputs, their fingerprints
+    attempts/<id>.json   who began the unit, when, and how often
+    <payloads>           the arrays, tables and images of a unit of work
+    units/<id>.json      the unit is finished: its files with sizes and checksums, its metrics
+    stage.json           the room is committed: every unit's files, metrics, seconds
 
-A reader follows `stage.json` and verifies what it names; nothing is found by listing, renamed or overwritten.
+A reader follows `stage.json` and verifies what it names; nothing is found by listing, renamed or overwritten. Markers
+and commits carry the token of the run that wrote them: one of several writers wins, and knows it although a reply got lost.
 """
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
-from wmdd_ray.errors import ArtifactError
-from wmdd_ray.store.codecs import FileEntry, dump_json, entry_of, load_json, read_verified
+from wmdd_ray.errors import ArtifactError, WmddError
+from wmdd_ray.store.documents import FileEntry, entry_of, read_sealed, read_verified, seal
 from wmdd_ray.store.filesystem import Store
+
+MAX_ATTEMPTS = 3
+"""Times that a unit may end the process that works on it, at the same point and in the same run."""
 
 _READERS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitMarker:
-    """One finished unit of work. `seconds` is the time inside core functions and storage of that unit."""
+    """One finished unit of work.
+
+    `seconds` is the time inside core functions and storage of the attempt that finished, `attempt` its number over all
+    runs, `run` the token of its run, `finished` the time in UTC.
+    """
 
     unit: str
     files: tuple[FileEntry, ...]
     metrics: dict[str, Any]
     seconds: float
     host: str
+    run: str
+    attempt: int
+    finished: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +61,9 @@ class StageCommit:
     units: dict[str, UnitMarker]
     metrics: dict[str, Any]
     seconds: float
+    host: str
+    run: str
+    finished: str
 
     def file(self, key: str) -> FileEntry:
         """Return the committed file `key`."""
@@ -60,10 +77,17 @@ class StageCommit:
 
 
 class Room:
-    """One stage's folder. Small and picklable: workers open it again from its URI."""
+    """One stage's folder. Small and picklable: workers open it again from its URI.
 
-    def __init__(self, store: Store, name: str) -> None:
+    Args:
+        store: The run's root.
+        name: The folder.
+        run: Token of the run that writes, unique to its driver process; empty for one that only reads.
+    """
+
+    def __init__(self, store: Store, name: str, run: str = "") -> None:
         self.name = name
+        self.run = run
         self.store = store.child(name)
 
     def finished(self) -> set[str]:
@@ -71,14 +95,36 @@ class Room:
         keys = self.store.list("units")
         return {k.removeprefix("units/").removesuffix(".json") for k in keys if k.endswith(".json")}
 
+    def begin_unit(self, unit: str, *, point: int | None = None) -> int:
+        """Count an attempt at a unit in storage, before its work, and return its number over all runs, from 1.
+
+        Args:
+            unit: Unit id.
+            point: How far earlier attempts came (a step, or a number of parts), where the executor restarts a process
+                that died without telling: after `MAX_ATTEMPTS` of this run at one point the unit is given up.
+
+        Raises:
+            WmddError: The unit was given up.
+        """
+        key = f"attempts/{unit}.json"
+        attempt = {"run": self.run, "host": socket.gethostname(), "began": _now(), "point": point}
+        if self.store.create(key, seal({"attempts": [attempt]})):
+            return 1
+        attempts = read_sealed(self.store, key)["attempts"]
+        here = [a for a in attempts if (a["run"], a["point"]) == (self.run, point)]
+        if point is not None and len(here) >= MAX_ATTEMPTS:
+            raise unit_given_up(unit, f"on {here[-1]['host']}")
+        self.store.put(key, seal({"attempts": [*attempts, attempt]}))
+        return len(attempts) + 1
+
     def commit_unit(
         self,
         unit: str,
         payloads: Mapping[str, bytes],
         *,
+        attempt: int,
         metrics: Mapping[str, Any] | None = None,
         seconds: float = 0.0,
-        host: str = "",
     ) -> UnitMarker:
         """Store the payloads, then publish the unit. A unit that somebody else finished first is left as it is.
 
@@ -91,15 +137,17 @@ class Room:
             files=tuple(entry_of(key, content) for key, content in payloads.items()),
             metrics=dict(metrics or {}),
             seconds=round(seconds, 4),
-            host=host,
+            host=socket.gethostname(),
+            run=self.run,
+            attempt=attempt,
+            finished=_now(),
         )
-        self.store.create(f"units/{unit}.json", dump_json(asdict(marker)))
+        self.store.create(f"units/{unit}.json", seal(asdict(marker)))
         return marker
 
     def read_unit(self, unit: str) -> UnitMarker:
         """Return the marker of a finished unit."""
-        key = f"units/{unit}.json"
-        return marker_of(load_json(self.store.get(key), self.store.url(key)))
+        return marker_of(read_sealed(self.store, f"units/{unit}.json"))
 
     def read_units(self, units: Iterable[str]) -> dict[str, UnitMarker]:
         """Return the markers of finished units, read side by side, in the order given."""
@@ -107,10 +155,14 @@ class Room:
         with ThreadPoolExecutor(_READERS) as pool:
             return dict(zip(units, pool.map(self.read_unit, units), strict=True))
 
+    def commit(self, commit: StageCommit) -> bool:
+        """Publish the room unless another run did so first; return whether this commit is there now."""
+        return self.store.create("stage.json", seal(asdict(commit)))
+
     def read_commit(self) -> StageCommit | None:
         """Return what `stage.json` says, or None when the room is not committed."""
         try:
-            found = load_json(self.store.get("stage.json"), self.store.url("stage.json"))
+            found = read_sealed(self.store, "stage.json")
         except FileNotFoundError:
             return None
         units = {unit: marker_of(marker) for unit, marker in found.pop("units").items()}
@@ -137,7 +189,19 @@ class Room:
         return read_verified(self.store, entry)
 
 
+def unit_given_up(unit: str, cause: str) -> WmddError:
+    """Return the error of a unit that kept ending the process which worked on it."""
+    return WmddError(
+        f"unit {unit} ended its worker {MAX_ATTEMPTS} times (killed, or out of memory), at last {cause}; finished units are "
+        "kept: look at the workers' logs, give a worker more memory, and run the same command again"
+    )
+
+
 def marker_of(found: dict[str, Any]) -> UnitMarker:
     """Return the marker that was written as JSON."""
     files = tuple(FileEntry(**entry) for entry in found.pop("files"))
     return UnitMarker(files=files, **found)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

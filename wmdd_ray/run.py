@@ -9,16 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import socket
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
 from wmdd_ray.config import DistillConfig, Resources
 from wmdd_ray.errors import ConfigError, LostRaceError
+from wmdd_ray.events import EventLog
 from wmdd_ray.rooms import Room, StageCommit
-from wmdd_ray.store.codecs import dump_json, load_json
+from wmdd_ray.store.documents import read_sealed, seal
 from wmdd_ray.store.filesystem import Store
 
 logger = logging.getLogger(__name__)
@@ -57,7 +61,8 @@ class Stage:
 class Run:
     """One run: where its rooms are, what it is asked for, and the real images it may read.
 
-    `open_source` opens ("train" | "val") on first use: listing millions of objects is not free.
+    `open_source` opens ("train" | "val") on first use: listing millions of objects is not free. `token` is unique to the
+    driver process; everything that it publishes carries it.
     """
 
     store: Store
@@ -66,7 +71,11 @@ class Run:
     open_source: Callable[[str], Any]
     progress: Callable[[str], Progress]
     connect: Callable[[], None]
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    unsafe_commits: bool = False
     _sources: dict[str, Any] = field(default_factory=dict)
+    _writes: bool = False
+    _works: bool = False
 
     def source(self, split: str) -> Any:
         """Return the opened source of a split, opened once."""
@@ -76,7 +85,31 @@ class Run:
 
     def room(self, name: str) -> Room:
         """Return a room of this run."""
-        return Room(self.store, name)
+        return Room(self.store, name, self.token)
+
+    @cached_property
+    def events(self) -> EventLog:
+        """The event log of this run."""
+        return EventLog(self.store, self.token)
+
+    def begin_writing(self) -> None:
+        """Make sure, once and before the first write, that only one of two runs can publish a room."""
+        if not (self._writes or self.unsafe_commits):
+            self.store.probe()
+        self._writes = True
+
+    def begin_work(self) -> None:
+        """Join the cluster, once and when there is work to do."""
+        if not self._works:
+            self.connect()
+            self.events.write("run_started", node=socket.gethostname())
+        self._works = True
+
+    def end(self, exit_code: int) -> None:
+        """Write the last event; nothing when there was no work."""
+        if self._works:
+            self.events.write("run_ended", exit_code=exit_code)
+            self.events.flush()
 
 
 class Progress:
@@ -110,6 +143,10 @@ class StageRun:
     def resources(self) -> Resources:
         """Where and how wide to execute."""
         return self.run.resources
+
+    def event(self, event: str, **about: Any) -> None:
+        """Write an event of this stage."""
+        self.run.events.write(event, stage=self.stage.name, **about)
 
     @cached_property
     def inputs(self) -> dict[str, StageCommit]:
@@ -203,57 +240,64 @@ def _build(
 ) -> StageCommit:
     """Do a stage's unfinished units and commit its room."""
     started = time.monotonic()
-    _claim(room, plan, overwrite=overwrite)
-    run.connect()
+    _claim(run, room, plan, overwrite=overwrite)
+    run.begin_work()
     stage_run = StageRun(run=run, stage=stage, room=room, progress=run.progress(stage.name))
+    stage_run.event("stage_started")
     metrics = stage.work(stage_run)
     _check_ours(room, plan)
-    units = room.read_units(sorted(room.finished()))
     commit = StageCommit(
         stage=stage.name,
         version=stage.version,
         fingerprint=plan["fingerprint"],
         options=plan["options"],
         inputs=plan["inputs"],
-        units=units,
+        units=room.read_units(sorted(room.finished())),
         metrics=metrics,
         seconds=round(time.monotonic() - started, 3),
+        host=socket.gethostname(),
+        run=run.token,
+        finished=datetime.now(UTC).isoformat(timespec="milliseconds"),
     )
-    if not room.store.create("stage.json", dump_json(asdict(commit))):
+    if not room.commit(commit):
         winner = room.committed()
-        if winner.fingerprint != commit.fingerprint:
-            raise LostRaceError(
-                f"{room.store.uri} was committed by another run with other options while this one worked on it; "
-                "give each run its own --out"
-            )
-        commit = winner
+        same = "the same" if winner.fingerprint == commit.fingerprint else "other"
+        raise LostRaceError(
+            f"{room.store.uri} was committed by another run with {same} options (on {winner.host}, at {winner.finished}) "
+            "while this one worked on it; what it holds is whole. Give each run its own --out, or run the same command again "
+            "when the other one has ended"
+        )
+    stage_run.event("stage_committed", seconds=commit.seconds, units=len(commit.units))
     stage_run.progress.finish()
     return commit
 
 
-def _claim(room: Room, plan: dict[str, Any], *, overwrite: bool) -> None:
+def _claim(run: Run, room: Room, plan: dict[str, Any], *, overwrite: bool) -> None:
     """Write the room's plan, or check that the one which lies there is the same."""
     try:
-        found = load_json(room.store.get("plan.json"), room.store.url("plan.json"))
+        found = read_sealed(room.store, "plan.json")
     except FileNotFoundError:
         found = None
     if found is not None and found["fingerprint"] != plan["fingerprint"]:
-        # A room with a plan and nothing else (a teacher that was refused, say) has nothing to lose.
-        if not overwrite and set(room.store.list()) > {"plan.json"}:
+        # A room where work was begun and nothing done (a teacher that was refused, say) has nothing to lose.
+        tops = {key.partition("/")[0] for key in room.store.list()}
+        if not overwrite and tops - {"plan.json", "attempts"}:
             raise ConfigError(
                 f"{room.store.uri} was made with {_difference(found, plan)}; pass --overwrite to replace this room "
                 "and those after it, or another --out to keep both"
             )
         room.clear()
         found = None
-    if found is None and not room.store.create("plan.json", dump_json(plan)):
-        _claim(room, plan, overwrite=False)
+    if found is None:
+        run.begin_writing()
+        if not room.store.create("plan.json", seal(plan)):
+            _claim(run, room, plan, overwrite=False)
 
 
 def _check_ours(room: Room, plan: dict[str, Any]) -> None:
     """Raise a LostRaceError when another run has taken over the room by `--overwrite` in the meantime."""
     try:
-        found = load_json(room.store.get("plan.json"), room.store.url("plan.json"))
+        found = read_sealed(room.store, "plan.json")
     except FileNotFoundError:
         found = None
     if found is None or found["fingerprint"] != plan["fingerprint"]:

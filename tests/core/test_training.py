@@ -392,7 +392,7 @@ def test_a_student_learns_its_teacher_from_views_alone(digits: Labeled) -> None:
         epochs=12,
         image_size=8,
         seed=0,
-        on_epoch=lambda _, loss: losses.append(loss),
+        on_epoch=lambda _, loss, get_state: losses.append(loss),
     )
     held_out = eval_batches(
         digits[0][300:], digits[1][300:], mean_C=MEAN, std_C=STD, batch_size=500
@@ -414,6 +414,34 @@ def train_small(network: nn.Module, images: Any, epochs_of: Any, **changes: Any)
     config = EvaluateConfig(batch_size=8, **changes)
     train_student(network, images, epochs_of, weights, config, epochs=3, image_size=8, seed=seed)
     return network
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_student_resumed_after_any_epoch_is_the_same_to_the_last_bit(optimizer: str) -> None:
+    config = EvaluateConfig(batch_size=8, optimizer=optimizer)  # type: ignore[arg-type]
+    states: list[dict[str, np.ndarray]] = []
+
+    def train(seed: int, state: dict[str, np.ndarray] | None) -> nn.Module:
+        # With dropout, whose random numbers come from torch's own generator.
+        network = nn.Sequential(nn.Dropout(0.5), *small_network(seed))
+        train_student(
+            network,
+            torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+            fixed_epochs(20),
+            None,
+            config,
+            epochs=3,
+            image_size=8,
+            seed=5,
+            state=state,
+            on_epoch=lambda epoch, loss, get_state: states.append(get_state()),
+        )
+        return network
+
+    whole = train(1, None)
+    for state in states[:2]:
+        torch.manual_seed(99)
+        assert_same_weights(train(2, dict(state)), whole)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

@@ -56,17 +56,17 @@ def test_a_group_killed_between_two_steps_goes_on_from_its_last_stored_step(
     log = tmp_path / "log"
     killed = tiny.forked(out, *options, ray_address=ray_address, die_at_step=7, log=log)
     assert killed.exitcode == -signal.SIGKILL, log.read_text()
-    assert (out / "images/partial/g00000/state.safetensors").is_file()
+    assert any((out / "images/partial/g00000").glob("state-?.safetensors"))
     assert tiny.markers(out, "images") == {}
 
     steps: list[str] = []
-    count = recover._Checkpoints.maybe
+    count = recover.Checkpoints.maybe
 
-    def counted(self: recover._Checkpoints, get_state: object) -> None:
-        steps.append(self._key.split("/")[1])
+    def counted(self: recover.Checkpoints, get_state: object) -> None:
+        steps.append(self._folder.split("/")[1])
         count(self, get_state)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(recover._Checkpoints, "maybe", counted)
+    monkeypatch.setattr(recover.Checkpoints, "maybe", counted)
     assert tiny.job(out, *options) == 0
     assert [steps.count(f"g{i:05d}") for i in range(5)] == [12 - 7, 12, 12, 12, 12]
     assert not (out / "images/partial").exists() or not any((out / "images/partial").iterdir())

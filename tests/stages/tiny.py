@@ -180,7 +180,7 @@ def _driver(
 
     mock.patch.object(distill, "StageLine", DeadlyLine).start()
 
-    class DeadlyCheckpoints(recover._Checkpoints):
+    class DeadlyCheckpoints(recover.Checkpoints):
         """Kills the process group after a known step."""
 
         steps = 0
@@ -191,7 +191,7 @@ def _driver(
             if self.steps == die_at_step:
                 os.killpg(0, signal.SIGKILL)
 
-    mock.patch.object(recover, "_Checkpoints", DeadlyCheckpoints).start()
+    mock.patch.object(recover, "Checkpoints", DeadlyCheckpoints).start()
     sys.exit(distill.main(arguments))
 
 
@@ -214,21 +214,23 @@ def copy_rooms(source: Path, out: Path, *rooms: str) -> Path:
 def payloads(out: Path | str) -> dict[str, Any]:
     """Return key -> content of everything that a run made, without the seconds that it took.
 
-    Plans, markers and commits are about the making; results carry seconds; manifest and card carry the
+    Plans, attempts, markers and commits are about the making; results carry seconds; manifest and card carry the
     revision of the source, which may move while the tests run.
     """
     store = Store(str(out))
     found: dict[str, Any] = {}
     for key in store.list():
         room, _, name = key.partition("/")
-        if room not in ROOMS or name in ("plan.json", "stage.json") or name.startswith("units/"):
+        if room not in ROOMS or name in ("plan.json", "stage.json"):
+            continue
+        if name.startswith(("units/", "attempts/")):
             continue
         content = store.get(key)
         if name.startswith("results/"):
             found[key] = {k: v for k, v in json.loads(content).items() if k != "seconds"}
         elif name == "manifest.json":
             manifest = json.loads(content)
-            del manifest["provenance"]["git_revision"]
+            del manifest["provenance"]["git_revision"], manifest["checksum"]
             found[key] = manifest
         elif name == "README.md":
             found[key] = re.sub(rb"wmdd_ray revision \S+", b"", content)

@@ -21,7 +21,7 @@ from wmdd_ray.records import (
     Teacher,
     Views,
 )
-from wmdd_ray.store import codecs
+from wmdd_ray.store import codecs, documents
 from wmdd_ray.store.filesystem import Store
 
 RNG = np.random.default_rng(0)
@@ -173,19 +173,19 @@ def test_any_changed_byte_is_noticed_by_a_verified_read(kind: str, tmp_path: Pat
     encode, _, record = PAIRS[kind]
     content = encode(record)
     store = Store(str(tmp_path))
-    entry = codecs.entry_of("file", content)
+    entry = documents.entry_of("file", content)
     for position in RNG.integers(len(content), size=20):
         changed = bytearray(content)
         changed[position] ^= 1
         store.put("file", bytes(changed))
         with pytest.raises(ArtifactError, match=r"file: expected \d+ bytes with SHA-256"):
-            codecs.read_verified(store, entry)
+            documents.read_verified(store, entry)
     store.put("file", content[:-1])
     with pytest.raises(ArtifactError, match="found .* bytes with another checksum"):
-        codecs.read_verified(store, entry)
+        documents.read_verified(store, entry)
     store.delete("")
     with pytest.raises(ArtifactError, match="no object"):
-        codecs.read_verified(store, entry)
+        documents.read_verified(store, entry)
 
 
 @pytest.mark.parametrize("kind", PAIRS)
@@ -236,14 +236,15 @@ def test_images_come_back_to_the_pixel_and_open_with_datasets(
 def test_a_manifest_of_another_format_version_is_refused(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     with pytest.raises(ArtifactError, match="no distilled data set"):
-        codecs.read_manifest(store)
-    entry = codecs.entry_of("data/x", b"x")
-    content = codecs.encode_manifest({"ipc": 3}, [entry])
-    store.put(codecs.MANIFEST_KEY, content)
-    assert codecs.read_manifest(store) == ({"format_version": 1, "ipc": 3}, [entry])
-    store.put(codecs.MANIFEST_KEY, content.replace(b'"format_version": 1', b'"format_version": 9'))
+        documents.read_manifest(store)
+    entry = documents.entry_of("data/x", b"x")
+    content = documents.encode_manifest({"ipc": 3}, [entry])
+    store.put(documents.MANIFEST_KEY, content)
+    assert documents.read_manifest(store) == ({"format_version": 1, "ipc": 3}, [entry])
+    newer = {"format_version": 9, "files": []}
+    store.put(documents.MANIFEST_KEY, documents.seal(newer))
     with pytest.raises(ArtifactError, match="expected format version 1, found 9"):
-        codecs.read_manifest(store)
+        documents.read_manifest(store)
 
 
 def test_records_refuse_shapes_that_do_not_belong_together() -> None:

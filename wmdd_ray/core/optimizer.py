@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
+State = dict[str, np.ndarray]
+
 
 def make_optimizer(
     network: nn.Module,
@@ -54,7 +56,7 @@ def take_step(
     optimizer.step()
 
 
-def training_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
+def training_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> State:
     """Return copies of all weights, buffers and optimizer state as plain arrays."""
     state = {f"network.{k}": _array_of(v) for k, v in network.state_dict().items()}
     for index, slots in optimizer.state_dict()["state"].items():
@@ -64,9 +66,7 @@ def training_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     return state
 
 
-def load_training_state(
-    network: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, np.ndarray]
-) -> None:
+def load_training_state(network: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
     """Put `training_state` back into a network and an optimizer that were built the same way.
 
     `Optimizer.load_state_dict` alone would keep the arrays' row-major layout, and fused optimizers

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 
 import numpy as np
@@ -20,7 +21,13 @@ from torch import nn
 
 from wmdd_ray.config import EvaluateConfig, SqueezeConfig
 from wmdd_ray.core.batches import AUGMENTATION, Batch, order_of
-from wmdd_ray.core.optimizer import make_optimizer, take_step
+from wmdd_ray.core.optimizer import (
+    State,
+    load_training_state,
+    make_optimizer,
+    take_step,
+    training_state,
+)
 from wmdd_ray.core.views import Images, crop, draw_crops, render_views, take, to_input
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.records import Views
@@ -74,17 +81,20 @@ def train_classifier(
         network.train()
         rng = np.random.default_rng([seed, epoch, AUGMENTATION, rank])
         total, count = torch.zeros((), device=device), 0
-        for i, (images_BHWC, labels_B) in enumerate(islice(epoch_batches(epoch), steps_per_epoch)):
-            images = to_input(images_BHWC, mean_C, std_C, device)
-            images = _augment(images, rng, config.crop_scale_min, config.flip)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-                logits_BY = network(images)
-            loss = F.cross_entropy(
-                logits_BY.float(), labels_B.to(device), label_smoothing=config.label_smoothing
-            )
-            take_step(optimizer, loss, config.learning_rate, epoch * steps_per_epoch + i, num_steps)
-            total += loss.detach()
-            count += 1
+        batches = islice(epoch_batches(epoch), steps_per_epoch)
+        with _seeded_dropout(seed, epoch, rank, device):
+            for i, (images_BHWC, labels_B) in enumerate(batches):
+                images = to_input(images_BHWC, mean_C, std_C, device)
+                images = _augment(images, rng, config.crop_scale_min, config.flip)
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+                    logits_BY = network(images)
+                loss = F.cross_entropy(
+                    logits_BY.float(), labels_B.to(device), label_smoothing=config.label_smoothing
+                )
+                step = epoch * steps_per_epoch + i
+                take_step(optimizer, loss, config.learning_rate, step, num_steps)
+                total += loss.detach()
+                count += 1
         mean_loss = float(total) / max(count, 1)
         _require_finite(mean_loss, "squeeze", epoch, config.learning_rate)
         if on_epoch is not None:
@@ -127,7 +137,8 @@ def train_student(
     epochs: int,
     image_size: int,
     seed: int,
-    on_epoch: Callable[[int, float], None] | None = None,
+    state: State | None = None,
+    on_epoch: Callable[[int, float, Callable[[], State]], None] | None = None,
 ) -> None:
     """Train `network` in place on views and the teacher's logits; the last epoch's weights count.
 
@@ -144,7 +155,8 @@ def train_student(
         epochs: calls of `label_epochs`.
         image_size: side of a view, pixels.
         seed: seed of the order.
-        on_epoch: called with (epoch, mean loss) after every epoch.
+        state: resume from here: what `get_state` gave; the result is that of a training that never stopped.
+        on_epoch: called with (epoch, mean loss, get_state) after every epoch.
 
     Raises:
         ConfigError: The loss is not finite.
@@ -162,22 +174,31 @@ def train_student(
     if config.weighted_loss:
         assert weights_N is not None, "a weighted loss needs weights"
         weights = torch.tensor(weights_N / weights_N.mean(), dtype=torch.float32, device=device)
-    for epoch in range(epochs):
+    first = 0
+    if state is not None:
+        first = int(state["epoch"])
+        load_training_state(network, optimizer, {k: v for k, v in state.items() if k != "epoch"})
+
+    def get_state() -> State:
+        return training_state(network, optimizer) | {"epoch": np.array(epoch + 1)}
+
+    for epoch in range(first, epochs):
         network.train()
         views, logits_VY = label_epochs(epoch)
         order_V = order_of(len(views), seed=seed, epoch=epoch)
         steps = math.ceil(len(views) / config.batch_size)
         total = torch.zeros((), device=device)
         batches = _rendered_batches(images_NCHW, views, logits_VY, order_V, steps, image_size)
-        for i, (images, teacher_BY, index_B) in enumerate(batches):
-            weights_B = None if weights is None else weights[index_B]
-            loss = soft_label_loss(network(images), teacher_BY, config.temperature, weights_B)
-            take_step(optimizer, loss, config.learning_rate, epoch * steps + i, epochs * steps)
-            total += loss.detach()
+        with _seeded_dropout(seed, epoch, 0, device):
+            for i, (images, teacher_BY, index_B) in enumerate(batches):
+                weights_B = None if weights is None else weights[index_B]
+                loss = soft_label_loss(network(images), teacher_BY, config.temperature, weights_B)
+                take_step(optimizer, loss, config.learning_rate, epoch * steps + i, epochs * steps)
+                total += loss.detach()
         mean_loss = float(total) / steps
         _require_finite(mean_loss, "evaluate", epoch, config.learning_rate)
         if on_epoch is not None:
-            on_epoch(epoch, mean_loss)
+            on_epoch(epoch, mean_loss, get_state)
 
 
 def accuracy(network: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
@@ -242,3 +263,12 @@ def _require_finite(loss: float, stage: str, epoch: int, learning_rate: float) -
             f"--{stage}.learning-rate: expected a finite loss, got {loss} in epoch {epoch} at rate "
             f"{learning_rate}; lower it"
         )
+
+
+@contextmanager
+def _seeded_dropout(seed: int, epoch: int, rank: int, device: torch.device) -> Iterator[None]:
+    """Seed the generator that dropout takes, so that a resumed epoch drops the same, and put its state back after."""
+    number = int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(number)
+        yield

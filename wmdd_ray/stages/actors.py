@@ -1,8 +1,9 @@
-"""Units of work on a pool of Ray actors that grows with the cluster."""
+"""Units of work on a pool of Ray actors that grows with the cluster: a lost actor costs the unit that it worked on."""
 
 from __future__ import annotations
 
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,18 +12,25 @@ from ray.actor import ActorClass, ActorHandle
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
 from wmdd_ray.errors import WmddError
-from wmdd_ray.stages.cluster import root_cause
+from wmdd_ray.rooms import MAX_ATTEMPTS, unit_given_up
+from wmdd_ray.run import StageRun
+from wmdd_ray.stages.cluster import last_line, root_cause
 
-MAX_ATTEMPTS = 3
+# Actors that may die in a row, at work or while they start, before any unit is finished.
+_MAX_LOST = 32
+_LOOK_EVERY_S = 5.0
 
 
 def fan_out(
+    stage: StageRun,
     actor_class: ActorClass,
     arguments: tuple[Any, ...],
     units: Sequence[str],
     *,
     max_actors: int,
+    first_actors: int = 0,
     on_done: Callable[[str, Any], None],
+    on_wait: Callable[[list[ActorHandle]], None] | None = None,
 ) -> None:
     """Call `work(unit)` on actors for every unit, and hand each result to `on_done` in order of completion.
 
@@ -31,68 +39,103 @@ def fan_out(
     go out in the order given, one at a time an actor. A unit whose actor died is tried again on another.
 
     Args:
-        actor_class: A `ray.remote` class with a method `work(unit)` and `ready()`.
+        stage: The stage; its events tell what happened.
+        actor_class: A `ray.remote` class with a method `work(unit)`, and `ready()`, which returns the node's name.
         arguments: Constructor arguments of every actor.
         units: Unit ids, most expensive first.
         max_actors: Most actors.
-        on_done: Called in the driver.
+        first_actors: Actors to ask for at once; 0 is one a CPU that the cluster has now.
+        on_done: Called in the driver with unit and result.
+        on_wait: Called now and then with the actors at work.
 
     Raises:
-        WmddError: A unit failed deliberately, or ended its actor `MAX_ATTEMPTS` times.
+        WmddError: A unit failed, or ended its actor `MAX_ATTEMPTS` times.
     """
     waiting = deque(units)
-    attempts: dict[str, int] = {}
-    actors: set[ActorHandle] = set()
+    deaths: Counter[str] = Counter()
+    nodes: dict[ActorHandle, str] = {}
     starting: dict[Any, ActorHandle] = {}
-    working: dict[Any, tuple[ActorHandle, str]] = {}
-    first = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    working: dict[Any, tuple[ActorHandle, str, float]] = {}
+    first = first_actors or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    lost, looked = 0, time.monotonic()
 
     def grow() -> None:
-        target = min(
-            max_actors, len(waiting) + len(working), max(first, 2 * (len(actors) - len(starting)))
-        )
-        while len(actors) < target:
+        most = min(max_actors, len(waiting) + len(working), max(first, 2 * len(nodes)))
+        while len(nodes) + len(starting) < most:
             actor = actor_class.remote(*arguments)
-            actors.add(actor)
             starting[actor.ready.remote()] = actor
 
     def give(actor: ActorHandle) -> None:
-        if waiting:
-            unit = waiting.popleft()
-            working[actor.work.remote(unit)] = (actor, unit)
-        else:
-            actors.discard(actor)
+        if not waiting:
+            del nodes[actor]
             ray.kill(actor)
+            return
+        unit = waiting.popleft()
+        about = {"unit": unit, "node": nodes[actor], "attempt": deaths[unit] + 1}
+        stage.event("unit_started", **about)
+        working[actor.work.remote(unit)] = (actor, unit, time.monotonic())
+
+    def lose(actor: ActorHandle, error: RayError) -> None:
+        nonlocal lost
+        nodes.pop(actor, None)
+        # One that cannot be reached may come back, and nobody would give it work.
+        ray.kill(actor)
+        lost += 1
+        if lost >= _MAX_LOST:
+            raise WmddError(
+                f"{stage.stage.name}: {lost} actors died in a row, at last by {last_line(error)}; finished units are kept: look "
+                "at the workers' logs and run the same command again"
+            ) from error
 
     try:
         while waiting or working:
             grow()
-            done, _ = ray.wait([*working, *starting], num_returns=1)
+            done, _ = ray.wait([*working, *starting], num_returns=1, timeout=_LOOK_EVERY_S)
+            if on_wait and time.monotonic() - looked >= _LOOK_EVERY_S:
+                looked = time.monotonic()
+                on_wait([actor for actor, _, _ in working.values()])
+            if not done:
+                continue
             ref = done[0]
             if ref in starting:
                 actor = starting.pop(ref)
                 try:
-                    ray.get(ref)
+                    nodes[actor] = ray.get(ref)
+                    give(actor)
+                except (ActorDiedError, ActorUnavailableError) as error:
+                    lose(actor, error)
                 except RayError as error:
-                    raise root_cause(error) from error
-                give(actor)
+                    raise _told(error, "a new worker") from error
                 continue
-            actor, unit = working.pop(ref)
+            actor, unit, began = working.pop(ref)
+            about = {"unit": unit, "node": nodes[actor], "attempt": deaths[unit] + 1}
             try:
-                on_done(unit, ray.get(ref))
+                result = ray.get(ref)
             except (ActorDiedError, ActorUnavailableError) as error:
-                actors.discard(actor)
-                attempts[unit] = attempts.get(unit, 0) + 1
-                if attempts[unit] >= MAX_ATTEMPTS:
-                    raise WmddError(
-                        f"unit {unit} ended its actor {MAX_ATTEMPTS} times (killed, or out of memory): {error}; "
-                        "finished units are kept: run the same command again on workers with more memory"
-                    ) from error
+                deaths[unit] += 1
+                if deaths[unit] >= MAX_ATTEMPTS:
+                    stage.event("unit_failed", **about, reason=last_line(error))
+                    raise unit_given_up(unit, f"by {last_line(error)}") from error
+                stage.event("unit_retried", **about, reason=last_line(error))
                 waiting.appendleft(unit)
+                lose(actor, error)
                 continue
             except RayError as error:
-                raise root_cause(error) from error
+                told = _told(error, f"unit {unit}")
+                stage.event("unit_failed", **about, reason=str(told))
+                raise told from error
+            lost = 0
+            stage.event("unit_done", **about, seconds=round(time.monotonic() - began, 3))
+            on_done(unit, result)
             give(actor)
     finally:
-        for actor in actors:
+        for actor in (*nodes, *starting.values()):
             ray.kill(actor)
+
+
+def _told(error: RayError, where: str) -> WmddError:
+    """Return the deliberate error inside what an actor raised, or one that says where something else went wrong."""
+    cause = root_cause(error)
+    if isinstance(cause, WmddError):
+        return cause
+    return WmddError(f"{where}: {last_line(cause)}; --verbose shows the workers' log")

@@ -26,7 +26,7 @@ from wmdd_ray.stages import recover
 from wmdd_ray.stages.actors import fan_out
 from wmdd_ray.stages.cluster import width
 from wmdd_ray.stages.teacher import TEACHER_KEY
-from wmdd_ray.store import codecs
+from wmdd_ray.store import codecs, documents
 
 # Images of one Parquet file: some 10 to 100 MB.
 _FILE_IMAGES = 1000
@@ -88,9 +88,15 @@ def work(stage: StageRun) -> dict[str, Any]:
     if wide.num_workers == 0:
         writer = AssembleActor(*arguments)
         for unit in left:
-            show(unit, writer.work(unit))
+            stage.event("unit_started", unit=unit, node=writer.ready(), attempt=1)
+            seconds = writer.work(unit)
+            stage.event(
+                "unit_done", unit=unit, node=writer.ready(), attempt=1, seconds=round(seconds, 3)
+            )
+            show(unit, seconds)
     elif left:
         fan_out(
+            stage,
             ray.remote(num_cpus=1)(AssembleActor),
             arguments,
             left,
@@ -140,9 +146,9 @@ def _publish(
         },
     }
     stage.room.store.put(CARD_KEY, dataset_card(meta, config, None).encode())
-    content = codecs.encode_manifest(meta, files)
-    if not stage.room.store.create(codecs.MANIFEST_KEY, content):
-        old_meta, old_files = codecs.read_manifest(stage.room.store)
+    content = documents.encode_manifest(meta, files)
+    if not stage.room.store.create(documents.MANIFEST_KEY, content):
+        old_meta, old_files = documents.read_manifest(stage.room.store)
         if old_files != files:
             raise LostRaceError(
                 f"{stage.room.store.uri} holds another data set's manifest; give each run its own --out"
@@ -172,12 +178,14 @@ class AssembleActor:
         self._config = config
         self._files = image_files(config, len(class_names))
 
-    def ready(self) -> None:
-        """Return once the actor can work."""
+    def ready(self) -> str:
+        """Return the node's name once the actor can work."""
+        return socket.gethostname()
 
     def work(self, unit: str) -> float:
         """Write the file `unit` and return the seconds it took."""
         started = time.perf_counter()
+        attempt = self._room.begin_unit(unit)
         kind = unit.partition("-")[0]
         make: dict[str, Callable[[str], tuple[str, bytes]]] = {
             "images": self._images,
@@ -187,7 +195,7 @@ class AssembleActor:
         }
         key, content = make[kind](unit)
         seconds = time.perf_counter() - started
-        self._room.commit_unit(unit, {key: content}, seconds=seconds, host=socket.gethostname())
+        self._room.commit_unit(unit, {key: content}, attempt=attempt, seconds=seconds)
         return seconds
 
     def _images(self, unit: str) -> tuple[str, bytes]:
@@ -218,5 +226,5 @@ class AssembleActor:
 
 def write_card(run_room: Room, config: DistillConfig, commit: StageCommit) -> None:
     """Write the card again, now with the results of an evaluation."""
-    meta, _ = codecs.read_manifest(run_room.store)
+    meta, _ = documents.read_manifest(run_room.store)
     run_room.store.put(CARD_KEY, dataset_card(meta, config, commit.metrics["table"]).encode())

@@ -16,7 +16,7 @@ from wmdd_ray.rooms import Room
 from wmdd_ray.run import StageRun, Work, unit_seed
 from wmdd_ray.stages.actors import fan_out
 from wmdd_ray.stages.class_features import ClassFeaturesReader
-from wmdd_ray.store import codecs
+from wmdd_ray.store import codecs, documents
 
 
 def options(config: DistillConfig) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def key_of(label: int) -> str:
 
 
 def read_barycenter(
-    room: Room, commit_files: dict[str, codecs.FileEntry], label: int
+    room: Room, commit_files: dict[str, documents.FileEntry], label: int
 ) -> ClassBarycenter:
     """Return one class's barycenter, verified."""
     return codecs.decode_class_barycenter(room.read(commit_files[key_of(label)]))
@@ -74,7 +74,7 @@ def work(stage: StageRun) -> dict[str, Any]:
             stage.config,
         )
         actor = ray.remote(num_cpus=1)(BarycenterActor)
-        fan_out(actor, arguments, units, max_actors=stage.resources.max_actors, on_done=show)
+        fan_out(stage, actor, arguments, units, max_actors=stage.resources.max_actors, on_done=show)
     markers = stage.room.read_units(unit_of(label) for label in range(len(counts)))
     costs = [marker.metrics["cost"] for marker in markers.values()]
     return {
@@ -96,9 +96,11 @@ class BarycenterActor:
         self._class_names = class_names
         self._config = config
 
-    def ready(self) -> None:
-        """Return once the actor can work: imports are the larger part of its start."""
+    def ready(self) -> str:
+        """Return the node's name once the actor can work: imports are the larger part of its start."""
         import wmdd_ray.core.barycenter  # noqa: F401
+
+        return socket.gethostname()
 
     def work(self, unit: str) -> float:
         """Solve the class `unit`, commit it, and return the seconds it took."""
@@ -106,6 +108,7 @@ class BarycenterActor:
 
         label, config = int(unit), self._config
         started = time.perf_counter()
+        attempt = self._room.begin_unit(unit)
         real = self._features.read(label)
         in_core = time.perf_counter()
         where = f'class {label} ("{self._class_names[label]}")'
@@ -139,7 +142,7 @@ class BarycenterActor:
                 "num_images": record.num_images,
                 "seconds_in_core": round(in_core, 4),
             },
+            attempt=attempt,
             seconds=seconds,
-            host=socket.gethostname(),
         )
         return seconds

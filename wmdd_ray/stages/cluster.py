@@ -127,3 +127,9 @@ def root_cause(error: BaseException) -> BaseException:
         pending += [inner.__cause__, inner.__context__, getattr(inner, "cause", None)]
         pending += list(getattr(inner, "worker_failures", {}).values())
     return error
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of an error's text, which is what Ray's long ones come down to."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1].strip()}" if lines else repr(error)

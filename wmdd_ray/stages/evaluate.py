@@ -6,8 +6,8 @@ images are opened once a worker and used after training only; the last epoch is 
 
 from __future__ import annotations
 
-import socket
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -18,17 +18,21 @@ import torch
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.class_order import confusion
 from wmdd_ray.core.networks import build_network
+from wmdd_ray.core.optimizer import State
 from wmdd_ray.core.training import accuracy, train_student
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.provenance import hardware, versions
 from wmdd_ray.records import StudentResult
 from wmdd_ray.rooms import Room
 from wmdd_ray.run import StageRun, Work, unit_seed
+from wmdd_ray.stages.checkpoints import Checkpoints
 from wmdd_ray.stages.held_out import HeldOut, Listed
 from wmdd_ray.stages.training_sets import TrainingSets
 from wmdd_ray.stages.workers import DoUnit, Report, do_units
-from wmdd_ray.store import codecs
+from wmdd_ray.store import documents
 from wmdd_ray.store.sources import Source
+
+_STATE_EVERY_S = 20.0
 
 
 def options(config: DistillConfig) -> dict[str, Any]:
@@ -77,7 +81,7 @@ def work(stage: StageRun) -> dict[str, Any]:
     )
     do_units(stage, units, worker)
     markers = stage.room.read_units(units)
-    results = {u: codecs.load_json(stage.room.read(m.files[0]), u) for u, m in markers.items()}
+    results = {u: documents.load_json(stage.room.read(m.files[0]), u) for u, m in markers.items()}
     table = []
     for row in rows(config):
         found = [r for u, r in results.items() if u.rpartition("-s")[0] == row]
@@ -124,6 +128,7 @@ def open_worker(
 
     def do_unit(unit: str, report: Report) -> None:
         started = time.perf_counter()
+        attempt = room.begin_unit(unit)
         row, _, number = unit.rpartition("-s")
         chosen = sets.get(row)
         in_core = time.perf_counter()
@@ -137,7 +142,10 @@ def open_worker(
             image_size=teacher.image_size,
         ).to(device)
 
-        def on_epoch(epoch: int, loss: float) -> None:
+        keep = Checkpoints(room, unit, _STATE_EVERY_S)
+
+        def on_epoch(epoch: int, loss: float, get_state: Callable[[], State]) -> None:
+            keep.maybe(get_state)
             report(
                 (epoch + 1) / (chosen.epochs + 1),
                 f"{row} seed {int(number)}, epoch {epoch + 1}/{chosen.epochs}",
@@ -152,6 +160,7 @@ def open_worker(
             epochs=chosen.epochs,
             image_size=teacher.image_size,
             seed=seed,
+            state=keep.load(),
             on_epoch=on_epoch,
         )
         top1, top5 = accuracy(network, held_out)
@@ -170,14 +179,15 @@ def open_worker(
             hardware=hardware(),
             versions=versions()["versions"],
         )
-        content = codecs.dump_json({**asdict(result), "recall_per_class": per_class})
+        content = documents.dump_json({**asdict(result), "recall_per_class": per_class})
         room.commit_unit(
             unit,
             {key_of(unit): content},
             metrics={"top1": top1, "seconds_in_core": round(in_core, 4)},
+            attempt=attempt,
             seconds=time.perf_counter() - started,
-            host=socket.gethostname(),
         )
+        keep.clear()
 
     return do_unit
 

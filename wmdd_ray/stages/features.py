@@ -9,7 +9,6 @@ in flight between the two steps.
 from __future__ import annotations
 
 import json
-import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -74,6 +73,7 @@ def work(stage: StageRun) -> dict[str, Any]:
             for row in stream.iter_rows():
                 marker = marker_of(json.loads(row["marker"]))
                 markers[marker.unit] = marker
+                _tell(stage, marker)
                 bad += marker.metrics["bad"]
                 refuse_too_many_bad(bad, stage.config.source, source.root)
                 images += marker.metrics["num_images"]
@@ -98,6 +98,14 @@ def work(stage: StageRun) -> dict[str, Any]:
         "regrouped": regroup,
         "seconds_in_core": round(sum(m.metrics["seconds_in_core"] for m in markers.values()), 3),
     }
+
+
+def _tell(stage: StageRun, marker: UnitMarker) -> None:
+    """Write the events of a chunk, which are known here once it is finished."""
+    about = {"unit": marker.unit, "node": marker.host, "attempt": marker.attempt}
+    if marker.attempt > 1:
+        stage.event("unit_retried", **about, reason="told by the count of its attempts")
+    stage.event("unit_done", **about, seconds=marker.seconds)
 
 
 def _unfinished(shards: Any, finished: dict[str, UnitMarker]) -> dict[int, frozenset[int]]:
@@ -129,7 +137,7 @@ def _stream(stage: StageRun, source: Source, left: dict[int, frozenset[int]]) ->
         {"shard": json.dumps(asdict(shards[position])), "skip": sorted(skip)}
         for position, skip in left.items()
     ]
-    decode = _Decode(source, config.source, config.features.chunk_images)
+    decode = _Decode(stage.room, source, config.source, config.features.chunk_images)
     gpus = {"num_gpus": wide.gpus} if wide.gpus else {"num_cpus": 1}
     most = max(1, min(stage.resources.max_actors, len(rows), wide.num_workers or 1))
     return (
@@ -154,7 +162,8 @@ def _stream(stage: StageRun, source: Source, left: dict[int, frozenset[int]]) ->
 class _Decode:
     """Reads one shard and yields its unfinished chunks, pixels at the network's size. Runs as a plain task."""
 
-    def __init__(self, source: Source, config: SourceConfig, chunk_images: int) -> None:
+    def __init__(self, room: Room, source: Source, config: SourceConfig, chunk_images: int) -> None:
+        self._room = room
         self._source = source
         self._config = config
         self._chunk_images = chunk_images
@@ -162,9 +171,8 @@ class _Decode:
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         row = batch.to_pylist()[0]
         shard = shard_of(json.loads(row["shard"]))
-        chunks = decoded_chunks(
-            self._source, shard, self._config, self._chunk_images, frozenset(row["skip"])
-        )
+        skip = self._begin(shard, frozenset(row["skip"]))
+        chunks = decoded_chunks(self._source, shard, self._config, self._chunk_images, skip)
         for chunk in chunks:
             yield pa.table(
                 {
@@ -177,6 +185,15 @@ class _Decode:
                     "pixels": pa.array([chunk.images_NHWC.tobytes()], type=pa.large_binary()),
                 }
             )
+
+    def _begin(self, shard: Shard, skip: frozenset[int]) -> frozenset[int]:
+        """Count the attempt, which Ray Data would repeat for ever, and return the chunks that are finished by now."""
+        key = f"shard-{shard.id}"
+        if self._room.store.exists(f"attempts/{key}.json"):
+            ids = (unit.rpartition("-") for unit in self._room.finished())
+            skip |= {int(chunk) for of, _, chunk in ids if of == shard.id}
+        self._room.begin_unit(key, point=len(skip))
+        return skip
 
 
 def shard_of(found: dict[str, Any]) -> Shard:
@@ -210,8 +227,10 @@ class Embedder:
         pixels = np.frombuffer(row["pixels"].as_buffer(), dtype=np.uint8)
         images_NHWC = pixels.reshape(row["shape"].as_py())
         started = time.perf_counter()
+        attempt = self._room.begin_unit(unit, point=0)
+        in_core = time.perf_counter()
         chunk = self._embed(tuple(json.loads(row["keys"].as_py())), labels_N, images_NHWC)
-        seconds = time.perf_counter() - started
+        in_core = time.perf_counter() - in_core
         counts = Counter(labels_N.tolist())
         marker = self._room.commit_unit(
             unit,
@@ -221,10 +240,10 @@ class Embedder:
                 "label_counts": {str(label): n for label, n in sorted(counts.items())},
                 "last": row["last"].as_py(),
                 "bad": json.loads(bad),
-                "seconds_in_core": round(seconds, 4),
+                "seconds_in_core": round(in_core, 4),
             },
+            attempt=attempt,
             seconds=time.perf_counter() - started,
-            host=socket.gethostname(),
         )
         return pa.table({"marker": [json.dumps(asdict(marker))]})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from typing import cast
 
@@ -14,7 +15,7 @@ from wmdd_ray.errors import ArtifactError, ConfigError, DataError
 from wmdd_ray.rooms import Room
 from wmdd_ray.run import StageRun
 from wmdd_ray.stages.held_out import Listed
-from wmdd_ray.stages.teacher import TEACHER_KEY, commit_teacher, measure
+from wmdd_ray.stages.teacher import TEACHER_KEY, UNIT, commit_teacher, measure
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source
@@ -23,6 +24,8 @@ from wmdd_ray.store.sources import Source
 def import_teacher(stage: StageRun, spec: str) -> None:
     """Read the teacher that `spec` names, measure it on held-out images, and commit it."""
     started = time.perf_counter()
+    attempt = stage.room.begin_unit(UNIT)
+    stage.event("unit_started", unit=UNIT, node=socket.gethostname(), attempt=attempt)
     source: Source = stage.run.source("train")
     network_config, weights = _given_weights(stage.config, spec, source.class_names)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,8 +40,18 @@ def import_teacher(stage: StageRun, spec: str) -> None:
     val = Listed.of(stage.run.source("val"), stage.config.source)
     top1 = measure(network, val, stage.config, spec, device)
     commit_teacher(
-        stage.room, stage.config, network_config, network, source.class_names, top1, started, {}
+        stage.room,
+        stage.config,
+        network_config,
+        network,
+        source.class_names,
+        top1,
+        started,
+        {},
+        attempt=attempt,
     )
+    seconds = round(time.perf_counter() - started, 3)
+    stage.event("unit_done", unit=UNIT, node=socket.gethostname(), attempt=attempt, seconds=seconds)
 
 
 def _given_weights(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,11 +14,13 @@ import torch
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.moments import variance_S
 from wmdd_ray.core.networks import network_of
+from wmdd_ray.core.optimizer import State
 from wmdd_ray.core.synthesis import ClassTarget, recover_group
 from wmdd_ray.records import ClassBarycenter, ClassImages
 from wmdd_ray.rooms import Room
 from wmdd_ray.run import StageRun, Work, unit_seed
 from wmdd_ray.stages import barycenters
+from wmdd_ray.stages.checkpoints import Checkpoints
 from wmdd_ray.stages.teacher import read_teacher
 from wmdd_ray.stages.workers import DoUnit, Report, do_units
 from wmdd_ray.store import codecs
@@ -108,11 +109,12 @@ def open_worker(
 
     def do_unit(unit: str, report: Report) -> None:
         started = time.perf_counter()
+        attempt = room.begin_unit(unit)
         targets = [target_of(label) for label in units[unit]]
-        keep = _Checkpoints(room, unit, config.recover.checkpoint_s)
+        keep = Checkpoints(room, unit, config.recover.checkpoint_s)
         iterations = config.recover.iterations
 
-        def on_step(iteration: int, get_state: Callable[[], dict[str, np.ndarray]]) -> None:
+        def on_step(iteration: int, get_state: Callable[[], State]) -> None:
             keep.maybe(get_state)
             report(iteration / max(1, iterations), f"step {iteration}/{iterations} of {unit}")
 
@@ -139,8 +141,8 @@ def open_worker(
                 "losses": [record.losses for record in images],
                 "seconds_in_core": round(in_core, 4),
             },
+            attempt=attempt,
             seconds=time.perf_counter() - started,
-            host=socket.gethostname(),
         )
         keep.clear()
 
@@ -159,31 +161,6 @@ def read_real(source: Source, keys: tuple[str, ...], config: DistillConfig) -> n
     """Return real images (K, H, W, C) uint8 by key, as the network sees them."""
     raws = source.read_keys(keys)
     return np.stack([decode_image(raw.content, config.source, raw.key) for raw in raws])
-
-
-class _Checkpoints:
-    """The state of a long unit in storage, written at most once in `every_s` seconds and gone when it is finished."""
-
-    def __init__(self, room: Room, unit: str, every_s: float) -> None:
-        self._store = room.store
-        self._key = f"partial/{unit}/state.safetensors"
-        self._folder = f"partial/{unit}"
-        self._every_s = every_s
-        self._last = time.monotonic()
-
-    def load(self) -> dict[str, np.ndarray] | None:
-        try:
-            return codecs.decode_state(self._store.get(self._key))
-        except FileNotFoundError:
-            return None
-
-    def maybe(self, get_state: Callable[[], dict[str, np.ndarray]]) -> None:
-        if time.monotonic() - self._last >= self._every_s:
-            self._store.put(self._key, codecs.encode_state(get_state()))
-            self._last = time.monotonic()
-
-    def clear(self) -> None:
-        self._store.delete(self._folder)
 
 
 def read_images(room: Room, labels: range | list[int]) -> list[ClassImages]:

@@ -64,12 +64,14 @@ class _Split:
 def _merge(room: Room, group: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Merge a class's parts in chunk order and commit them."""
     label = int(group["label"][0])
+    attempt = room.begin_unit(class_unit(label), point=0)
     order = np.argsort(group["order"])
     parts = [codecs.decode_class_features(bytes(group["part"][i])) for i in order]
     payload = codecs.encode_class_features(merge_class_features(parts))
     room.commit_unit(
         class_unit(label),
         {class_key(label): payload},
+        attempt=attempt,
         metrics={"num_images": sum(len(p.keys) for p in parts)},
     )
     return {"label": np.array([label])}

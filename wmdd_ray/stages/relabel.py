@@ -6,7 +6,6 @@ worker's memory and mix among themselves. A set of up to `slice_images` images i
 
 from __future__ import annotations
 
-import socket
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -120,6 +119,7 @@ def open_worker(
 
     def do_unit(unit: str, report: Report) -> None:
         started = time.perf_counter()
+        attempt = room.begin_unit(unit)
         epochs, labels = units[unit]
         images_NCHW = images_of(labels)
         in_core = time.perf_counter()
@@ -141,8 +141,8 @@ def open_worker(
             unit,
             {key_of(unit): codecs.encode_soft_labels(block)},
             metrics={"epochs": [epochs.start, epochs.stop], "seconds_in_core": round(in_core, 4)},
+            attempt=attempt,
             seconds=time.perf_counter() - started,
-            host=socket.gethostname(),
         )
 
     return do_unit

@@ -7,6 +7,7 @@ level or with its classes in another order is refused.
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -19,26 +20,26 @@ import ray.data
 import ray.train
 import ray.train.torch
 import torch
+from ray.train import RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from wmdd_ray.config import DistillConfig, SourceConfig
 from wmdd_ray.core.batches import Batch, in_memory_batches, steps_of
 from wmdd_ray.core.networks import build_network
-from wmdd_ray.core.optimizer import load_training_state, make_optimizer, training_state
+from wmdd_ray.core.optimizer import State, load_training_state, make_optimizer, training_state
 from wmdd_ray.core.training import train_classifier
 from wmdd_ray.errors import WmddError
 from wmdd_ray.run import StageRun, Work, unit_seed
-from wmdd_ray.stages import workers
+from wmdd_ray.stages import train_groups, workers
+from wmdd_ray.stages.checkpoints import Checkpoints
 from wmdd_ray.stages.cluster import width
 from wmdd_ray.stages.features import shard_of
 from wmdd_ray.stages.given_teacher import import_teacher
 from wmdd_ray.stages.held_out import Listed
+from wmdd_ray.stages.queue import UnitQueue
 from wmdd_ray.stages.teacher import UNIT, commit_teacher, measure
-from wmdd_ray.store import codecs
-from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, decoded_chunks
 
-_STATE_KEY = "partial/state.safetensors"
 _STATE_EVERY_S = 20.0
 _STREAM_CHUNK_IMAGES = 256
 _SHUFFLE_IMAGES = 4096
@@ -93,7 +94,6 @@ def _train(stage: StageRun) -> None:
     in_memory = source.num_images is not None and source.num_images * image_bytes <= limit
     datasets, num_images = {}, source.num_images
     if not in_memory:
-        stage.run.connect()
         num_images = num_images or _count(source)
         datasets["train"] = _stream(source, stage.config.source)
     config: dict[str, Any] = {
@@ -105,35 +105,29 @@ def _train(stage: StageRun) -> None:
         "val": Listed.of(stage.run.source("val"), stage.config.source),
         "cpus": wide.cpus,
     }
+
+    def trainer(queue: Any, run_config: RunConfig | None) -> TorchTrainer:
+        return TorchTrainer(
+            _train_loop,
+            train_loop_config={**config, "queue": queue},
+            torch_config=TorchConfig(backend="nccl" if wide.gpus else "gloo"),
+            scaling_config=train_groups.scaling(wide, wide.num_workers, elastic=False),
+            run_config=run_config,
+            datasets=datasets,
+        )
+
     if wide.num_workers == 0:
-        queue: Any = workers.UnitQueue([UNIT], stage.progress.update)
-        run_config = None
-    else:
-        queue = ray.remote(num_cpus=0)(workers.UnitQueue).remote([UNIT])
-        run_config = workers.train_run_config(stage, f"squeeze-{stage.room.name}-{time.time_ns()}")
-    config["queue"] = queue
-    trainer = TorchTrainer(
-        _train_loop,
-        train_loop_config=config,
-        torch_config=TorchConfig(backend="nccl" if wide.gpus else "gloo"),
-        scaling_config=workers.scaling(wide, wide.num_workers, elastic=False),
-        run_config=run_config,
-        datasets=datasets,
-    )
-    if wide.num_workers == 0:
-        with workers.quiet_environment():
-            trainer.fit()
+        queue = UnitQueue([UNIT], stage.progress.update, stage.event)
+        with train_groups.quiet_environment():
+            trainer(queue, None).fit()
         error = queue.error()
-    else:
-        with workers.polled(queue, stage.progress, 0):
-            try:
-                trainer.fit()
-            except Exception as failure:
-                raise workers.workers_lost(stage, failure) from failure
-        error = ray.get(queue.error.remote())
-        stage.run.store.delete(workers.TRAIN_FOLDER)
-    if error is not None:
-        raise error
+        if error is not None:
+            raise error
+        return
+    with train_groups.queue_actor(stage, [UNIT], 0) as actor:
+        train_groups.fit_until_done(
+            stage, actor, lambda run_config: trainer(actor, run_config).fit()
+        )
 
 
 def _train_loop(config: dict[str, Any]) -> None:
@@ -166,25 +160,28 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
     optimizer = make_optimizer(
         network, "sgd", learning_rate=squeeze.learning_rate, weight_decay=squeeze.weight_decay, momentum=squeeze.momentum
     )  # fmt: skip
-    store = loop["room"].store
-    first, losses = _resume(store, network, optimizer)
+    keep = Checkpoints(loop["room"], UNIT, _STATE_EVERY_S)
+    first, losses = _resume(keep, network, optimizer, rank, world)
+    attempt = 0
+    if rank == 0:
+        workers.call(loop["queue"], "join", rank, world, socket.gethostname())
+        workers.call(loop["queue"], "take", rank)
+        attempt = loop["room"].begin_unit(UNIT)
     parallel = ray.train.torch.prepare_model(network, move_to_device=False)
     report = workers.reporter(loop["queue"], UNIT)
-    saved = time.monotonic()
+
+    def get_state(epoch: int) -> State:
+        state = training_state(network, optimizer)
+        return state | {"epoch": np.array(epoch), "losses": np.array(losses)}
 
     def on_epoch(epoch: int, loss: float) -> None:
-        nonlocal saved
         losses.append(round(loss, 4))
         if rank == 0:
             report(
                 (epoch + 1) / (squeeze.epochs + 1),
                 f"epoch {epoch + 1}/{squeeze.epochs}, loss {loss:.3f}",
             )
-            if time.monotonic() - saved > _STATE_EVERY_S:
-                state = training_state(network, optimizer)
-                state["epoch"], state["losses"] = np.array(epoch + 1), np.array(losses)
-                store.put(_STATE_KEY, codecs.encode_state(state))
-                saved = time.monotonic()
+            keep.maybe(lambda: get_state(epoch + 1))
 
     train_classifier(
         parallel,
@@ -204,18 +201,35 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
         top1 = measure(network, loop["val"], config, "the trained teacher", device)
         extra = {"losses": losses}
         commit_teacher(
-            loop["room"], config, squeeze.network, network, source.class_names, top1, started, extra
+            loop["room"],
+            config,
+            squeeze.network,
+            network,
+            source.class_names,
+            top1,
+            started,
+            extra,
+            attempt=attempt,
         )
-        store.delete("partial")
+        keep.clear()
+        workers.call(loop["queue"], "report", UNIT, 1.0, "")
 
 
 def _resume(
-    store: Store, network: torch.nn.Module, optimizer: torch.optim.Optimizer
+    keep: Checkpoints,
+    network: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rank: int,
+    world: int,
 ) -> tuple[int, list[float]]:
     """Load the state of an interrupted training; return (first epoch, losses so far)."""
-    try:
-        state = codecs.decode_state(store.get(_STATE_KEY))
-    except FileNotFoundError:
+    held = [keep.load() if rank == 0 else None]
+    if world > 1:
+        # Read once, because two readings of a store can find two states, and all workers have to begin at one.
+        device = next(network.parameters()).device
+        torch.distributed.broadcast_object_list(held, src=0, device=device)
+    state = held[0]
+    if state is None:
         return 0, []
     epoch, losses = int(state.pop("epoch")), state.pop("losses").tolist()
     load_training_state(network, optimizer, state)

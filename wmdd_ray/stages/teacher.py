@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from typing import Any
 
@@ -80,6 +79,8 @@ def commit_teacher(
     top1: float,
     started: float,
     metrics: dict[str, Any],
+    *,
+    attempt: int,
 ) -> None:
     """Store a measured network as the teacher of this run, with everything that is needed to feed it."""
     source = config.source
@@ -106,6 +107,6 @@ def commit_teacher(
             "seconds_in_core": round(seconds, 3),
             **metrics,
         },
+        attempt=attempt,
         seconds=seconds,
-        host=socket.gethostname(),
     )

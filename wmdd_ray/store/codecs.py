@@ -1,4 +1,4 @@
-"""One encode/decode pair a record: safetensors for arrays, Parquet for tables and images, JSON for metadata.
+"""One encode/decode pair a record: safetensors for arrays, Parquet for tables and images.
 
 Every function maps a record to bytes or back, and does no input or output of its own. Equal records give equal bytes.
 Never a pickle. Parquet carries page checksums, and the reader verifies them: without them one mutation in five of a
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -34,62 +33,10 @@ from wmdd_ray.records import (
     Teacher,
     Views,
 )
-from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.images import encode_png
 
-FORMAT_VERSION = 1
 _HUGGINGFACE = b"huggingface"
 _WMDD = b"wmdd"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileEntry:
-    """One object of a committed set: relative key, size in bytes, SHA-256 in hex."""
-
-    key: str
-    size_bytes: int
-    sha256: str
-
-
-def entry_of(key: str, content: bytes) -> FileEntry:
-    """Return the entry that describes `content` at `key`."""
-    return FileEntry(key=key, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-
-
-def read_verified(store: Store, entry: FileEntry) -> bytes:
-    """Return the content of `entry`, verified.
-
-    Raises:
-        ArtifactError: The object is missing, cut, or holds other bytes than were committed. One second read is
-            made first, because a connection can corrupt what the disk holds right.
-    """
-    found = ""
-    for _ in range(2):
-        try:
-            content = store.get(entry.key)
-        except FileNotFoundError:
-            found = "no object"
-            continue
-        if entry_of(entry.key, content) == entry:
-            return content
-        found = f"{len(content)} bytes with another checksum"
-    raise ArtifactError(
-        f"{store.url(entry.key)}: expected {entry.size_bytes} bytes with SHA-256 {entry.sha256[:12]}..., found {found}; "
-        "restore the object, or delete the room that holds it and run the stage again"
-    )
-
-
-def dump_json(value: Any) -> bytes:
-    """Return canonical, readable JSON: sorted keys, two spaces, newline at the end."""
-    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def load_json(content: bytes, where: str) -> Any:
-    """Parse JSON; an ArtifactError names `where` when it is none."""
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise ArtifactError(f"{where}: expected JSON, found {content[:40]!r} ({error})") from error
 
 
 def _pack(arrays: dict[str, np.ndarray], **meta: Any) -> bytes:
@@ -252,13 +199,27 @@ def decode_class_images(content: bytes) -> ClassImages:
 
 
 def encode_state(arrays: dict[str, np.ndarray]) -> bytes:
-    """Return the resumable state of an unfinished unit."""
-    return _pack(arrays)
+    """Return the resumable state of an unfinished unit, with a checksum: no marker vouches for it."""
+    return _pack(arrays, sha256=_digest(arrays))
 
 
 def decode_state(content: bytes) -> dict[str, np.ndarray]:
-    """Read what `encode_state` wrote."""
-    return _unpack(content)[0]
+    """Read what `encode_state` wrote; an ArtifactError when it was changed."""
+    arrays, meta = _unpack(content)
+    if meta.get("sha256") != _digest(arrays):
+        raise ArtifactError(
+            "expected a state with the checksum of its content, found another content"
+        )
+    return arrays
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype.str} {arrays[name].shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 # Tables ----------------------------------------------------------------------------------------
@@ -413,37 +374,3 @@ def decode_images(content: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             pixels = np.asarray(picture)
         images.append(pixels if pixels.ndim == 3 else pixels[:, :, None])
     return np.stack(images), table["label"].to_numpy(), table["weight"].to_numpy()
-
-
-# Manifest --------------------------------------------------------------------------------------
-
-MANIFEST_KEY = "manifest.json"
-
-
-def encode_manifest(meta: dict[str, Any], files: list[FileEntry]) -> bytes:
-    """Return the manifest of a data set: `meta`, the format version, and every file with size and checksum."""
-    return dump_json(
-        {"format_version": FORMAT_VERSION, **meta, "files": [asdict(f) for f in files]}
-    )
-
-
-def read_manifest(store: Store) -> tuple[dict[str, Any], list[FileEntry]]:
-    """Return (metadata, files) of the data set under `store`.
-
-    Raises:
-        ArtifactError: There is no manifest, or it has a format that this version does not know.
-    """
-    try:
-        manifest = load_json(store.get(MANIFEST_KEY), store.url(MANIFEST_KEY))
-    except FileNotFoundError:
-        raise ArtifactError(
-            f"no distilled data set at {store.uri}: expected {MANIFEST_KEY} there; pass the dataset/ folder of a "
-            "finished run"
-        ) from None
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{store.url(MANIFEST_KEY)}: expected format version {FORMAT_VERSION}, found "
-            f"{manifest.get('format_version')!r}; install the wmdd_ray version that wrote it"
-        )
-    files = [FileEntry(**entry) for entry in manifest.pop("files")]
-    return manifest, files

@@ -11,28 +11,35 @@ take 2 to 6 times less CPU and whose errors Ray Data knows how to retry.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow.fs as pafs
 
 from wmdd_ray.errors import ArtifactError
-from wmdd_ray.store.retries import client_errors, retried
+from wmdd_ray.store.retries import client_errors, remedy, retried, status_of
 
-# `retries.py` repeats, and no other layer: 4 times 30 seconds is how long a server that hangs is waited for.
 _S3_OPTIONS = {
     "config_kwargs": {
+        # `retries.py` repeats, and no other layer.
         "retries": {"mode": "standard", "total_max_attempts": 1},
         "read_timeout": 30,
         "connect_timeout": 10,
     },
+    # An object is read by one request: side by side s3fs reads ranges, which no checksum is verified for and of which
+    # a short one leaves zeros.
+    "max_concurrency": 1,
     "use_listings_cache": False,
 }
+# What a file system without hard links says: exFAT, many network and FUSE mounts.
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _memory_lock = threading.Lock()
 
 
@@ -114,7 +121,11 @@ class Store:
         return f"{self.uri}/{key}" if key else self.uri
 
     def get(self, key: str) -> bytes:
-        """Return the content of `key`.
+        """Return the content of `key`, read by one request.
+
+        S3 clients verify the checksum that an object was stored with, and a wrong one is read again. An object without
+        one (written in parts, or by an old client), another kind of store and a local disk are taken at their word:
+        what is read from them is to be checked against a committed size and SHA-256 (`documents.read_verified`).
 
         Raises:
             FileNotFoundError: There is no such object.
@@ -126,8 +137,7 @@ class Store:
                     return (self._path / key).read_bytes()
                 except NotADirectoryError as error:  # the store's root is a file itself
                     raise FileNotFoundError(str(self._path / key)) from error
-            fs, root = self._fs()
-            return retried(lambda: fs.cat_file(f"{root}/{key}"))
+            return self._ask("cat_file", self._inside(key))
 
     def put(self, key: str, content: bytes) -> None:
         """Write `content` to `key` in one piece, replacing what was there."""
@@ -136,8 +146,7 @@ class Store:
                 with _staged(self._path / key, content) as staged:
                     os.replace(staged, self._path / key)
             else:
-                fs, root = self._fs()
-                retried(lambda: fs.pipe_file(f"{root}/{key}", content))
+                self._ask("pipe_file", self._inside(key), content)
 
     def create(self, key: str, content: bytes) -> bool:
         """Write `content` to `key` unless an object is there already.
@@ -155,42 +164,66 @@ class Store:
         assert content, "a conditional write needs content"
         with self._named("create", key):
             if self._path is not None:
-                with (
-                    _staged(self._path / key, content) as staged,
-                    contextlib.suppress(FileExistsError),
-                ):
-                    os.link(staged, self._path / key)
-                    return True
+                with _staged(self._path / key, content) as staged:
+                    created = _linked(staged, self._path / key)
             else:
-                try:
-                    self._create_remote(key, content)
-                    return True
-                except OSError:
-                    # 412 is FileExistsError from AWS and a plain OSError from other servers.
-                    if not self.exists(key):
-                        raise
-        return self.get(key) == content
+                created = self._create_remote(key, content)
+        if created:
+            return True
+        try:
+            return self.get(key) == content
+        except FileNotFoundError:  # deleted since
+            return False
 
-    def _create_remote(self, key: str, content: bytes) -> None:
-        fs, root = self._fs()
+    def _create_remote(self, key: str, content: bytes) -> bool:
         if self.uri.startswith("memory://"):
+            fs, _ = self._fs()
             with _memory_lock:
-                if fs.exists(f"{root}/{key}"):
-                    raise FileExistsError(key)
-                fs.pipe_file(f"{root}/{key}", content)
-        else:
-            retried(lambda: fs.pipe_file(f"{root}/{key}", content, mode="create"))
+                if fs.exists(self._inside(key)):
+                    return False
+                fs.pipe_file(self._inside(key), content)
+                return True
+        try:
+            self._ask("pipe_file", self._inside(key), content, mode="create")
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            # s3fs knows the 412 of AWS; that of other servers, which do not name the condition, is a plain OSError.
+            if status_of(error)[0] != 412:
+                raise
+            return False
+
+    def probe(self) -> None:
+        """Find out whether the second of two writers of one key is refused, by a few requests on a key of its own.
+
+        Raises:
+            ArtifactError: It is not, or the store cannot be written.
+        """
+        key = f"probe-{uuid.uuid4().hex}"
+        first, second = b"the first writer", b"the second writer"
+        won = [self.create(key, content) for content in (first, second)]
+        found = self.get(key)
+        self.delete(key)
+        if won != [True, False] or found != first:
+            raise ArtifactError(
+                f"{self.uri} does not keep conditional writes: two writers created {self.url(key)} with different content, "
+                f"and it held {found.decode(errors='replace')!r} after the second. Two drivers on this output could both "
+                "publish, and mix their results. Use a store with If-None-Match (AWS S3 and most others have it), or, when "
+                "you are sure that only one driver ever writes here, pass --allow-unsafe-commits"
+            )
 
     def exists(self, key: str) -> bool:
         """Return whether there is an object at `key`."""
         with self._named("look for", key):
             if self._path is not None:
                 return (self._path / key).is_file()
-            fs, root = self._fs()
             try:
                 # Not `isfile`, which answers no when the store does not answer.
-                return retried(lambda: fs.info(f"{root}/{key}"))["type"] == "file"
-            except FileNotFoundError:
+                return self._ask("info", self._inside(key))["type"] == "file"
+            except FileNotFoundError as error:
+                if status_of(error)[1] == "NoSuchBucket":
+                    raise
                 return False
 
     def list(self, prefix: str = "") -> dict[str, int]:
@@ -203,7 +236,7 @@ class Store:
             else:
                 fs, root = self._fs()
                 fs.invalidate_cache()
-                under = retried(lambda: fs.find(f"{root}/{prefix}".rstrip("/"), detail=True))
+                under = self._ask("find", self._inside(prefix).rstrip("/"), detail=True)
                 # Object stores name keys without the leading slash that a root such as memory's has.
                 found = {
                     name.lstrip("/").removeprefix(root.lstrip("/") + "/"): int(info["size"] or 0)
@@ -224,10 +257,24 @@ class Store:
                 # What is left is empty, or an unfinished write of somebody who is still at it.
                 shutil.rmtree(self._path / prefix, ignore_errors=True)
                 return
-            fs, root = self._fs()
-            keys = [f"{root}/{key}" for key in self.list(prefix)]
+            keys = [self._inside(key) for key in self.list(prefix)]
             if keys:
-                retried(lambda: fs.rm(keys))
+                self._ask("rm", keys)
+
+    def _inside(self, key: str) -> str:
+        """Return the path of `key` inside the remote filesystem."""
+        return f"{self._fs()[1]}/{key}"
+
+    def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Call a method of the remote filesystem, again where that may help."""
+        fs, _ = self._fs()
+        do = getattr(fs, method)
+
+        def once(left_s: float) -> Any:
+            timed = {"timeout": left_s} if fs.async_impl else {}
+            return do(*arguments, **timed, **options)
+
+        return retried(once, renew=lambda: fs.connect(refresh=True, timeout=30))
 
     def _fs(self) -> tuple[fsspec.AbstractFileSystem, str]:
         if self._remote is None:
@@ -239,26 +286,36 @@ class Store:
         """Turn whatever a storage client raises into one error that names the object."""
         try:
             yield
-        except ArtifactError:
-            raise
-        except FileNotFoundError as error:
-            if verb == "read":
-                raise
-            raise ArtifactError(
-                f"cannot {verb} {self.url(key)}: {error}; check that the bucket or folder exists"
-            ) from error
-        except PermissionError as error:
-            raise ArtifactError(
-                f"cannot {verb} {self.url(key)}: access denied ({error}); check the credentials and the permissions "
-                "on this path"
-            ) from error
         except Exception as error:
             if not isinstance(error, (OSError, *client_errors())):
                 raise
-            raise ArtifactError(
-                f"cannot {verb} {self.url(key)}: {type(error).__name__}: {error}; check that the bucket exists, the "
-                "endpoint and region are right (AWS_ENDPOINT_URL, AWS_REGION) and the store answers"
-            ) from error
+            if self._path is not None:
+                if verb == "read" and isinstance(error, FileNotFoundError):
+                    raise
+                what = f"{error}; check the free space, the permissions and the mount of this disk"
+            elif isinstance(error, FileNotFoundError) and status_of(error)[1] != "NoSuchBucket":
+                if verb == "read":
+                    raise
+                what = f"{error}; check that the bucket or folder exists"
+            else:
+                what = remedy(error)
+            raise ArtifactError(f"cannot {verb} {self.url(key)}: {what}") from error
+
+
+def _linked(staged: Path, target: Path) -> bool:
+    """Give a staged file its name; False when that name is taken."""
+    try:
+        os.link(staged, target)
+        return True
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        raise ArtifactError(
+            f"cannot create {target}: its file system has no hard links ({error.strerror}), without which two drivers "
+            "could both publish; put --out on another disk or an object store"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
-"""Which failures of an object store pass by themselves, and how long they are waited for.
+"""Which failures of an object store pass by themselves, how long they are waited for, and what to do about the others.
 
 The only layer that retries. Clients that retry inside each other multiply: botocore's 5 attempts in s3fs's 5 in another
 5 around a read kept a hanging server for half an hour. And each alone leaves something out: s3fs gives up at the first
 500, 503 and refused connection, botocore at a body that breaks off and at the 409 of two conditional writes at once.
+(aiohttp repeats a GET, HEAD, PUT or DELETE once by itself when the connection is closed without a reply.)
 """
 
 from __future__ import annotations
@@ -15,24 +16,59 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-WAITS_S = (0.2, 1.0, 4.0)
+WAITS_S = (0.2, 2.0, 20.0)
 """Pauses between the attempts, each shortened by up to half so that workers which failed together come back apart."""
+
+DEADLINE_S = 120.0
+"""The longest that one operation lasts, with all its attempts and pauses.
+
+An attempt gets half of what is left, the last one all of it: 100 MB arrive in the first at 1.7 MB/s. Without it a
+server that drips a byte a second, which no read timeout notices, would keep a worker for ever.
+"""
 
 # Read timeout, conflict of conditional writes, too many requests. 501 says that it will never work.
 _PASSING = {408, 409, 429}
 _LASTING = {501}
+# The last is all that the reply to a HEAD tells, which has no body.
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired", "400"}
 
 
-def retried(do: Callable[[], T]) -> T:
-    """Return what `do` returns, called again after a failure that may pass. `do` must be safe to repeat."""
+def retried(do: Callable[[float], T], renew: Callable[[], object]) -> T:
+    """Return what `do` returns, called again after a failure that may pass, four times and `DEADLINE_S` at most.
+
+    Args:
+        do: The operation, safe to repeat; it is given the seconds that it may take.
+        renew: Makes the client read its credentials again; called once, when they have expired.
+    """
+    ends = time.monotonic() + DEADLINE_S
+    renewed = False
     for wait_s in WAITS_S:
         try:
-            return do()
+            return do((ends - time.monotonic()) / 2)
         except Exception as error:
+            if has_expired(error) and not renewed:
+                renew()
+                renewed = True
+                continue
             if not _passes(error):
                 raise
-            time.sleep(wait_s * random.uniform(0.5, 1.0))
-    return do()
+            left_s = ends - time.monotonic()
+            time.sleep(min(wait_s * random.uniform(0.5, 1.0), left_s / 2))
+    return do(ends - time.monotonic())
+
+
+def status_of(error: BaseException) -> tuple[int, str]:
+    """Return the HTTP status and the S3 code of the reply behind an error, (0, "") when there was none."""
+    response = getattr(error.__cause__ or error, "response", None)
+    if not isinstance(response, dict):
+        return 0, ""
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return int(status), str(response.get("Error", {}).get("Code", ""))
+
+
+def has_expired(error: BaseException) -> bool:
+    """Return whether the store refused credentials for their age."""
+    return status_of(error)[1] in _EXPIRED
 
 
 def client_errors() -> tuple[type[Exception], ...]:
@@ -40,18 +76,52 @@ def client_errors() -> tuple[type[Exception], ...]:
     return (*_of("botocore.exceptions", "BotoCoreError", "ClientError"), *_connection_errors())
 
 
+def remedy(error: BaseException) -> str:
+    """Return what came from an object store, in words, and what the user can do about it."""
+    status, code = status_of(error)
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if has_expired(error):
+        return (
+            f"the credentials have expired ({code}: {error}); renew what the provider chain reads (a role, or a "
+            "credentials file that the workers see) and run the same command again: finished units are kept"
+        )
+    if code == "NoSuchBucket":
+        return f"there is no such bucket ({error}); create it or correct the URI"
+    if isinstance(error, PermissionError):
+        return (
+            f"access denied ({error}); check the credentials and the permissions on this path (without s3:ListBucket "
+            "S3 denies a missing object too)"
+        )
+    if status in _LASTING:
+        return f"the store does not know this kind of request ({error}); use one with conditional writes (If-None-Match)"
+    if status in (429, 503):
+        return (
+            f"the store asks for fewer requests, and did so for {len(WAITS_S) + 1} attempts ({said}); run the same "
+            "command again later, or with a lower --max-actors: finished units are kept"
+        )
+    if isinstance(error, TimeoutError):
+        said = f"no whole answer in time (at most {DEADLINE_S:g} s in all; {said})"
+    return (
+        f"{said}; check that the bucket exists, the endpoint and region are right (AWS_ENDPOINT_URL, AWS_REGION) and "
+        "the store answers, then run the same command again: finished units are kept"
+    )
+
+
 def _passes(error: Exception) -> bool:
-    response = getattr(error.__cause__ or error, "response", None)
-    if isinstance(response, dict):
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    status, _ = status_of(error)
+    if status:
         return status in _PASSING or (status >= 500 and status not in _LASTING)
-    return isinstance(error, (TimeoutError, *_connection_errors()))
+    return isinstance(error, (TimeoutError, ConnectionError, *_connection_errors()))
 
 
 def _connection_errors() -> tuple[type[Exception], ...]:
     """Return what says that a connection failed or carried other bytes than were sent."""
     names = ("ConnectionError", "HTTPClientError", "IncompleteReadError", "FlexibleChecksumError")
-    return (*_of("botocore.exceptions", *names), *_of("aiohttp", "ClientError"))
+    return (
+        *_of("botocore.exceptions", *names),
+        *_of("botocore.parsers", "ResponseParserError"),
+        *_of("aiohttp", "ClientError"),
+    )
 
 
 def _of(module: str, *names: str) -> tuple[type[Exception], ...]:

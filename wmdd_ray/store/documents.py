@@ -1,0 +1,144 @@
+"""JSON documents that say what is finished: plans, markers, commits, the manifest of a data set, and the files they name.
+
+A document is *sealed*: it carries a checksum over the rest of it, so that a changed byte is an error and never another
+number. What it names is verified by size and SHA-256 when it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from wmdd_ray.errors import ArtifactError
+from wmdd_ray.store.filesystem import Store
+
+FORMAT_VERSION = 1
+MANIFEST_KEY = "manifest.json"
+_CHECKSUM = "checksum"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """One object of a committed set: relative key, size in bytes, SHA-256 in hex.
+
+    Raises:
+        ArtifactError: The key would lead out of its folder.
+    """
+
+    key: str
+    size_bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        parts = self.key.split("/")
+        if {"", ".", ".."} & set(parts) or any(c in self.key for c in "\\:\0"):
+            raise ArtifactError(
+                f"{self.key!r}: expected a relative key below its folder; the document that names it is not of this project"
+            )
+
+
+def entry_of(key: str, content: bytes) -> FileEntry:
+    """Return the entry that describes `content` at `key`."""
+    return FileEntry(key=key, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def read_verified(store: Store, entry: FileEntry) -> bytes:
+    """Return the content of `entry`, verified.
+
+    Raises:
+        ArtifactError: The object is missing, cut, or holds other bytes than were committed. One second read is
+            made first, because a connection can corrupt what the disk holds right.
+    """
+    found = ""
+    for _ in range(2):
+        try:
+            content = store.get(entry.key)
+        except FileNotFoundError:
+            found = "no object"
+            continue
+        if entry_of(entry.key, content) == entry:
+            return content
+        found = f"{len(content)} bytes with another checksum"
+    raise ArtifactError(
+        f"{store.url(entry.key)}: expected {entry.size_bytes} bytes with SHA-256 {entry.sha256[:12]}..., found {found}; "
+        "restore the object, or delete the room that holds it and run the stage again"
+    )
+
+
+def dump_json(value: Any) -> bytes:
+    """Return canonical, readable JSON: sorted keys, two spaces, newline at the end."""
+    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def load_json(content: bytes, where: str) -> Any:
+    """Parse JSON; an ArtifactError names `where` when it is none."""
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise ArtifactError(f"{where}: expected JSON, found {content[:40]!r} ({error})") from error
+
+
+def seal(document: dict[str, Any]) -> bytes:
+    """Return the document as JSON with a checksum over the rest of it."""
+    plain = json.loads(json.dumps(document))  # keys and tuples as they will be read
+    return dump_json({**plain, _CHECKSUM: _checksum(plain)})
+
+
+def unseal(content: bytes, where: str) -> dict[str, Any]:
+    """Return the document that `seal` made of it; an ArtifactError names `where` when it was changed."""
+    document = load_json(content, where)
+    expected = document.pop(_CHECKSUM, None) if isinstance(document, dict) else None
+    if expected is None or expected != _checksum(document):
+        raise ArtifactError(
+            f"{where}: expected a document with the checksum of its content, found "
+            f"{'none' if expected is None else 'another content'}; restore the object, or delete the folder that holds "
+            "it and run the stage again"
+        )
+    return dict(document)
+
+
+def read_sealed(store: Store, key: str) -> dict[str, Any]:
+    """Return a sealed document, read a second time when the first reading was not what was written.
+
+    Raises:
+        FileNotFoundError: There is no such object.
+        ArtifactError: It was changed.
+    """
+    try:
+        return unseal(store.get(key), store.url(key))
+    except ArtifactError:
+        return unseal(store.get(key), store.url(key))
+
+
+def _checksum(plain: dict[str, Any]) -> str:
+    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def encode_manifest(meta: dict[str, Any], files: list[FileEntry]) -> bytes:
+    """Return the manifest of a data set: `meta`, the format version, and every file with size and checksum."""
+    return seal({"format_version": FORMAT_VERSION, **meta, "files": [asdict(f) for f in files]})
+
+
+def read_manifest(store: Store) -> tuple[dict[str, Any], list[FileEntry]]:
+    """Return (metadata, files) of the data set under `store`.
+
+    Raises:
+        ArtifactError: There is no manifest, it was changed, or it has a format that this version does not know.
+    """
+    try:
+        manifest = read_sealed(store, MANIFEST_KEY)
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"no distilled data set at {store.uri}: expected {MANIFEST_KEY} there; pass the dataset/ folder of a "
+            "finished run"
+        ) from None
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{store.url(MANIFEST_KEY)}: expected format version {FORMAT_VERSION}, found "
+            f"{manifest.get('format_version')!r}; install the wmdd_ray version that wrote it"
+        )
+    files = [FileEntry(**entry) for entry in manifest.pop("files")]
+    return manifest, files
