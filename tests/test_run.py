@@ -62,6 +62,7 @@ def stage_of(
             worked.done.append((name, unit))
             payload = f"{name} {unit} {[c.fingerprint for c in stage.inputs.values()]}".encode()
             attempt = stage.room.begin_unit(unit)
+            assert attempt is not None
             stage.room.commit_unit(
                 unit, {f"{unit}.bin": payload}, attempt=attempt, metrics={"n": 1}
             )

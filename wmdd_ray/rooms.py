@@ -95,8 +95,12 @@ class Room:
         keys = self.store.list("units")
         return {k.removeprefix("units/").removesuffix(".json") for k in keys if k.endswith(".json")}
 
-    def begin_unit(self, unit: str, *, point: int | None = None) -> int:
-        """Count an attempt at a unit in storage, before its work, and return its number over all runs, from 1.
+    def begin_unit(self, unit: str, *, point: int | None = None) -> int | None:
+        """Count an attempt at a unit in storage, before its work.
+
+        Returns:
+            The number of the attempt over all runs, from 1; None when an earlier attempt finished the unit, and ended
+            before it could say so.
 
         Args:
             unit: Unit id.
@@ -110,6 +114,8 @@ class Room:
         attempt = {"run": self.run, "host": socket.gethostname(), "began": _now(), "point": point}
         if self.store.create(key, seal({"attempts": [attempt]})):
             return 1
+        if self.store.exists(f"units/{unit}.json"):
+            return None
         attempts = read_sealed(self.store, key)["attempts"]
         here = [a for a in attempts if (a["run"], a["point"]) == (self.run, point)]
         if point is not None and len(here) >= MAX_ATTEMPTS:

@@ -137,16 +137,32 @@ def forked(
         die_by: The signal.
         die_at_step: Step of the first group of `recover` after which it gets SIGKILL.
     """
-    arguments = [*OPTIONS, "--out", str(out), *options]
-    process = _forkserver().Process(
-        target=_driver, args=(arguments, ray_address, str(log), die_in, die_by, die_at_step)
+    process = started(
+        str(out),
+        *options,
+        ray_address=ray_address,
+        log=log,
+        death=(die_in, die_by, die_at_step),
     )
-    process.start()
     process.join(timeout=120)
     if process.is_alive():
         process.kill()
         process.join()
         raise TimeoutError(f"the job did not end; {log.read_text()}")
+    return process
+
+
+def started(
+    out: str,
+    *options: str,
+    ray_address: str,
+    log: Path,
+    death: tuple[str, int, int] = ("", signal.SIGKILL, 0),
+) -> ForkServerProcess:
+    """Start the tiny job in a process, and a process group, of its own on the Ray at `ray_address`."""
+    arguments = [*OPTIONS, "--out", out, *options]
+    process = _forkserver().Process(target=_driver, args=(arguments, ray_address, str(log), *death))
+    process.start()
     return process
 
 

@@ -186,6 +186,8 @@ class AssembleActor:
         """Write the file `unit` and return the seconds it took."""
         started = time.perf_counter()
         attempt = self._room.begin_unit(unit)
+        if attempt is None:
+            return 0.0
         kind = unit.partition("-")[0]
         make: dict[str, Callable[[str], tuple[str, bytes]]] = {
             "images": self._images,

@@ -109,6 +109,8 @@ class BarycenterActor:
         label, config = int(unit), self._config
         started = time.perf_counter()
         attempt = self._room.begin_unit(unit)
+        if attempt is None:
+            return 0.0
         real = self._features.read(label)
         in_core = time.perf_counter()
         where = f'class {label} ("{self._class_names[label]}")'

@@ -129,6 +129,8 @@ def open_worker(
     def do_unit(unit: str, report: Report) -> None:
         started = time.perf_counter()
         attempt = room.begin_unit(unit)
+        if attempt is None:
+            return
         row, _, number = unit.rpartition("-s")
         chosen = sets.get(row)
         in_core = time.perf_counter()

@@ -25,6 +25,8 @@ def import_teacher(stage: StageRun, spec: str) -> None:
     """Read the teacher that `spec` names, measure it on held-out images, and commit it."""
     started = time.perf_counter()
     attempt = stage.room.begin_unit(UNIT)
+    if attempt is None:
+        return
     stage.event("unit_started", unit=UNIT, node=socket.gethostname(), attempt=attempt)
     source: Source = stage.run.source("train")
     network_config, weights = _given_weights(stage.config, spec, source.class_names)

@@ -110,6 +110,8 @@ def open_worker(
     def do_unit(unit: str, report: Report) -> None:
         started = time.perf_counter()
         attempt = room.begin_unit(unit)
+        if attempt is None:
+            return
         targets = [target_of(label) for label in units[unit]]
         keep = Checkpoints(room, unit, config.recover.checkpoint_s)
         iterations = config.recover.iterations

@@ -65,6 +65,8 @@ def _merge(room: Room, group: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Merge a class's parts in chunk order and commit them."""
     label = int(group["label"][0])
     attempt = room.begin_unit(class_unit(label), point=0)
+    if attempt is None:
+        return {"label": np.array([label])}
     order = np.argsort(group["order"])
     parts = [codecs.decode_class_features(bytes(group["part"][i])) for i in order]
     payload = codecs.encode_class_features(merge_class_features(parts))

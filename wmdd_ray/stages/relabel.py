@@ -120,6 +120,8 @@ def open_worker(
     def do_unit(unit: str, report: Report) -> None:
         started = time.perf_counter()
         attempt = room.begin_unit(unit)
+        if attempt is None:
+            return
         epochs, labels = units[unit]
         images_NCHW = images_of(labels)
         in_core = time.perf_counter()

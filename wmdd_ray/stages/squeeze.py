@@ -132,6 +132,8 @@ def _train(stage: StageRun) -> None:
 
 def _train_loop(config: dict[str, Any]) -> None:
     """Train on one worker. Rank 0 keeps the resumable state, measures the result and commits it."""
+    if UNIT in config["room"].finished():
+        return  # the group was started again after its last commit
     try:
         _train_on_worker(config)
     except WmddError as error:
@@ -162,7 +164,7 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
     )  # fmt: skip
     keep = Checkpoints(loop["room"], UNIT, _STATE_EVERY_S)
     first, losses = _resume(keep, network, optimizer, rank, world)
-    attempt = 0
+    attempt = None
     if rank == 0:
         workers.call(loop["queue"], "join", rank, world, socket.gethostname())
         workers.call(loop["queue"], "take", rank)
@@ -196,7 +198,7 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
         start_epoch=first,
         on_epoch=on_epoch,
     )
-    if rank == 0:
+    if attempt is not None:
         network.eval()
         top1 = measure(network, loop["val"], config, "the trained teacher", device)
         extra = {"losses": losses}
