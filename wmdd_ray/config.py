@@ -54,6 +54,8 @@ class SourceConfig:
     """Images that may be unreadable (counted, named, skipped) before the run stops."""
     max_image_pixels: int = 64_000_000
     """Largest width x height that is decoded; a larger header is refused as a bad image (64 MP covers ImageNet)."""
+    follow_links: bool = False
+    """Follow links out of the `--data` folder (a hub's cache, a subset made of links): say so only of links that are yours."""
 
     def __post_init__(self) -> None:
         _require(self.image_size >= 8, "source.image-size", "at least 8 pixels", self.image_size)
@@ -213,7 +215,7 @@ class RecoverConfig:
     """Random horizontal flip during synthesis."""
     roll_px: int = 4
     """Largest cyclic shift during synthesis, pixels (32 at 224 px in the reference)."""
-    checkpoint_s: float = 60.0
+    checkpoint_s: float = 20.0
     """A group that runs longer than this stores its state in the room, and resumes from there after a kill, seconds."""
 
     def __post_init__(self) -> None:

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from tests.conftest import S3Uri, free_port
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.store import filesystem, retries
-from wmdd_ray.store.filesystem import Store, arrow_filesystem, is_local
+from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.uris import arrow_filesystem, is_local
 
 
 @pytest.fixture(params=["local", "memory", "s3"])

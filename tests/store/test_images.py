@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
-import random
 import resource
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,32 +236,123 @@ def test_a_thin_picture_does_not_explode_when_it_is_resized() -> None:
         decode_image(thin, config, "x")
 
 
-def test_mutated_pictures_decode_or_are_bad_images_and_nothing_else() -> None:
-    rng = random.Random(0)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture = Image.fromarray(noise(24, 32))
-    seeds = [
-        encoded(picture, "JPEG", exif=exif),
-        encoded(picture, "JPEG", progressive=True),
-        encoded(picture.convert("CMYK"), "JPEG"),
-        encoded(picture, "PNG", exif=exif, transparency=(1, 2, 3)),
-        encoded(picture.convert("P"), "PNG", transparency=3),
-        encoded(picture, "WEBP"),
-        encoded(picture.convert("RGBA"), "WEBP", lossless=True, exif=exif),
-    ]
-    outcomes = {"decoded": 0, "bad": 0}
-    for _ in range(2000):
-        content = bytearray(rng.choice(seeds))
-        for _ in range(rng.choice((1, 2, 10))):
-            position = rng.randrange(min(len(content), rng.choice((60, 10_000))))
-            content[position] = rng.randrange(256)
-        if rng.random() < 0.1:
-            del content[rng.randrange(len(content)) :]
-        try:
-            pixels = decode_image(bytes(content), RGB, "x")
-            assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8
-            outcomes["decoded"] += 1
-        except BadImageError:
-            outcomes["bad"] += 1
-    assert min(outcomes.values()) > 200, outcomes
+def packed_zeros(size_bytes: int) -> bytes:
+    """A zlib stream of zeros, without packing each of them: a mebibyte's piece stands for all."""
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
+    piece = deflate.compress(bytes(1 << 20)) + deflate.flush(zlib.Z_FULL_FLUSH)
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
+    rest = deflate.compress(bytes(size_bytes % (1 << 20))) + deflate.flush()
+    adler = struct.pack(">I", size_bytes % 65_521 << 16 | 1)
+    return b"\x78\xda" + piece * (size_bytes >> 20) + rest + adler
+
+
+def bombs() -> dict[str, tuple[bytes, str]]:
+    """Small files that would take gigabytes or minutes, and why each is refused (nothing: it is read, and cheap)."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
+
+    def riff(*chunks: tuple[bytes, bytes]) -> bytes:
+        body = b"WEBP" + b"".join(n + struct.pack("<I", len(c)) + c for n, c in chunks)
+        return b"RIFF" + struct.pack("<I", len(body)) + body
+
+    def canvas(width: int, height: int, frames: int) -> bytes:
+        def side(pixels: int) -> bytes:
+            return struct.pack("<I", pixels - 1)[:3]
+
+        frame = encoded(Image.new("RGB", (8, 8)), "WEBP", lossless=True)[12:]
+        return riff(
+            (b"VP8X", struct.pack("<I", 2) + side(width) + side(height)),
+            (b"ANIM", bytes(6)),
+            *[(b"ANMF", bytes(6) + side(8) + side(8) + bytes(4) + frame)] * frames,
+        )
+
+    def png(side: int, *chunks: tuple[bytes, bytes]) -> bytes:
+        """A black square, its rows well packed, and other chunks before them."""
+        rows = packed_zeros(side * (1 + side * 3))
+        header = struct.pack(">2I5B", side, side, 8, 2, 0, 0, 0)
+        parts = [(b"IHDR", header), *chunks, (b"IDAT", rows), (b"IEND", b"")]
+        return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(name, body) for name, body in parts)
+
+    def jpeg(width: int, height: int) -> bytes:
+        content = bytearray(encoded(Image.new("RGB", (8, 8)), "JPEG"))
+        start = content.index(b"\xff\xc0") + 5
+        content[start : start + 4] = struct.pack(">2H", height, width)
+        return bytes(content)
+
+    gibibyte = packed_zeros(1 << 30)
+    progressive = encoded(Image.new("RGB", (1000, 1000)), "JPEG", progressive=True)
+    scan = progressive[progressive.rindex(b"\xff\xc4") : -2]
+    mebibyte = packed_zeros(1 << 20)
+    small = encoded(Image.new("RGB", (8, 8)), "JPEG")
+    return {
+        "png 9k": (png(9000), "9000 x 9000 pixels, more than"),
+        "png 14k": (png(14_000), "DecompressionBombError"),
+        "jpeg 65k": (jpeg(65_500, 65_500), "DecompressionBombError"),
+        "jpeg 9k": (jpeg(9000, 9000), "9000 x 9000 pixels, more than"),
+        "jpeg scans": (progressive[:-2] + scan * 5000 + b"\xff\xd9", "scans of 1000 x 1000 pixels"),
+        "jpeg segments": (small[:2] + b"\xff\xfe\0\2" * 300_000 + small[2:], "chunks of metadata"),
+        "webp canvas": (canvas(65_535, 65_535, 1), "DecompressionBombError"),
+        "webp wide": (canvas(1 << 22, 1000, 1), "DecompressionBombError"),
+        "webp frames": (canvas(16, 16, 20_000), ""),
+        "png zTXt": (png(8, (b"zTXt", b"k\0\0" + gibibyte)), "too large"),
+        "png iTXt": (png(8, (b"iTXt", b"k\0\1\0\0\0" + gibibyte)), "too large"),
+        "png iCCP": (png(8, (b"iCCP", b"k\0\0" + gibibyte)), "too large"),
+        "png texts": (png(8, *[(b"zTXt", b"k%d\0\0" % i + mebibyte) for i in range(100)]), "Too much memory"),
+        "png many": (png(8, *[(b"tEXt", b"k\0x")] * 200_000), "chunks of metadata"),
+        "png pixels": (png(8).replace(chunk(b"IEND", b""), chunk(b"IDAT", gibibyte)), ""),
+    }  # fmt: skip
+
+
+MEASURE = """
+import re, sys, time
+from pathlib import Path
+from wmdd_ray.config import SourceConfig
+from wmdd_ray.errors import BadImageError
+from wmdd_ray.store.images import decode_image
+
+def peak_kib():  # getrusage tells the peak of the process that started this one, if that is higher
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    content = path.read_bytes()
+    before_kib, started = peak_kib(), time.process_time()
+    try:
+        decode_image(content, SourceConfig(image_size=8, resize=8), path.name)
+        reason = ""
+    except BadImageError as error:
+        reason = str(error)
+    print(path.name, peak_kib() - before_kib, time.process_time() - started, reason, sep="|")
+"""
+
+
+def test_bombs_are_refused_or_cheap_in_memory_and_time(tmp_path: Path) -> None:
+    assert zlib.decompress(packed_zeros(3_000_000)) == bytes(3_000_000)
+    planted = bombs()
+    for name, (content, _) in planted.items():
+        assert len(content) < 6 << 20, name
+        (tmp_path / name).write_bytes(content)
+    # A process of its own: this one has used more memory before.
+    ended = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=True,
+    )
+    lines = [line.split("|", 3) for line in ended.stdout.splitlines()]
+    assert [name for name, *_ in lines] == sorted(planted)
+    for name, more_kib, seconds, reason in lines:
+        expected = planted[name][1]
+        assert (expected in reason) if expected else not reason, (name, reason)
+        # Pillow keeps up to 64 MiB of text.
+        assert int(more_kib) < 100_000 and float(seconds) < 1, (name, more_kib, seconds)
+
+
+def test_a_progressive_photograph_is_no_bomb() -> None:
+    photograph = Image.fromarray(noise(600, 800))
+    config = SourceConfig(image_size=8, resize=8, max_image_pixels=480_000)
+    pixels = decode_image(encoded(photograph, "JPEG", progressive=True), config, "x")
+    assert pixels.shape == (8, 8, 3)

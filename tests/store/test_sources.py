@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import os
 import pickle
 import re
 import uuid
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+from tests.store.faulty_s3 import FaultyS3
 from tests.store.written_sources import CONFIG, IMAGES_NHWC, LABELS_N, NAMES, PNGS, WRITERS
 from wmdd_ray.errors import ArtifactError, DataError
 from wmdd_ray.store.filesystem import Store
@@ -235,3 +237,27 @@ def test_sources_are_read_over_s3(s3_server: Callable[[], str]) -> None:
         copy = pickle.loads(pickle.dumps(source))
         raw = copy.read_keys(keys[7:8])[0]
         assert_array_equal(decode_image(raw.content, CONFIG, ""), images_NHWC[7])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_replies_that_are_shorter_than_asked_never_become_data(
+    s3_server: Callable[[], str], monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    uri = s3_server()
+    source = opened(Store(uri), format)
+    expected = load_images(source, CONFIG, limit_bytes=1 << 20)
+    assert expected is not None
+    shard = source.shards(100)[0]
+    proxy = FaultyS3(os.environ["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    try:
+        # Once, it is read again.
+        proxy.break_down("short", times=1, method="GET")
+        keys = [raw.key for raw in pickle.loads(pickle.dumps(source)).read_shard(shard)]
+        assert keys and set(keys) <= set(expected[0]) and proxy.left == 0
+        proxy.break_down("short", times=1000, method="GET")
+        with pytest.raises(ArtifactError, match="the store answered with fewer, 4 times"):
+            list(pickle.loads(pickle.dumps(source)).read_shard(shard))
+    finally:
+        proxy.shutdown()
+        proxy.server_close()

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
 import io
-import random
+import json
+import logging
+import pickle
 import tarfile
 import uuid
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from numpy.testing import assert_array_equal
+from PIL import Image
 
 from tests.store.written_sources import (
     CONFIG,
@@ -23,11 +25,10 @@ from tests.store.written_sources import (
     NAMES,
     PNGS,
     WRITERS,
-    idx_of,
     parquet_of,
     tar_of,
 )
-from wmdd_ray.errors import DataError
+from wmdd_ray.errors import ArtifactError, DataError
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import (
     DecodedChunk,
@@ -262,53 +263,215 @@ def test_pickled_columns_and_members_are_never_loaded(store: Store, tmp_path: Pa
     assert sum(len(chunk.bad) for chunk in chunks) == 3 and not canary.exists()
 
 
-def mutations(contents: list[bytes], count: int) -> Iterator[bytes]:
-    """Yield `count` damaged copies: bytes set, put in or taken out, the end cut off."""
-    rng = random.Random(0)
-    for _ in range(count):
-        content = bytearray(rng.choice(contents))
-        for _ in range(rng.choice((1, 1, 2, 5))):
-            position = rng.randrange(len(content))
-            if rng.random() < 0.4:  # footers and end markers
-                position = max(0, len(content) - 1 - rng.randrange(900))
-            kind = rng.randrange(6)
-            if kind < 3:
-                content[position] = rng.choice((0, 1, 127, 128, 255, rng.randrange(256)))
-            elif kind == 3:
-                content[position:position] = rng.randbytes(rng.randrange(1, 9))
-            elif kind == 4:
-                del content[position : position + rng.randrange(1, 600)]
-            else:
-                del content[position + 1 :]
-            content = content or bytearray(b"x")
-        yield bytes(content)
-
-
-@pytest.mark.parametrize("format", ["webdataset", "parquet", "idx", "imagefolder"])
-def test_mutated_files_give_images_or_data_errors_and_nothing_else(format: str) -> None:
-    rows = [
-        (f"{'deep/' * 30}{i}.{e}", c)
-        for i in range(6)
-        for e, c in (("png", PNGS[i]), ("cls", b"%d" % (i % 3)))
+def numbered(rows: range, *, missing: str = "") -> list[tuple[str, bytes]]:
+    """Image and label of each row as members, without the one that is missing."""
+    members = [
+        (f"{i:03d}.{ending}", content)
+        for i in rows
+        for ending, content in (("png", PNGS[i]), ("cls", b"%d" % LABELS_N[i]))
     ]
-    name, contents = {
-        "webdataset": ("x.tar", [tar_of(rows), tar_of(rows, tarfile.GNU_FORMAT)]),
-        "parquet": ("x.parquet", [parquet_of(PNGS[:6], [0, 1, 2] * 2, NAMES), parquet_of(PNGS[:6], [0, 1, 2] * 2)]),
-        "idx": ("train-images-idx3-ubyte.gz", [gzip.compress(idx_of(IMAGES_NHWC[:, :, :, 0]))]),
-        "imagefolder": ("train/ant/0.png", [PNGS[0]]),
-    }[format]  # fmt: skip
-    store = Store(f"memory://{uuid.uuid4().hex}")
-    if format == "idx":
-        store.put("train-labels-idx1-ubyte", idx_of(LABELS_N))
-    outcomes = Counter[str]()
-    for content in mutations(contents, 400):
+    return [member for member in members if member[0] != missing]
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"), [("007.png", "no image member"), ("007.cls", "no label")]
+)
+def test_a_missing_member_is_named_with_its_shard_and_key(
+    store: Store, missing: str, reason: str
+) -> None:
+    chunks = tar_with(store, numbered(range(13), missing=missing))
+    bad = [reason for chunk in chunks for reason in chunk.bad]
+    assert len(bad) == 1 and bad[0].startswith("x.tar#007: ") and reason in bad[0]
+    assert sum(len(chunk.keys) for chunk in chunks) == 12
+
+
+def test_a_key_that_is_there_twice_is_named(store: Store) -> None:
+    twice = [*numbered(range(3)), *numbered(range(2, 4)), *numbered(range(1)), ("009.txt", b"x")]
+    chunks = tar_with(store, twice)
+    bad = [reason for chunk in chunks for reason in chunk.bad]
+    assert bad == [
+        "x.tar#002: the archive holds cls of this key more than once",
+        "x.tar#000: the archive holds this key more than once",
+    ]
+    assert_array_equal(np.concatenate([c.labels_N for c in chunks]), LABELS_N[[0, 1, 3]])
+
+
+def test_a_stem_with_very_many_members_takes_no_time_and_no_line(store: Store) -> None:
+    many = [(f"a.{i}", b"") for i in range(20_000)] + [("a.cls", b"0")]
+    (chunk,) = tar_with(store, [*many, ("k" * 3000 + "\n.cls", b"0")])
+    assert len(chunk.bad) == 2 and all(len(reason) < 400 for reason in chunk.bad)
+    assert "\n" not in chunk.bad[1] and "k...k" in chunk.bad[1]
+
+
+def indexed(store: Store, index: str, counts: dict[str, int]) -> None:
+    if index == "sizes.json":
+        store.put(index, json.dumps(counts).encode())
+        return
+    split = {"filenames": list(counts), "shard_lengths": list(counts.values())}
+    store.put(index, json.dumps({"splits": {"train": split}}).encode())
+
+
+@pytest.mark.parametrize("index", ["_info.json", "sizes.json"])
+def test_samples_are_counted_against_the_index_beside_the_shards(store: Store, index: str) -> None:
+    WRITERS["webdataset"](store)
+    whole = {"train-000.tar": 13, "train-001.tar": 11}
+    indexed(store, index, whole)
+    source = open_source(store.uri, CONFIG, split="train")
+    assert (source.num_images, [s.num_images for s in source.shards(5)]) == (24, [13, 11])
+    assert sum(len(chunk.keys) for chunk in chunks_of(store)) == 24
+    # Cut between two members and closed again: a whole archive, of which only the index knows better.
+    store.put("train-001.tar", tar_of(numbered(range(13, 20))))
+    with pytest.raises(
+        DataError, match=r"train-001\.tar: expected 11 samples as the index .* found 7"
+    ):
+        chunks_of(store)
+    indexed(store, index, {**whole, "train-002.tar": 4})
+    with pytest.raises(DataError, match=rf"{index}: names 3 .* 1 of them are missing: 'train-002"):
+        chunks_of(store)
+    # One shard that is asked for by name needs no others.
+    one = open_source(store.url("train-000.tar"), CONFIG, split="train")
+    assert one.num_images == 13
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"[1]", b'{"splits": []}', b'{"train-000.tar": "many"}', b"[" * 99_999]
+)
+def test_what_is_no_index_is_said_and_not_counted_against(
+    store: Store, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    WRITERS["webdataset"](store)
+    for name in ("_info.json", "sizes.json"):
         store.put(name, content)
+        with caplog.at_level(logging.WARNING):
+            assert open_source(store.uri, CONFIG, split="train").num_images is None
+        assert f"{name}: is no index of shards" in caplog.text
+        store.delete(name)
+
+
+def test_parquet_with_fewer_rows_than_its_footer_says_is_refused(store: Store) -> None:
+    content = parquet_of(PNGS[:7], LABELS_N[:7].tolist(), NAMES)
+    found = 0
+    for position in range(len(content) - 12):
+        # A 64-bit field of the footer's thrift that says 7 now says 8.
+        if content[position : position + 2] != b"\x16\x0e":
+            continue
+        changed = content[: position + 1] + b"\x10" + content[position + 2 :]
         try:
+            rows = pq.read_metadata(io.BytesIO(changed)).num_rows
+        except OSError:
+            continue
+        if rows == 8:
+            found += 1
+            store.put("x.parquet", changed)
+            with pytest.raises(DataError, match=r"x\.parquet: expected 8 rows, found 7"):
+                chunks_of(store)
             source = open_source(store.uri, CONFIG, split="train")
-            keys, _, images_NHWC, bad = load_images(source, CONFIG, 1 << 20) or pytest.fail("large")
-            assert len(keys) == len(images_NHWC)
-            assert [raw.key for raw in source.read_keys(keys)] == list(keys)
-            outcomes["bad image" if bad else "images"] += 1
-        except DataError as error:
-            outcomes[type(error).__name__] += 1
-    assert set(outcomes) <= {"DataError", "images", "bad image"} and len(outcomes) >= 2, outcomes
+            with pytest.raises(DataError, match=r"x\.parquet: no row 7"):
+                source.read_keys(["x.parquet#7"])
+    assert found == 1
+
+
+@pytest.mark.parametrize("format", sorted(WRITERS))
+def test_a_file_of_another_size_than_was_listed_is_refused_by_name(
+    store: Store, format: str
+) -> None:
+    WRITERS[format](store)
+    source = open_source(store.uri, CONFIG, split="train")
+    shards = source.shards(100)
+    copy = pickle.loads(pickle.dumps(source))
+    name = next(iter(source.files))
+    store.put(name, store.get(name) + b"\0")
+    size_bytes = source.files[name]
+    expected = rf"{name}: expected {size_bytes} bytes as the listing told, found {size_bytes + 1}"
+    with pytest.raises(ArtifactError, match=expected):
+        [raw for shard in shards for raw in copy.read_shard(shard)]
+
+
+# Degenerate data -------------------------------------------------------------------------------
+
+
+def test_one_image_is_a_source_and_the_same_image_twice_is_two(store: Store) -> None:
+    for format in ("imagefolder", "webdataset", "parquet"):
+        place = store.child(format)
+        WRITERS[format](place, pngs=(PNGS[0],) * 24)
+        keys = [key for chunk in chunks_of(place) for key in chunk.keys]
+        assert len(set(keys)) == 24
+    one = store.child("one")
+    one.put("folder/train/ant/0.png", PNGS[0])
+    one.put("tar/x.tar", tar_of(numbered(range(1))))
+    one.put("parquet/x.parquet", parquet_of(PNGS[:1], [0], NAMES))
+    for place in ("folder", "tar", "parquet"):
+        (chunk,) = chunks_of(one.child(place))
+        assert_array_equal(chunk.images_NHWC, IMAGES_NHWC[:1])
+
+
+def test_classes_without_images_are_said_and_make_no_class(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.put("train/ant/0.png", PNGS[0])
+    store.put("train/cat/notes.txt", b"no image")
+    Path(store.uri, "train/bee").mkdir()
+    with caplog.at_level(logging.WARNING):
+        source = open_source(store.uri, CONFIG, split="train")
+    assert source.class_names == ("ant",)
+    assert "1 folders are empty and make no class: 'train/bee'" in caplog.text
+    assert "1 folders hold no image and make no class: 'cat'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name", ["x.tar", "x.parquet", "train-images-idx3-ubyte", "train/ant/0.png"]
+)
+def test_files_of_zero_bytes_are_named(store: Store, name: str) -> None:
+    Path(store.uri, name).parent.mkdir(parents=True, exist_ok=True)
+    Path(store.uri, name).touch()
+    if "idx" in name:
+        store.put("train-labels-idx1-ubyte", b"\0\0\x08\x01\0\0\0\0")
+    if name.endswith("png"):
+        (chunk,) = chunks_of(store)
+        assert chunk.bad == (f"{name}: ValueError: the file is empty",)
+    else:
+        with pytest.raises(DataError, match=name):
+            chunks_of(store)
+
+
+def test_folders_may_be_named_like_files_and_hidden_files_are_none(store: Store) -> None:
+    folder = store.child("folder")
+    for i, name in enumerate(("0.png", "ant.jpg")):
+        folder.put(f"train/{name}/{i}.png", PNGS[i])
+    for name in (".hidden/ant/0.png", "train/.DS_Store", "train/ant.jpg/._1.png", "train/.x/0.png"):
+        folder.put(name, b"x")
+    source = open_source(folder.uri, CONFIG, split="train")
+    assert source.class_names == ("0.png", "ant.jpg")
+    assert list(source.files) == ["train/0.png/0.png", "train/ant.jpg/1.png"]
+    spark = store.child("spark")
+    spark.put("x.parquet/part-0.parquet", parquet_of(PNGS[:2], [0, 1], NAMES))
+    spark.put("x.parquet/_SUCCESS", b"x")
+    assert len(chunks_of(spark)[0].keys) == 2
+
+
+def test_pictures_of_every_mode_arrive_from_every_format(store: Store) -> None:
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 3
+    gray = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    black = gray.point(lambda value: 255 - value)
+    modes: list[tuple[str, Image.Image, dict[str, Any]]] = [
+        ("png", gray, {}),
+        ("png", Image.fromarray(pixels.astype(np.uint16) << 8), {}),
+        ("png", gray.convert("P"), {}),
+        ("png", gray.convert("LA"), {}),
+        ("jpg", Image.merge("CMYK", [Image.new("L", (8, 8))] * 3 + [black]), {"quality": 100}),
+        ("png", gray.transpose(Image.Transpose.ROTATE_180), {"exif": exif}),
+    ]
+    rows: list[tuple[str, bytes]] = []
+    for i, (ending, picture, options) in enumerate(modes):
+        sink = io.BytesIO()
+        picture.save(sink, "JPEG" if ending == "jpg" else "PNG", **options)
+        rows += [(f"{i}.{ending}", sink.getvalue()), (f"{i}.cls", b"0")]
+        store.put(f"folder/train/ant/{i}.{ending}", sink.getvalue())
+    store.put("tar/x.tar", tar_of(rows))
+    store.put("parquet/x.parquet", parquet_of([c for _, c in rows[::2]], [0] * 6, NAMES))
+    for place in ("folder", "tar", "parquet"):
+        images = np.concatenate([c.images_NHWC for c in chunks_of(store.child(place))])
+        assert images.shape == (6, 8, 8, 1)
+        assert np.abs(images[..., 0].astype(int) - pixels).max() <= 3, place

@@ -6,6 +6,7 @@ Legend: C color channels.
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,7 @@ def read_checkpoint(content: bytes, name: str) -> dict[str, Tensor]:
     # safetensors: 8 bytes of header length, then a JSON object.
     is_safetensors = content[8:9] == b"{"
     try:
+        _refuse_zip_bomb(content)
         found: Any = (
             safetensors.torch.load(content)
             if is_safetensors
@@ -74,6 +76,16 @@ def read_checkpoint(content: bytes, name: str) -> dict[str, Tensor]:
         if all(k.startswith(prefix) for k in state):
             state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state
+
+
+def _refuse_zip_bomb(content: bytes) -> None:
+    """Refuse a zip file that unpacks to more than it holds: torch stores its records as they are, and inflates any."""
+    if not zipfile.is_zipfile(io.BytesIO(content)):
+        return
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        unpacked_bytes = sum(record.file_size for record in archive.infolist())
+    if unpacked_bytes > len(content):
+        raise ValueError(f"its records unpack to {unpacked_bytes} bytes")
 
 
 def _kind(found: object) -> str:

@@ -7,10 +7,12 @@ Parquet file reads back as different data without an error.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +37,7 @@ from wmdd_ray.records import (
 )
 from wmdd_ray.store.images import encode_png
 
+R = TypeVar("R")
 _HUGGINGFACE = b"huggingface"
 _WMDD = b"wmdd"
 
@@ -54,6 +57,25 @@ def _unpack(content: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         raise ArtifactError(f"expected a safetensors record of this project: {error}") from error
 
 
+def _checked(decode: Callable[[bytes], R]) -> Callable[[bytes], R]:
+    """Turn what a decoder misses in a record, or finds there of another kind, into an ArtifactError."""
+
+    @functools.wraps(decode)
+    def checked(content: bytes) -> R:
+        try:
+            return decode(content)
+        except (
+            ArithmeticError, AssertionError, AttributeError, LookupError, OSError,
+            RecursionError, SyntaxError, TypeError, ValueError,
+        ) as error:  # fmt: skip
+            raise ArtifactError(
+                f"expected a record that {decode.__name__} reads, found another or a changed one ({error!r}); delete "
+                "the room that holds it and run the stage again"
+            ) from error
+
+    return checked
+
+
 # Teacher ---------------------------------------------------------------------------------------
 
 
@@ -68,6 +90,7 @@ def encode_teacher(teacher: Teacher) -> bytes:
     return _pack(teacher.weights, **meta)
 
 
+@_checked
 def decode_teacher(content: bytes) -> Teacher:
     """Read what `encode_teacher` wrote."""
     weights, meta = _unpack(content)
@@ -95,6 +118,7 @@ def encode_feature_chunk(chunk: FeatureChunk) -> bytes:
     return _pack(arrays, keys=chunk.keys, moment_labels=labels, channels_L=channels)
 
 
+@_checked
 def decode_feature_chunk(content: bytes) -> FeatureChunk:
     """Read what `encode_feature_chunk` wrote."""
     arrays, meta = _unpack(content)
@@ -123,6 +147,7 @@ def encode_class_features(features: ClassFeatures) -> bytes:
     )
 
 
+@_checked
 def decode_class_features(content: bytes) -> ClassFeatures:
     """Read what `encode_class_features` wrote."""
     arrays, meta = _unpack(content)
@@ -159,6 +184,7 @@ def encode_class_barycenter(record: ClassBarycenter) -> bytes:
     )
 
 
+@_checked
 def decode_class_barycenter(content: bytes) -> ClassBarycenter:
     """Read what `encode_class_barycenter` wrote."""
     arrays, meta = _unpack(content)
@@ -192,6 +218,7 @@ def encode_class_images(record: ClassImages) -> bytes:
     return _pack(arrays, label=record.label, losses=record.losses)
 
 
+@_checked
 def decode_class_images(content: bytes) -> ClassImages:
     """Read what `encode_class_images` wrote."""
     arrays, meta = _unpack(content)
@@ -203,6 +230,7 @@ def encode_state(arrays: dict[str, np.ndarray]) -> bytes:
     return _pack(arrays, sha256=_digest(arrays))
 
 
+@_checked
 def decode_state(content: bytes) -> dict[str, np.ndarray]:
     """Read what `encode_state` wrote; an ArtifactError when it was changed."""
     arrays, meta = _unpack(content)
@@ -298,6 +326,7 @@ def encode_soft_labels(block: SoftLabelBlock) -> bytes:
     return _write_parquet(table)
 
 
+@_checked
 def decode_soft_labels(content: bytes) -> SoftLabelBlock:
     """Read what `encode_soft_labels` wrote."""
     table = _read_parquet(content)
@@ -364,6 +393,7 @@ def encode_images(
     return _write_parquet(table.replace_schema_metadata(meta))
 
 
+@_checked
 def decode_images(content: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (images_NHWC uint8, labels_N int64, weights_N float64) of an `encode_images` table."""
     table = _read_parquet(content)

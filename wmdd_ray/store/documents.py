@@ -44,6 +44,16 @@ def entry_of(key: str, content: bytes) -> FileEntry:
     return FileEntry(key=key, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
+def entries_of(found: Any, where: str) -> list[FileEntry]:
+    """Return the entries that a document lists; an ArtifactError names it when they are something else."""
+    try:
+        return [FileEntry(**entry) for entry in found]
+    except TypeError as error:
+        raise ArtifactError(
+            f"{where}: expected a list of files, found another ({error})"
+        ) from error
+
+
 def read_verified(store: Store, entry: FileEntry) -> bytes:
     """Return the content of `entry`, verified.
 
@@ -76,7 +86,7 @@ def load_json(content: bytes, where: str) -> Any:
     """Parse JSON; an ArtifactError names `where` when it is none."""
     try:
         return json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{where}: expected JSON, found {content[:40]!r} ({error})") from error
 
 
@@ -106,8 +116,9 @@ def read_sealed(store: Store, key: str) -> dict[str, Any]:
         FileNotFoundError: There is no such object.
         ArtifactError: It was changed.
     """
+    content = store.get(key)
     try:
-        return unseal(store.get(key), store.url(key))
+        return unseal(content, store.url(key))
     except ArtifactError:
         return unseal(store.get(key), store.url(key))
 
@@ -140,5 +151,4 @@ def read_manifest(store: Store) -> tuple[dict[str, Any], list[FileEntry]]:
             f"{store.url(MANIFEST_KEY)}: expected format version {FORMAT_VERSION}, found "
             f"{manifest.get('format_version')!r}; install the wmdd_ray version that wrote it"
         )
-    files = [FileEntry(**entry) for entry in manifest.pop("files")]
-    return manifest, files
+    return manifest, entries_of(manifest.pop("files", None), store.url(MANIFEST_KEY))

@@ -3,9 +3,6 @@
 A `with open(...)` block that raises leaves a half object on S3 with s3fs and pyarrow alike, so nothing here streams
 a write: content is serialized by the caller and put by one request. Publishing uses `create`, a conditional write
 (`If-None-Match: *` on object stores, a hard link on a local disk), which one of several writers wins.
-
-Artifacts go through fsspec (s3fs has conditional writes); real images are read through Arrow's own filesystems, which
-take 2 to 6 times less CPU and whose errors Ray Data knows how to retry.
 """
 
 from __future__ import annotations
@@ -21,79 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import pyarrow.fs as pafs
 
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.store.retries import client_errors, remedy, retried, status_of
+from wmdd_ray.store.uris import fsspec_filesystem, local_path
 
-_S3_OPTIONS = {
-    "config_kwargs": {
-        # `retries.py` repeats, and no other layer.
-        "retries": {"mode": "standard", "total_max_attempts": 1},
-        "read_timeout": 30,
-        "connect_timeout": 10,
-    },
-    # An object is read by one request: side by side s3fs reads ranges, which no checksum is verified for and of which
-    # a short one leaves zeros.
-    "max_concurrency": 1,
-    "use_listings_cache": False,
-}
 # What a file system without hard links says: exFAT, many network and FUSE mounts.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _memory_lock = threading.Lock()
-
-
-def is_local(uri: str) -> bool:
-    """Return whether only this machine sees `uri` (a path, `file://` or `memory://`)."""
-    return "://" not in uri or uri.startswith(("file://", "local://", "memory://"))
-
-
-def local_path(uri: str) -> Path | None:
-    """Return the path of a URI on the local disk, or None for any other URI."""
-    if "://" not in uri:
-        return Path(uri).expanduser().absolute()
-    scheme, _, rest = uri.partition("://")
-    return Path(rest).absolute() if scheme in ("file", "local") else None
-
-
-def arrow_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """Return an Arrow filesystem for `uri` and the path inside it, without scheme.
-
-    Local disk and `s3://` are native; S3 takes endpoint, region and credentials from the usual AWS variables or the
-    instance's role. Every other URI is opened by fsspec and wrapped.
-
-    Raises:
-        ArtifactError: No filesystem is installed for the scheme.
-    """
-    path = local_path(uri)
-    if path is not None:
-        return pafs.LocalFileSystem(), str(path)
-    if uri.startswith("s3://"):
-        filesystem = pafs.S3FileSystem(
-            # The constructor, unlike from_uri, does not look for an endpoint in the environment.
-            endpoint_override=os.environ.get("AWS_ENDPOINT_URL_S3")
-            or os.environ.get("AWS_ENDPOINT_URL"),
-            connect_timeout=10,
-            request_timeout=30,
-            retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=5),
-        )
-        return filesystem, uri.removeprefix("s3://").rstrip("/")
-    fs, root = _fsspec(uri)
-    return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), root
-
-
-def _fsspec(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    options = _S3_OPTIONS if uri.startswith("s3://") else {}
-    try:
-        fs, root = fsspec.core.url_to_fs(uri, **options)
-    except (ValueError, ImportError) as error:
-        raise ArtifactError(
-            f"cannot open {uri}: {error}; expected a local path or a URI such as s3://bucket/prefix whose "
-            "fsspec package is installed"
-        ) from error
-    if uri.startswith("s3://"):
-        fs.retries = 1
-    return fs, root.rstrip("/")
 
 
 class Store:
@@ -146,7 +78,7 @@ class Store:
                 with _staged(self._path / key, content) as staged:
                     os.replace(staged, self._path / key)
             else:
-                self._ask("pipe_file", self._inside(key), content)
+                self._ask("pipe_file", self._inside(key), content, **self._whole())
 
     def create(self, key: str, content: bytes) -> bool:
         """Write `content` to `key` unless an object is there already.
@@ -184,7 +116,7 @@ class Store:
                 fs.pipe_file(self._inside(key), content)
                 return True
         try:
-            self._ask("pipe_file", self._inside(key), content, mode="create")
+            self._ask("pipe_file", self._inside(key), content, mode="create", **self._whole())
             return True
         except FileExistsError:
             return False
@@ -261,6 +193,23 @@ class Store:
             if keys:
                 self._ask("rm", keys)
 
+    def sweep(self, before: float) -> None:
+        """Remove what processes that were killed while they wrote left on a disk before a time (seconds since 1970)."""
+        if self._path is None:
+            return
+        with self._named("list", ""):
+            for path in self._path.rglob(".*.part"):
+                with contextlib.suppress(FileNotFoundError):
+                    if path.stat().st_mtime < before:
+                        path.unlink()
+
+    def _whole(self) -> dict[str, int]:
+        """Return the option by which an object is one request up to S3's limit of 5 GiB.
+
+        In parts it would have no checksum of its own, and a killed writer would leave parts that are paid for.
+        """
+        return {"chunksize": 5 << 30} if self.uri.startswith("s3://") else {}
+
     def _inside(self, key: str) -> str:
         """Return the path of `key` inside the remote filesystem."""
         return f"{self._fs()[1]}/{key}"
@@ -278,7 +227,7 @@ class Store:
 
     def _fs(self) -> tuple[fsspec.AbstractFileSystem, str]:
         if self._remote is None:
-            self._remote = _fsspec(self.uri)
+            self._remote = fsspec_filesystem(self.uri)
         return self._remote
 
     @contextlib.contextmanager
@@ -292,7 +241,10 @@ class Store:
             if self._path is not None:
                 if verb == "read" and isinstance(error, FileNotFoundError):
                     raise
-                what = f"{error}; check the free space, the permissions and the mount of this disk"
+                what = (
+                    f"{error}; check the free space, the permissions and the mount of this disk, then run the same command again: "
+                    "finished units are kept"
+                )
             elif isinstance(error, FileNotFoundError) and status_of(error)[1] != "NoSuchBucket":
                 if verb == "read":
                     raise

@@ -13,6 +13,7 @@ and bilevel pictures are converted by Pillow.
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 
@@ -47,6 +48,13 @@ _DECODE_ERRORS = (
     Image.DecompressionBombError,
     Warning,
 )
+
+# What a picture may make Pillow do without a pixel to show for it. Real progressive JPEGs have ten scans of all
+# pixels, and a hundred bytes make one more; text and application chunks cost a microsecond and 300 bytes each.
+_MAX_SCANS = 16
+_MAX_CHUNKS = 100_000
+_SCAN = b"\xff\xda"
+_CHUNK = re.compile(rb"\xff[\xe0-\xef\xfe]|[itz](?:TX|EX)t|fcTL")
 
 _ORIENTATION = 0x0112
 _TRANSPOSITION = {
@@ -113,8 +121,14 @@ def _picture_of(content: bytes | np.ndarray, max_pixels: int) -> Image.Image:
         return Image.fromarray(plain)
     if not content:
         raise ValueError("the file is empty")
+    # A smaller file cannot hold enough of them to matter.
+    if len(content) > 1 << 20 and sum(1 for _ in _CHUNK.finditer(content)) > _MAX_CHUNKS:
+        raise ValueError(f"more than {_MAX_CHUNKS} chunks of metadata")
     picture = Image.open(io.BytesIO(content), formats=_FORMATS)
     _check_size(*picture.size, max_pixels)
+    scans = content.count(_SCAN) if picture.format in ("JPEG", "MPO") else 0
+    if scans * picture.width * picture.height > _MAX_SCANS * max_pixels:
+        raise ValueError(f"{scans} scans of {picture.width} x {picture.height} pixels")
     picture.load()
     return picture
 

@@ -117,11 +117,7 @@ def _passes(error: Exception) -> bool:
 def _connection_errors() -> tuple[type[Exception], ...]:
     """Return what says that a connection failed or carried other bytes than were sent."""
     names = ("ConnectionError", "HTTPClientError", "IncompleteReadError", "FlexibleChecksumError")
-    return (
-        *_of("botocore.exceptions", *names),
-        *_of("botocore.parsers", "ResponseParserError"),
-        *_of("aiohttp", "ClientError"),
-    )
+    return (*_of("botocore.exceptions", *names), *_of("aiohttp", "ClientError"))
 
 
 def _of(module: str, *names: str) -> tuple[type[Exception], ...]:

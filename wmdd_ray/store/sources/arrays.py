@@ -16,8 +16,9 @@ import numpy as np
 
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
-from wmdd_ray.store.sources.base import RawImage, Shard, Source, class_shards, reading
+from wmdd_ray.store.sources.base import RawImage, Shard, Source, class_shards
 from wmdd_ray.store.sources.classes import integer_names, match_classes
+from wmdd_ray.store.sources.files import reading
 from wmdd_ray.store.sources.listing import Listing, Split, no_such_split
 
 _IDX_NAME = re.compile(r"(?:.*[-/])?(train|t10k|test|val)-images[-.]idx[34]-ubyte(\.gz)?")
@@ -79,7 +80,7 @@ class ArraySource(Source):
     def read_keys(self, keys: Sequence[str]) -> list[RawImage]:
         images, labels_N = self._loaded()
         for key in keys:
-            if not (key.isascii() and key.isdigit() and int(key) < len(labels_N)):
+            if not (re.fullmatch("[0-9]{1,18}", key) and int(key) < len(labels_N)):
                 raise DataError(
                     f"{self.root}: no image {key!r}, expected an index below {len(labels_N)}"
                 )
@@ -144,6 +145,7 @@ class IdxSource(ArraySource):
         super().__init__(listing.root, files, listing.config, class_names)
         self.images_file = images_file
         self.labels_file = labels_file
+        self.sizes = files  # stays with a copy, unlike the listing
 
     def _load(self) -> tuple[np.ndarray, np.ndarray]:
         images = _read_idx(self, self.images_file, (3, 4))
@@ -203,7 +205,7 @@ def _read_idx(source: IdxSource, file: str, expected_dims: tuple[int, ...]) -> n
     where = source.url(file)
     what = f"an IDX file of unsigned bytes with {' or '.join(map(str, expected_dims))} dimensions"
     try:
-        with reading(where, what), source.open_random(file) as handle:
+        with reading(where, what), source.open_random(file, source.sizes[file]) as handle:
             stored = handle.read()
             is_gzip = file.endswith(".gz")
             limit_bytes = len(stored) * (_MAX_GZIP_RATIO if is_gzip else 1)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,9 +14,10 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from wmdd_ray.config import SourceConfig
-from wmdd_ray.errors import ArtifactError, DataError
-from wmdd_ray.store.filesystem import arrow_filesystem
+from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.classes import MAX_CLASSES
+from wmdd_ray.store.sources.files import open_whole, reading, streamed
+from wmdd_ray.store.uris import arrow_filesystem
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +26,7 @@ class Shard:
 
     `keys` names the images of random-access formats; `file` is the tar or Parquet file, relative to
     the root. `labels` are the distinct classes inside, ascending, or None when only reading tells;
-    likewise `num_images`.
+    likewise `num_images`. `sizes` are the bytes of each of `keys`, or of `file`, as listed.
     """
 
     id: str
@@ -34,6 +34,12 @@ class Shard:
     keys: tuple[str, ...] = ()
     num_images: int | None = None
     labels: tuple[int, ...] | None = None
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def size_bytes(self) -> int | None:
+        """Bytes of `file` as listed; None where nothing is known."""
+        return self.sizes[0] if self.file and self.sizes else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -144,20 +150,14 @@ class Source(abc.ABC):
         """Return the full URI of a file."""
         return f"{self.root}/{file}"
 
-    def open_random(self, file: str) -> pa.NativeFile:
-        """Open a file for reads anywhere in it."""
+    def open_random(self, file: str, size_bytes: int | None = None) -> pa.NativeFile:
+        """Open a file for reads anywhere in it; it must have the size that was listed, if given."""
         filesystem, path = self._connected()
-        if self.root.startswith("memory://"):
-            # All who open a file of fsspec's memory share one position in it, threads included.
-            return pa.BufferReader(filesystem.handler.fs.cat_file(f"{path}/{file}"))
-        return filesystem.open_input_file(f"{path}/{file}")
+        return open_whole(filesystem, f"{path}/{file}", self.url(file), size_bytes)
 
-    def open_stream(self, file: str) -> pa.NativeFile:
+    def open_stream(self, file: str, size_bytes: int | None = None) -> pa.NativeFile:
         """Open a file for one pass from its start."""
-        if self.root.startswith("memory://"):
-            return self.open_random(file)
-        filesystem, path = self._connected()
-        return filesystem.open_input_stream(f"{path}/{file}", compression=None, buffer_size=1 << 20)
+        return streamed(self.open_random(file, size_bytes))
 
     def read_if_there(self, file: str) -> bytes | None:
         """Return the content of a small file, or None when there is none."""
@@ -202,37 +202,18 @@ class Source(abc.ABC):
         )
 
 
-@contextlib.contextmanager
-def reading(where: str, what: str) -> Iterator[None]:
-    """Turn what Arrow raises into the user's errors: storage failed, or content is not `what`."""
-    try:
-        yield
-    except (OSError, EOFError, UnicodeDecodeError, pa.ArrowException) as error:
-        if _is_storage_fault(error):
-            raise ArtifactError(
-                f"cannot read {where}: {type(error).__name__}: {error}; check that the file is "
-                "still there and that the store answers"
-            ) from error
-        raise DataError(
-            f"{where}: expected {what}, found cut or malformed content ({type(error).__name__}: "
-            f"{error}); restore the file from its origin"
-        ) from error
-
-
-def _is_storage_fault(error: Exception) -> bool:
-    # Arrow reports malformed Parquet as a plain OSError, without errno; the system's errors have
-    # one, S3's a name.
-    return isinstance(error, OSError) and (
-        isinstance(error, FileNotFoundError | PermissionError)
-        or error.errno is not None
-        or "AWS Error" in str(error)
-    )
-
-
 def class_shards(
-    keys_by_label: Iterable[tuple[int, Sequence[str]]], chunk_images: int
+    keys_by_label: Iterable[tuple[int, Sequence[str]]],
+    chunk_images: int,
+    files: Mapping[str, int] | None = None,
 ) -> list[Shard]:
-    """Cut each class into shards of at most `chunk_images` consecutive images."""
+    """Cut each class into shards of at most `chunk_images` consecutive images.
+
+    Args:
+        keys_by_label: Label and its keys.
+        chunk_images: Most images of a shard.
+        files: Bytes of each key, where a key is a file.
+    """
     assert chunk_images >= 1, chunk_images
     return [
         Shard(
@@ -240,6 +221,7 @@ def class_shards(
             keys=tuple(keys[start : start + chunk_images]),
             num_images=len(keys[start : start + chunk_images]),
             labels=(label,),
+            sizes=tuple(files[key] for key in keys[start : start + chunk_images]) if files else (),
         )
         for label, keys in keys_by_label
         for number, start in enumerate(range(0, len(keys), chunk_images))

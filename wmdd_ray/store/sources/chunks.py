@@ -13,7 +13,7 @@ from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import BadImageError, DataError
 from wmdd_ray.store.images import decode_image
 from wmdd_ray.store.sources.base import RawImage, Shard, Source
-from wmdd_ray.store.sources.classes import SHOWN
+from wmdd_ray.store.sources.classes import SHOWN, one_line
 
 # Shard size of a whole-set read: only bounds what is decoded at once.
 _LOAD_CHUNK_IMAGES = 512
@@ -94,9 +94,10 @@ def decoded_chunks(
 
 
 def _decode(record: RawImage, config: SourceConfig) -> np.ndarray:
+    where = one_line(record.key)
     if record.problem:
-        raise BadImageError(f"{record.key}: {record.problem}")
-    return decode_image(record.content, config, record.key)
+        raise BadImageError(f"{where}: {record.problem}")
+    return decode_image(record.content, config, where)
 
 
 def refuse_too_many_bad(bad: Sequence[str], config: SourceConfig, where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ logger = logging.getLogger(__name__)
 # Soft labels name classes by uint16.
 MAX_CLASSES = 65536
 SHOWN = 5
+_MAX_LINE = 200
 
 
 def match_classes(
@@ -45,6 +47,7 @@ def match_classes(
     return tuple(place[name] for name in found)
 
 
+@functools.cache  # the longest has 65,536 names, and every opening asks for it
 def integer_names(count: int) -> tuple[str, ...]:
     """Return the names of classes of which only the labels are known."""
     return tuple(str(label) for label in range(min(count, MAX_CLASSES + 1)))
@@ -54,3 +57,10 @@ def shown(names: Sequence[str]) -> str:
     """Return the first few names, and how many more there are."""
     more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(repr(name) for name in names[:SHOWN]) + more
+
+
+def one_line(name: str) -> str:
+    """Return a name that came with the data as it may stand in a message: printable, and not longer than a line."""
+    if len(name) > _MAX_LINE:
+        name = f"{name[: _MAX_LINE // 2]}...{name[-_MAX_LINE // 2 :]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)

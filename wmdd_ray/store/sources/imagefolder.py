@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -9,8 +10,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import PurePosixPath
 
 from wmdd_ray.errors import DataError
-from wmdd_ray.store.sources.base import RawImage, Shard, Source, class_shards, reading
-from wmdd_ray.store.sources.classes import match_classes
+from wmdd_ray.store.sources.base import RawImage, Shard, Source, class_shards
+from wmdd_ray.store.sources.classes import match_classes, shown
+from wmdd_ray.store.sources.files import reading
 from wmdd_ray.store.sources.listing import SPLIT_NAMES, Listing, no_such_split
 
 logger = logging.getLogger(__name__)
@@ -62,13 +64,13 @@ class ImageFolderSource(Source):
         by_label: dict[int, list[str]] = {}
         for key in self.files:
             by_label.setdefault(self._label(key), []).append(key)
-        return class_shards(sorted(by_label.items()), chunk_images)
+        return class_shards(sorted(by_label.items()), chunk_images, self.files)
 
     def read_shard(self, shard: Shard) -> Iterator[RawImage]:
-        yield from self._read(shard.keys)
+        yield from self._read(shard.keys, shard.sizes)
 
     def read_keys(self, keys: Sequence[str]) -> list[RawImage]:
-        return list(self._read(keys))
+        return list(self._read(keys, ()))
 
     def _label(self, key: str) -> int:
         parts = key.removeprefix(self.folder).split("/")
@@ -79,24 +81,25 @@ class ImageFolderSource(Source):
             )
         return self._label_of[parts[0]]
 
-    def _read(self, keys: Sequence[str]) -> Iterator[RawImage]:
+    def _read(self, keys: Sequence[str], sizes: Sequence[int]) -> Iterator[RawImage]:
         """Yield the files in order, with a few reads under way ahead of the consumer."""
         self._connected()  # once, and not in every thread
         pending: deque[Future[RawImage]] = deque()
         executor = ThreadPoolExecutor(_READ_THREADS)
         try:
-            for key in keys:
+            for key, size_bytes in itertools.zip_longest(keys, sizes):
                 if len(pending) == _READS_AHEAD:
                     yield pending.popleft().result()
-                pending.append(executor.submit(self._read_one, key))
+                pending.append(executor.submit(self._read_one, key, size_bytes))
             while pending:
                 yield pending.popleft().result()
         finally:
             executor.shutdown(cancel_futures=True)
 
-    def _read_one(self, key: str) -> RawImage:
+    def _read_one(self, key: str, size_bytes: int | None) -> RawImage:
         label = self._label(key)
-        with reading(self.url(key), "an image file"), self.open_random(key) as file:
+        where = self.url(key)
+        with reading(where, "an image file"), self.open_random(key, size_bytes) as file:
             problem = self.too_large(file.size())
             content = b"" if problem else file.read()
         return RawImage(key=key, label=label, content=content, problem=problem)
@@ -128,6 +131,16 @@ def open_imagefolder(listing: Listing) -> ImageFolderSource:
         logger.warning(
             "%s/%s: %d images lie in no class folder and are not read", listing.root, folder, loose
         )
+    others = {
+        name.removeprefix(folder).split("/")[0]
+        for name in listing.files
+        if name.startswith(folder) and "/" in name.removeprefix(folder)
+    } - {*found}
+    if others and found:
+        logger.warning(
+            "%s/%s: %d folders hold no image and make no class: %s",
+            listing.root, folder, len(others), shown(sorted(others)),
+        )  # fmt: skip
     if listing.class_names is not None:
         match_classes(found, listing.class_names, f"{listing.root}/{folder}".rstrip("/"))
     return ImageFolderSource(listing, folder, listing.class_names or tuple(found))

@@ -11,9 +11,9 @@ import pyarrow.fs as pafs
 
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
-from wmdd_ray.store.filesystem import arrow_filesystem, local_path
-from wmdd_ray.store.sources.base import reading
 from wmdd_ray.store.sources.classes import shown
+from wmdd_ray.store.sources.files import reading, walk_local
+from wmdd_ray.store.uris import arrow_filesystem, local_path
 
 Split = Literal["train", "val"]
 
@@ -44,13 +44,18 @@ class Listing:
     class_names: tuple[str, ...] | None
 
 
-def list_files(uri: str) -> tuple[str, dict[str, int]]:
+def list_files(uri: str, *, follow_links: bool = False) -> tuple[str, dict[str, int]]:
     """Return (root, files) of a folder, a file, or a pattern such as `train-{000..012}.tar`.
 
     Hidden names (a leading dot in any part) are left out: macOS writes `._x.jpg` beside `x.jpg`.
 
+    Args:
+        uri: What to list.
+        follow_links: Whether links on the local disk may lead out of the folder; a file that is named is read in
+            any case.
+
     Raises:
-        DataError: There is nothing, or a file of the pattern is missing.
+        DataError: There is nothing, a file of the pattern is missing, or links lead out of the folder.
         ArtifactError: The store cannot be reached, or refuses.
     """
     path = local_path(uri)
@@ -63,21 +68,29 @@ def list_files(uri: str) -> tuple[str, dict[str, int]]:
         if top.type == pafs.FileType.File:
             folder, _, name = uri.rpartition("/")
             return folder, {name: top.size}
-        try:
-            found = filesystem.get_file_info(pafs.FileSelector(base, recursive=True))
-        except FileNotFoundError:
-            found = []
-    # Object stores name keys without the leading slash that a root such as memory's has.
-    prefix = base.strip("/") + "/"
-    files = {
-        entry.path.lstrip("/").removeprefix(prefix): entry.size
-        for entry in found
-        if entry.type == pafs.FileType.File
-    }
+        files = (
+            walk_local(uri, follow_links=follow_links)
+            if path is not None and top.type == pafs.FileType.Directory
+            else _remote_files(filesystem, base)
+        )
     visible = {name: size for name, size in files.items() if not re.search(r"(^|/)\.", name)}
     if not visible:
         raise DataError(f"{uri}: expected images, found nothing there; check --data and --val-data")
     return uri, dict(sorted(visible.items()))
+
+
+def _remote_files(filesystem: pafs.FileSystem, base: str) -> dict[str, int]:
+    try:
+        found = filesystem.get_file_info(pafs.FileSelector(base, recursive=True))
+    except FileNotFoundError:
+        return {}
+    # Object stores name keys without the leading slash that a root such as memory's has.
+    prefix = base.strip("/") + "/"
+    return {
+        entry.path.lstrip("/").removeprefix(prefix): entry.size
+        for entry in found
+        if entry.type == pafs.FileType.File
+    }
 
 
 def _list_pattern(uri: str) -> tuple[str, dict[str, int]]:

@@ -56,7 +56,7 @@ def open_source(
                 f"{uri}: the format `digits` is embedded; pass --data digits, or another format"
             )
         return arrays.open_digits(config, split, class_names)
-    root, files = list_files(uri)
+    root, files = list_files(uri, follow_links=config.follow_links)
     listing = Listing(
         root=root,
         files=files,

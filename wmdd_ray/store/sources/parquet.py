@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wmdd_ray.config import SourceConfig
-from wmdd_ray.errors import DataError
-from wmdd_ray.store.sources.base import RawImage, Shard, Source, file_shard_id, reading
+from wmdd_ray.errors import DataError, WmddError
+from wmdd_ray.store.sources.base import RawImage, Shard, Source, file_shard_id
 from wmdd_ray.store.sources.classes import MAX_CLASSES, integer_names, match_classes
+from wmdd_ray.store.sources.files import reading
 from wmdd_ray.store.sources.listing import Listing, files_of_split
 from wmdd_ray.store.sources.parquet_columns import Columns, find_columns
 
@@ -50,8 +52,8 @@ class ParquetSource(Source):
     def shards(self, chunk_images: int) -> list[Shard]:
         rows = self._rows_of_files()
         return [
-            Shard(id=file_shard_id(i), file=file, num_images=rows[file])
-            for i, file in enumerate(self.files)
+            Shard(id=file_shard_id(i), file=file, num_images=rows[file], sizes=(size_bytes,))
+            for i, (file, size_bytes) in enumerate(self.files.items())
         ]
 
     def _rows_of_files(self) -> dict[str, int]:
@@ -68,24 +70,22 @@ class ParquetSource(Source):
         return self._num_rows
 
     def _rows_of_file(self, file: str) -> int:
-        with self.open_parquet(file) as (parquet, _):
+        with self.open_parquet(file, self.files[file]) as (parquet, _):
             return int(parquet.metadata.num_rows)
 
     @contextlib.contextmanager
-    def open_parquet(self, file: str) -> Iterator[tuple[pq.ParquetFile, Columns]]:
+    def open_parquet(
+        self, file: str, size_bytes: int | None = None
+    ) -> Iterator[tuple[pq.ParquetFile, Columns]]:
         """Open a file and find its columns; Arrow's errors inside become those of `reading`."""
         where = self.url(file)
-        with reading(where, "a Parquet file"), self.open_random(file) as handle:
-            # Verified where the writer stored page checksums; without them a flipped bit can pass
-            # unseen.
-            parquet = pq.ParquetFile(
-                handle, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
-            )
+        with reading(where, "a Parquet file"), self.open_random(file, size_bytes) as handle:
+            parquet = _parquet_file(handle, where)
             yield parquet, find_columns(parquet.schema_arrow, where)
 
     def read_shard(self, shard: Shard) -> Iterator[RawImage]:
         row = 0
-        with self.open_parquet(shard.file) as (parquet, columns):
+        with self.open_parquet(shard.file, shard.size_bytes) as (parquet, columns):
             for batch in parquet.iter_batches(
                 _BATCH_ROWS, columns=columns.paths, use_threads=False
             ):
@@ -117,7 +117,7 @@ class ParquetSource(Source):
         rows_by_file: dict[str, set[int]] = {}
         for key in keys:
             file, _, row = key.rpartition("#")
-            if not (file and row.isascii() and row.isdigit()) or ".." in file.split("/"):
+            if not (file and re.fullmatch("[0-9]{1,18}", row)) or ".." in file.split("/"):
                 raise DataError(f"{self.root}: no image {key!r}, expected FILE#ROW")
             rows_by_file.setdefault(file, set()).add(int(row))
         found = {
@@ -125,7 +125,14 @@ class ParquetSource(Source):
             for file, rows in rows_by_file.items()
             for row, record in self._read_rows(file, sorted(rows))
         }
-        return [found[file, int(row)] for file, _, row in (key.rpartition("#") for key in keys)]
+        places = [(file, int(row)) for file, _, row in (key.rpartition("#") for key in keys)]
+        for place in places:
+            if place not in found:
+                raise DataError(
+                    f"{self.url(place[0])}: no row {place[1]}, its row groups hold fewer rows than its footer says; restore the "
+                    "file from its origin"
+                )
+        return [found[place] for place in places]
 
     def _read_rows(self, file: str, rows: list[int]) -> Iterator[tuple[int, RawImage]]:
         """Yield some rows, given in ascending order, reading only the row groups that hold them."""
@@ -144,6 +151,22 @@ class ParquetSource(Source):
                 ):
                     yield start + row, self._record(file, start + row, columns, batch, i)
                 start = stop
+
+
+def _parquet_file(handle: pa.NativeFile, where: str) -> pq.ParquetFile:
+    try:
+        # Verified where the writer stored page checksums; without them a flipped bit can pass
+        # unseen.
+        return pq.ParquetFile(handle, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
+    except (OSError, MemoryError, pa.ArrowException, WmddError):
+        raise
+    # Extension types that a library registered, such as Ray's, are made by Python code of that library, out of what
+    # the file says of them: it may raise anything.
+    except Exception as error:
+        raise DataError(
+            f"{where}: expected plain columns, found a type that cannot be made ({type(error).__name__}: {error}); "
+            "write the file again without extension types"
+        ) from error
 
 
 def _pick(

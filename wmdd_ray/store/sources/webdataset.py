@@ -2,69 +2,89 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
+from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
-from wmdd_ray.store.sources.base import RawImage, Shard, Source, file_shard_id, reading
+from wmdd_ray.store.sources.base import RawImage, Shard, Source, file_shard_id
 from wmdd_ray.store.sources.classes import MAX_CLASSES, integer_names, match_classes
+from wmdd_ray.store.sources.files import reading
 from wmdd_ray.store.sources.listing import Listing, files_of_split
-from wmdd_ray.store.sources.tar import Readable, tar_members
+from wmdd_ray.store.sources.samples import IMAGE_ENDINGS, Sample, samples
+from wmdd_ray.store.sources.webdataset_index import read_class_names, read_counts
 
 logger = logging.getLogger(__name__)
 
-_IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
-_LABEL_ENDINGS = ("cls", "json")
-_MAX_LABEL_BYTES = 1 << 20
-# WebDataset's rule: the stem ends at the first dot of the base name.
-_MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
-_KEY = re.compile(r"(.+)#(\d+):(\d+):(\d+)", re.DOTALL)
-
-
-@dataclass(slots=True)
-class _Sample:
-    stem: str
-    endings: list[str] = field(default_factory=list)
-    offset: int = 0
-    size_bytes: int = 0
-    content: bytes | None = None
-    label: int | None = None
+_KEY = re.compile(r"(.+)#([0-9]{1,18}):([0-9]{1,18}):([0-9]{1,18})", re.DOTALL)
 
 
 class WebDatasetSource(Source):
     """Tar shards. The key of an image is where it lies, and its class: `FILE#OFFSET:SIZE:LABEL`."""
 
     format = "webdataset"
+    _transient = (*Source._transient, "_counts")
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        files: dict[str, int],
+        config: SourceConfig,
+        class_names: tuple[str, ...],
+        relabel: tuple[int, ...] | None = None,
+        counts: dict[str, int] | None = None,
+    ) -> None:
+        super().__init__(
+            root=root, files=files, config=config, class_names=class_names, relabel=relabel
+        )
+        self._counts = counts or {}
 
     @property
-    def num_images(self) -> None:
-        """Unknown: a tar file has no table of contents."""
-        return
+    def num_images(self) -> int | None:
+        """Unknown without an index: a tar file has no table of contents."""
+        known = self._counts.keys() >= self.files.keys()
+        return sum(self._counts[file] for file in self.files) if known else None
 
     def shards(self, chunk_images: int) -> list[Shard]:
-        return [Shard(id=file_shard_id(i), file=file) for i, file in enumerate(self.files)]
+        return [
+            Shard(
+                id=file_shard_id(i),
+                file=file,
+                num_images=self._counts.get(file),
+                sizes=(size_bytes,),
+            )
+            for i, (file, size_bytes) in enumerate(self.files.items())
+        ]
 
     def read_shard(self, shard: Shard) -> Iterator[RawImage]:
         where = self.url(shard.file)
-        with reading(where, "a tar archive"), self.open_stream(shard.file) as stream:
-            for sample in _samples(stream, where, self.max_content_bytes):
+        count = 0
+        with (
+            reading(where, "a tar archive"),
+            self.open_stream(shard.file, shard.size_bytes) as stream,
+        ):
+            for sample in samples(stream, where, self.max_content_bytes):
+                count += 1
                 yield self._record(shard.file, sample)
-
-    def _record(self, file: str, sample: _Sample) -> RawImage:
-        key = f"{file}#{sample.stem}"
-        has_image = any(ending in _IMAGE_ENDINGS for ending in sample.endings)
-        if not has_image:
-            problem = (
-                f"no image member ({', '.join(_IMAGE_ENDINGS)}), only {', '.join(sample.endings)}"
+        if shard.num_images not in (None, count):
+            raise DataError(
+                f"{where}: expected {shard.num_images} samples as the index beside it says, found "
+                f"{count}; restore the shard, or correct the index"
             )
+
+    def _record(self, file: str, sample: Sample) -> RawImage:
+        key = f"{file}#{sample.stem}"
+        has_image = any(ending in IMAGE_ENDINGS for ending in sample.endings)
+        if sample.problem:
+            problem = sample.problem
+        elif not has_image:
+            problem = f"no image member ({', '.join(IMAGE_ENDINGS)}), only {sample.shown_endings}"
         elif sample.label is None:
             problem = (
                 'no label: expected an integer in .cls or {"label": integer} in .json, among '
-                + ", ".join(sample.endings)
+                + sample.shown_endings
             )
         else:
             problem = self.too_large(sample.size_bytes)
@@ -114,7 +134,7 @@ def open_webdataset(listing: Listing) -> WebDatasetSource:
 
     Class names come from `classes.txt` (a name a line) or `classes.json` (a list, or an object from
     label to name) beside the shards or at the root. Without them the classes are integers, and the
-    training shards are read once to find the largest.
+    training shards are read once to find the largest. Samples are counted against `_info.json` or `sizes.json`.
     """
     files = files_of_split(listing, {n: s for n, s in listing.files.items() if is_tar(n)})
     source = WebDatasetSource(
@@ -123,7 +143,7 @@ def open_webdataset(listing: Listing) -> WebDatasetSource:
         config=listing.config,
         class_names=integer_names(MAX_CLASSES),
     )
-    names = _class_names(source, files)
+    names = read_class_names(source)
     relabel = None
     if listing.class_names is not None:
         relabel = match_classes(names, listing.class_names, listing.root) if names else None
@@ -134,39 +154,8 @@ def open_webdataset(listing: Listing) -> WebDatasetSource:
         config=listing.config,
         class_names=names or integer_names(_count_classes(source)),
         relabel=relabel,
+        counts=read_counts(source, listing.files),
     )
-
-
-def _class_names(source: Source, files: dict[str, int]) -> tuple[str, ...] | None:
-    folders = sorted({file.rpartition("/")[0] for file in files} | {""}, reverse=True)
-    for folder, base in itertools.product(folders, ("classes.txt", "classes.json")):
-        name = f"{folder}/{base}".lstrip("/")
-        content = source.read_if_there(name)
-        if content is None:
-            continue
-        try:
-            return _parse_class_names(content.decode("utf-8"), base)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(
-                f"{source.url(name)}: expected one name a line (classes.txt), or a JSON list or an "
-                f"object from label to name (classes.json), found otherwise ({error})"
-            ) from error
-    return None
-
-
-def _parse_class_names(text: str, base: str) -> tuple[str, ...]:
-    if base == "classes.txt":
-        names = [line.strip() for line in text.splitlines() if line.strip()]
-    else:
-        parsed = json.loads(text)
-        names = (
-            [parsed[str(i)] for i in range(len(parsed))]
-            if isinstance(parsed, dict)
-            else list(parsed)
-        )
-    if not names or not all(isinstance(name, str) for name in names):
-        raise ValueError("no names, or names that are no strings")
-    return tuple(names)
 
 
 def _count_classes(source: WebDatasetSource) -> int:
@@ -177,10 +166,10 @@ def _count_classes(source: WebDatasetSource) -> int:
         len(source.files),
     )
     largest = -1
-    for file in source.files:
+    for file, size_bytes in source.files.items():
         where = source.url(file)
-        with reading(where, "a tar archive"), source.open_stream(file) as stream:
-            for sample in _samples(stream, where, max_content_bytes=0):
+        with reading(where, "a tar archive"), source.open_stream(file, size_bytes) as stream:
+            for sample in samples(stream, where, max_content_bytes=0):
                 if sample.label is not None:
                     largest = max(largest, source.class_of(sample.label, f"{file}#{sample.stem}"))
     if largest < 0:
@@ -188,52 +177,3 @@ def _count_classes(source: WebDatasetSource) -> int:
             f"{source.root}: expected samples with labels (KEY.jpg and KEY.cls), found no label"
         )
     return largest + 1
-
-
-def _samples(stream: Readable, where: str, max_content_bytes: int) -> Iterator[_Sample]:
-    """Group members into samples; a stem with neither image nor label (a license) is none."""
-
-    def wanted(name: str, size_bytes: int) -> bool:
-        ending = _split_name(name)[1]
-        if ending in _IMAGE_ENDINGS:
-            return size_bytes <= max_content_bytes
-        return ending in _LABEL_ENDINGS and size_bytes <= _MAX_LABEL_BYTES
-
-    members = tar_members(stream, where, wanted)
-    named = ((_split_name(member.name), member) for member in members)
-    for stem, group in itertools.groupby(named, key=lambda pair: pair[0][0]):
-        if not stem:
-            # groupby needs its group consumed before it goes on, and does so by itself.
-            continue
-        sample = _Sample(stem)
-        for (_, ending), member in group:
-            sample.endings.append(ending)
-            if ending in _IMAGE_ENDINGS and not sample.size_bytes:
-                sample.offset, sample.size_bytes, sample.content = (
-                    member.offset,
-                    member.size_bytes,
-                    member.content,
-                )
-            elif (
-                ending in _LABEL_ENDINGS
-                and member.content is not None
-                and (ending == "cls" or sample.label is None)
-            ):
-                sample.label = _parse_label(member.content, ending)
-        if any(ending in (*_IMAGE_ENDINGS, *_LABEL_ENDINGS) for ending in sample.endings):
-            yield sample
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    match = _MEMBER.fullmatch(name)
-    return (match[1], match[2].lower()) if match else ("", "")
-
-
-def _parse_label(content: bytes, ending: str) -> int | None:
-    try:
-        if ending == "cls":
-            return int(content)
-        label = json.loads(content)["label"]
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-        return None
-    return label if type(label) is int else None

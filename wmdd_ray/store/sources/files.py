@@ -1,0 +1,217 @@
+"""Files that real images lie in: listed, opened, and whether what came is what the listing told.
+
+Links are followed only as far as the root: an archive that somebody else packed can hold a link to any file of this
+machine, and two links to a folder above them never end (Arrow's own listing runs for ever).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from wmdd_ray.errors import ArtifactError, DataError
+from wmdd_ray.store.sources.classes import shown
+
+logger = logging.getLogger(__name__)
+
+_STREAM_BYTES = 1 << 20
+_MARKS = (0xA5, 0x5A, 0xA5, 0x5A)
+
+
+@contextlib.contextmanager
+def reading(where: str, what: str) -> Iterator[None]:
+    """Turn what Arrow raises into the user's errors: storage failed, or content is not `what`."""
+    try:
+        yield
+    except (OSError, EOFError, UnicodeError, pa.ArrowException) as error:
+        if _is_storage_fault(error):
+            raise ArtifactError(
+                f"cannot read {where}: {type(error).__name__}: {error}; check that the file is "
+                "still there and that the store answers"
+            ) from error
+        raise DataError(
+            f"{where}: expected {what}, found cut or malformed content ({type(error).__name__}: "
+            f"{error}); restore the file from its origin"
+        ) from error
+
+
+def _is_storage_fault(error: Exception) -> bool:
+    # Arrow reports malformed Parquet as a plain OSError, without errno; the system's errors have
+    # one, S3's a name.
+    return isinstance(error, OSError) and (
+        isinstance(error, FileNotFoundError | PermissionError)
+        or error.errno is not None
+        or "AWS Error" in str(error)
+    )
+
+
+def open_whole(
+    filesystem: pafs.FileSystem, path: str, where: str, size_bytes: int | None
+) -> pa.NativeFile:
+    """Open a file for reads anywhere in it.
+
+    Args:
+        filesystem: Where it is.
+        path: Its path there.
+        where: What messages call it.
+        size_bytes: What the listing told, or None when nothing did.
+
+    Raises:
+        ArtifactError: It has another size than that. Reads raise it too, where a reply is shorter than was asked.
+    """
+    if isinstance(filesystem, pafs.PyFileSystem):
+        # All who open a file of fsspec's memory share one position in it, threads included.
+        fs = filesystem.handler.fs
+        handle = (
+            pa.BufferReader(fs.cat_file(path))
+            if fs.protocol == "memory"
+            else filesystem.open_input_file(path)
+        )
+    else:
+        handle = filesystem.open_input_file(path)
+    if size_bytes is not None and handle.size() != size_bytes:
+        raise ArtifactError(
+            f"{where}: expected {size_bytes} bytes as the listing told, found {handle.size()}; it was changed after it "
+            "was listed, or the store cuts it: restore it and run again"
+        )
+    if isinstance(filesystem, pafs.S3FileSystem):
+        return pa.PythonFile(_WholeReads(handle, where), mode="r")
+    return handle
+
+
+def streamed(handle: pa.NativeFile) -> pa.NativeFile:
+    """Return a file for one pass from its start, read in pieces of a mebibyte."""
+    return pa.BufferedInputStream(handle, _STREAM_BYTES)
+
+
+class _WholeReads(io.RawIOBase):
+    """Notices replies of an object store that are shorter than was asked.
+
+    Arrow's S3 client takes the length that it asked for as the length that came: behind a shorter body the caller
+    finds whatever was in the memory before. So the last byte is marked, and has to change.
+    """
+
+    def __init__(self, handle: pa.NativeFile, where: str) -> None:
+        super().__init__()
+        self._handle = handle
+        self._where = where
+        self._size_bytes = handle.size()
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {
+            os.SEEK_SET: 0,
+            os.SEEK_CUR: self._position,
+            os.SEEK_END: self._size_bytes,
+        }[whence]
+        self._position = start + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size_bytes - self._position)
+        count = left if size < 0 else min(size, left)
+        if not count:
+            return b""
+        buffer = bytearray(count)
+        for mark in _MARKS:
+            # A whole reply that ends in one mark does not end in the next.
+            buffer[-1] = mark
+            self._handle.seek(self._position)
+            if self._handle.readinto(buffer) == count and buffer[-1] != mark:
+                self._position += count
+                return bytes(buffer)
+        raise ArtifactError(
+            f"{self._where}: expected {count} bytes at {self._position}, the store answered with fewer, "
+            f"{len(_MARKS)} times; check what lies between this machine and the store"
+        )
+
+    def close(self) -> None:
+        self._handle.close()
+        super().close()
+
+
+def walk_local(root: str, *, follow_links: bool) -> dict[str, int]:
+    """Return relative name -> bytes of every visible file under a folder of the local disk.
+
+    A folder is read once, by whatever names it can be reached; names with a leading dot are left out, and so is what is
+    neither file nor folder (pipes, devices). A link that leads nowhere counts as a file of 0 bytes, so that it is missed
+    when it is read.
+
+    Raises:
+        DataError: Links lead out of `root` and are not to be followed, or names are not UTF-8.
+    """
+    top = os.path.realpath(root)
+    files: dict[str, int] = {}
+    folders, links = deque([(root, "")]), deque[tuple[str, str]]()
+    outside: list[str] = []
+    undecodable: list[str] = []
+    empty: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    while folders or links:
+        # Linked folders come last, so that a folder goes by its own name where it has one.
+        folder, prefix = folders.popleft() if folders else links.popleft()
+        stat = os.stat(folder)
+        if (stat.st_dev, stat.st_ino) in seen:
+            logger.warning("%s: leads to a folder that is read already, and is left out", folder)
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        with os.scandir(folder) as found:
+            entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
+        if prefix and not entries:
+            empty.append(prefix.rstrip("/"))
+        for entry in entries:
+            name = prefix + entry.name
+            if not _is_utf8(entry.name):
+                undecodable.append(repr(os.fsencode(name)))
+            elif entry.is_symlink() and not (follow_links or _is_inside(entry.path, top)):
+                outside.append(name)
+            elif entry.is_dir():
+                (links if entry.is_symlink() else folders).append((entry.path, name + "/"))
+            elif entry.is_file():
+                files[name] = entry.stat().st_size
+            elif entry.is_symlink():
+                files[name] = 0
+    if outside:
+        raise DataError(
+            f"{root}: expected files below it, found {len(outside)} links that lead elsewhere: {shown(outside)}; copy "
+            "what they lead to, or pass --source.follow-links if these links are your own"
+        )
+    if undecodable:
+        raise DataError(
+            f"{root}: expected file names in UTF-8, found {len(undecodable)} others: {', '.join(undecodable[:5])}; "
+            "rename them"
+        )
+    if empty:
+        logger.warning(
+            "%s: %d folders are empty and make no class: %s", root, len(empty), shown(empty)
+        )
+    return files
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_inside(link: str, top: str) -> bool:
+    target = os.path.realpath(link)
+    return target == top or target.startswith(top.rstrip(os.sep) + os.sep)
