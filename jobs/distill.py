@@ -43,7 +43,8 @@ class Job:
     """Options of the job. Those with a dot belong to one stage."""
 
     out: str | None = None
-    """Root of the run: a path, or a URI that all nodes see. Absent: runs/RECIPE-ipcIPC (a submitted job: in the home folder)."""
+    """Root of the run: a path, or a URI that all nodes see. Absent: RECIPE-ipcIPC in $WMDD_RAY_RUNS (set by the files of cluster/),
+    else in runs/ (a submitted job: in the home folder)."""
     first: Annotated[StageName | None, tyro.conf.arg(name="from")] = None
     """Begin with this stage; those before it must be committed."""
     last: Annotated[StageName | None, tyro.conf.arg(name="until")] = None
@@ -74,6 +75,13 @@ def main(arguments: list[str]) -> int:
             logging.exception("the job ends here")
         print(f"\nerror: {error}", file=sys.stderr)
         return error.exit_code
+    except Exception as error:
+        if not type(error).__module__.startswith("ray."):
+            raise
+        if "--verbose" in arguments:
+            logging.exception("the job ends here")
+        print(f"\nerror: the cluster failed: {_last_line(error)}; {_RESUME}", file=sys.stderr)
+        return WmddError.exit_code
     except KeyboardInterrupt:
         print(f"\ninterrupted; {_RESUME}", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -150,7 +158,10 @@ def open_run(job: Job) -> Run:
     def connect() -> None:
         from wmdd_ray.stages.cluster import connect
 
-        connect(out, verbose=job.verbose)
+        try:
+            connect(out, verbose=job.verbose)
+        except SystemExit as ended:  # by the handler that Ray has put in, and only while it joins
+            raise _Terminated from ended
         # ray.init() puts a handler of its own in the place of ours, and that one exits with 15.
         signal.signal(signal.SIGTERM, _terminate)
         # Only now: a run that was refused, or had nothing to do, is not what made the rooms.
@@ -171,6 +182,10 @@ def open_run(job: Job) -> Run:
 def default_out(config: DistillConfig) -> str:
     """Return where a run goes when --out is absent. A submitted job's working folder is thrown away after it."""
     name = f"{config.recipe}-ipc{config.ipc}"
+    if (
+        "WMDD_RAY_RUNS" in os.environ
+    ):  # set by the files in cluster/, where no node's disk is the others'
+        return f"{os.environ['WMDD_RAY_RUNS'].rstrip('/')}/{name}"
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         return str(Path.home() / "wmdd_ray_runs" / name)
     return str(Path("runs") / name)
@@ -241,6 +256,12 @@ def print_summary(run: Run, commits: dict[str, StageCommit], seconds: float) -> 
             f"{commit.stage:<12} {duration(commit.seconds):>14} {duration(core) if core is not None else '-':>14}"
         )
     print(f"this run took {duration(seconds)}")
+
+
+def _last_line(error: Exception) -> str:
+    """Return what Ray's long texts come down to."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1].strip()}"
 
 
 class _Terminated(BaseException):

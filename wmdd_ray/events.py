@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from wmdd_ray.errors import ArtifactError
-from wmdd_ray.store.filesystem import Store, local_path
+from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.uris import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class EventLog:
         self._part = 0
         self._lines = bytearray()
         self._put_bytes = 0
+        self._given_up = False
         if self._path is None:
             threading.Thread(target=self._put_now_and_then, daemon=True).start()
 
@@ -58,9 +60,13 @@ class EventLog:
 
     def flush(self) -> None:
         """Put what is not stored yet."""
-        with self._lock:
-            if len(self._lines) > self._put_bytes:
-                self._put()
+        # A put that hangs shall not hold up the end of the run.
+        if self._lock.acquire(timeout=_PUT_EVERY_S):
+            try:
+                if len(self._lines) > self._put_bytes and not self._given_up:
+                    self._put()
+            finally:
+                self._lock.release()
 
     def _append(self, folder: Path) -> None:
         try:
@@ -69,7 +75,9 @@ class EventLog:
                 file.write(self._lines)
         except OSError as error:
             # A disk that is full shows in the work itself; the log alone ends no run.
-            logger.warning("events: %s", error)
+            if not self._given_up:
+                logger.warning("events: %s", error)
+            self._given_up = True
         self._lines.clear()
 
     def _put(self) -> None:
@@ -77,6 +85,7 @@ class EventLog:
             self._store.put(self._key(), bytes(self._lines))
         except ArtifactError as error:
             logger.warning("events: %s", error)
+            self._given_up = True  # it was asked for long enough; the work will meet the same
             return
         self._put_bytes = len(self._lines)
         if self._put_bytes >= _PART_BYTES:
@@ -85,7 +94,7 @@ class EventLog:
             self._put_bytes = 0
 
     def _put_now_and_then(self) -> None:
-        while True:
+        while not self._given_up:
             time.sleep(_PUT_EVERY_S)
             self.flush()
 

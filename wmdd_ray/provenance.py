@@ -26,8 +26,14 @@ def versions() -> dict[str, Any]:
 
 
 def _revision() -> str | None:
-    """Return the git revision of this checkout, with `+changes` when files differ; None outside one."""
+    """Return the git revision of this checkout, with `+changes` when files differ; None outside one.
+
+    An image holds a file REVISION instead of the history (cluster/Dockerfile).
+    """
     root = Path(__file__).resolve().parent.parent
+    told = root / "REVISION"
+    if told.is_file():
+        return told.read_text().strip() or None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=12"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

@@ -22,7 +22,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 from wmdd_ray.errors import ArtifactError, WmddError
-from wmdd_ray.store.documents import FileEntry, entry_of, read_sealed, read_verified, seal
+from wmdd_ray.store.documents import (
+    FileEntry,
+    entries_of,
+    entry_of,
+    read_sealed,
+    read_verified,
+    seal,
+)
 from wmdd_ray.store.filesystem import Store
 
 MAX_ATTEMPTS = 3
@@ -205,8 +212,13 @@ def unit_given_up(unit: str, cause: str) -> WmddError:
 
 def marker_of(found: dict[str, Any]) -> UnitMarker:
     """Return the marker that was written as JSON."""
-    files = tuple(FileEntry(**entry) for entry in found.pop("files"))
-    return UnitMarker(files=files, **found)
+    try:
+        files = tuple(entries_of(found.pop("files", None), f"unit {found.get('unit')}"))
+        return UnitMarker(files=files, **found)
+    except TypeError as error:
+        raise ArtifactError(
+            f"expected the marker of a unit, found another document ({error})"
+        ) from error
 
 
 def _now() -> str:

@@ -72,6 +72,7 @@ class Run:
     progress: Callable[[str], Progress]
     connect: Callable[[], None]
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    began: float = field(default_factory=time.time)
     unsafe_commits: bool = False
     _sources: dict[str, Any] = field(default_factory=dict)
     _writes: bool = False
@@ -288,6 +289,7 @@ def _claim(run: Run, room: Room, plan: dict[str, Any], *, overwrite: bool) -> No
             )
         room.clear()
         found = None
+    room.store.sweep(run.began)
     if found is None:
         run.begin_writing()
         if not room.store.create("plan.json", seal(plan)):

@@ -44,7 +44,7 @@ def fan_out(
         arguments: Constructor arguments of every actor.
         units: Unit ids, most expensive first.
         max_actors: Most actors.
-        first_actors: Actors to ask for at once; 0 is one a CPU that the cluster has now.
+        first_actors: Actors to ask for at once; 0 is one a CPU that the cluster has now, or all when it has none yet.
         on_done: Called in the driver with unit and result.
         on_wait: Called now and then with the actors at work.
 
@@ -56,7 +56,8 @@ def fan_out(
     nodes: dict[ActorHandle, str] = {}
     starting: dict[Any, ActorHandle] = {}
     working: dict[Any, tuple[ActorHandle, str, float]] = {}
-    first = first_actors or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    # A cluster without any CPU is one that will be as large as what is asked for.
+    first = first_actors or int(ray.cluster_resources().get("CPU", 0)) or max_actors
     lost, looked = 0, time.monotonic()
 
     def grow() -> None:

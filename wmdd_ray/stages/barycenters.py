@@ -74,7 +74,14 @@ def work(stage: StageRun) -> dict[str, Any]:
             stage.config,
         )
         actor = ray.remote(num_cpus=1)(BarycenterActor)
-        fan_out(stage, actor, arguments, units, max_actors=stage.resources.max_actors, on_done=show)
+        fan_out(
+            stage,
+            actor,
+            arguments,
+            units,
+            max_actors=stage.resources.max_actors,
+            on_done=show,
+        )
     markers = stage.room.read_units(unit_of(label) for label in range(len(counts)))
     costs = [marker.metrics["cost"] for marker in markers.values()]
     return {

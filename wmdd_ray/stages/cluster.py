@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
 
+from wmdd_ray import errors
 from wmdd_ray.config import Resources
 from wmdd_ray.errors import ConfigError, WmddError
 
 # A laptop: up to this many CPUs, worker processes (each imports torch, 11 to 24 s) cost more than they bring.
 _LAPTOP_CPUS = 4
+# Workers to ask an autoscaler for that has started nothing yet, when nobody says how many (--num-workers).
+_UNSEEN_WORKERS = 2
 _LOCAL_OBJECT_STORE_BYTES = 512 << 20
 
 
@@ -40,11 +45,19 @@ def connect(out: str, *, verbose: bool = False) -> None:
         else:
             _start_local(level, verbose)
     num_nodes = sum(node["Alive"] for node in ray.nodes())
-    if out.startswith("memory://") or (num_nodes > 1 and "://" not in out):
+    # A node without CPUs does nothing itself: those that do are still to come.
+    elsewhere = num_nodes > 1 or not has_cpus()
+    if out.startswith("memory://") or (elsewhere and "://" not in out):
+        nodes = f"all {num_nodes} nodes" if num_nodes > 1 else "every node"
         raise ConfigError(
-            f"--out {out}: expected a URI that all {num_nodes} nodes of the cluster see, such as "
-            "s3://bucket/prefix (or file:///mount/folder for a disk that every node has mounted)"
+            f"--out {out}: expected a URI that {nodes} of the cluster see, such as s3://bucket/prefix (or "
+            "file:///mount/folder for a disk that every node has mounted)"
         )
+
+
+def has_cpus() -> bool:
+    """Return whether the cluster has CPUs now; one that starts with a head alone has not, and grows when it is asked."""
+    return bool(ray.cluster_resources().get("CPU", 0))
 
 
 def _start_local(level: int, verbose: bool) -> None:
@@ -61,6 +74,8 @@ def _start_local(level: int, verbose: bool) -> None:
             log_to_driver=verbose,
             _node_ip_address="127.0.0.1",
         )
+    # Before the handler of Ray's node, which ends the raylet under a connected driver: the last one registered is called first.
+    atexit.register(ray.shutdown)
 
 
 @contextlib.contextmanager
@@ -99,13 +114,11 @@ def width(resources: Resources) -> Width:
         gpus = 1.0 if here.get("GPU", 0) else 0.0
     if num_workers < 0:
         here_cpus = int(here.get("CPU", 0))
-        if not (gpus or here_cpus):
-            raise ConfigError(
-                "--num-workers: the cluster has no CPUs or GPUs for work at the moment, so their number cannot be taken from "
-                "it; say what the autoscaler shall start, such as --num-workers 8 --gpus-per-worker 1"
-            )
-        if gpus:
-            num_workers = max(1, int(here["GPU"] / gpus))
+        here_gpus = here.get("GPU", 0.0)
+        if not (here_gpus if gpus else here_cpus):
+            num_workers = _UNSEEN_WORKERS
+        elif gpus:
+            num_workers = max(1, int(here_gpus / gpus))
         elif len(ray.nodes()) == 1 and here_cpus <= _LAPTOP_CPUS:
             return Width(0, cpus, 0.0)
         else:
@@ -126,7 +139,9 @@ def root_cause(error: BaseException) -> BaseException:
             return inner
         pending += [inner.__cause__, inner.__context__, getattr(inner, "cause", None)]
         pending += list(getattr(inner, "worker_failures", {}).values())
-    return error
+    # Ray Data hands on what a worker raised as text only.
+    told = re.findall(r"wmdd_ray\.errors\.(\w+): (.+)", str(error))
+    return getattr(errors, told[-1][0])(told[-1][1]) if told else error
 
 
 def last_line(error: BaseException) -> str:

@@ -81,7 +81,7 @@ def fit_until_done(stage: StageRun, queue: ActorHandle, fit: Callable[[RunConfig
             done, _ = ray.get(queue.progress.remote())
             if error is None and done <= before:
                 raise WmddError(
-                    f"{stage.stage.name}: the workers were lost {_MAX_RESTARTS} times without progress, at last by "
+                    f"{stage.stage.name}: the workers failed again and again without progress, at last by "
                     f"{last_line(cause)}; finished units are kept: run the same command again"
                 ) from failure
             if error is not None:
