@@ -1,8 +1,9 @@
 """A strict JSON schema of the KubeRay resources in cluster/, for checking them without a Kubernetes cluster.
 
 The API server drops a misspelt field without a word, and then the cluster has no token or no autoscaler. So every
-object here is closed: a field that is not listed is an error. Field names are those of KubeRay v1.7's API reference
-and of the Kubernetes core types, as far as cluster/ has a use for them; a new one is added here when it is used there.
+object here is closed: a field that is not listed is an error. Field names, types and enumerations are those of the
+CRDs of KubeRay v1.7.0 (compared field by field) and of the Kubernetes core types, as far as cluster/ has a use for
+them; a new one is added here when it is used there.
 """
 
 from __future__ import annotations
@@ -58,9 +59,7 @@ def resource(api_version: str, kind: str, spec: Schema | None) -> Schema:
     return record(" ".join(fields), **fields)
 
 
-METADATA = record(
-    name=STR, namespace=STR, labels=STRING_MAP, annotations=STRING_MAP, generateName=STR
-)
+METADATA = record(name=STR, namespace=STR, labels=STRING_MAP, annotations=STRING_MAP)
 MATCH_EXPRESSION = record(
     "key operator",
     key=STR,

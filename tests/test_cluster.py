@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,8 +203,8 @@ def test_launcher_asks_for_a_token_on_every_node_and_binds_the_dashboard_to_loop
     assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
     # Ray's defaults would install a wheel of another version on every node.
     assert "ray-wheels" not in str(config)
-    assert any("wmdd_requirements.txt" in command for command in config["head_setup_commands"])
-    assert any("wmdd_requirements.txt" in command for command in config["worker_setup_commands"])
+    for commands in (config["head_setup_commands"], config["worker_setup_commands"]):
+        assert any("~/wmdd_ray/requirements.txt" in command for command in commands)
 
 
 def test_kuberay_gpus_are_spot_from_none_up_and_the_head_never_is() -> None:
@@ -264,15 +269,130 @@ def test_kuberay_pods_have_time_to_drain_and_shared_memory() -> None:
         (volume,) = pod["volumes"]
         assert volume["emptyDir"]["medium"] == "Memory"
         assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/dev/shm"}]
-        assert container["workingDir"] == "/home/ray/wmdd_ray"
 
 
-def test_the_job_of_kuberay_is_the_main_command() -> None:
-    entrypoint = kubernetes("rayjob.yaml")["RayJob"]["spec"]["entrypoint"]
-    assert entrypoint.startswith(
-        "python jobs/distill.py --ipc 100 --recipe imagenet1k --data s3://"
+def image_sources() -> dict[str, str]:
+    """Return what of the checkout the image holds -> its place under the working directory, by its COPY lines."""
+    lines = (CLUSTER / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copies = [shlex.split(line)[1:] for line in lines if line.startswith("COPY ")]
+    found = {}
+    for source, target in ([word for word in words if word[:2] != "--"] for words in copies):
+        found[source] = source if target == "./" else target.rstrip("/")
+    return found
+
+
+def working_directory() -> str:
+    return re.search(r"^WORKDIR (\S+)$", (CLUSTER / "Dockerfile").read_text(), re.M)[1]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """A folder with the files that the image has as working directory, and no others."""
+    folder = tmp_path / "image"
+    for source, target in image_sources().items():
+        path = ROOT / source
+        if path.is_dir():
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(path, folder / target, ignore=ignore, dirs_exist_ok=True)
+        else:
+            folder.mkdir(exist_ok=True)
+            shutil.copy(path, folder / target)
+    return folder
+
+
+def test_the_image_holds_all_that_the_job_imports(image: Path) -> None:
+    code = "import jobs.distill, wmdd_ray.stages.pipeline, sys; print(*sys.path, sep='\\n')"
+    code += "; print(*(m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)), sep='\\n')"
+    environment = {**os.environ, "PYTHONPATH": str(image)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=image, env=environment, capture_output=True, text=True
     )
-    assert " --out s3://" in entrypoint
+    assert done.returncode == 0, done.stderr
+    loaded = [line for line in done.stdout.splitlines() if line.startswith(f"{image}/")]
+    assert len(loaded) > 30
+    assert not [line for line in done.stdout.splitlines() if line.startswith(f"{ROOT}/")]
+
+
+@pytest.mark.parametrize("name", LAUNCHER_FILES)
+def test_launcher_nodes_hold_what_the_image_holds_where_the_image_holds_it(name: str) -> None:
+    config = launcher(name)
+    inside = {
+        source: target.removeprefix(f"{working_directory()}/")
+        for target, source in config["file_mounts"].items()
+        if target.startswith(working_directory())
+    }
+    assert inside == image_sources()
+    assert all((ROOT / source).exists() for source in inside)
+    assert f"--env PYTHONPATH={working_directory()}" in config["docker"]["run_options"]
+    # Ray runs a submitted command where `ray start` ran.
+    here = working_directory().replace("/home/ray", "~")
+    for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
+        assert f"cd {here};" in commands[-1].partition("ray start")[0]
+
+
+def test_every_pod_starts_ray_in_the_images_working_directory() -> None:
+    cluster = ray_cluster("rayjob.yaml")
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["workingDir"] == working_directory()
+
+
+# 15 s: a head node is started.
+@pytest.mark.slow
+def test_the_submitted_command_finds_the_job_in_the_image_with_nothing_uploaded(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.jobs.test_job_submit import RAY, head_node
+
+    monkeypatch.chdir(image)
+    with head_node(RAY_AUTH_MODE="disabled", PYTHONPATH=str(image)) as head:
+        command = [RAY, "job", "submit", "--address", head.address, "--"]
+        command += ["python", "jobs/distill.py", "--ipc", "100", "--dry-run"]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=head.environment, capture_output=True, text=True, timeout=120
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "wmdd_ray_runs/digits-ipc100" in done.stdout
+    assert "succeeded" in done.stdout
+
+
+def submitted_commands() -> list[str]:
+    """Return what the README and rayjob.yaml submit, `$BUCKET` and the like filled in."""
+    readme = (CLUSTER / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    typed = re.findall(r"^ray job submit (.*?)(?:  +#.*)?$", readme, re.M)
+    assert all(" -- " in command and "--working-dir" not in command for command in typed)
+    entrypoint = kubernetes("rayjob.yaml")["RayJob"]["spec"]["entrypoint"]
+    commands = [*(command.partition(" -- ")[2] for command in typed), entrypoint]
+    return [command.replace("$BUCKET", "bucket") for command in commands]
+
+
+def test_every_submitted_command_is_the_main_one_with_options_that_exist() -> None:
+    from jobs.distill import parse
+
+    commands = submitted_commands()
+    bare = "python jobs/distill.py --ipc 100"  # writes to $WMDD_RAY_RUNS
+    assert (commands.count(bare), len(commands)) == (3, 7)
+    for name in ("aws.yaml", "gcp.yaml", "rayjob.yaml", "raycluster.yaml"):
+        assert "WMDD_RAY_RUNS" in (CLUSTER / name).read_text(encoding="utf-8")
+    for command in (command for command in commands if command != bare):
+        assert command.startswith("python jobs/distill.py --ipc 100 "), command
+        job = parse(shlex.split(command)[2:])
+        assert (job.config.recipe, job.config.ipc) == ("imagenet1k", 100)
+        # A head without CPUs cannot say how many workers there will be.
+        assert job.resources.num_workers > 0
+        assert job.resources.gpus_per_worker == 1
+        assert job.out
+        assert "://" in job.out
+
+
+def test_pinned_packages_have_one_version_everywhere() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in CLUSTER.iterdir())
+    text += (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    versions: dict[str, set[str]] = {}
+    for name, version in re.findall(r"([\w.-]+)(?:\[[\w,]+\])?==([\w.]+)", text):
+        versions.setdefault(name.lower(), set()).add(version)
+    assert {"ray", "gcsfs", "google-api-python-client"} <= versions.keys()
+    assert {name: found for name, found in versions.items() if len(found) > 1} == {}
 
 
 def test_no_credentials_stand_in_the_files() -> None:

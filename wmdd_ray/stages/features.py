@@ -132,6 +132,8 @@ def _stream(stage: StageRun, source: Source, left: dict[int, frozenset[int]]) ->
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the stage has its own line
     context.execution_options.preserve_order = False
+    # A chunk is larger than this, so it goes on as soon as it is decoded; otherwise a worker holds 128 MiB of them.
+    block_bytes, context.target_max_block_size = context.target_max_block_size, 1 << 20
     shards = source.shards(config.features.chunk_images)
     rows = [
         {"shard": json.dumps(asdict(shards[position])), "skip": sorted(skip)}
@@ -140,7 +142,7 @@ def _stream(stage: StageRun, source: Source, left: dict[int, frozenset[int]]) ->
     decode = _Decode(stage.room, source, config.source, config.features.chunk_images)
     gpus = {"num_gpus": wide.gpus} if wide.gpus else {"num_cpus": 1}
     most = max(1, min(stage.resources.max_actors, len(rows), wide.num_workers or 1))
-    return (
+    stream = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map_batches(decode, batch_size=1, batch_format="pyarrow")
         .map_batches(
@@ -157,6 +159,8 @@ def _stream(stage: StageRun, source: Source, left: dict[int, frozenset[int]]) ->
             **gpus,
         )
     )
+    context.target_max_block_size = block_bytes  # the stream has a copy
+    return stream
 
 
 class _Decode:

@@ -16,7 +16,7 @@ import torch
 
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.networks import network_of
-from wmdd_ray.core.soft_labels import compress, label_views
+from wmdd_ray.core.soft_labels import compress, concatenate_labels, label_views
 from wmdd_ray.core.views import concatenate_views, draw_views, to_input
 from wmdd_ray.records import SoftLabelBlock, Views
 from wmdd_ray.rooms import Room
@@ -166,23 +166,23 @@ def label_block(
     on the same views.
     """
     seed = unit_seed(config.seed, "relabel", name)
-    views, logits = [], []
+    views, labels = [], []
     for epoch in epochs:
         drawn = draw_views(
             len(images_NCHW), image_size, config.relabel.views, seed=seed, epoch=epoch
         )
         views.append(drawn)
-        logits.append(
-            label_views(
-                network, images_NCHW, drawn, image_size, batch_size=config.relabel.batch_size
-            )
+        logits = label_views(
+            network, images_NCHW, drawn, image_size, batch_size=config.relabel.batch_size
         )
+        # Epoch by epoch: with 10,000 classes the logits of a block are 4 GB, and 20 on their way through compression.
+        labels.append(compress(logits, config.relabel))
         report((epoch - epochs.start + 1) / len(epochs), f"label epoch {epoch}")
     return SoftLabelBlock(
         first_epoch=epochs.start,
         num_epochs=len(epochs),
         views=concatenate_views(views),
-        labels=compress(np.concatenate(logits), config.relabel),
+        labels=concatenate_labels(labels),
     )
 
 

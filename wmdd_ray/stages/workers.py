@@ -34,8 +34,9 @@ from wmdd_ray.stages.train_groups import fit_until_done, queue_actor, quiet_envi
 
 logger = logging.getLogger(__name__)
 
-# A group that is larger loses more by its restarts than actors do by their start (jobs/bench.py scale).
-_MAX_GROUP = 8
+# A larger group loses too much by its restarts, and one with few units a worker by waiting for its last, for it gives its
+# machines back together (jobs/bench.py scale simulation).
+_MAX_GROUP, _MIN_SHARE = 8, 4
 # From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -68,7 +69,8 @@ def do_units(stage: StageRun, units: Sequence[str], open_worker: OpenWorker) -> 
     wide, found = width(stage.resources), len(units) - len(left)
     executor = stage.resources.executor
     if executor == "auto":
-        executor = "train" if wide.num_workers <= _MAX_GROUP else "actors"
+        steady = wide.num_workers <= _MAX_GROUP and len(left) >= _MIN_SHARE * wide.num_workers
+        executor = "train" if steady else "actors"
     if wide.num_workers == 0:
         _run_here(stage, left, open_worker, wide, found)
     elif executor == "train":
