@@ -1,6 +1,7 @@
 # From a fresh clone, with Python >= 3.11, git and make:
 #   make distill   the main job: distill the embedded digits, 10 images a class
 #   make test      the tests;  ARGS='-k barycenter' goes to pytest
+#   make chaos     200 kills of drivers, workers, nodes and heads, over an hour; WMDD_CHAOS_SEED, WMDD_CHAOS_KILLS
 #   make lint      ruff and mypy
 #   make bench ARGS=barycenter    measure this machine; also: recover, features, orchestration
 #   make clean     remove the environment and caches, never results
@@ -12,13 +13,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: distill test lint bench clean
+.PHONY: distill test chaos lint bench clean
 
 distill: $(STAMP)
 	$(BIN)/python jobs/distill.py --ipc 10 $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: $(STAMP)
+	$(BIN)/python -m pytest tests/chaos -m chaos_long -s $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
