@@ -205,8 +205,8 @@ class Room:
 def unit_given_up(unit: str, cause: str) -> WmddError:
     """Return the error of a unit that kept ending the process which worked on it."""
     return WmddError(
-        f"unit {unit} ended its worker {MAX_ATTEMPTS} times (killed, or out of memory), at last {cause}; finished units are "
-        "kept: look at the workers' logs, give a worker more memory, and run the same command again"
+        f"unit {unit} ended its worker {MAX_ATTEMPTS} times (killed, out of memory, or out of shared memory), at last {cause}; "
+        "finished units are kept: look at the workers' logs, give a worker more memory, and run the same command again"
     )
 
 

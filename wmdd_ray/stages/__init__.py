@@ -5,6 +5,8 @@ import secrets
 
 # Machines of an autoscaler take minutes to come; after a minute Ray Train would take its demand back and begin anew.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
+# A driver whose head is gone would wait a minute for it to come back, which no lost head does.
+os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
 # Ray reads these settings when it is imported, so they are made here, before any stage imports it, for a run that
 # starts its own Ray.
 if not os.environ.get("RAY_ADDRESS"):

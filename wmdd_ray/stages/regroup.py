@@ -47,6 +47,9 @@ class _Split:
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         row = batch.to_pylist()[0]
+        self._room.begin_unit(
+            f"split-{row['unit']}", point=0
+        )  # or Ray Data would repeat it for ever
         entry = self._room.read_unit(row["unit"]).files[0]
         chunk = codecs.decode_feature_chunk(self._room.read(entry))
         for label in chunk.moments:

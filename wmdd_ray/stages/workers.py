@@ -28,7 +28,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from wmdd_ray.errors import WmddError
 from wmdd_ray.run import StageRun
 from wmdd_ray.stages.actors import fan_out
-from wmdd_ray.stages.cluster import Width, width
+from wmdd_ray.stages.cluster import Width, last_line, width
 from wmdd_ray.stages.queue import UnitQueue
 from wmdd_ray.stages.train_groups import fit_until_done, queue_actor, quiet_environment, scaling
 
@@ -208,12 +208,11 @@ def _worker_loop(config: dict[str, Any]) -> None:
             call(queue, "fail", unit, error)
             return
         except Exception as error:
-            if isinstance(queue, UnitQueue):
-                raise
-            # Ray Train would start the whole group again and again for a fault that comes back every time.
-            logger.exception("unit %s", unit)
-            text = f"unit {unit}: {type(error).__name__}: {error}; --verbose shows the workers' log"
-            call(queue, "fail", unit, WmddError(text))
+            # Not let through to Ray Train, which would start the group again for a fault that comes back every time.
+            told = WmddError(f"unit {unit}: {last_line(error)}; --verbose shows where")
+            told.__cause__ = error
+            logger.info("unit %s", unit, exc_info=True)
+            call(queue, "fail", unit, told)
             return
         call(queue, "report", unit, 1.0, "")
 
