@@ -70,24 +70,15 @@ def main(arguments: list[str]) -> int:
             level=logging.INFO if job.verbose else logging.WARNING, format="%(name)s: %(message)s"
         )
         return distill(job)
-    except WmddError as error:
-        if "--verbose" in arguments:
+    except BaseException as error:
+        if isinstance(error, Exception) and "--verbose" in arguments:
             logging.exception("the job ends here")
-        print(f"\nerror: {error}", file=sys.stderr)
-        return error.exit_code
-    except Exception as error:
-        if not type(error).__module__.startswith("ray."):
+        ending = _ending_of(error)
+        if ending is None:
             raise
-        if "--verbose" in arguments:
-            logging.exception("the job ends here")
-        print(f"\nerror: the cluster failed: {_last_line(error)}; {_RESUME}", file=sys.stderr)
-        return WmddError.exit_code
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {_RESUME}", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except _Terminated:
-        print(f"\nterminated; {_RESUME}", file=sys.stderr)
-        return 128 + signal.SIGTERM
+        code, text = ending
+        print(f"\n{text}", file=sys.stderr)
+        return code
 
 
 def parse(arguments: list[str]) -> Job:
@@ -116,14 +107,8 @@ def distill(job: Job) -> int:
             run, PIPELINE, first=job.first, last=job.last, overwrite=job.overwrite
         )
         code = 0
-    except WmddError as error:
-        code = error.exit_code
-        raise
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
-        raise
-    except _Terminated:
-        code = 128 + signal.SIGTERM
+    except BaseException as error:
+        code, _ = _ending_of(error) or (1, "")
         raise
     finally:
         run.end(code)
@@ -258,10 +243,25 @@ def print_summary(run: Run, commits: dict[str, StageCommit], seconds: float) -> 
     print(f"this run took {duration(seconds)}")
 
 
-def _last_line(error: Exception) -> str:
-    """Return what Ray's long texts come down to."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[-1].strip()}"
+def _ending_of(error: BaseException) -> tuple[int, str] | None:
+    """Return (exit code, what to tell) of an end that is no fault of this program's, else None."""
+    inner: BaseException | None = error
+    seen: set[int] = set()
+    while inner is not None and id(inner) not in seen:
+        seen.add(id(inner))
+        # A signal that comes while Ray's own code runs arrives as a SystemError that was caused by it.
+        if isinstance(inner, KeyboardInterrupt):
+            return 128 + signal.SIGINT, f"interrupted; {_RESUME}"
+        if isinstance(inner, _Terminated):
+            return 128 + signal.SIGTERM, f"terminated; {_RESUME}"
+        inner = inner.__cause__ or inner.__context__
+    if isinstance(error, WmddError):
+        return error.exit_code, f"error: {error}"
+    if type(error).__module__.startswith("ray."):
+        lines = str(error).strip().splitlines() or [""]
+        told = f"{type(error).__name__}: {lines[-1].strip()}"
+        return WmddError.exit_code, f"error: the cluster failed: {told}; {_RESUME}"
+    return None
 
 
 class _Terminated(BaseException):

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from ray.exceptions import RayError
 
 from jobs import distill
 from tests.stages import tiny
 from tests.stages.tiny import ROOMS, FinishedRun
+from wmdd_ray.errors import LostRaceError
 from wmdd_ray.stages import cluster
 
 slow = pytest.mark.slow
@@ -173,4 +175,55 @@ def test_help_shows_the_defaults_of_the_recipe(capsys: pytest.CaptureFixture[str
     assert (
         "--data STR Training images: `digits` (embedded), a path, or a URI. (default: fashion-mnist)"
         in shown
+    )
+
+
+def caused_by(cause: BaseException) -> SystemError:
+    error = SystemError("CoreWorker.wait returned a result with an exception set")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (LostRaceError("another run"), 3, "error: another run"),
+        (KeyboardInterrupt(), 130, "interrupted; finished units are kept"),
+        (distill._Terminated(), 143, "terminated; finished units are kept"),
+        # What Ray makes of a signal that comes inside its own code.
+        (caused_by(distill._Terminated()), 143, "terminated; finished units are kept"),
+        (caused_by(KeyboardInterrupt()), 130, "interrupted; finished units are kept"),
+        (RayError("it died\nof this"), 1, "error: the cluster failed: RayError: of this; finished"),
+    ],
+)
+def test_an_end_has_its_exit_code_and_one_line(
+    error: BaseException,
+    code: int,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def end(job: distill.Job) -> int:
+        raise error
+
+    monkeypatch.setattr(distill, "distill", end)
+    assert distill.main([]) == code
+    told = capsys.readouterr().err.strip()
+    assert told.startswith(text)
+    assert "\n" not in told
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(job: distill.Job) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(distill, "distill", end)
+    with pytest.raises(ZeroDivisionError):
+        distill.main([])
+
+
+def test_without_out_a_run_goes_where_the_cluster_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WMDD_RAY_RUNS", "s3://bucket/runs/")
+    assert (
+        distill.default_out(distill.parse(["--ipc", "3"]).config) == "s3://bucket/runs/digits-ipc3"
     )

@@ -73,6 +73,8 @@ def fit_until_done(stage: StageRun, queue: ActorHandle, fit: Callable[[RunConfig
         try:
             fit(_train_run_config(stage, queue))
             break
+        except SystemError:
+            raise  # a signal that came while Ray's own code ran
         except Exception as failure:
             cause = root_cause(failure)
             if isinstance(cause, WmddError):
