@@ -1,0 +1,140 @@
+"""A Ray of this process, and the memory and processor time of processes, out of /proc (Linux)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def local_ray(num_cpus: int) -> Iterator[None]:
+    """Start a Ray with so many logical CPUs, on 127.0.0.1 only, and stop it."""
+    # Reads Ray's environment variables before Ray does.
+    import wmdd_ray.stages  # noqa: F401
+
+    # isort: split
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        object_store_memory=200 << 20,
+        logging_level="ERROR",
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def peak_mib(pid: int | str = "self") -> float:
+    """Return the peak resident memory of a process (VmHWM), 0 when it has ended.
+
+    Not `ru_maxrss`: that one begins with what the parent had when it started the process.
+    """
+    return _status_kib(pid, "VmHWM") / 1024
+
+
+def own_mib(pid: int) -> float:
+    """Return the memory of a process that is neither a file's nor shared, 0 when it has ended."""
+    return _status_kib(pid, "RssAnon") / 1024
+
+
+def shares_mib(pid: int) -> dict[str, float]:
+    """Return RSS, PSS (shared pages divided by their users) and USS (pages of its own) of a process."""
+    kib = {"Rss": 0, "Pss": 0, "Private_Clean": 0, "Private_Dirty": 0}
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name in kib:
+            kib[name] = int(value.split()[0])
+    own = kib["Private_Clean"] + kib["Private_Dirty"]
+    return {"rss": kib["Rss"] / 1024, "pss": kib["Pss"] / 1024, "uss": own / 1024}
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Return the processes below one, with their titles (Ray names a worker's process after its actor)."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parents[int(entry.name)] = int(_after_name(entry).split()[1])
+    found: dict[int, str] = {}
+    below = {pid}
+    while below:
+        below = {child for child, parent in parents.items() if parent in below}
+        for child in below:
+            with contextlib.suppress(OSError):
+                title = Path(f"/proc/{child}/cmdline").read_bytes()
+                found[child] = title.replace(b"\0", b" ").decode(errors="replace").strip()
+    return found
+
+
+def _after_name(process: Path) -> str:
+    # The name stands in parentheses and may hold anything.
+    return (process / "stat").read_text().rpartition(")")[2]
+
+
+def _status_kib(pid: int | str, field_name: str) -> int:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(field_name + ":"):
+                return int(line.split()[1])
+    return 0
+
+
+def cpu_s(pid: int) -> float:
+    """Return the processor seconds of a process, 0 when it has ended."""
+    with contextlib.suppress(OSError):
+        fields = _after_name(Path(f"/proc/{pid}")).split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+@dataclass
+class Peaks:
+    """Highest memory of their own that was seen, MiB: this process, what it grew by, and the largest of Ray's workers below it."""
+
+    driver: float = 0.0
+    driver_grew: float = 0.0
+    worker: float = 0.0
+    num_workers: int = 0
+
+
+@contextlib.contextmanager
+def watched(every_s: float = 0.05) -> Iterator[Peaks]:
+    """Watch the memory of this process and of Ray's workers below it; the peaks are complete when the block ends.
+
+    Pages of the object store do not count: they are shared, and Ray bounds them. A worker counts from when it has a title,
+    which Ray gives it with its first task.
+    """
+    peaks, stop = Peaks(), threading.Event()
+    peaks.driver = before = own_mib(os.getpid())
+
+    def watch() -> None:
+        workers: set[int] = set()
+        looked = 0.0
+        while not stop.wait(every_s):
+            if time.monotonic() - looked > 10 * every_s:
+                looked = time.monotonic()
+                titles = descendants(os.getpid()).items()
+                workers |= {p for p, t in titles if t.startswith("ray::") and "::IDLE" not in t}
+            peaks.driver = max(peaks.driver, own_mib(os.getpid()))
+            peaks.worker = max([peaks.worker, *(own_mib(pid) for pid in workers)])
+            peaks.num_workers = len(workers)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peaks
+    finally:
+        stop.set()
+        thread.join()
+        peaks.driver_grew = peaks.driver - before
