@@ -97,6 +97,7 @@ def distill(job: Job) -> int:
     run = open_run(job)
     # Imported here: stages load torch and Ray, which a wrong option should not have to wait for.
     from wmdd_ray.stages.pipeline import PIPELINE
+    from wmdd_ray.stages.train_groups import sweep_notes
 
     if job.dry_run:
         print_plan(run, PIPELINE)
@@ -106,6 +107,7 @@ def distill(job: Job) -> int:
         commits = run_pipeline(
             run, PIPELINE, first=job.first, last=job.last, overwrite=job.overwrite
         )
+        sweep_notes(run)
         code = 0
     except BaseException as error:
         code, _ = _ending_of(error) or (1, "")

@@ -37,7 +37,7 @@ def connect(out: str, *, verbose: bool = False) -> None:
         ConfigError: `out` is not a place that every worker sees.
     """
     if not verbose:
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     if not ray.is_initialized():
         level = logging.INFO if verbose else logging.ERROR
         if os.environ.get("RAY_ADDRESS"):

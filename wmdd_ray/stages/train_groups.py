@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +16,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from wmdd_ray.errors import WmddError
-from wmdd_ray.run import StageRun
+from wmdd_ray.run import Run, StageRun
 from wmdd_ray.stages.cluster import Width, last_line, root_cause
 from wmdd_ray.stages.queue import UnitQueue
 
@@ -109,15 +107,10 @@ def scaling(wide: Width, num_workers: int, *, elastic: bool = True) -> ScalingCo
 
 
 def _train_run_config(stage: StageRun, queue: ActorHandle) -> RunConfig:
-    """Return Ray Train's run: it stores nothing that counts, so a folder of the machine is enough on one node."""
-    folder = f"{_FOLDER}/{stage.run.token}"
-    if "://" in stage.run.store.uri:
-        storage = stage.run.store.url(folder)
-    else:
-        storage = os.path.join(tempfile.gettempdir(), "wmdd_ray", folder)
+    """Return Ray Train's run. It stores nothing that counts, but in a place that all nodes see."""
     return RunConfig(
         name=f"{stage.stage.name}-{time.time_ns()}",
-        storage_path=storage,
+        storage_path=stage.run.store.url(f"{_FOLDER}/{stage.run.token}"),
         failure_config=FailureConfig(max_failures=_MAX_RESTARTS, max_preemption_failures=-1),
         callbacks=[_Blame(queue)],
     )
@@ -144,3 +137,8 @@ def quiet_environment() -> Iterator[None]:
         yield
     finally:
         train_logger.setLevel(level)
+
+
+def sweep_notes(run: Run) -> None:
+    """Remove the notes that killed drivers left; called when a run has ended well, and so nobody else is at work."""
+    run.store.delete(_FOLDER)
