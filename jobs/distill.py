@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tyro
 
 from wmdd_ray.card import results_table, size
-from wmdd_ray.config import DistillConfig, Resources, StageName
+from wmdd_ray.config import DistillConfig, Resources, StageName, refuse_secrets
 from wmdd_ray.errors import WmddError
 from wmdd_ray.progress import StageLine, duration
 from wmdd_ray.provenance import hardware, versions
@@ -59,6 +59,9 @@ class Job:
     """Show Ray's and the workers' log lines, and whole tracebacks."""
     config: Annotated[DistillConfig, tyro.conf.arg(name="")] = field(default_factory=DistillConfig)
     resources: Annotated[Resources, tyro.conf.arg(name="")] = field(default_factory=Resources)
+
+    def __post_init__(self) -> None:
+        refuse_secrets("out", self.out)
 
 
 def main(arguments: list[str]) -> int:

@@ -284,7 +284,7 @@ def _claim(run: Run, room: Room, plan: dict[str, Any], *, overwrite: bool) -> No
         tops = {key.partition("/")[0] for key in room.store.list()}
         if not overwrite and tops - {"plan.json", "attempts"}:
             raise ConfigError(
-                f"{room.store.uri} was made with {_difference(found, plan)}; pass --overwrite to replace this room "
+                f"{room.store.uri} was made with {difference(found, plan)}; pass --overwrite to replace this room "
                 "and those after it, or another --out to keep both"
             )
         room.clear()
@@ -309,7 +309,7 @@ def _check_ours(room: Room, plan: dict[str, Any]) -> None:
         )
 
 
-def _difference(found: dict[str, Any], plan: dict[str, Any]) -> str:
+def difference(found: dict[str, Any], plan: dict[str, Any]) -> str:
     """Return the differing options in words: name, value there, value asked for."""
     old, new = (flatten(p["options"]) for p in (found, plan))
     changed = [

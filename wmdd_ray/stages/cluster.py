@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import re
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from wmdd_ray.errors import ConfigError, WmddError
 
 # A laptop: up to this many CPUs, worker processes (each imports torch, 11 to 24 s) cost more than they bring.
 _LAPTOP_CPUS = 4
+_HEAD_TIMEOUT_S = 10.0
 # Workers to ask an autoscaler for that has started nothing yet, when nobody says how many (--num-workers).
 _UNSEEN_WORKERS = 2
 _LOCAL_OBJECT_STORE_BYTES = 512 << 20
@@ -38,6 +40,8 @@ def connect(out: str, *, verbose: bool = False) -> None:
     """
     if not verbose:
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    if os.environ.get("RAY_ADDRESS"):
+        require_head(os.environ["RAY_ADDRESS"])
     if not ray.is_initialized():
         level = logging.INFO if verbose else logging.ERROR
         if os.environ.get("RAY_ADDRESS"):
@@ -55,6 +59,18 @@ def connect(out: str, *, verbose: bool = False) -> None:
         )
 
 
+def require_head(address: str) -> None:
+    """Make sure that something listens at `address`: Ray would go on trying for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=_HEAD_TIMEOUT_S).close()
+        except OSError as error:
+            raise ConfigError(
+                f"no cluster at RAY_ADDRESS={address}: {error}; start its head, or unset RAY_ADDRESS to work on this machine alone"
+            ) from error
+
+
 def has_cpus() -> bool:
     """Return whether the cluster has CPUs now; one that starts with a head alone has not, and grows when it is asked."""
     return bool(ray.cluster_resources().get("CPU", 0))
@@ -64,7 +80,7 @@ def _start_local(level: int, verbose: bool) -> None:
     # Workers import the package from this checkout, wherever the driver was started.
     root = str(Path(__file__).resolve().parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    with contextlib.nullcontext() if verbose else _hushed():
+    with contextlib.nullcontext() if verbose else hushed():
         ray.init(
             address="local",
             num_cpus=max(2, os.cpu_count() or 2),
@@ -79,7 +95,7 @@ def _start_local(level: int, verbose: bool) -> None:
 
 
 @contextlib.contextmanager
-def _hushed() -> Iterator[None]:
+def hushed() -> Iterator[None]:
     """Keep the core worker's own announcements, which no log level reaches, off the terminal; exceptions pass."""
     kept = os.dup(2)
     with open(os.devnull, "wb") as nowhere:

@@ -29,7 +29,7 @@ def import_teacher(stage: StageRun, spec: str) -> None:
         return
     stage.event("unit_started", unit=UNIT, node=socket.gethostname(), attempt=attempt)
     source: Source = stage.run.source("train")
-    network_config, weights = _given_weights(stage.config, spec, source.class_names)
+    network_config, weights = given_weights(stage.config, spec, source.class_names)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = build_network(
         network_config,
@@ -56,7 +56,7 @@ def import_teacher(stage: StageRun, spec: str) -> None:
     stage.event("unit_done", unit=UNIT, node=socket.gethostname(), attempt=attempt, seconds=seconds)
 
 
-def _given_weights(
+def given_weights(
     config: DistillConfig, spec: str, class_names: tuple[str, ...]
 ) -> tuple[NetworkConfig, dict[str, torch.Tensor]]:
     """Return architecture and weights of `torchvision:NAME`, a committed teacher, or a checkpoint file."""
@@ -71,7 +71,7 @@ def _given_weights(
         if commit is None:
             continue
         teacher = codecs.decode_teacher(room.read(commit.file(TEACHER_KEY)))
-        _check_names(teacher.class_names, class_names, spec)
+        check_names(teacher.class_names, class_names, spec)
         network = NetworkConfig(
             arch=cast(Arch, teacher.arch), width=teacher.width, small_stem=teacher.small_stem
         )
@@ -97,7 +97,8 @@ def _check_preset(source: SourceConfig, preset: tuple[object, ...], spec: str) -
         )
 
 
-def _check_names(teacher: tuple[str, ...], data: tuple[str, ...], spec: str) -> None:
+def check_names(teacher: tuple[str, ...], data: tuple[str, ...], spec: str) -> None:
+    """Raise a DataError when a teacher's class names are not those of the data, in its order."""
     if teacher != data:
         first = next(
             (i for i, (a, b) in enumerate(zip(teacher, data, strict=False)) if a != b),

@@ -1,0 +1,230 @@
+"""The doctor's look at the input: the real images, and the teacher on a sample of the held-out ones."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import cast
+
+import numpy as np
+from PIL import Image
+
+from jobs.checks.report import Finding, Visit, many
+from wmdd_ray.card import size
+from wmdd_ray.config import Arch, NetworkConfig
+from wmdd_ray.errors import BadImageError
+from wmdd_ray.store.images import decode_image
+from wmdd_ray.store.sources import RawImage, Shard, Source
+from wmdd_ray.store.sources.parquet import ParquetSource
+
+_SHARDS = 8
+_RECORDS = 32
+_READERS = 16
+_SHOWN = 3
+_HELD_OUT_CLASSES = 100
+_HELD_OUT_PER_CLASS = 20
+_HELD_OUT_IMAGES = 2000
+_ENLARGED = 2
+
+
+def check_data(visit: Visit) -> Iterator[Finding]:
+    """Open both splits, count every class where that is cheap, and decode a sample."""
+    ipc = visit.job.config.ipc
+    for split in ("train", "val"):
+        source: Source = visit.run.source(split)
+        shards = source.shards(_RECORDS)
+        names = source.class_names
+        counts = class_counts(source, shards)
+        total = sum(counts.values()) if counts else source.num_images
+        each = (
+            f"{_span(counts.values())} of each" if counts else "how many of each only reading tells"
+        )
+        yield Finding(
+            "ok",
+            f"{split}: {'an unknown number of' if total is None else total} images ({source.format}, "
+            f"{size(source.total_bytes)}) of {len(names)} classes ({_shown(names)}), {each}",
+        )
+        absent = [
+            k for k in range(len(names)) if counts and counts[k] < (ipc if split == "train" else 1)
+        ]
+        told = _shown(
+            [f'class {k} ("{names[k]}") has {counts[k]} images' for k in absent if counts]
+        )
+        if absent and split == "train":
+            yield Finding(
+                "FAIL", f"train: {told}, but ipc is {ipc}", "lower --ipc, or drop the class"
+            )
+        elif absent:
+            yield Finding("warning", f"val: {told}", "how well they are told apart stays unknown")
+        yield from _sample(visit, split, source, shards)
+
+
+def class_counts(source: Source, shards: Sequence[Shard]) -> Counter[int] | None:
+    """Return the images of every class by listing, or by the label column of Parquet; None for tar."""
+    counts: Counter[int] = Counter()
+    if isinstance(source, ParquetSource):
+        with ThreadPoolExecutor(_READERS) as pool:
+            for labels in pool.map(lambda shard: parquet_labels(source, shard.file), shards):
+                counts.update(labels)
+        return counts
+    for shard in shards:
+        if shard.labels is None or shard.num_images is None:
+            return None
+        counts[shard.labels[0]] += shard.num_images
+    return counts
+
+
+def parquet_labels(source: ParquetSource, file: str) -> Counter[int]:
+    """Return label -> rows of one Parquet file, reading no images."""
+    with source.open_parquet(file) as (parquet, columns):
+        found = parquet.read(columns=[columns.label]).column(0).to_pylist()
+    counts = Counter(label for label in found if label is not None)
+    return Counter({source.class_of(label, file): rows for label, rows in counts.items()})
+
+
+def _sample(visit: Visit, split: str, source: Source, shards: Sequence[Shard]) -> Iterator[Finding]:
+    """Decode the first images of a few shards."""
+    config = visit.job.config.source
+    records: list[RawImage] = []
+    for shard in _spread(shards, _SHARDS):
+        records += islice(source.read_shard(shard), _RECORDS)
+    bad: list[str] = []
+    for record in records:
+        try:
+            if record.problem:
+                raise BadImageError(f"{record.key}: {record.problem}")
+            decode_image(record.content, config, record.key)
+        except BadImageError as error:
+            bad.append(str(error))
+    if not records:
+        yield Finding(
+            "FAIL",
+            f"{split}: no image in {many(min(len(shards), _SHARDS), 'shard')}",
+            "check --data",
+        )
+    elif bad:
+        lost = len(bad) > config.max_bad_images or len(bad) == len(records)
+        yield Finding(
+            "FAIL" if lost else "warning",
+            f"{split}: {len(bad)} of {len(records)} sampled images are bad, first {bad[0]}",
+            f"restore them; a run stops at more than --source.max-bad-images {config.max_bad_images}",
+        )
+    good = [found for record in records if (found := _shape_of(record)) is not None]
+    if good:
+        sides, colors = zip(*good, strict=True)
+        kinds = f"{sum(colors)} in color" if any(colors) else "gray"
+        target = f"{config.image_size} px {'gray' if config.channels == 1 else 'color'}"
+        told = (
+            f"{split}: {len(records) - len(bad)} of {len(records)} sampled images decode: {_span(sides)} px, {kinds}; "
+            f"the run makes {target}"
+        )
+        if max(sides) * _ENLARGED < config.resize:
+            yield Finding(
+                "warning",
+                told,
+                "they are enlarged a lot: lower --source.resize and --source.image-size",
+            )
+        elif any(colors) and config.channels == 1:
+            yield Finding("warning", told, "colors are dropped: set --source.channels 3")
+        else:
+            yield Finding("ok", told)
+
+
+def _shape_of(record: RawImage) -> tuple[int, bool] | None:
+    """Return (shorter side in pixels, whether it has colors) of an image as it is stored."""
+    if isinstance(record.content, np.ndarray):
+        return min(record.content.shape[:2]), record.content.shape[2:] == (3,)
+    try:
+        with Image.open(io.BytesIO(record.content)) as picture:
+            return min(picture.size), picture.mode in ("RGB", "RGBA", "P", "CMYK", "YCbCr")
+    except Exception:  # a bad image, which is told elsewhere
+        return None
+
+
+def check_teacher(visit: Visit) -> Iterator[Finding]:
+    """Measure the teacher that is given or committed on a sample of the held-out images."""
+    import torch
+
+    from wmdd_ray.core.networks import build_network, load_weights, network_of
+    from wmdd_ray.stages.given_teacher import check_names, given_weights
+    from wmdd_ray.stages.held_out import Listed
+    from wmdd_ray.stages.teacher import measure, read_teacher
+
+    config, run = visit.job.config, visit.run
+    names = run.source("train").class_names
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    room = run.room("teacher")
+    if config.teacher is not None:
+        where = f"--teacher {config.teacher}"
+        network_config, weights = given_weights(config, config.teacher, names)
+        network = build_network(
+            network_config,
+            num_classes=len(names),
+            channels=config.source.channels,
+            image_size=config.source.image_size,
+        )
+        load_weights(network, weights, where)
+        arch = network_config.arch
+        network = network.to(device).eval()
+    elif "storage" not in visit.failed and room.read_commit() is not None:
+        teacher = read_teacher(room)
+        where, arch = room.store.uri, cast(Arch, teacher.arch)
+        check_names(teacher.class_names, names, where)
+        network = network_of(teacher, device)
+    else:
+        squeeze = config.squeeze
+        yield Finding(
+            "ok",
+            f"none given: squeeze trains a {told_network(squeeze.network)} for {many(squeeze.epochs, 'epoch')}",
+        )
+        return
+    val: Source = run.source("val")
+    listed = Listed(source=val, shards=held_out_sample(val), config=config.source)
+    top1 = measure(network, listed, config, where, device)
+    yield Finding(
+        "ok",
+        f"{where}: {arch}, the data's {len(names)} classes in their order, top-1 {100 * top1:.1f} % on a sample of the "
+        f"held-out images (chance {100 / len(names):.1f} %)",
+    )
+
+
+def told_network(network: NetworkConfig) -> str:
+    """Return a network in words."""
+    return (
+        f"{network.arch} of width {network.width}" if network.arch == "convnet3" else network.arch
+    )
+
+
+def held_out_sample(source: Source) -> list[Shard]:
+    """Return shards with some images of many classes, or, where files mix the classes, a few files."""
+    shards = source.shards(_HELD_OUT_PER_CLASS)
+    if all(shard.labels is not None for shard in shards):
+        first = {shard.labels: shard for shard in reversed(shards)}
+        return _spread(list(first.values()), _HELD_OUT_CLASSES)
+    chosen: list[Shard] = []
+    num_images = 0
+    for shard in _spread(shards, _SHARDS):
+        if num_images < _HELD_OUT_IMAGES:
+            chosen.append(shard)
+            num_images += shard.num_images or _HELD_OUT_IMAGES // 2
+    return chosen
+
+
+def _spread(shards: Sequence[Shard], count: int) -> list[Shard]:
+    """Return at most `count` shards, evenly spread from the first on."""
+    step = max(1, -(-len(shards) // count))
+    return list(shards[::step])
+
+
+def _span(values: Iterable[int]) -> str:
+    """Return the smallest and the largest of some numbers."""
+    ordered = sorted(values)
+    return f"{ordered[0]}" if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

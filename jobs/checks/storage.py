@@ -1,0 +1,201 @@
+"""The doctor's look at the store: credentials, endpoint, clock, permissions, conditional writes, speed, free disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import ssl
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+from jobs.checks.report import Finding, Visit
+from jobs.distill import Job
+from wmdd_ray.card import size
+from wmdd_ray.errors import ArtifactError
+from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.uris import local_path
+
+_ENDPOINT_TIMEOUT_S = 10
+_SKEWED_S = 60
+_REFUSED_SKEW_S = 14 * 60
+_LARGE_BYTES = 2 << 20
+_SPEED_FREE_BYTES = 64 << 20
+_SMALL_PUTS = 16
+_THREADS = 4
+_SLOW_BYTES_PER_S = 5e6
+_SLOW_PUT_S = 0.5
+
+
+def s3_uris(job: Job) -> list[str]:
+    """Return the URIs of a job that need an S3 server."""
+    uris = (job.out, job.config.data, job.config.val_data, job.config.teacher)
+    return [uri for uri in uris if uri and uri.startswith("s3://")]
+
+
+def check_credentials(visit: Visit) -> Iterator[Finding]:
+    """Tell which provider of the chain the S3 credentials come from, and never what they are."""
+    if not s3_uris(visit.job):
+        yield Finding("ok", "none needed: nothing of this run lies on s3://")
+        return
+    from botocore.session import Session
+
+    found = Session().get_credentials()
+    if found is None:
+        yield Finding(
+            "warning",
+            "none found in the environment, the files of ~/.aws, or a role of this machine",
+            "give the machine a role, or set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        )
+        return
+    # botocore keeps it to itself.
+    expiry: datetime | None = getattr(found, "_expiry_time", None)
+    if expiry is not None:
+        minutes = (expiry - datetime.now(UTC)).total_seconds() / 60
+        yield Finding("ok", f"from {found.method}, for {minutes:.0f} min, then renewed by it")
+    elif found.token:
+        yield Finding(
+            "warning",
+            f"from {found.method}: temporary, with a session token that nobody renews",
+            "a run that outlives them ends with 5, and goes on when it is started with new ones; a role renews its own",
+        )
+    else:
+        yield Finding("ok", f"from {found.method}, lasting")
+
+
+def check_endpoint(visit: Visit) -> Iterator[Finding]:
+    """Ask the S3 server for anything: whether it answers, and what time it is there."""
+    if not s3_uris(visit.job):
+        return
+    from botocore.session import Session
+
+    session = Session()
+    region = session.get_config_variable("region") or "us-east-1"
+    url = session.create_client("s3", region_name=region).meta.endpoint_url
+    started = time.monotonic()
+    try:
+        context = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE"))
+        with urllib.request.urlopen(url, timeout=_ENDPOINT_TIMEOUT_S, context=context) as reply:
+            date = reply.headers["Date"]
+    except urllib.error.HTTPError as refused:  # the usual answer to who does not sign
+        date = refused.headers["Date"]
+        refused.close()
+    except OSError as error:
+        yield Finding(
+            "FAIL",
+            f"{url} does not answer: {getattr(error, 'reason', None) or error}",
+            "set AWS_ENDPOINT_URL and AWS_REGION to those of the server; look at proxy and firewall",
+        )
+        return
+    milliseconds = 1000 * (time.monotonic() - started)
+    ahead_s = time.time() - parsedate_to_datetime(date).timestamp() if date else 0.0
+    if abs(ahead_s) > _SKEWED_S:
+        yield Finding(
+            "FAIL" if abs(ahead_s) > _REFUSED_SKEW_S else "warning",
+            f"{url}: the clock here is {abs(ahead_s):.0f} s {'ahead' if ahead_s > 0 else 'behind'}",
+            "set it (NTP): requests that are 15 minutes off are refused as RequestTimeTooSkewed",
+        )
+    elif "amazonaws.com" not in url and not {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"} & {
+        *os.environ
+    }:
+        yield Finding(
+            "warning",
+            f"{url} is named by a file in ~/.aws, where the reader of images does not look",
+            f"set AWS_ENDPOINT_URL={url} on every node",
+        )
+    else:
+        yield Finding("ok", f"{url} answers in {milliseconds:.0f} ms, clocks agree")
+
+
+def check_storage(visit: Visit) -> Iterator[Finding]:
+    """Write, read, list and delete an object under --out."""
+    content = uuid.uuid4().bytes
+    visit.probe.put("probe", content)
+    found, listed = visit.probe.get("probe"), visit.probe.list()
+    visit.probe.delete("")
+    if found == content and listed == {"probe": len(content)} and not visit.probe.list():
+        yield Finding("ok", f"{visit.run.store.uri}: write, read, list, delete")
+    else:
+        yield Finding(
+            "FAIL",
+            f"{visit.run.store.uri}: what was written is not what is read or listed, or is there after its deletion",
+            "use a store that is consistent, as S3, GCS and POSIX file systems are",
+        )
+
+
+def check_commits(visit: Visit) -> Iterator[Finding]:
+    """See whether the store refuses to create what is there already."""
+    try:
+        visit.run.store.probe()
+    except ArtifactError as error:
+        if not visit.run.unsafe_commits:
+            raise
+        yield Finding("warning", str(error), "accepted: never start a second run on this --out")
+    else:
+        yield Finding("ok", "conditional writes are honored: of two runs one wins")
+
+
+def free_bytes(store: Store) -> int | None:
+    """Return the free bytes of the disk that a local store lies on, or will; None for a remote one."""
+    path = local_path(store.uri)
+    if path is None:
+        return None
+    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Bytes a second of large objects side by side, and seconds of a small write."""
+
+    written: float
+    read: float
+    put_s: float
+
+
+def check_speed(visit: Visit) -> Iterator[Finding]:
+    """Measure the store from this machine."""
+    free = free_bytes(visit.run.store)
+    if free is not None and free < _SPEED_FREE_BYTES:
+        yield Finding("skipped", f"only {size(free)} free")
+        return
+    yield told_speed("here", measure_speed(visit.probe.child("speed")))
+
+
+def measure_speed(store: Store) -> Speed:
+    """Write and read a few objects, several at a time, and delete them."""
+    content = os.urandom(_LARGE_BYTES)
+    keys = [f"large-{i}" for i in range(_THREADS)]
+
+    def put_small(i: int) -> float:
+        started = time.monotonic()
+        store.put(f"small-{i}", b"small")
+        return time.monotonic() - started
+
+    try:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            begun = time.monotonic()
+            list(pool.map(lambda key: store.put(key, content), keys))
+            written = time.monotonic()
+            list(pool.map(store.get, keys))
+            read = time.monotonic()
+            put_s = sum(pool.map(put_small, range(_SMALL_PUTS))) / _SMALL_PUTS
+    finally:
+        store.delete("")
+    total_bytes = len(content) * len(keys)
+    return Speed(total_bytes / (written - begun), total_bytes / (read - written), put_s)
+
+
+def told_speed(where: str, speed: Speed) -> Finding:
+    """Return a measured speed in words."""
+    slow = min(speed.written, speed.read) < _SLOW_BYTES_PER_S or speed.put_s > _SLOW_PUT_S
+    return Finding(
+        "warning" if slow else "ok",
+        f"{where}: {size(speed.written)}/s written, {size(speed.read)}/s read, {1000 * speed.put_s:.0f} ms a small write",
+        "a unit of work is a few writes: put --out into the region of the cluster" if slow else "",
+    )

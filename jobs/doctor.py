@@ -1,0 +1,217 @@
+"""Check what a run needs before hours are spent on it: `python jobs/doctor.py`, with the options of jobs/distill.py.
+
+A line a check: ok, warning or FAIL, what was found, and what to do. Nothing is changed but probe objects under --out, which
+are deleted again. --no-cluster leaves Ray out; --verbose shows tracebacks; all other options are those of jobs/distill.py.
+Exit codes: 0 no check failed; else that of the worst failure: 2 options, versions, cluster; 4 input; 5 storage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import signal
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.requirements import Requirement
+
+from jobs.checks.cluster import check_cluster, check_nodes
+from jobs.checks.images import check_data, check_teacher
+from jobs.checks.plan import check_plan
+from jobs.checks.report import Finding, Mark, Visit, many
+from jobs.checks.storage import (
+    check_commits,
+    check_credentials,
+    check_endpoint,
+    check_speed,
+    check_storage,
+)
+from jobs.distill import Job, open_run, parse
+from wmdd_ray.errors import WmddError
+from wmdd_ray.store.uris import local_path
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check; `exit_code` is what its failure returns, `needs` are the checks without which it makes no sense."""
+
+    name: str
+    look: Callable[[Visit], Iterator[Finding]]
+    exit_code: int
+    needs: tuple[str, ...] = ()
+
+
+def main(arguments: list[str]) -> int:
+    """Print the report and return the exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--no-cluster", action="store_true")
+    mine, arguments = own.parse_known_args(arguments)
+    if {"-h", "--help"} & {*arguments}:
+        print(__doc__)
+    try:
+        job = parse(arguments)
+        run = open_run(job)
+    except WmddError as error:
+        show("options", Finding("FAIL", str(error)))
+        return error.exit_code
+    level = logging.INFO if job.verbose else logging.CRITICAL
+    logging.basicConfig(level=level, format="%(name)s: %(message)s")
+    config = job.config
+    show(
+        "options",
+        Finding(
+            "ok",
+            f"recipe {config.recipe}, ipc {config.ipc}, --data {config.data}, --out {run.store.uri}",
+        ),
+    )
+    created = _missing_folders(run.store.uri)
+    visit = Visit(job, run)
+    marks: Counter[Mark] = Counter()
+    worst = 0
+    try:
+        for check in checks(job, cluster=not mine.no_cluster):
+            for finding in examine(check, visit):
+                show(check.name, finding)
+                marks[finding.mark] += 1
+                worst = max(worst, finding.exit_code)
+    finally:
+        _tidy(visit, created)
+    failed = f"{many(marks['FAIL'], 'check')} failed" if worst else "ready to run"
+    print(f"\n{failed}, {many(marks['warning'], 'warning')}")
+    return worst
+
+
+def checks(job: Job, *, cluster: bool) -> tuple[Check, ...]:
+    """Return the checks in their order."""
+
+    def reached(*uris: str | None) -> tuple[str, ...]:
+        """What must answer before these URIs are asked for: a server that is down costs a minute a question."""
+        return ("endpoint",) if any(uri and uri.startswith("s3://") for uri in uris) else ()
+
+    config = job.config
+    here = (
+        Check("versions", check_versions, 2),
+        Check("credentials", check_credentials, 5),
+        Check("endpoint", check_endpoint, 5),
+        Check("storage", check_storage, 5, needs=reached(job.out)),
+        Check("commits", check_commits, 5, needs=("storage",)),
+        Check("speed", check_speed, 5, needs=("storage",)),
+        Check("data", check_data, 4, needs=reached(config.data, config.val_data)),
+        Check("teacher", check_teacher, 4, needs=("data", *reached(config.teacher))),
+        Check("plan", check_plan, 5, needs=("storage", "data")),
+    )
+    there = (Check("cluster", check_cluster, 2), Check("nodes", check_nodes, 2))
+    return here + there if cluster else here
+
+
+def examine(check: Check, visit: Visit) -> Iterator[Finding]:
+    """Yield what a check finds. Whatever it raises is a finding too, and hides no other check."""
+    missing = [name for name in check.needs if name in visit.failed]
+    if missing:
+        visit.failed.add(check.name)
+        yield Finding("skipped", f"needs {' and '.join(missing)}")
+        return
+    try:
+        for finding in check.look(visit):
+            if finding.mark == "FAIL":
+                visit.failed.add(check.name)
+                finding = replace(finding, exit_code=finding.exit_code or check.exit_code)
+            yield finding
+    except Exception as error:
+        logger.info("%s", check.name, exc_info=error)
+        visit.failed.add(check.name)
+        if isinstance(error, WmddError):
+            yield Finding("FAIL", str(error), exit_code=error.exit_code)
+        else:
+            text = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+            advice = "--verbose shows where"
+            yield Finding("FAIL", text.splitlines()[0], advice, exit_code=check.exit_code)
+
+
+def show(name: str, finding: Finding) -> None:
+    """Print a finding, and below it what to do."""
+    print(f"{finding.mark:<8} {name:<12} {finding.found}", flush=True)
+    if finding.advice:
+        print(f"{'':<8} {'':<12} -> {finding.advice}", flush=True)
+
+
+def check_versions(visit: Visit) -> Iterator[Finding]:
+    """Hold what is installed against the lower bounds of pyproject.toml and the pins of requirements.txt."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    below = [
+        f"{bound.name} {_installed(bound.name)} (needs {bound.specifier})"
+        for bound in map(Requirement, project["dependencies"])
+        if not bound.specifier.contains(_installed(bound.name) or "0", prereleases=True)
+    ]
+    if below:
+        yield Finding("FAIL", ", ".join(below), "pip install -r requirements.txt")
+    pins = [
+        Requirement(line.partition(" #")[0])
+        for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    ]
+    names = {Requirement(text).name for text in project["dependencies"]}
+    moved = [
+        f"{pin.name} {_installed(pin.name)} (pinned {str(pin.specifier).removeprefix('==')})"
+        for pin in pins
+        if pin.name in names
+        and not pin.specifier.contains(_installed(pin.name) or "0", prereleases=True)
+    ]
+    python = sys.version.partition(" ")[0]
+    if moved:
+        yield Finding(
+            "warning",
+            f"Python {python}; {', '.join(moved)}",
+            "results were made with requirements.txt; other versions may change bytes",
+        )
+    elif not below:
+        shown = ", ".join(
+            f"{name} {_installed(name)}" for name in ("ray", "torch", "pyarrow", "pillow")
+        )
+        yield Finding("ok", f"Python {python}, {shown}, and the rest as in requirements.txt")
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _missing_folders(uri: str) -> list[Path]:
+    """Return the folders of a local root that are not there yet, the innermost first."""
+    path = local_path(uri)
+    return [] if path is None else [p for p in (path, *path.parents) if not p.exists()]
+
+
+def _tidy(visit: Visit, created: list[Path]) -> None:
+    """Leave nothing behind: no probe object, no folder that was made for one."""
+    if "storage" not in visit.failed:
+        with contextlib.suppress(WmddError):  # told above
+            visit.probe.delete("")
+    for folder in created:
+        if not folder.is_dir() or any(folder.iterdir()):
+            break
+        folder.rmdir()
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
