@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.gauntlet import WEIGHTS, Gauntlet, tell
+from tests.chaos.gauntlet import Gauntlet, tell
+from tests.chaos.killer import WEIGHTS
 from tests.chaos.two_nodes import TwoNodes, two_nodes
 from tests.conftest import S3Uri
 from tests.stages.tiny import STAGES, FinishedRun

@@ -30,6 +30,8 @@ _SETTINGS = {
 # Daemons among them: a raylet ends itself when one of these is lost, so that would be the loss of a node.
 _NOT_WORKERS = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
+# Ray's own detached actors. A PlacementGroupCleaner waits for the dashboard, which is not here, to say that its controller died.
+_KEPT = ("ray::_", "ray::ActorLocationTracker", "ray::PlacementGroupCleaner")
 _MARK = "WMDD_CHAOS_CLUSTER"
 
 _NODE = """
@@ -90,13 +92,14 @@ class TwoNodes:
         self._head = None
         return killed + self.kill_node()
 
-    def workers(self) -> list[psutil.Process]:
-        """Return the worker processes of both nodes that are at work, or hold something for it."""
+    def workers(self, *, kept: bool = True) -> list[psutil.Process]:
+        """Return the worker processes of both nodes that are at work, with or without those that Ray keeps when a job ends."""
+        not_these = _NOT_WORKERS if kept else (*_NOT_WORKERS, *_KEPT)
         found = []
         for node in (self._head, self._node):
             with contextlib.suppress(psutil.Error):
                 found += node.children(recursive=True) if node else []
-        return [process for process in found if _is_at_work(process)]
+        return [process for process in found if _is_at_work(process, not_these)]
 
     def orphans(self) -> list[psutil.Process]:
         """Return the processes that belong to no running node and are still there."""
@@ -153,10 +156,10 @@ class TwoNodes:
         raise TimeoutError(f"no new node: {(self.folder / 'log').read_text()}")
 
 
-def _is_at_work(process: psutil.Process) -> bool:
+def _is_at_work(process: psutil.Process, not_these: tuple[str, ...]) -> bool:
     try:
         name = " ".join(process.cmdline())
-        return name.startswith("ray::") and not name.startswith(_NOT_WORKERS)
+        return name.startswith("ray::") and not name.startswith(not_these)
     except psutil.Error:
         return False
 
