@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -35,6 +36,7 @@ from wmdd_ray.store.documents import dump_json
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
 
+_GRACE_S = 10.0
 _RESUME = "finished units are kept: run the same command again to go on"
 
 
@@ -275,7 +277,15 @@ class _Terminated(BaseException):
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the way out takes its time
+    threading.Thread(target=_leave, daemon=True).start()
     raise _Terminated
+
+
+def _leave() -> None:
+    """End the process when it has not ended by itself: an exception can get lost in a callback of Ray's, or Ray hang."""
+    time.sleep(_GRACE_S)
+    print(f"\nterminated; {_RESUME}", file=sys.stderr, flush=True)
+    os._exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def fit_until_done(stage: StageRun, queue: ActorHandle, fit: Callable[[RunConfig
     before = 0.0
     while True:
         try:
-            fit(_train_run_config(stage, queue))
+            _in_thread(lambda: fit(_train_run_config(stage, queue)))
             break
         except SystemError:
             raise  # a signal that came while Ray's own code ran
@@ -92,6 +92,24 @@ def fit_until_done(stage: StageRun, queue: ActorHandle, fit: Callable[[RunConfig
     error = ray.get(queue.error.remote())
     if error is not None:
         raise error
+
+
+def _in_thread(do: Callable[[], None]) -> None:
+    """Call `do` beside the main thread, in which Ray Train would take Ctrl-C for itself and end the process with 0."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            do()
+        except BaseException as failure:
+            failures.append(failure)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)  # in pieces, so that a signal is heard
+    if failures:
+        raise failures[0]
 
 
 def scaling(wide: Width, num_workers: int, *, elastic: bool = True) -> ScalingConfig:
