@@ -132,6 +132,8 @@ def _stream(stage: StageRun, source: Source, left: dict[int, frozenset[int]]) ->
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the stage has its own line
     context.execution_options.preserve_order = False
+    # As long as Ray Train waits for machines. It ends what would never end: workers that cannot start on a full disk.
+    context.execution_no_progress_timeout_s = 900
     # A chunk is larger than this, so it goes on as soon as it is decoded; otherwise a worker holds 128 MiB of them.
     block_bytes, context.target_max_block_size = context.target_max_block_size, 1 << 20
     shards = source.shards(config.features.chunk_images)
