@@ -203,6 +203,8 @@ def _driver(
 
         def maybe(self, get_state: Any) -> None:
             super().maybe(get_state)
+            if die_at_step and self._pending is not None:
+                self._pending.result()  # each step's state arrives before the next one
             self.steps += 1
             if self.steps == die_at_step:
                 os.killpg(0, signal.SIGKILL)
