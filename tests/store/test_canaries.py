@@ -146,30 +146,36 @@ def write_hostile_parquet(path: Path, bird: bytes, png: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
     # Stored as it is written here, whatever extension types this process knows.
-    assert pq.read_metadata(path).metadata.keys() >= {b"ARROW:schema"}
+    assert b"ARROW:schema" in path.read_bytes()
 
 
 def test_extension_types_and_object_columns_of_parquet_are_not_unpickled(
     store: Store, bird: bytes, tmp_path: Path
 ) -> None:
     write_hostile_parquet(tmp_path / "data/x.parquet", bird, PNGS[0])
-    (chunk,) = read_all(store)
-    assert len(chunk.keys) == 1
+    # In processes of their own: other tests of this one may have imported Ray, which registers its types for good.
+    ended = read_in_child(store, "")
+    assert ended.stdout.split() == ["1", "1"], ended.stderr
     # And where Ray has registered its types, as in every worker of the pipeline.
+    ended = read_in_child(store, ", ray.data, ray.data.extensions")
+    # They are refused one by one, by Ray's own checks; nothing else may come out.
+    assert "DataError" in ended.stderr.splitlines()[-1], ended.stderr
+
+
+def read_in_child(store: Store, imports: str) -> subprocess.CompletedProcess[str]:
     script = (
-        "import sys, ray.data, ray.data.extensions\n"
+        f"import sys{imports}\n"
         "from tests.store.test_canaries import read_all, Store\n"
-        "read_all(Store(sys.argv[1]))\n"
+        "chunks = read_all(Store(sys.argv[1]))\n"
+        "print(len(chunks), len(chunks[0].keys))\n"
     )
-    ended = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script, store.uri],
         capture_output=True,
         text=True,
         timeout=200,
         check=False,
     )
-    # Ray's types are refused one by one, by Ray's own checks; nothing else may come out.
-    assert "DataError" in ended.stderr.splitlines()[-1], ended.stderr
 
 
 def test_an_image_column_that_is_an_extension_type_is_not_unpickled(
