@@ -29,7 +29,10 @@ def test_of_two_runs_that_finish_one_unit_the_first_ones_marker_stays(
     assert room.read(marker.files[0]) == b"pixels"
 
 
-def test_attempts_are_counted_in_storage_over_all_runs(open_room: Callable[[str], Room]) -> None:
+def test_attempts_are_counted_in_storage_over_all_runs(
+    open_room: Callable[[str], Room], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wmdd_ray.rooms._now", lambda: "all in one millisecond")
     numbers = [open_room(run).begin_unit("g0") for run in ("one", "one", "two", "three", "three")]
     assert numbers == [1, 2, 3, 4, 5]
 

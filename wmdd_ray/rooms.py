@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
+from uuid import uuid4
 
 from wmdd_ray.errors import ArtifactError, WmddError
 from wmdd_ray.store.documents import (
@@ -118,7 +119,14 @@ class Room:
             WmddError: The unit was given up.
         """
         key = f"attempts/{unit}.json"
-        attempt = {"run": self.run, "host": socket.gethostname(), "began": _now(), "point": point}
+        # The nonce tells this attempt from another of the same run in the same millisecond: `create` compares contents.
+        attempt = {
+            "run": self.run,
+            "host": socket.gethostname(),
+            "began": _now(),
+            "point": point,
+            "nonce": uuid4().hex,
+        }
         if self.store.create(key, seal({"attempts": [attempt]})):
             return 1
         if self.store.exists(f"units/{unit}.json"):
