@@ -312,7 +312,11 @@ def test_the_image_holds_all_that_the_job_imports(image: Path) -> None:
     assert len(loaded) > 30
     # The environment may lie in the checkout (.venv, .ci/venv); the checkout's own code must not be found.
     own = [f"{ROOT}/{folder}" for folder in ("wmdd_ray", "jobs", "tests")]
-    assert not [line for line in done.stdout.splitlines() if line == str(ROOT) or line.startswith(tuple(own))]
+    assert not [
+        line
+        for line in done.stdout.splitlines()
+        if line == str(ROOT) or line.startswith(tuple(own))
+    ]
 
 
 @pytest.mark.parametrize("name", LAUNCHER_FILES)
