@@ -90,9 +90,10 @@ def parse(arguments: list[str]) -> Job:
     """Return the job of a command line: a recipe's values, changed by the options given."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="digits")
+    first.add_argument("--variant", default="best")
     first.add_argument("--ipc", type=int, default=10)
     known, _ = first.parse_known_args(arguments)
-    default = Job(config=recipe_of(known.recipe, known.ipc))
+    default = Job(config=recipe_of(known.recipe, known.ipc, known.variant))
     return tyro.cli(Job, args=arguments, default=default, description=__doc__)
 
 
@@ -173,7 +174,7 @@ def open_run(job: Job) -> Run:
 
 def default_out(config: DistillConfig) -> str:
     """Return where a run goes when --out is absent. A submitted job's working folder is thrown away after it."""
-    name = f"{config.recipe}-ipc{config.ipc}"
+    name = f"{config.recipe}-ipc{config.ipc}" + ("-paper" if config.variant == "paper" else "")
     if (
         "WMDD_RAY_RUNS" in os.environ
     ):  # set by the files in cluster/, where no node's disk is the others'

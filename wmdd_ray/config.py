@@ -8,11 +8,18 @@ apart because it says where the work runs, never what comes out: it takes no par
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from wmdd_ray.errors import ConfigError
 
-Arch = Literal["convnet3", "resnet18", "resnet50", "mobilenet_v2"]
+Arch = Literal["convnet3", "resnet18", "resnet50", "mobilenet_v2", "vit_tiny"]
+OptimizerName = Literal["adamw", "sgd", "muon"]
+StudentLoss = Literal["kl", "mse"]
+LabelKind = Literal["soft", "hard"]
+Baseline = Literal["random_real", "nearest_real", "random_tiles", "nearest_tiles", "all_real"]
+Schedule = Literal["cosine", "half_cosine"]
+# Smallest side of a tile, pixels.
+_TILE_PIXELS = 4
 StageName = Literal[
     "squeeze", "features", "barycenters", "recover", "relabel", "assemble", "evaluate"
 ]
@@ -82,11 +89,13 @@ class NetworkConfig:
     """A classifier architecture, of the teacher or of a student."""
 
     arch: Arch = "convnet3"
-    """`convnet3` is the small-image literature's three-block network (here with BatchNorm); the others are torchvision's."""
+    """`convnet3` is the small-image literature's three-block network (here with BatchNorm); the others are torchvision's;
+    `vit_tiny`, its VisionTransformer with 4 layers of width 128 on 7 x 7 patches, can be a student only: it has no BatchNorm."""
     width: int = 64
     """Channels of each ConvNet-3 block (128 in the literature); not used by the other architectures."""
     small_stem: bool = False
-    """3x3 stride-1 first convolution without max-pool (ResNet) or stride 1 (MobileNetV2), for images of 64 px and less."""
+    """3x3 stride-1 first convolution without max-pool (ResNet) or stride 1 (MobileNetV2), for images of 64 px and less; the
+    other architectures have no stem and ignore it."""
 
     def __post_init__(self) -> None:
         _require(self.width >= 1, "width", ">= 1", self.width)
@@ -114,14 +123,21 @@ class SqueezeConfig:
     """Smallest area fraction of the random resized crop, (0, 1]."""
     flip: bool = True
     """Random horizontal flip with probability 1/2 (off for digits: a mirrored digit is no digit)."""
-    mixed_precision: bool = True
-    """bfloat16 autocast where the device has it (CUDA); never on CPU."""
+    mixed_precision: bool = False
+    """bfloat16 autocast of the forward pass, on CPU too; loss and optimizer stay float32. On in the recipes from 64 px up
+    (Tiny-ImageNet, ImageNette, ImageNet-1K)."""
     min_top1: float = 0.0
     """Refuse a teacher below this held-out top-1, in [0, 1]; 0 means three times chance level."""
     memory_limit_gib: float = 4.0
     """Training images are held decoded in memory up to this size per worker; above it they are streamed every epoch."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.network.arch != "vit_tiny",
+            "squeeze.network.arch",
+            "a network with BatchNorm, whose inputs the images are matched by",
+            self.network.arch,
+        )
         _require(self.epochs >= 1, "squeeze.epochs", ">= 1", self.epochs)
         _require(self.batch_size >= 2, "squeeze.batch-size", ">= 2", self.batch_size)
         _require(self.learning_rate > 0, "squeeze.learning-rate", "> 0", self.learning_rate)
@@ -172,6 +188,8 @@ class BarycenterConfig:
     """Entropic regularization of `sinkhorn`, as a fraction of the mean squared distance."""
     num_projections: int = 100
     """Random directions of `sliced`."""
+    margin_fraction: float = 0.0
+    """Share of the atoms that are the barycenter of the quarter of the class nearest to the decision boundary (ours)."""
 
     def __post_init__(self) -> None:
         for name in ("max_iters", "num_starts", "num_projections"):
@@ -179,6 +197,12 @@ class BarycenterConfig:
             _require(value >= 1, f"barycenters.{name.replace('_', '-')}", ">= 1", value)
         _require(self.tol >= 0, "barycenters.tol", ">= 0", self.tol)
         _require(self.reg > 0, "barycenters.reg", "> 0", self.reg)
+        _require(
+            0 <= self.margin_fraction <= 1,
+            "barycenters.margin-fraction",
+            "in [0, 1]",
+            self.margin_fraction,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,16 +221,24 @@ class RecoverConfig:
     """Feature loss: image to its atom; teacher's cross-entropy; class means (linear MMD); RBF MMD to the atoms; nothing."""
     feature_weight: float = 1.0
     """Coefficient of the feature term."""
-    moments: Literal["per_class", "global", "none"] = "per_class"
-    """BatchNorm target: the class's own moments (PCBN), the teacher's running statistics (SRe2L), or nothing."""
+    moments: Literal["per_class", "global", "blend", "none"] = "per_class"
+    """BatchNorm target: the class's own moments (PCBN), the teacher's running ones (SRe2L), half of each loss (EDC), or nothing."""
     bn_weight: float = 10.0
     """Coefficient of the moment term, lambda of the paper (10 was best in our Fashion-MNIST trial; 10 to 500 in WMDD's)."""
     weighted_moments: bool = False
     """Weight each image's share of the synthetic moments by its atom's weight (paper eq. for PCBN; off in the released run)."""
+    ema_statistics: float = 0.0
+    """Share of earlier iterations in the synthetic moments that are compared (0.8 in EDC, 0.4 in G-VBSM)."""
     ce_weight: float = 0.0
     """Coefficient of the teacher's cross-entropy on top of the feature term (1 in the reference's README, 0 in its late runs)."""
-    start: Literal["noise", "nearest", "random"] = "nearest"
-    """First iterate: Gaussian noise (paper), the real image nearest to the atom, or a random real image of the class."""
+    start: Literal["noise", "nearest", "random", "mosaic"] = "nearest"
+    """First iterate: noise (paper), the real image nearest to the atom, a random one, or the teacher's easiest crops (RDED)."""
+    tiles: int = 1
+    """A stored image is a grid of tiles x tiles small ones, each with an atom of its own (IDC's multi-formation, 2 there)."""
+    residual_blends: int = 0
+    """Times, evenly spread, that the images become half themselves and half their start, which must be real (3 in FADRM)."""
+    mixed_precision: bool = False
+    """bfloat16 autocast of the teacher's passes on any device, losses in float32 (FADRM); pays where the processor has bfloat16."""
     images_per_group: int = 100
     """Classes that share a forward pass: max(1, images_per_group // ipc). One group is one unit of work."""
     crop_scale_min: float = 0.5
@@ -221,9 +253,23 @@ class RecoverConfig:
     def __post_init__(self) -> None:
         _require(self.iterations >= 0, "recover.iterations", ">= 0", self.iterations)
         _require(self.learning_rate > 0, "recover.learning-rate", "> 0", self.learning_rate)
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema_statistics"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"recover.{name}", "in [0, 1)", value)
+            _require(0 <= value < 1, f"recover.{name.replace('_', '-')}", "in [0, 1)", value)
+        _require(self.tiles >= 1, "recover.tiles", ">= 1", self.tiles)
+        most_blends = max(0, self.iterations - 1)
+        _require(
+            0 <= self.residual_blends <= most_blends or self.iterations == 0,
+            "recover.residual-blends",
+            f"in [0, {most_blends}], one less than the iterations",
+            self.residual_blends,
+        )
+        _require(
+            self.residual_blends == 0 or self.start != "noise",
+            "recover.start",
+            f"a real start for --recover.residual-blends {self.residual_blends}",
+            self.start,
+        )
         for name in ("feature_weight", "bn_weight", "ce_weight", "roll_px"):
             value = getattr(self, name)
             _require(value >= 0, f"recover.{name.replace('_', '-')}", ">= 0", value)
@@ -255,11 +301,11 @@ class ViewConfig:
     def __post_init__(self) -> None:
         _require(
             0 < self.crop_scale_min <= 1,
-            "relabel.views.crop-scale-min",
+            "views.crop-scale-min",
             "in (0, 1]",
             self.crop_scale_min,
         )
-        _require(self.mix_alpha > 0, "relabel.views.mix-alpha", "> 0", self.mix_alpha)
+        _require(self.mix_alpha > 0, "views.mix-alpha", "> 0", self.mix_alpha)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -276,6 +322,8 @@ class RelabelConfig:
     """Logits that `top_k` keeps."""
     batch_size: int = 256
     """Views of one teacher pass."""
+    batch_statistics: bool = False
+    """Normalize by the batch's statistics, not the teacher's running ones (CV-DD's BSSL): a label then depends on its batch."""
     slice_images: int = 4096
     """Images (whole classes) that one unit holds in memory and mixes among themselves, drawn anew every unit."""
     epochs_per_unit: int = 25
@@ -315,24 +363,41 @@ class EvaluateConfig:
     """Passes over the images; label epochs are cycled when fewer are stored."""
     batch_size: int = 25
     """Images of one optimizer step (small batches are worth 4 to 6 points at ipc 10 on Fashion-MNIST)."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Student optimizer."""
+    optimizer: OptimizerName = "adamw"
+    """Student optimizer. `muon` orthogonalizes the steps of the hidden weight matrices (Jordan et al. 2024) and leaves the first
+    layer, the classifier, biases and norms to AdamW; OGM (CVPR 2026) reports 39.4 -> 47.0 by it on ImageNet-1K at ipc 10."""
     learning_rate: float = 1e-3
-    """Peak rate; cosine to 0."""
+    """Peak rate, the same for both parts of `muon`, whose steps are scaled to the size of AdamW's (Liu et al. 2025)."""
+    schedule: Schedule = "cosine"
+    """How the rate falls, per step: `cosine` to 0; `half_cosine` to half the peak, (1 + cos(pi t / 2T)) / 2 (RDED, EDC)."""
     weight_decay: float = 0.01
-    """Decoupled (AdamW) or L2 (SGD) decay of parameters with more than one dimension."""
+    """Decoupled (AdamW, Muon) or L2 (SGD) decay of parameters with more than one dimension."""
+    loss: StudentLoss = "kl"
+    """Loss to the soft labels: KL divergence at `temperature` (FKD), or mean squared error between logits that are centered
+    per image (G-VBSM, EDC)."""
     temperature: float = 20.0
-    """Temperature of the KL divergence to the soft labels (20 in FKD)."""
+    """Temperature of the KL divergence to the soft labels (20 in FKD); `mse` has none."""
+    ce_weight: float = 0.0
+    """Coefficient of the cross-entropy to the hard label, mixed as the view is, on top of the soft labels' loss (0.025 in EDC)."""
+    ema_decay: float = 0.0
+    """Decay a step of the weights' moving average, which is what is tested (0.99 in EDC); bias-corrected as Adam's moments are,
+    so that the random start has no part in it; 0 tests the last weights."""
+    mixed_precision: bool = False
+    """bfloat16 autocast of the student's forward pass, on CPU too (2 to 2.5 times the steps per second with AVX512-BF16 on
+    ConvNet-3); losses, optimizer and test stay float32."""
     weighted_loss: bool = False
     """Multiply an image's loss by its atom's weight, normalized to mean 1 over the data set."""
     num_seeds: int = 3
     """Students of each row; the table shows mean and standard deviation."""
-    baselines: tuple[Literal["random_real", "nearest_real", "all_real"], ...] = (
-        "random_real",
-        "nearest_real",
-        "all_real",
-    )
-    """Real-image rows beside the distilled set, trained by the identical recipe."""
+    labels: tuple[LabelKind, ...] = ("soft", "hard")
+    """Labels that students learn from: the teacher's soft ones on the stored views, or the images' classes. Every row is trained
+    with each: soft labels alone hide how much of an accuracy is the labels'."""
+    hard_views: ViewConfig = field(default_factory=lambda: ViewConfig(mix="none"))
+    """Views of students with hard labels, drawn as they train: views that say much by soft labels (small crops, mixtures) mislead
+    by hard ones."""
+    baselines: tuple[Baseline, ...] = ("random_real", "nearest_real", "nearest_tiles", "all_real")
+    """Real-image rows beside the distilled set, of the same stored bytes, trained by the identical recipe; the `tiles` rows hold
+    as many small real images as the distilled set has tiles, and are left out where it has none."""
     all_real_epochs: int = 20
     """Passes over all real images in the `all_real` row (its data set is larger, so fewer passes are more steps)."""
 
@@ -340,9 +405,19 @@ class EvaluateConfig:
         for name in ("epochs", "num_seeds", "all_real_epochs"):
             value = getattr(self, name)
             _require(value >= 1, f"evaluate.{name.replace('_', '-')}", ">= 1", value)
+        _require(len(self.labels) > 0, "evaluate.labels", "soft, hard or both", self.labels)
         _require(self.batch_size >= 2, "evaluate.batch-size", ">= 2 (BatchNorm)", self.batch_size)
         _require(self.learning_rate > 0, "evaluate.learning-rate", "> 0", self.learning_rate)
         _require(self.temperature > 0, "evaluate.temperature", "> 0", self.temperature)
+        _require(self.ce_weight >= 0, "evaluate.ce-weight", ">= 0", self.ce_weight)
+        _require(0 <= self.ema_decay < 1, "evaluate.ema-decay", "in [0, 1)", self.ema_decay)
+        for name, kind in (
+            ("optimizer", OptimizerName),
+            ("schedule", Schedule),
+            ("loss", StudentLoss),
+        ):
+            names, value = get_args(kind), getattr(self, name)
+            _require(value in names, f"evaluate.{name}", f"one of {', '.join(names)}", value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -351,6 +426,8 @@ class DistillConfig:
 
     recipe: str = "digits"
     """Name of the recipe that the defaults come from."""
+    variant: Literal["best", "paper"] = "best"
+    """Which defaults: `best` is what proved best (README), `paper` is WMDD as it was published."""
     ipc: int = 10
     """Distilled images per class."""
     seed: int = 0
@@ -375,6 +452,13 @@ class DistillConfig:
             refuse_secrets(option.replace("_", "-"), getattr(self, option))
         _require(self.ipc >= 1, "ipc", ">= 1", self.ipc)
         _require(self.seed >= 0, "seed", ">= 0", self.seed)
+        most_tiles = self.source.image_size // _TILE_PIXELS
+        _require(
+            self.recover.tiles <= most_tiles,
+            "recover.tiles",
+            f"at most {most_tiles}, which leaves {_TILE_PIXELS} of {self.source.image_size} pixels a tile",
+            self.recover.tiles,
+        )
         stored, used = self.relabel.epochs, self.evaluate.epochs
         _require(
             used <= stored or used % stored == 0,
@@ -382,6 +466,11 @@ class DistillConfig:
             f"at most the {stored} stored label epochs (--relabel.epochs) or a multiple of them",
             used,
         )
+
+    @property
+    def num_atoms(self) -> int:
+        """Atoms of a class, and the images that a student sees of it: ipc stored images of tiles x tiles small ones."""
+        return self.ipc * self.recover.tiles**2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

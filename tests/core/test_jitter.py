@@ -8,6 +8,7 @@ import torch
 
 from wmdd_ray.config import RecoverConfig
 from wmdd_ray.core.jitter import Jitter, noise_start, roll
+from wmdd_ray.core.views import crop
 
 CONFIG = RecoverConfig(crop_scale_min=0.3, roll_px=3)
 
@@ -17,8 +18,10 @@ def pictures(n: int, size: int = 8) -> torch.Tensor:
     return torch.rand((n, 2, size, size), generator=generator)
 
 
-def jitter(labels: list[int], ipc: int = 2, config: RecoverConfig = CONFIG) -> Jitter:
-    return Jitter(labels, ipc, config, seed=3, device="cpu")
+def jitter(
+    labels: list[int], ipc: int = 2, config: RecoverConfig = CONFIG, size: int = 8
+) -> Jitter:
+    return Jitter(labels, ipc, config, image_size=size, seed=3, device="cpu")
 
 
 @pytest.mark.parametrize("shift", [(0, 0), (3, -2), (-9, 8)])
@@ -45,7 +48,7 @@ def test_the_jitter_of_a_class_does_not_depend_on_its_company_or_on_the_history(
 
 def test_images_iterations_classes_and_seeds_are_jittered_differently() -> None:
     image = pictures(1).expand(2, 2, 8, 8)
-    other_seed = Jitter([1], 2, CONFIG, seed=4, device="cpu")
+    other_seed = Jitter([1], 2, CONFIG, image_size=8, seed=4, device="cpu")
     results = [
         *jitter([1])(image, 0),
         *jitter([1])(image, 1),
@@ -76,11 +79,29 @@ def test_without_crop_and_roll_only_flips_remain(options: Any, expected: set[str
     assert seen == expected
 
 
+def test_small_images_are_enlarged_to_the_network_s_input_and_rolled_by_its_pixels() -> None:
+    config = RecoverConfig(crop_scale_min=1.0, flip=False, roll_px=2)
+    image = pictures(1, size=4)
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    large = crop(image, whole, torch.tensor([False]), 12)
+    shifts = {
+        (dy, dx)
+        for iteration in range(60)
+        for dy in range(-2, 3)
+        for dx in range(-2, 3)
+        if torch.equal(
+            jitter([0], ipc=1, config=config, size=12)(image, iteration),
+            large.roll((dy, dx), dims=(2, 3)),
+        )
+    }
+    assert len(shifts) > 15
+
+
 def test_rolls_reach_every_shift_in_both_directions_and_no_further() -> None:
     config = RecoverConfig(crop_scale_min=1.0, flip=False, roll_px=1)
     image = pictures(1, size=4)
     seen = set()
-    apply = jitter([0], ipc=1, config=config)
+    apply = jitter([0], ipc=1, config=config, size=4)
     for iteration in range(80):
         result = apply(image, iteration)
         seen |= {

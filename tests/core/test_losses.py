@@ -50,7 +50,7 @@ def test_the_moment_loss_is_that_of_each_class_computed_by_itself(
         else torch.full((groups, ipc), 1 / ipc, dtype=torch.float64)
     )
     taps = [(x.mean(dim=(2, 3)), x.var(dim=(2, 3), correction=0)) for x in inputs]
-    got_G = MomentLoss(channels_L, share_GK, target_mean_GS, target_var_GS)(taps)
+    got_G = MomentLoss(channels_L, share_GK, target_mean_GS[None], target_var_GS[None])(taps)
 
     expected = []
     for g in range(groups):
@@ -80,10 +80,68 @@ def test_moments_that_are_met_have_no_loss_and_a_finite_gradient() -> None:
     x = normal(2, 3, 4, 4).requires_grad_(True)
     tap = (x.mean(dim=(2, 3)), x.var(dim=(2, 3), correction=0))
     share_GK = torch.ones(2, 1, dtype=torch.float64)
-    loss_G = MomentLoss((3,), share_GK, tap[0].detach(), tap[1].detach())([tap])
+    loss_G = MomentLoss((3,), share_GK, tap[0].detach()[None], tap[1].detach()[None])([tap])
     torch.testing.assert_close(loss_G, torch.zeros_like(loss_G), rtol=0, atol=1e-10)
     (gradient,) = torch.autograd.grad(loss_G.sum(), x)
     torch.testing.assert_close(gradient, torch.zeros_like(x))
+
+
+def taps_of(seed: int) -> list[Any]:
+    """Return the taps of two layers of 2 and 3 channels, of two classes of two images."""
+    return [(normal(4, c, seed=seed + c), normal(4, c, seed=seed - c).exp()) for c in (2, 3)]
+
+
+def halves() -> Tensor:
+    return torch.full((2, 2), 0.5, dtype=torch.float64)
+
+
+def test_several_targets_share_the_moment_loss_in_equal_parts() -> None:
+    mean_TGS, var_TGS = normal(3, 2, 5), normal(3, 2, 5, seed=1).exp()
+    got_G = MomentLoss((2, 3), halves(), mean_TGS, var_TGS)(taps_of(10))
+    each_TG = [
+        MomentLoss((2, 3), halves(), mean_TGS[t : t + 1], var_TGS[t : t + 1])(taps_of(10))
+        for t in range(3)
+    ]
+    torch.testing.assert_close(got_G, torch.stack(each_TG).mean(dim=0))
+
+
+def test_the_moments_that_are_compared_are_averaged_from_the_second_call() -> None:
+    target = normal(1, 2, 5), normal(1, 2, 5, seed=1).exp()
+    loss = MomentLoss((2, 3), halves(), *target, decay=0.75)
+
+    def moments(seed: int) -> tuple[Tensor, Tensor]:
+        mean_GKS, var_GKS = (
+            torch.cat(parts, dim=1).view(2, 2, 5) for parts in zip(*taps_of(seed), strict=True)
+        )
+        mean_GS = mean_GKS.mean(dim=1)
+        return mean_GS, (var_GKS + (mean_GKS - mean_GS[:, None]).square()).mean(dim=1)
+
+    def distance_G(mean_GS: Tensor, var_GS: Tensor) -> Tensor:
+        gaps = (mean_GS - target[0][0], var_GS - target[1][0])
+        layers = [gap[:, span] for gap in gaps for span in (slice(0, 2), slice(2, 5))]
+        return torch.stack([layer.norm(dim=1) for layer in layers]).sum(dim=0)
+
+    average = moments(10)
+    torch.testing.assert_close(loss(taps_of(10)), distance_G(*average))
+    for seed in (20, 30):
+        average = tuple(  # type: ignore[assignment]
+            0.75 * old + 0.25 * new for old, new in zip(average, moments(seed), strict=True)
+        )
+        torch.testing.assert_close(loss(taps_of(seed)), distance_G(*average))
+
+
+def test_the_gradient_of_averaged_moments_is_that_of_their_current_part() -> None:
+    # Of one image, mean and variance both below their target 9: the loss falls by what either rises.
+    def slopes_of(decay: float) -> list[float]:
+        target = torch.full((1, 1, 1), 9.0)
+        loss = MomentLoss((1,), torch.ones(1, 1), target, target, decay)
+        for value in (1.0, 2.0):
+            tap = tuple(torch.full((1, 1), value, requires_grad=True) for _ in range(2))
+            slopes = torch.autograd.grad(loss([(tap[0], tap[1])]).sum(), tap)
+        return [float(slope) for slope in slopes]
+
+    assert slopes_of(0.0) == [-1.0, -1.0]
+    assert slopes_of(0.75) == [-0.25, -0.25]
 
 
 @pytest.mark.parametrize("term", TERMS)

@@ -47,7 +47,7 @@ def teacher_of(network: nn.Module) -> Teacher:
     )
 
 
-@pytest.mark.parametrize("arch", ["convnet3", "resnet18", "resnet50", "mobilenet_v2"])
+@pytest.mark.parametrize("arch", ["convnet3", "resnet18", "resnet50", "mobilenet_v2", "vit_tiny"])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("small_stem", [False, True])
 def test_every_architecture_takes_gray_and_color_images_with_either_stem(
@@ -83,6 +83,38 @@ def test_batch_norms_are_listed_in_forward_order(arch: Any) -> None:
         norm.register_forward_hook(lambda module, *_: called.append(module))
     network(torch.zeros(1, 3, 32, 32))
     assert [norms.index(module) for module in called] == list(range(len(norms)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2", "vit_tiny"])
+def test_small_gray_images_train_every_architecture(arch: Any) -> None:
+    config = NetworkConfig(arch=arch, small_stem=True)
+    network = build(config, channels=1, image_size=28).train()
+    images = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    network(images).logsumexp(dim=1).sum().backward()
+    last_linear(network).weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    network(images).logsumexp(dim=1).sum().backward()
+    silent = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []
+
+
+@pytest.mark.parametrize(
+    ("image_size", "patch"), [(8, 1), (16, 2), (28, 4), (32, 4), (64, 8), (224, 32), (37, 1)]
+)
+def test_the_vision_transformer_sees_about_seven_patches_a_side(
+    image_size: int, patch: int
+) -> None:
+    network = build(NetworkConfig(arch="vit_tiny"), channels=1, image_size=image_size)
+    proj = network.get_submodule("conv_proj")
+    assert isinstance(proj, nn.Conv2d)
+    assert proj.kernel_size == proj.stride == (patch, patch)
+    # As torchvision draws the embedding of RGB patches: of standard deviation fan_in^-1/2, cut at 2 of ours.
+    assert 0.8 < proj.weight.std().item() * patch < 1.2
+    assert proj.bias is not None and not proj.bias.any()
+
+
+def test_a_teacher_without_batch_norm_is_refused_by_the_name_of_the_option() -> None:
+    with pytest.raises(ConfigError, match=r"--squeeze.network.arch: .*VisionTransformer without"):
+        batch_norms(build(NetworkConfig(arch="vit_tiny"), image_size=32))
 
 
 def test_features_are_the_differentiable_input_of_the_last_layer() -> None:

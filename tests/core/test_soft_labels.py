@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax, softmax
 from torch import nn
 
-from wmdd_ray.config import RelabelConfig, ViewConfig
+from wmdd_ray.config import NetworkConfig, RelabelConfig, ViewConfig
+from wmdd_ray.core.networks import build_network
 from wmdd_ray.core.soft_labels import (
     compress,
     concatenate_labels,
@@ -18,7 +19,7 @@ from wmdd_ray.core.soft_labels import (
     label_views,
     take_labels,
 )
-from wmdd_ray.core.views import draw_views, render_views
+from wmdd_ray.core.views import draw_views, render_views, take
 from wmdd_ray.errors import ConfigError, DataError
 
 FULL = RelabelConfig(compression="full")
@@ -158,6 +159,67 @@ def test_labels_are_the_networks_logits_on_the_rendered_views() -> None:
         result = label_views(network, images, views, 8, batch_size)
         assert result.dtype == np.float32
         np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
+
+
+def convnet(seed: int, width: int = 4, size: int = 16) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = NetworkConfig(arch="convnet3", width=width)
+        return build_network(config, num_classes=3, channels=1, image_size=size).eval()
+
+
+def pictures(num_images: int, size: int = 16) -> torch.Tensor:
+    return torch.randn(
+        (num_images, 1, size, size), generator=torch.Generator().manual_seed(num_images)
+    )
+
+
+def test_the_logits_of_several_networks_are_averaged() -> None:
+    images = pictures(7)
+    views = draw_views(7, 16, ViewConfig(), seed=0, epoch=0)
+    networks = [convnet(0), convnet(1, width=6), convnet(2)]
+    each = [label_views(network, images, views, 16, 3) for network in networks]
+    np.testing.assert_allclose(
+        label_views(networks, images, views, 16, 3), np.mean(each, axis=0), rtol=1e-5, atol=1e-6
+    )
+    assert label_views(networks[:1], images, views, 16, 3).tobytes() == each[0].tobytes()
+
+
+def test_images_of_half_the_side_are_labeled_at_the_network_s_input() -> None:
+    images = pictures(5, size=14)
+    views = draw_views(5, 28, ViewConfig(), seed=0, epoch=0)
+    network = convnet(0, size=28)
+    got = label_views(network, images, views, 28, 2)
+    # The crops are fractions of the image, so views of an enlarged image are nearly the same ones.
+    enlarged = torch.nn.functional.interpolate(images, scale_factor=2, mode="bilinear")
+    expected = label_views(network, enlarged, views, 28, 2)
+    assert got.shape == (5, 3) and np.abs(got - expected).max() < 0.2 * expected.std()
+    assert not np.array_equal(got, label_views(network, images.flip(0), views, 28, 2))
+
+
+def test_labels_by_batch_statistics_are_those_of_interleaved_batches_in_training_mode() -> None:
+    images = pictures(11)
+    views = draw_views(11, 16, ViewConfig(), seed=0, epoch=0)
+    network, training = convnet(0), convnet(0).train()
+    got = label_views(network, images, views, 16, 4, batch_statistics=True)
+    for rows in (slice(0, None, 3), slice(1, None, 3), slice(2, None, 3)):
+        expected = training(render_views(images, take(views, rows), 16)).detach().numpy()
+        np.testing.assert_allclose(got[rows], expected, rtol=1e-4, atol=1e-5)
+    plain = label_views(network, images, views, 16, 4)
+    assert np.abs(got - plain).max() > 0.1 * plain.std()
+
+
+def test_a_network_is_as_before_after_labels_by_batch_statistics_and_after_an_error() -> None:
+    network = convnet(0)
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    views = draw_views(6, 16, ViewConfig(), seed=0, epoch=0)
+    before = label_views(network, pictures(6), views, 16, 4)
+    label_views([network, convnet(1)], pictures(6), views, 16, 4, batch_statistics=True)
+    with pytest.raises(RuntimeError, match="expected input"):
+        label_views(network, pictures(6).expand(6, 2, 16, 16), views, 16, 4, batch_statistics=True)
+    torch.testing.assert_close(dict(network.state_dict()), state, rtol=0, atol=0)
+    assert not any(m.training for m in network.modules())
+    np.testing.assert_array_equal(label_views(network, pictures(6), views, 16, 4), before)
 
 
 def test_a_network_in_training_mode_gives_no_labels() -> None:

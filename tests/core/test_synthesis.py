@@ -13,7 +13,8 @@ from wmdd_ray.config import NetworkConfig, RecoverConfig
 from wmdd_ray.core.embedding import features_and_moments
 from wmdd_ray.core.moments import variance_S
 from wmdd_ray.core.networks import batch_norms, build_network, last_linear
-from wmdd_ray.core.synthesis import ClassTarget, recover_group
+from wmdd_ray.core.synthesis import ClassTarget, TeacherTarget, recover_group
+from wmdd_ray.core.tiles import shrink
 from wmdd_ray.core.views import to_input
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.records import ClassImages
@@ -22,10 +23,10 @@ MEAN, STD, SIZE = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), 16
 CONFIG = RecoverConfig(iterations=6, learning_rate=0.1, roll_px=1)
 
 
-def make_network() -> nn.Module:
+def make_network(width: int = 8) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = NetworkConfig(arch="convnet3", width=8)
+        config = NetworkConfig(arch="convnet3", width=width)
         network = build_network(config, num_classes=3, channels=3, image_size=SIZE)
         for norm in batch_norms(network):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -45,26 +46,45 @@ def smooth_pictures(seed: int) -> np.ndarray:
 
 
 NETWORK = make_network()
+OTHER = make_network(width=5)
+
+
+def moments_of(network: nn.Module, label: int, ipc: int) -> dict[str, np.ndarray]:
+    """Return the true moments and some features of random smooth pictures of a class."""
+    images = to_input(smooth_pictures(label), MEAN, STD, "cpu")
+    features_ND, moments = features_and_moments(network, images, np.full(12, label), batch_size=12)
+    return {
+        "atoms_KD": features_ND[-ipc:],
+        "mean_S": moments[label].mean_S,
+        "var_S": variance_S(moments[label]),
+    }
 
 
 def make_target(label: int, ipc: int = 2, start: bool = True) -> ClassTarget:
-    """Return the true moments and some features of random smooth pictures of a class."""
-    pixels_NHWC = smooth_pictures(label)
-    images = to_input(pixels_NHWC, MEAN, STD, "cpu")
-    features_ND, moments = features_and_moments(NETWORK, images, np.full(12, label), batch_size=12)
+    """Return the target of a class of random smooth pictures."""
     weights_K = np.random.default_rng(label).random(ipc) + 0.2
     return ClassTarget(
         label=label,
-        atoms_KD=features_ND[-ipc:],
         weights_K=weights_K / weights_K.sum(),
-        mean_S=moments[label].mean_S,
-        var_S=variance_S(moments[label]),
-        start_KHWC=pixels_NHWC[:ipc] if start else None,
+        start_KHWC=smooth_pictures(label)[:ipc] if start else None,
+        **moments_of(NETWORK, label, ipc),
     )
 
 
+def with_other(target: ClassTarget) -> ClassTarget:
+    """Return the target with that of the second, narrower teacher."""
+    own = moments_of(OTHER, target.label, len(target.weights_K))
+    return replace(target, others=(TeacherTarget(**own),))
+
+
+def tiled(target: ClassTarget, tiles: int) -> ClassTarget:
+    """Return the target with its start at the side of a small image."""
+    assert target.start_KHWC is not None
+    return replace(target, start_KHWC=shrink(target.start_KHWC, SIZE // tiles))
+
+
 def recover(targets: list[ClassTarget], config: RecoverConfig, **options: Any) -> list[ClassImages]:
-    options = {"network": NETWORK, "seed": 5, "channels": 3, "device": "cpu"} | options
+    options = {"networks": NETWORK, "seed": 5, "channels": 3, "device": "cpu"} | options
     shape: dict[str, Any] = {"image_size": SIZE, "mean_C": MEAN, "std_C": STD}
     return recover_group(targets=targets, config=config, **shape, **options)
 
@@ -100,7 +120,7 @@ def test_every_feature_term_is_lowered(term: Any, start: bool) -> None:
     assert last < 0.7 * first
 
 
-@pytest.mark.parametrize("moments", ["per_class", "global"])
+@pytest.mark.parametrize("moments", ["per_class", "global", "blend"])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_every_moment_term_is_lowered(moments: Any, weighted: bool) -> None:
     config = replace(CONFIG, iterations=12, feature_term="none", moments=moments)
@@ -157,6 +177,7 @@ def test_weights_change_the_images_only_when_moments_are_weighted() -> None:
         {"feature_term": "rbf_mmd", "weighted_moments": True},
         {"feature_term": "mean", "moments": "global"},
         {"feature_term": "cross_entropy", "ce_weight": 1.0},
+        {"moments": "blend", "ema_statistics": 0.5},
     ],
 )
 @pytest.mark.parametrize("start", [True, False])
@@ -175,9 +196,28 @@ def test_a_class_gets_the_same_images_alone_and_in_company(options: Any, start: 
         np.testing.assert_array_equal(got.weights_K, target.weights_K)
 
 
-@pytest.mark.parametrize("stop", [1, 4, 6])
-def test_resuming_at_any_iteration_gives_the_same_bytes(stop: int) -> None:
-    targets = [make_target(0), make_target(1, start=False)]
+@pytest.mark.parametrize("stop", [1, 3, 4, 6])
+@pytest.mark.parametrize(
+    ("options", "teachers"),
+    [
+        ({}, 1),
+        ({"residual_blends": 1}, 1),
+        ({"ema_statistics": 0.6}, 1),
+        ({"ema_statistics": 0.6, "residual_blends": 2, "moments": "blend"}, 2),
+        ({"tiles": 2, "mixed_precision": True}, 2),
+    ],
+)
+def test_resuming_at_any_iteration_gives_the_same_bytes(
+    stop: int, options: Any, teachers: int
+) -> None:
+    config = replace(CONFIG, **options)
+    is_real = config.residual_blends > 0
+    targets = [make_target(0), make_target(1, start=is_real)]
+    if config.tiles > 1:
+        targets[0] = tiled(targets[0], config.tiles)
+    if teachers == 2:
+        targets = [with_other(target) for target in targets]
+    networks = [NETWORK, OTHER][:teachers]
     kept: dict[str, np.ndarray] = {}
     steps: list[int] = []
 
@@ -186,10 +226,10 @@ def test_resuming_at_any_iteration_gives_the_same_bytes(stop: int) -> None:
         if iteration == stop:
             kept.update(get_state())
 
-    expected = recover(targets, CONFIG, on_step=keep)
+    expected = recover(targets, config, on_step=keep, networks=networks)
     assert steps == [1, 2, 3, 4, 5, 6]
     steps.clear()
-    resumed = recover(targets, CONFIG, on_step=keep, state=kept)
+    resumed = recover(targets, config, on_step=keep, state=kept, networks=networks)
     assert steps == list(range(stop + 1, 7))
     for one, two in zip(expected, resumed, strict=True):
         assert one.images_KHWC.tobytes() == two.images_KHWC.tobytes()
@@ -236,7 +276,7 @@ def test_pixels_stay_in_the_valid_range_under_an_absurd_rate() -> None:
 def test_the_network_is_left_as_it_was() -> None:
     network = make_network()
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    recover([make_target(0)], CONFIG, network=network)
+    recover([make_target(0)], CONFIG, networks=network)
     torch.testing.assert_close(dict(network.state_dict()), state, rtol=0, atol=0)
     assert all(p.requires_grad and p.grad is None for p in network.parameters())
     assert not torch.backends.cudnn.deterministic
@@ -280,3 +320,147 @@ def test_divergence_is_an_error_that_names_the_classes() -> None:
     broken = replace(target, atoms_KD=np.full_like(target.atoms_KD, np.nan))
     with pytest.raises(DataError, match=r"pixels of classes \[1\] became NaN"):
         recover([make_target(0), broken], CONFIG)
+
+
+def test_a_blend_of_moments_is_half_of_each_loss() -> None:
+    config = replace(CONFIG, iterations=1, feature_term="none")
+    target = make_target(0)
+    values = []
+    for moments in ("per_class", "global", "blend"):
+        (result,) = recover([target], replace(config, moments=moments))
+        values.append(result.losses["bn"])
+    np.testing.assert_allclose(values[2], (values[0] + values[1]) / 2, rtol=1e-6)
+    assert abs(values[0] - values[1]) > 0.01 * values[0]
+
+
+def states_by_step(
+    config: RecoverConfig, target: ClassTarget, **options: Any
+) -> dict[int, dict[str, np.ndarray]]:
+    states: dict[int, dict[str, np.ndarray]] = {}
+
+    def on_step(iteration: int, get_state: Callable[[], dict[str, np.ndarray]]) -> None:
+        states[iteration] = get_state()
+
+    recover([target], config, on_step=on_step, **options)
+    return states
+
+
+def test_averaged_statistics_change_the_loss_and_the_images_from_the_second_iteration_on() -> None:
+    config = replace(CONFIG, feature_term="none")
+    plain = states_by_step(config, make_target(0))
+    averaged = states_by_step(replace(config, ema_statistics=0.8), make_target(0))
+    for name in ("images", "loss_bn"):
+        assert np.array_equal(plain[1][name], averaged[1][name])
+        assert not np.array_equal(plain[2][name], averaged[2][name])
+    assert plain[1].keys() == averaged[1].keys() - {"average0_mean", "average0_var"}
+
+
+@pytest.mark.parametrize(("blends", "at"), [(1, [3]), (2, [2, 4]), (3, [1, 3, 4])])
+def test_images_become_half_themselves_and_half_their_start_after_each_part_but_the_last(
+    blends: int, at: list[int]
+) -> None:
+    target = make_target(0)
+    assert target.start_KHWC is not None
+    start = to_input(target.start_KHWC, MEAN, STD).numpy()
+    states = states_by_step(replace(CONFIG, residual_blends=blends), target)
+    for step in range(2, 7):
+        # One step from the state before, without blending.
+        alone = states_by_step(CONFIG, target, state=states[step - 1])[step]["images"]
+        expected = (alone + start) / 2 if step in at else alone
+        np.testing.assert_allclose(states[step]["images"], expected, rtol=0, atol=1e-6)
+        assert np.abs(alone - start).max() > 0.01
+
+
+@pytest.mark.parametrize("tiles", [2, 3])
+def test_small_images_are_recovered_at_their_own_side_and_meet_their_atoms(tiles: int) -> None:
+    config = replace(CONFIG, tiles=tiles, iterations=12, moments="none")
+    target = tiled(make_target(1, ipc=tiles**2), tiles)
+    still = replace(config, crop_scale_min=1.0, flip=False, roll_px=0)
+    totals: list[float] = []
+
+    def on_step(_: int, get_state: Callable[[], dict[str, np.ndarray]]) -> None:
+        totals.append(float(get_state()["loss_total"][0]))
+
+    (result,) = recover([target], still, on_step=on_step)
+    assert result.images_KHWC.shape == (tiles**2, SIZE // tiles, SIZE // tiles, 3)
+    assert totals[-1] < 0.7 * totals[0]
+    (start,) = recover([target], replace(config, iterations=0))
+    np.testing.assert_array_equal(start.images_KHWC, target.start_KHWC)
+
+
+def test_small_images_begin_from_noise_of_their_own_side() -> None:
+    config = replace(CONFIG, tiles=2, start="noise", iterations=2)
+    (result,) = recover([make_target(0, ipc=4, start=False)], config)
+    assert result.images_KHWC.shape == (4, SIZE // 2, SIZE // 2, 3)
+    assert result.images_KHWC.std() > 20
+
+
+def test_teachers_take_turns_and_each_has_its_own_target() -> None:
+    target = make_target(0)
+    both = with_other(target)
+    narrow = replace(target, **moments_of(OTHER, 0, 2))
+    losses: list[float] = []
+
+    def on_step(_: int, get_state: Callable[[], dict[str, np.ndarray]]) -> None:
+        losses.append(float(get_state()["loss_total"][0]))
+
+    # So small a rate that the images stay: a turn's loss is then that of its teacher alone.
+    config = replace(CONFIG, learning_rate=1e-7, iterations=4)
+    recover([both], config, networks=[NETWORK, OTHER], on_step=on_step)
+    together = losses.copy()
+    losses.clear()
+    recover([target], config, on_step=on_step)
+    recover([narrow], config, networks=OTHER, on_step=on_step)
+    first, second = losses[:4], losses[4:]
+    np.testing.assert_allclose(together, [first[0], second[1], first[2], second[3]], rtol=1e-4)
+    assert abs(first[0] - second[0]) > 0.1 * first[0]
+
+
+def test_one_teacher_in_a_list_gives_the_bytes_of_the_teacher_itself() -> None:
+    (one,), (two,) = (
+        recover([make_target(0)], CONFIG, networks=networks) for networks in (NETWORK, [NETWORK])
+    )
+    assert one.images_KHWC.tobytes() == two.images_KHWC.tobytes()
+
+
+def test_targets_for_another_number_of_teachers_are_our_fault() -> None:
+    with pytest.raises(AssertionError, match="one target a teacher"):
+        recover([make_target(0)], CONFIG, networks=[NETWORK, OTHER])
+
+
+@pytest.mark.parametrize("term", ["wasserstein", "rbf_mmd"])
+def test_mixed_precision_follows_the_losses_of_full_precision(term: Any) -> None:
+    config = replace(CONFIG, feature_term=term, ce_weight=0.5, iterations=1)
+    target = make_target(0)
+    (plain,) = recover([target], config)
+    (mixed,) = recover([target], replace(config, mixed_precision=True))
+    assert plain.losses != mixed.losses
+    np.testing.assert_allclose(
+        list(mixed.losses.values()), list(plain.losses.values()), rtol=0.02, atol=2e-3
+    )
+    longer = replace(config, iterations=12, mixed_precision=True)
+    first, last = first_and_last_losses(longer, target)
+    assert last < 0.7 * first
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tiles": 0}, "--recover.tiles: expected >= 1, got 0"),
+        ({"ema_statistics": 1.0}, r"--recover.ema-statistics: expected in \[0, 1\)"),
+        ({"residual_blends": 6}, r"--recover.residual-blends: expected in \[0, 5\].*got 6"),
+        ({"residual_blends": -1}, r"--recover.residual-blends: expected in \[0, 5\]"),
+        (
+            {"residual_blends": 1, "start": "noise"},
+            "--recover.start: expected a real start for --recover.residual-blends 1, got 'noise'",
+        ),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(CONFIG, **options)
+
+
+def test_more_tiles_than_pixels_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--recover.tiles"):
+        recover([make_target(0)], replace(CONFIG, tiles=SIZE + 1))

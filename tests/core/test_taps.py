@@ -66,6 +66,32 @@ def test_a_tap_equals_the_layer_and_its_moments_by_plain_autograd(
     torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(5, 3, 8, 6), (2, 3, 300, 300)])
+@pytest.mark.parametrize("overwritten", [True, False])
+def test_a_tap_of_bfloat16_has_float32_moments_and_the_nearest_gradient(
+    affine: bool, shape: tuple[int, ...], overwritten: bool
+) -> None:
+    x = (normal(*shape) + 3).bfloat16().requires_grad_(True)
+    before = x.detach().clone()
+    leaf = x.detach().double().requires_grad_(True)
+    upstream = [normal(*shape, seed=5), normal(*shape[:2], seed=6), normal(*shape[:2], seed=7)]
+    upstream[0] = upstream[0].bfloat16()
+    got = TappedNorm.apply(x * 1 if overwritten else x, *parameters(torch.float32, affine))
+    assert [out.dtype for out in got] == [torch.bfloat16, torch.float32, torch.float32]
+    expected = plain(
+        leaf,
+        *[p.double() if isinstance(p, Tensor) else p for p in parameters(torch.float32, affine)],
+    )
+    torch.testing.assert_close(got[0].double(), expected[0], rtol=2**-8, atol=1e-2)
+    torch.testing.assert_close([m.double() for m in got[1:]], expected[1:], rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(list(got), x, upstream)
+    (exact,) = torch.autograd.grad(expected, leaf, [u.double() for u in upstream])
+    # Rounded once: half a unit of the last of 8 bits.
+    torch.testing.assert_close(gradient.double(), exact, rtol=2**-8, atol=1e-6)
+    assert torch.equal(x, before), "the caller's array"
+
+
 def test_the_variance_keeps_its_digits_beside_a_large_mean() -> None:
     x = normal(2, 3, 16, 16) + 1000
     _, _, var_BC = TappedNorm.apply(x, *parameters(torch.float32, affine=True))

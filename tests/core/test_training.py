@@ -15,10 +15,13 @@ from scipy.stats import entropy
 from sklearn.datasets import load_digits
 from torch import distributed, nn
 
-from wmdd_ray.config import EvaluateConfig, SqueezeConfig, ViewConfig
+from wmdd_ray.config import EvaluateConfig, NetworkConfig, SqueezeConfig, ViewConfig
 from wmdd_ray.core import training
 from wmdd_ray.core.batches import eval_batches, in_memory_batches, order_of, steps_of
+from wmdd_ray.core.networks import build_network
 from wmdd_ray.core.optimizer import (
+    MuonAdamW,
+    WeightAverage,
     cosine_rate,
     load_training_state,
     make_optimizer,
@@ -26,7 +29,14 @@ from wmdd_ray.core.optimizer import (
     training_state,
 )
 from wmdd_ray.core.soft_labels import label_views
-from wmdd_ray.core.training import accuracy, soft_label_loss, train_classifier, train_student
+from wmdd_ray.core.training import (
+    accuracy,
+    hard_label_loss,
+    logit_loss,
+    soft_label_loss,
+    train_classifier,
+    train_student,
+)
 from wmdd_ray.core.views import StoredImages, draw_views, to_input
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.records import Views
@@ -100,7 +110,7 @@ def sgd(network: nn.Module, config: SqueezeConfig) -> torch.optim.Optimizer:
 # Optimizers
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
 def test_weight_decay_spares_parameters_of_one_dimension(name: str) -> None:
     network = small_network()
     before = copy.deepcopy(network)
@@ -135,6 +145,121 @@ def test_frozen_parameters_are_left_out_of_the_optimizer() -> None:
     optimizer = make_optimizer(network, "adamw", learning_rate=0.1, weight_decay=0.1)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in network.parameters() if p.requires_grad}
+
+
+def three_convolutions(channels_last: bool) -> nn.Module:
+    torch.manual_seed(0)
+    network = build_network(
+        NetworkConfig(arch="convnet3", width=12), num_classes=10, channels=1, image_size=8
+    )
+    return network.to(memory_format=torch.channels_last) if channels_last else network
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_muon_moves_a_hidden_kernel_as_torchs_muon_moves_the_kernel_as_a_matrix(
+    channels_last: bool,
+) -> None:
+    network = three_convolutions(channels_last)
+    kernel = network.get_parameter("conv2.weight")
+    assert kernel.is_contiguous() is not channels_last
+    matrix = nn.Parameter(kernel.detach().reshape(12, -1).clone())
+    settings: dict[str, Any] = {"weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    reference = torch.optim.Muon([matrix], lr=0.01, **settings)
+    optimizer = make_optimizer(network, "muon", learning_rate=0.01, weight_decay=0.1)
+    images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    for step in range(3):
+        before = matrix.detach().clone()
+        loss = network(images).square().mean()
+        (gradient,) = torch.autograd.grad(loss, kernel, retain_graph=True)
+        take_step(optimizer, loss, 0.01, step, 10)
+        matrix.grad = gradient.reshape(12, -1).clone()
+        reference.param_groups[0]["lr"] = cosine_rate(0.01, step, 10)
+        reference.step()
+        moved = (matrix - before).abs().max().item()
+        assert moved > 1e-3
+        # The products of matrices are taken in bfloat16, and the order of the columns differs.
+        tolerance = 0.03 * moved if channels_last else 0
+        torch.testing.assert_close(kernel.reshape(12, -1), matrix, rtol=0, atol=tolerance)
+        with torch.no_grad():
+            matrix.copy_(kernel.reshape(12, -1))
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"),
+    [
+        ("convnet3", {"conv2.weight", "conv3.weight"}),
+        ("vit_tiny", {"self_attention.in_proj_weight", "out_proj.weight", "0.weight", "3.weight"}),
+    ],
+)
+def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(arch: Any, expected: set[str]) -> None:
+    network = build_network(
+        NetworkConfig(arch=arch, width=4), num_classes=3, channels=1, image_size=8
+    )
+    optimizer = make_optimizer(network, "muon", learning_rate=0.1, weight_decay=0.1)
+    assert isinstance(optimizer, MuonAdamW)
+    held = {matrix.data_ptr(): matrix.shape for matrix in optimizer.param_groups[0]["params"]}
+    names = [n for n, p in network.named_parameters() if p.data_ptr() in held]
+    assert len(names) == len(held) == (2 if arch == "convnet3" else 4 * 4)
+    assert {n for n in names if not any(n.endswith(e) for e in expected)} == set()
+    others = [id(p) for group in optimizer.param_groups[1:] for p in group["params"]]
+    assert len(others) == len(list(network.parameters())) - len(held)
+    depthwise = nn.Conv2d(6, 6, 3, groups=6)
+    network = nn.Sequential(nn.Conv2d(1, 6, 3), depthwise, nn.Conv2d(6, 6, 1), nn.Linear(2, 2))
+    optimizer = make_optimizer(network, "muon", learning_rate=0.1, weight_decay=0.1)
+    assert [p.shape for p in optimizer.param_groups[0]["params"]] == [(6, 6)]
+
+
+def test_muon_refuses_weights_that_were_laid_out_anew() -> None:
+    network = three_convolutions(channels_last=False)
+    optimizer = make_optimizer(network, "muon", learning_rate=0.1, weight_decay=0.1)
+    network.to(memory_format=torch.channels_last)
+    loss = network(torch.zeros(2, 1, 8, 8)).sum()
+    with pytest.raises(AssertionError, match="laid out anew"):
+        take_step(optimizer, loss, 0.1, 0, 1)
+
+
+# The average of the weights
+
+
+def test_the_average_is_that_of_torch_but_for_a_start_that_has_no_part_in_it() -> None:
+    network = small_network()
+    optimizer = make_optimizer(network, "adamw", learning_rate=0.1, weight_decay=0)
+    average = WeightAverage(network, 0.8)
+    shares = [1 / sum(0.8**i for i in range(step)) for step in range(1, 6)]
+
+    def reference_of(averages: Any, values: Any, count: torch.Tensor | int) -> None:
+        for old, new in zip(averages, values, strict=True):
+            if old.is_floating_point():
+                old.copy_((1 - shares[int(count)]) * old + shares[int(count)] * new)
+
+    reference = torch.optim.swa_utils.AveragedModel(
+        network, multi_avg_fn=reference_of, use_buffers=True
+    )
+    for step in range(5):
+        images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(step))
+        take_step(optimizer, network(images).square().mean(), 0.1, step, 10)
+        average.update()
+        reference.update_parameters(network)
+    trained = copy.deepcopy(network.state_dict())
+    average.put_into_network()
+    expected, found = reference.module.state_dict(), network.state_dict()
+    for name, value in found.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, expected[name])
+            assert (value != trained[name]).any()
+        else:
+            assert value.item() == 5  # a counter counts, and is no average
+
+
+def test_the_average_after_one_step_is_the_weights_after_it() -> None:
+    network = small_network()
+    average = WeightAverage(network, 0.999)
+    with torch.no_grad():
+        network[0].weight.mul_(3)  # type: ignore[index]
+    after = copy.deepcopy(network.state_dict())
+    average.update()
+    average.put_into_network()
+    torch.testing.assert_close(network.state_dict(), after, rtol=0, atol=0)
 
 
 # Batches
@@ -239,14 +364,16 @@ def test_training_resumed_from_plain_arrays_gives_the_same_bytes(
     assert_same_weights(resumed, whole)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_training_state_of_every_optimizer_round_trips(name: str) -> None:
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
+def test_training_state_of_every_optimizer_round_trips(name: str, channels_last: bool) -> None:
     def steps(network: nn.Module, optimizer: torch.optim.Optimizer, first: int) -> None:
         for step in range(first, first + 3):
             images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(step))
             take_step(optimizer, network(images).square().mean(), 0.01, step, 10)
 
-    first, second = small_network(), small_network(seed=1)
+    first = small_network(channels_last=channels_last)
+    second = small_network(seed=1, channels_last=channels_last)
     kwargs: dict[str, Any] = {"name": name, "learning_rate": 0.01, "weight_decay": 0.1}
     optimizers = make_optimizer(first, **kwargs), make_optimizer(second, **kwargs)
     steps(first, optimizers[0], 0)
@@ -365,6 +492,35 @@ def test_soft_label_loss_ignores_a_constant_in_a_row_and_is_zero_at_the_teacher(
     )
 
 
+def test_logit_loss_is_the_mean_squared_error_of_centered_logits() -> None:
+    student, teacher = random_logits(6, 0), random_logits(6, 1)
+    s, t = (x.double().numpy() for x in (student, teacher))
+    error_BY = (s - s.mean(axis=1, keepdims=True)) - (t - t.mean(axis=1, keepdims=True))
+    error_B = (error_BY**2).mean(axis=1)
+    np.testing.assert_allclose(logit_loss(student, teacher).item(), error_B.mean(), rtol=1e-5)
+    weights = np.array([0, 1, 2, 0.5, 0.5, 2])
+    loss = logit_loss(student, teacher, torch.tensor(weights)).item()
+    np.testing.assert_allclose(loss, (weights * error_B).mean(), rtol=1e-5)
+    shift = torch.tensor([[5.0], [-3.0], [0.0], [100.0], [1.0], [2.0]])
+    torch.testing.assert_close(logit_loss(student + shift, teacher), logit_loss(student, teacher))
+
+
+def test_hard_label_loss_is_the_cross_entropy_to_the_mixed_classes() -> None:
+    student = random_logits(4, 0)
+    classes, partners = torch.tensor([0, 3, 9, 2]), torch.tensor([1, 3, 0, 5])
+    share = torch.tensor([1.0, 0.25, 0.0, 0.5])
+    target = torch.zeros(4, 10)
+    for row in range(4):
+        target[row, classes[row]] += share[row]
+        target[row, partners[row]] += 1 - share[row]
+    loss_B = nn.functional.cross_entropy(student, target, reduction="none")
+    loss = hard_label_loss(student, classes, partners, share)
+    torch.testing.assert_close(loss, loss_B.mean())
+    weights = torch.tensor([0.0, 1.0, 2.0, 1.0])
+    loss = hard_label_loss(student, classes, partners, share, weights)
+    torch.testing.assert_close(loss, (weights * loss_B).mean())
+
+
 def soft_epochs(
     network: nn.Module, images: torch.Tensor
 ) -> Any:  # Callable[[int], tuple[Views, ndarray]]
@@ -377,11 +533,25 @@ def soft_epochs(
     return epoch_of
 
 
-def test_a_student_learns_its_teacher_from_views_alone(digits: Labeled) -> None:
+EDC: dict[str, Any] = {
+    "loss": "mse",
+    "ce_weight": 0.025,
+    "ema_decay": 0.9,
+    "schedule": "half_cosine",
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, EDC, {"optimizer": "muon", "learning_rate": 2e-3}, {"mixed_precision": True}],
+    ids=["plain", "edc", "muon", "bfloat16"],
+)
+def test_a_student_learns_its_teacher_from_views(digits: Labeled, changes: dict[str, Any]) -> None:
     teacher = small_network()
     train_on(teacher, digits, SqueezeConfig(epochs=2, batch_size=32, flip=False))
     images = to_input(digits[0][:300], MEAN, STD)
-    student, config = small_network(seed=3), EvaluateConfig(batch_size=25, temperature=4.0)
+    student = small_network(seed=3)
+    config = EvaluateConfig(batch_size=25, temperature=4.0, **changes)
     losses: list[float] = []
     train_student(
         student,
@@ -392,6 +562,7 @@ def test_a_student_learns_its_teacher_from_views_alone(digits: Labeled) -> None:
         epochs=12,
         image_size=8,
         seed=0,
+        classes_N=digits[1][:300],
         on_epoch=lambda _, loss, get_state: losses.append(loss),
     )
     held_out = eval_batches(
@@ -402,6 +573,37 @@ def test_a_student_learns_its_teacher_from_views_alone(digits: Labeled) -> None:
     assert len(losses) == 12 and losses[-1] < 0.5 * losses[0]
 
 
+def test_a_student_learns_from_hard_labels_without_logits(digits: Labeled) -> None:
+    images = to_input(digits[0][:300], MEAN, STD)
+    config = ViewConfig(crop_scale_min=0.7, flip=False)
+
+    def views_of(epoch: int) -> tuple[Views, None]:
+        return draw_views(300, 8, config, seed=0, epoch=epoch), None
+
+    def train(classes: np.ndarray) -> float:
+        student = small_network(seed=3)
+        train_student(
+            student,
+            images,
+            views_of,
+            None,
+            # Of the losses to soft labels nothing is used.
+            EvaluateConfig(batch_size=25, ce_weight=7.0, loss="mse"),
+            epochs=12,
+            image_size=8,
+            seed=0,
+            classes_N=classes,
+            labels="hard",
+        )
+        held_out = eval_batches(
+            digits[0][300:], digits[1][300:], mean_C=MEAN, std_C=STD, batch_size=500
+        )
+        return accuracy(student, held_out)[0]
+
+    assert train(digits[1][:300]) > 0.85
+    assert train((digits[1][:300] + 1) % 10) < 0.05  # the classes are what is learned
+
+
 def fixed_epochs(n: int, seed: int = 0) -> Any:
     logits = random_logits(n, seed).numpy()
     return lambda epoch: (draw_views(n, 8, ViewConfig(), seed=0, epoch=epoch), logits)
@@ -410,15 +612,26 @@ def fixed_epochs(n: int, seed: int = 0) -> Any:
 def train_small(network: nn.Module, images: Any, epochs_of: Any, **changes: Any) -> nn.Module:
     """Train on 3 label epochs in batches of 8, and return the network."""
     weights = changes.pop("weights", None)
-    seed = changes.pop("seed", 0)
+    given = {"seed": changes.pop("seed", 0), "classes_N": changes.pop("classes", None)}
     config = EvaluateConfig(batch_size=8, **changes)
-    train_student(network, images, epochs_of, weights, config, epochs=3, image_size=8, seed=seed)
+    train_student(network, images, epochs_of, weights, config, epochs=3, image_size=8, **given)
     return network
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_student_resumed_after_any_epoch_is_the_same_to_the_last_bit(optimizer: str) -> None:
-    config = EvaluateConfig(batch_size=8, optimizer=optimizer)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adamw"},
+        {"optimizer": "sgd"},
+        {"optimizer": "muon", "mixed_precision": True},
+        EDC,
+    ],
+    ids=["adamw", "sgd", "muon-bfloat16", "edc"],
+)
+def test_a_student_resumed_after_any_epoch_is_the_same_to_the_last_bit(
+    changes: dict[str, Any],
+) -> None:
+    config = EvaluateConfig(batch_size=8, **changes)
     states: list[dict[str, np.ndarray]] = []
 
     def train(seed: int, state: dict[str, np.ndarray] | None) -> nn.Module:
@@ -433,18 +646,19 @@ def test_a_student_resumed_after_any_epoch_is_the_same_to_the_last_bit(optimizer
             epochs=3,
             image_size=8,
             seed=5,
+            classes_N=np.arange(20) % 10,
             state=state,
             on_epoch=lambda epoch, loss, get_state: states.append(get_state()),
         )
         return network
 
     whole = train(1, None)
-    for state in states[:2]:
+    for state in states[:3]:
         torch.manual_seed(99)
         assert_same_weights(train(2, dict(state)), whole)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 def test_students_of_one_seed_are_equal_to_the_last_bit(optimizer: str) -> None:
     images = torch.randn(21, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     first = train_small(small_network(), images, fixed_epochs(21), optimizer=optimizer)
@@ -515,6 +729,149 @@ def test_weights_of_images_scale_their_loss_only_when_the_option_is_on() -> None
     torch.testing.assert_close(rescaled.state_dict(), weighted.state_dict())
     options["weighted_loss"] = False
     assert_same_weights(plain, train_small(linear(), images, fixed_epochs(16), **options))
+
+
+def test_a_rate_that_falls_to_half_is_half_of_a_cosine_of_twice_the_length(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps = []
+    monkeypatch.setattr(training, "take_step", lambda *args: steps.append(args[2:]))
+    images = torch.zeros(16, 1, 8, 8)
+    train_small(small_network(), images, fixed_epochs(16), schedule="half_cosine")
+    rates = np.array([cosine_rate(*arguments) for arguments in steps])
+    expected = 1e-3 * (1 + np.cos(np.pi * np.arange(6) / 12)) / 2
+    np.testing.assert_allclose(rates, expected)
+    np.testing.assert_allclose(cosine_rate(steps[0][0], 6, steps[0][2]), 0.5e-3)
+
+
+def test_cross_entropy_joins_a_loss_by_its_weight_and_reads_the_partners_class() -> None:
+    images = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    classes = np.arange(16) % 10
+
+    def train(**changes: Any) -> nn.Module:
+        return train_small(small_network(), images, epochs_of, **changes)
+
+    def epochs_of(epoch: int) -> Any:
+        views, logits = fixed_epochs(16)(epoch)
+        views.share_V[:] = 0  # the partner's class is all that counts
+        views.partner_V[:] = 5
+        return views, logits
+
+    assert_same_weights(train(), train(classes=classes))
+    with_ce = train(classes=classes, ce_weight=0.5)
+    assert (with_ce[0].weight != train()[0].weight).any()  # type: ignore[index]
+    others = np.where(np.arange(16) == 5, classes, 9)
+    assert_same_weights(with_ce, train(classes=others, ce_weight=0.5))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ce_weight": -0.1}, "--evaluate.ce-weight: expected >= 0, got -0.1"),
+        ({"ema_decay": 1.0}, r"--evaluate.ema-decay: expected in \[0, 1\), got 1.0"),
+        ({"optimizer": "adam"}, "--evaluate.optimizer: expected one of adamw, sgd, muon"),
+        ({"schedule": "half"}, "--evaluate.schedule: expected one of cosine, half_cosine"),
+        ({"loss": "MSE"}, "--evaluate.loss: expected one of kl, mse, got 'MSE'"),
+    ],
+)
+def test_a_student_recipe_that_is_no_recipe_is_refused(
+    values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EvaluateConfig(**values)
+
+
+@pytest.mark.parametrize("loss", ["kl", "mse"])
+def test_the_loss_of_a_step_is_that_to_the_soft_labels_plus_the_weighted_cross_entropy(
+    loss: Any,
+) -> None:
+    images = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    # An image's weight counts in both terms.
+    weights_N = np.linspace(0.5, 1.5, 16)
+
+    def loss_of(ce_weight: float, labels: Any, weighted: bool = True) -> float:
+        losses: list[float] = []
+        train_student(
+            small_network(),
+            images,
+            fixed_epochs(16),
+            weights_N,
+            EvaluateConfig(
+                batch_size=8,
+                learning_rate=1e-30,
+                loss=loss,
+                ce_weight=ce_weight,
+                weighted_loss=weighted,
+            ),
+            epochs=1,
+            image_size=8,
+            seed=0,
+            classes_N=np.arange(16) % 10,
+            labels=labels,
+            on_epoch=lambda _, value, get_state: losses.append(value),
+        )
+        return losses[0]
+
+    soft, hard = loss_of(0, "soft"), loss_of(0, "hard")
+    assert soft > 1e-3 and hard > 1
+    assert abs(loss_of(0, "soft", weighted=False) / soft - 1) > 1e-4
+    assert abs(loss_of(0, "hard", weighted=False) / hard - 1) > 1e-4
+    np.testing.assert_allclose(loss_of(0.5, "soft"), soft + 0.5 * hard, rtol=1e-5)
+
+
+def test_bfloat16_reaches_the_students_forward_pass_and_not_its_loss_or_weights() -> None:
+    class Recorder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.seen = nn.Linear(64, 10), set[torch.dtype]()
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.linear(images.flatten(1))
+            self.seen.add(logits.dtype)
+            return logits
+
+    images = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for on, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        network = Recorder()
+        train_small(network, images, fixed_epochs(16), mixed_precision=on)
+        assert network.seen == {dtype}
+        assert {p.dtype for p in network.parameters()} == {torch.float32}
+        assert network(images).dtype == torch.float32
+
+
+def test_a_teacher_is_trained_in_bfloat16_only_when_asked(digits: Labeled) -> None:
+    data, seen = (digits[0][:64], digits[1][:64]), []
+    for on in (False, True):
+        network = small_network()
+        network[-1].register_forward_hook(lambda *a: seen.append(a[2].dtype))  # type: ignore[index]
+        train_on(network, data, SqueezeConfig(epochs=1, batch_size=64, mixed_precision=on))
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_the_student_ends_as_the_average_and_reports_what_it_trains() -> None:
+    images = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    last = train_small(small_network(), images, fixed_epochs(16))
+    trained: list[dict[str, torch.Tensor]] = []
+    averaged = small_network()
+    train_student(
+        averaged,
+        images,
+        fixed_epochs(16),
+        None,
+        EvaluateConfig(batch_size=8, ema_decay=0.9),
+        epochs=3,
+        image_size=8,
+        seed=0,
+        on_epoch=lambda *_: trained.append(copy.deepcopy(averaged.state_dict())),
+    )
+    torch.testing.assert_close(trained[-1], last.state_dict(), rtol=0, atol=0)
+    short = train_small(small_network(), images, fixed_epochs(16), ema_decay=1e-9)
+    torch.testing.assert_close(
+        short.state_dict(), last.state_dict()
+    )  # of the weights after each step
+    for name, value in averaged.state_dict().items():
+        if value.is_floating_point():
+            assert (value != trained[-1][name]).any(), name
 
 
 def test_a_diverging_student_is_told_to_lower_its_rate() -> None:

@@ -42,22 +42,22 @@ class Jitter:
         ipc: int,
         config: RecoverConfig,
         *,
+        image_size: int,
         seed: int,
         device: torch.device | str,
     ) -> None:
-        """Prepare the streams of `labels`, `ipc` images each."""
+        """Prepare the streams of `labels`, `ipc` images each, as the network sees them: `image_size` pixels a side."""
         self.labels, self.ipc, self.config = tuple(labels), ipc, config
-        self.seed, self.device = seed, device
+        self.image_size, self.seed, self.device = image_size, seed, device
         self._block = -1
         self._crop_TB4 = self._flip_TB = self._roll_TB2 = torch.empty(0)
 
     def __call__(self, images_BCHW: Tensor, iteration: int) -> Tensor:
-        """Return the images cropped and resized back, mirrored, then rolled cyclically; differentiable."""
+        """Return the images cropped and resized to `image_size`, mirrored, then rolled cyclically; differentiable."""
         if iteration // _BLOCK != self._block:
             self._draw(iteration // _BLOCK)
         t = iteration % _BLOCK
-        size = images_BCHW.shape[-1]
-        views_BCHW = crop(images_BCHW, self._crop_TB4[t], self._flip_TB[t], size)
+        views_BCHW = crop(images_BCHW, self._crop_TB4[t], self._flip_TB[t], self.image_size)
         return roll(views_BCHW, self._roll_TB2[t]) if self.config.roll_px else views_BCHW
 
     def _draw(self, block: int) -> None:

@@ -1,11 +1,13 @@
 """What recover minimizes: one number a class, so that no class's gradient depends on its company.
 
 Legend: G classes that share a forward pass, K images (= atoms) of each, B = G K, D feature width, Y classes of the
-teacher, C channels of one BatchNorm layer, S channels summed over the layers, L layers.
+teacher, C channels of one BatchNorm layer, S channels summed over the layers, L layers, T targets.
 
 References:
     Liu et al. 2025, Dataset Distillation via the Wasserstein Metric (feature term and per-class BatchNorm moments).
     Yin et al. 2023, SRe2L (cross-entropy and running statistics). Gretton et al. 2012, A kernel two-sample test.
+    Shao et al. 2024, EDC (class and global statistics in equal parts) and G-VBSM (both average the statistics over
+    the iterations).
 """
 
 from __future__ import annotations
@@ -95,17 +97,29 @@ class MomentLoss:
     The moments of a class come from those of its images by the law of total variance, image j with share w_j:
     mean = sum_j w_j mean_j and var = sum_j w_j (var_j + (mean_j - mean)^2). All classes and layers are handled as one
     array, since a forward pass of many small layers would otherwise spend its time on launching small operations.
+
+    Several targets of a class share the loss in equal parts. With `decay` > 0 what is compared is an average over the
+    calls, m <- decay m + (1 - decay) current, through whose current part alone the gradient flows; the first call
+    has no past and compares its own moments. `running` is that average (mean_GS, var_GS), None before the first call.
     """
 
     def __init__(
-        self, channels_L: tuple[int, ...], share_GK: Tensor, mean_GS: Tensor, var_GS: Tensor
+        self,
+        channels_L: tuple[int, ...],
+        share_GK: Tensor,
+        mean_TGS: Tensor,
+        var_TGS: Tensor,
+        decay: float = 0.0,
     ) -> None:
-        """Keep the targets (G, S) and the images' shares, of which each class's sum to 1."""
-        assert mean_GS.shape == var_GS.shape == (len(share_GK), sum(channels_L)), mean_GS.shape
+        """Keep the targets (T, G, S) and the images' shares, of which each class's sum to 1."""
+        shape = (len(mean_TGS), len(share_GK), sum(channels_L))
+        assert mean_TGS.shape == var_TGS.shape == shape, (mean_TGS.shape, shape)
         self.share_GK1 = share_GK[:, :, None]
-        self.mean_GS, self.var_GS = mean_GS, var_GS
+        self.mean_TGS, self.var_TGS = mean_TGS, var_TGS
+        self.decay = decay
+        self.running: tuple[Tensor, Tensor] | None = None
         layer_S = torch.repeat_interleave(torch.arange(len(channels_L)), torch.tensor(channels_L))
-        self.member_SL = F.one_hot(layer_S, len(channels_L)).to(mean_GS)
+        self.member_SL = F.one_hot(layer_S, len(channels_L)).to(mean_TGS)
 
     def __call__(self, taps: list[Tap]) -> Tensor:
         """Return the loss of every class (G,) from each layer's (mean_BC, var_BC)."""
@@ -115,9 +129,15 @@ class MomentLoss:
         mean_GS = (self.share_GK1 * mean_GKS).sum(dim=1)
         spread_GKS = var_GKS + (mean_GKS - mean_GS[:, None]).square()
         var_GS = (self.share_GK1 * spread_GKS).sum(dim=1)
-        return self._norms_G(mean_GS - self.mean_GS) + self._norms_G(var_GS - self.var_GS)
+        if self.decay > 0:
+            if self.running is not None:
+                mean_GS = self.decay * self.running[0] + (1 - self.decay) * mean_GS
+                var_GS = self.decay * self.running[1] + (1 - self.decay) * var_GS
+            self.running = (mean_GS.detach(), var_GS.detach())
+        loss_TG = self._norms_TG(mean_GS - self.mean_TGS) + self._norms_TG(var_GS - self.var_TGS)
+        return loss_TG.mean(dim=0)
 
-    def _norms_G(self, difference_GS: Tensor) -> Tensor:
-        squares_GL = difference_GS.square() @ self.member_SL
+    def _norms_TG(self, difference_TGS: Tensor) -> Tensor:
+        squares_TGL = difference_TGS.square() @ self.member_SL
         # The clamp gives the norm the subgradient 0 at 0, where sqrt's is infinite.
-        return squares_GL.clamp_min(1e-24).sqrt().sum(dim=1)
+        return squares_TGL.clamp_min(1e-24).sqrt().sum(dim=2)

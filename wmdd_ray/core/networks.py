@@ -4,7 +4,8 @@ Legend: B batch, C color channels, H W pixels, D feature width (input of the las
 
 References:
     Gidaris and Komodakis 2018 (ConvNet-3, here with BatchNorm in place of the literature's InstanceNorm, because
-    the method matches BatchNorm moments). He et al. 2016 (ResNet). Sandler et al. 2018 (MobileNetV2).
+    the method matches BatchNorm moments). He et al. 2016 (ResNet). Sandler et al. 2018 (MobileNetV2). Dosovitskiy
+    et al. 2021 (Vision Transformer, here a narrow one for small images).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def build_network(
     """Return a classifier with random weights, drawn from torch's default generator (seed it before).
 
     `small_stem` puts a 3x3 stride-1 first convolution in place of the strided one, and drops the ResNets'
-    max-pool; ConvNet-3 has no stem and ignores it.
+    max-pool; ConvNet-3 and the Vision Transformer have no stem and ignore it.
 
     Args:
         config: architecture, width and stem.
@@ -54,6 +55,8 @@ def build_network(
     """
     if config.arch == "convnet3":
         return _convnet3(config.width, num_classes, channels, image_size)
+    if config.arch == "vit_tiny":
+        return _vit_tiny(num_classes, channels, image_size)
     network: Any = torchvision.models.get_model(config.arch, weights=None, num_classes=num_classes)
     if config.arch == "mobilenet_v2":
         stem = network.features[0]
@@ -86,6 +89,27 @@ def _convnet3(width: int, num_classes: int, channels: int, image_size: int) -> n
     return network
 
 
+def _vit_tiny(num_classes: int, channels: int, image_size: int) -> nn.Module:
+    """Return a Vision Transformer on about 7 x 7 patches: 4 x 4 px of 28, 8 x 8 of 64, 32 x 32 of 224."""
+    divisors = [d for d in range(1, image_size + 1) if image_size % d == 0]
+    patch = min(divisors, key=lambda d: abs(d - image_size / 7))
+    network = torchvision.models.VisionTransformer(
+        image_size=image_size,
+        patch_size=patch,
+        num_layers=4,
+        num_heads=4,
+        hidden_dim=128,
+        mlp_dim=256,
+        num_classes=num_classes,
+    )
+    if channels != 3:
+        # Torchvision's embeds RGB only; this one is initialized as torchvision does.
+        network.conv_proj = nn.Conv2d(channels, 128, patch, patch)
+        nn.init.trunc_normal_(network.conv_proj.weight, std=(channels * patch**2) ** -0.5)
+        nn.init.zeros_(cast(nn.Parameter, network.conv_proj.bias))
+    return network
+
+
 def _stem(old: nn.Conv2d, channels: int, stride: int, kernel: int) -> nn.Conv2d:
     """Return a first convolution of the same width as `old`, initialized as torchvision does."""
     new = nn.Conv2d(channels, old.out_channels, kernel, stride, padding=kernel // 2, bias=False)
@@ -101,8 +125,18 @@ def last_linear(network: nn.Module) -> nn.Linear:
 
 
 def batch_norms(network: nn.Module) -> list[nn.BatchNorm2d]:
-    """Return all BatchNorm2d layers in the order of the forward pass (= registration order in our networks)."""
-    return [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    """Return all BatchNorm2d layers in the order of the forward pass (= registration order in our networks).
+
+    Raises:
+        ConfigError: there are none, as in a Vision Transformer: it can be a student, but no teacher of ours.
+    """
+    found = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    if not found:
+        raise ConfigError(
+            "--squeeze.network.arch: expected a teacher with BatchNorm layers, whose moments the images are made to match, "
+            f"got {type(network).__name__} without any; choose another architecture for the teacher"
+        )
+    return found
 
 
 def features_and_logits(network: nn.Module, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:

@@ -76,6 +76,11 @@ class PixelAdam:
         self.images_BCHW.clamp_(self.low, self.high)
 
     @torch.no_grad()
+    def blend(self, start_BCHW: Tensor) -> None:
+        """Make the images half themselves and half `start_BCHW`; the averages of the gradient stay."""
+        self.images_BCHW.lerp_(start_BCHW, 0.5)
+
+    @torch.no_grad()
     def pixels(self) -> np.ndarray:
         """Return the images as they are stored: uint8 BHWC."""
         fraction_BCHW = (self.images_BCHW * self.std + self.mean).clamp(0, 1)

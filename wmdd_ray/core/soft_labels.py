@@ -8,12 +8,14 @@ Legend: V views, N images, Y classes, K kept logits, C channels, H W pixels.
 
 References:
     Shen and Xing 2022, FKD, section 3 (stored soft labels and their top-k compression with the rest
-    of the mass spread evenly).
+    of the mass spread evenly). Cui et al. 2025, CV-DD (several teachers, and BSSL: labels by the
+    statistics of the batch).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from scipy.special import logsumexp
 from torch import nn
 
 from wmdd_ray.config import RelabelConfig
+from wmdd_ray.core.networks import batch_norms
 from wmdd_ray.core.views import Images, render_views, take
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.records import SoftLabels, Views
@@ -29,24 +32,68 @@ _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 def label_views(
-    network: nn.Module, images_NCHW: Images, views: Views, image_size: int, batch_size: int
+    network: nn.Module | Sequence[nn.Module],
+    images_NCHW: Images,
+    views: Views,
+    image_size: int,
+    batch_size: int,
+    *,
+    batch_statistics: bool = False,
 ) -> np.ndarray:
-    """Return the network's logits on the views, float32 (V, Y).
+    """Return the network's logits on the views, or the mean of several networks', float32 (V, Y).
+
+    With `batch_statistics` the batch is part of the label: the same views in other company, or
+    under another `batch_size`, have other labels. Views are in the order of their images and so of
+    the classes, and a batch of few classes would lose by the normalization what tells them from
+    others: batch b of n therefore takes the views b, b + n, b + 2n, ...
 
     Args:
-        network: classifier in eval mode, on the images' device.
-        images_NCHW: normalized images, or `StoredImages`.
+        network: classifier in eval mode, on the images' device; or several, of the same classes.
+        images_NCHW: normalized images of any side, or `StoredImages`.
         views: rows that index into the images.
         image_size: side of a rendered view, pixels.
-        batch_size: views of one pass. It can change the last bit, so a unit of work fixes it.
+        batch_size: most views of one pass. It can change the last bit, so a unit of work fixes it.
+        batch_statistics: BatchNorm layers normalize by the moments of the batch, and keep theirs.
     """
-    assert not network.training, "soft labels come from a network in eval mode"
+    networks = (network,) if isinstance(network, nn.Module) else tuple(network)
+    assert not any(n.training for n in networks), "soft labels come from a network in eval mode"
+    num_batches = -(-len(views) // batch_size)
+    batches = [
+        slice(b, None, num_batches)
+        if batch_statistics
+        else slice(b * batch_size, (b + 1) * batch_size)
+        for b in range(num_batches)
+    ]
     logits = []
-    with torch.inference_mode():
-        for start in range(0, len(views), batch_size):
-            batch = take(views, slice(start, start + batch_size))
-            logits.append(network(render_views(images_NCHW, batch, image_size)).float().cpu())
-    return torch.cat(logits).numpy()
+    with torch.inference_mode(), ExitStack() as stack:
+        if batch_statistics:
+            for each in networks:
+                stack.enter_context(_batch_statistics(each))
+        for rows in batches:
+            pixels = render_views(images_NCHW, take(views, rows), image_size)
+            total = networks[0](pixels).float()
+            for each in networks[1:]:
+                total = total + each(pixels).float()
+            logits.append((total / len(networks)).cpu().numpy())
+    logits_VY = np.empty((len(views), logits[0].shape[1]), dtype=np.float32)
+    for rows, part in zip(batches, logits, strict=True):
+        logits_VY[rows] = part
+    return logits_VY
+
+
+@contextmanager
+def _batch_statistics(network: nn.Module) -> Iterator[None]:
+    """Let BatchNorm layers normalize by their input's moments, without a trace in their buffers."""
+    norms = batch_norms(network)
+    before = [(norm.training, norm.track_running_stats) for norm in norms]
+    for norm in norms:
+        # A layer that trains but does not track neither reads nor writes its running moments.
+        norm.training, norm.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for norm, (training, tracks) in zip(norms, before, strict=True):
+            norm.training, norm.track_running_stats = training, tracks
 
 
 def compress(logits_VY: np.ndarray, config: RelabelConfig) -> SoftLabels:

@@ -6,16 +6,24 @@ Minimized is the sum over the group's classes k of
 gradient depends on its company, and each image has its own crop, flip and roll. SRe2L's running statistics
 (`moments="global"`) are for the same reason matched by every class by itself.
 
-Legend: G classes of the group, K = ipc images of each, B = G K, C color channels, H W pixels, S BatchNorm channels.
+Several teachers take turns: iteration i is the i-th modulo their number's. With `tiles` t the images are the t x t
+small ones of which `core/tiles.py` makes a stored image; the network sees each by itself, enlarged. With
+`residual_blends` the images are drawn back to their start between equal parts of the iterations; unlike FADRM, which
+begins Adam anew there, its averages go on.
+
+Legend: G classes of the group, K = ipc t^2 images of each, B = G K, C color channels, H W pixels, S BatchNorm channels,
+M teachers.
 
 References:
-    Liu et al. 2025, Dataset Distillation via the Wasserstein Metric. Kingma and Ba 2015, Adam, algorithm 1.
+    Liu et al. 2025, Dataset Distillation via the Wasserstein Metric. Kingma and Ba 2015, Adam, algorithm 1. Kim et al.
+    2022, IDC, section 4.1 (multi-formation). Cui et al. 2025, FADRM (residual blends, mixed precision). Shao et al.
+    2024, G-VBSM (several teachers).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +37,7 @@ from wmdd_ray.core.losses import GroupTarget, MomentLoss, cross_entropy_G, featu
 from wmdd_ray.core.networks import batch_norms, features_and_logits
 from wmdd_ray.core.pixel_adam import PixelAdam, State, to_array
 from wmdd_ray.core.taps import Tap, tapped
+from wmdd_ray.core.tiles import tile_side
 from wmdd_ray.core.views import to_input
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.records import ClassImages
@@ -37,11 +46,21 @@ Terms = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class TeacherTarget:
+    """What the images of one class shall meet in a teacher beside the first; atom j is that of image j there too."""
+
+    atoms_KD: np.ndarray
+    mean_S: np.ndarray
+    var_S: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ClassTarget:
     """What the images of one class shall meet.
 
-    `mean_S` and `var_S` are the class's moments of all BatchNorm inputs; `start_KHWC` (uint8) is the first iterate,
-    None for noise.
+    `mean_S` and `var_S` are the class's moments of all BatchNorm inputs; `start_KHWC` (uint8, at the side that is
+    optimized) is the first iterate, None for noise; `others` are the targets in the teachers after the first, whose
+    widths may differ.
     """
 
     label: int
@@ -50,10 +69,11 @@ class ClassTarget:
     mean_S: np.ndarray
     var_S: np.ndarray
     start_KHWC: np.ndarray | None = None
+    others: tuple[TeacherTarget, ...] = ()
 
 
 def recover_group(
-    network: nn.Module,
+    networks: nn.Module | Sequence[nn.Module],
     targets: list[ClassTarget],
     config: RecoverConfig,
     *,
@@ -66,16 +86,17 @@ def recover_group(
     state: State | None = None,
     on_step: Callable[[int, Callable[[], State]], None] | None = None,
 ) -> list[ClassImages]:
-    """Return the distilled images of every target, in order.
+    """Return the distilled images of every target, in order: K of side image_size // config.tiles.
 
     Adam on the pixels, cosine rate to 0; after each step the pixels are clamped to the range of valid images. At the
-    end they are rounded (the reference truncates).
+    end they are rounded (the reference truncates). The losses are those of the last iteration, and so of the teacher
+    whose turn it was.
 
     Args:
-        network: the teacher in eval mode on `device`; frozen and tapped meanwhile, then as it was.
-        targets: classes that share the forward passes; all with the same number of atoms.
+        networks: the teacher, or M of them, in eval mode on `device`; frozen and tapped meanwhile, then as before.
+        targets: classes that share the forward passes; all with the same number of atoms, and M - 1 `others`.
         config: terms, coefficients and optimizer.
-        image_size: H = W, pixels.
+        image_size: H = W of what the network sees, pixels.
         channels: C.
         mean_C: what the network's input is centered by, in [0, 1].
         std_C: what the network's input is divided by.
@@ -85,49 +106,83 @@ def recover_group(
         on_step: called after each step as on_step(iterations done, get_state).
 
     Raises:
-        ConfigError: no loss term is active.
+        ConfigError: no loss term is active, or more tiles than pixels.
         DataError: the optimization diverged; names the classes.
     """
-    ipc = len(targets[0].weights_K)
-    assert all(len(t.weights_K) == ipc for t in targets), "one ipc a group"
-    shape_BCHW = (len(targets) * ipc, channels, image_size, image_size)
+    networks = (networks,) if isinstance(networks, nn.Module) else tuple(networks)
+    assert all(len(t.others) == len(networks) - 1 for t in targets), "one target a teacher"
+    num_images = len(targets[0].weights_K)
+    assert all(len(t.weights_K) == num_images for t in targets), "one number of images a group"
+    side = tile_side(image_size, config.tiles)
+    shape_BCHW = (len(targets) * num_images, channels, side, side)
     labels = [t.label for t in targets]
     color = [
         torch.tensor(v, dtype=torch.float32, device=device)[:, None, None] for v in (mean_C, std_C)
     ]
     losses: dict[str, np.ndarray] = {}
+    blends = _blend_iterations(config)
+    start_BCHW = torch.empty(0)
+    if state is None or blends:
+        start_BCHW = _start(targets, shape_BCHW, mean_C, std_C, seed, device)
     if state is None:
-        start = _start(targets, shape_BCHW, mean_C, std_C, seed, device)
-        adam = PixelAdam(start, config, color)
+        adam = PixelAdam(start_BCHW.clone() if blends else start_BCHW, config, color)
     else:
         adam = PixelAdam.from_state(state, shape_BCHW, config, color, device)
         losses = {k.removeprefix("loss_"): v for k, v in state.items() if k.startswith("loss_")}
-    jitter = Jitter(labels, ipc, config, seed=seed, device=device)
+    jitter = Jitter(labels, num_images, config, image_size=image_size, seed=seed, device=device)
     terms: Terms = {}
+    objectives: list[_Objective] = []
 
     def get_state() -> State:
-        return adam.state() | {f"loss_{name}": to_array(v) for name, v in terms.items()}
+        averages = {
+            f"average{m}_{name}": to_array(average)
+            for m, objective in enumerate(objectives)
+            for name, average in objective.averages().items()
+        }
+        return adam.state() | {f"loss_{name}": to_array(v) for name, v in terms.items()} | averages
 
-    with tapped(network) as taps, _deterministic_convolutions():
-        objective = _Objective(network, taps, targets, config, device)
+    with ExitStack() as stack:
+        stack.enter_context(_deterministic_convolutions())
+        for m, network in enumerate(networks):
+            taps = stack.enter_context(tapped(network))
+            objective = _Objective(network, m, taps, targets, config, device)
+            if state is not None:
+                objective.continue_from(
+                    {
+                        name: torch.tensor(state[f"average{m}_{name}"], device=device)
+                        for name in ("mean", "var")
+                        if f"average{m}_{name}" in state
+                    }
+                )
+            objectives.append(objective)
         while adam.iteration < config.iterations:
             images = adam.images_BCHW.requires_grad_(True)
+            objective = objectives[adam.iteration % len(objectives)]
             terms = objective(jitter(images, adam.iteration))
             (gradient,) = torch.autograd.grad(terms["total"].sum(), images)
             terms = {name: value.detach() for name, value in terms.items()}
             adam.step(gradient)
+            if adam.iteration in blends:
+                adam.blend(start_BCHW)
             if on_step is not None:
                 on_step(adam.iteration, get_state)
     losses |= {name: to_array(value) for name, value in terms.items()}
     return _class_images(targets, adam.pixels(), adam.images_BCHW, losses)
 
 
+def _blend_iterations(config: RecoverConfig) -> frozenset[int]:
+    """Return after how many iterations the images are blended with their start: the ends of all parts but the last."""
+    num_parts = config.residual_blends + 1
+    return frozenset(config.iterations * part // num_parts for part in range(1, num_parts))
+
+
 class _Objective:
-    """Images as the network sees them -> the loss terms that are active, and their total, of every class (G,)."""
+    """Images as teacher number `index` sees them -> its active loss terms and their total, of every class (G,)."""
 
     def __init__(
         self,
         network: nn.Module,
+        index: int,
         taps: list[Tap],
         targets: list[ClassTarget],
         config: RecoverConfig,
@@ -137,24 +192,29 @@ class _Objective:
             return torch.from_numpy(np.stack(arrays).astype(np.float32)).to(device)
 
         self.network, self.taps, self.config = network, taps, config
+        self.device_type = torch.device(device).type
+        own = [t if index == 0 else t.others[index - 1] for t in targets]
         weights = [t.weights_K / t.weights_K.sum() for t in targets]
         self.target = GroupTarget(
             labels_G=torch.tensor([t.label for t in targets], device=device),
-            atoms_GKD=stacked([t.atoms_KD for t in targets]),
+            atoms_GKD=stacked([t.atoms_KD for t in own]),
             weights_GK=stacked(weights),
         )
         self.with_feature = config.feature_term != "none" and config.feature_weight > 0
         self.moment_loss: MomentLoss | None = None
         if config.moments != "none" and config.bn_weight > 0:
-            moments = [(t.mean_S, t.var_S) for t in targets]
-            if config.moments == "global":
-                moments = [running_moments(network)] * len(targets)
+            moments_TG = []
+            if config.moments in ("per_class", "blend"):
+                moments_TG.append([(t.mean_S, t.var_S) for t in own])
+            if config.moments in ("global", "blend"):
+                moments_TG.append([running_moments(network)] * len(targets))
             uniform = [np.full_like(w, 1 / len(w)) for w in weights]
             self.moment_loss = MomentLoss(
                 tuple(norm.num_features for norm in batch_norms(network)),
                 stacked(weights if config.weighted_moments else uniform),
-                stacked([mean_S for mean_S, _ in moments]),
-                stacked([var_S for _, var_S in moments]),
+                torch.stack([stacked([mean_S for mean_S, _ in row]) for row in moments_TG]),
+                torch.stack([stacked([var_S for _, var_S in row]) for row in moments_TG]),
+                decay=config.ema_statistics,
             )
         is_active = self.with_feature or self.moment_loss is not None or config.ce_weight > 0
         if not is_active and config.iterations > 0:
@@ -165,7 +225,9 @@ class _Objective:
 
     def __call__(self, views_BCHW: Tensor) -> Terms:
         config = self.config
-        features_BD, logits_BY = features_and_logits(self.network, views_BCHW)
+        with torch.autocast(self.device_type, torch.bfloat16, enabled=config.mixed_precision):
+            features_BD, logits_BY = features_and_logits(self.network, views_BCHW)
+        features_BD, logits_BY = features_BD.float(), logits_BY.float()
         terms: Terms = {}
         total_G = torch.zeros(len(self.target.labels_G), device=views_BCHW.device)
         if self.with_feature:
@@ -181,6 +243,18 @@ class _Objective:
             terms["ce"] = cross_entropy_G(logits_BY, self.target)
             total_G = total_G + config.ce_weight * terms["ce"]
         return terms | {"total": total_G}
+
+    def averages(self) -> dict[str, Tensor]:
+        """Return the moments averaged so far: what the next call depends on beside its argument."""
+        if self.moment_loss is None or self.moment_loss.running is None:
+            return {}
+        return dict(zip(("mean", "var"), self.moment_loss.running, strict=True))
+
+    def continue_from(self, averages: dict[str, Tensor]) -> None:
+        """Continue from what `averages` returned."""
+        if averages:
+            assert self.moment_loss is not None
+            self.moment_loss.running = (averages["mean"], averages["var"])
 
 
 def _start(

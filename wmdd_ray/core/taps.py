@@ -18,6 +18,10 @@ from wmdd_ray.core.networks import batch_norms
 
 Tap = tuple[Tensor, Tensor]
 
+# Numbers of a bfloat16 array that are upcast at once on a CPU: they stay in its cache, while the upcast copy of a wide
+# layer is fresh memory, which costs four times the arithmetic.
+_UPCAST_AT_ONCE = 2**18
+
 
 @contextmanager
 def tapped(network: nn.Module) -> Iterator[list[Tap]]:
@@ -64,6 +68,8 @@ class TappedNorm(torch.autograd.Function):
     parameters that nobody asked for: this is where the time for the moments comes from). It is written over x, the
     saved output of the convolution before: fresh memory costs more than the arithmetic. Should another operation
     need x in its own backward pass, torch notices the overwriting and raises.
+
+    Under autocast x is bfloat16: y and gx are too, but the moments and their gradient are computed in float32.
     """
 
     @staticmethod
@@ -77,7 +83,10 @@ class TappedNorm(torch.autograd.Function):
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         parameters = (weight_C, bias_C, running_mean_C, running_var_C)
-        if x_BCHW.is_cuda:
+        if x_BCHW.dtype == torch.bfloat16:
+            mean_BC, var_BC = _upcast_moments(x_BCHW)
+            y, _, _ = torch.native_batch_norm(x_BCHW, *parameters, False, 0.0, eps)
+        elif x_BCHW.is_cuda:
             var_BC, mean_BC = torch.var_mean(x_BCHW, dim=(2, 3), correction=0)
             y, _, _ = torch.native_batch_norm(x_BCHW, *parameters, False, 0.0, eps)
         else:
@@ -106,6 +115,12 @@ class TappedNorm(torch.autograd.Function):
         a_BC11 = (gmean_BC / pixels - b_BC * mean_BC)[:, :, None, None]
         b_BC11, scale_C11 = b_BC[:, :, None, None], scale_C[:, None, None]
         gx_BCHW = x_BCHW if ctx.may_overwrite else x_BCHW.clone()
+        if gx_BCHW.dtype == torch.bfloat16:
+            n = _images_at_once(gx_BCHW)
+            parts = (t.split(n) for t in (gx_BCHW, gy_BCHW, b_BC11, a_BC11))
+            for gx, gy, b, a in zip(*parts, strict=True):
+                gx.copy_(gx.float().mul_(b).add_(a).addcmul_(gy.float(), scale_C11))
+            return gx_BCHW, None, None, None, None, None
         if gx_BCHW.is_cuda:
             torch.addcmul(a_BC11, gx_BCHW, b_BC11, out=gx_BCHW)
         else:
@@ -113,3 +128,20 @@ class TappedNorm(torch.autograd.Function):
             gx_BCHW.mul_(b_BC11).add_(a_BC11)
         gx_BCHW.addcmul_(gy_BCHW, scale_C11)
         return gx_BCHW, None, None, None, None, None
+
+
+def _images_at_once(x_BCHW: Tensor) -> int:
+    """Return how many images of a bfloat16 array are upcast together."""
+    return len(x_BCHW) if x_BCHW.is_cuda else max(1, _UPCAST_AT_ONCE // x_BCHW[0].numel())
+
+
+def _upcast_moments(x_BCHW: Tensor) -> Tap:
+    """Return the moments (mean_BC, var_BC) of a bfloat16 array, computed in float32."""
+    means, variances = [], []
+    for part in x_BCHW.split(_images_at_once(x_BCHW)):
+        x = part.float()
+        mean = x.mean(dim=(2, 3), keepdim=True)
+        norm = torch.linalg.vector_norm(x.sub_(mean), dim=(2, 3))
+        means.append(mean[:, :, 0, 0])
+        variances.append(norm.square() / x[0, 0].numel())
+    return torch.cat(means), torch.cat(variances)

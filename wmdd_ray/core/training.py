@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from wmdd_ray.config import EvaluateConfig, SqueezeConfig
 from wmdd_ray.core.batches import AUGMENTATION, Batch, order_of
 from wmdd_ray.core.optimizer import (
     State,
+    WeightAverage,
     load_training_state,
     make_optimizer,
     take_step,
@@ -75,7 +77,6 @@ def train_classifier(
         ConfigError: The loss is not finite.
     """
     device = next(network.parameters()).device
-    autocast = config.mixed_precision and device.type == "cuda"
     num_steps = config.epochs * steps_per_epoch
     for epoch in range(start_epoch, config.epochs):
         network.train()
@@ -86,7 +87,9 @@ def train_classifier(
             for i, (images_BHWC, labels_B) in enumerate(batches):
                 images = to_input(images_BHWC, mean_C, std_C, device)
                 images = _augment(images, rng, config.crop_scale_min, config.flip)
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+                with torch.autocast(
+                    device.type, dtype=torch.bfloat16, enabled=config.mixed_precision
+                ):
                     logits_BY = network(images)
                 loss = F.cross_entropy(
                     logits_BY.float(), labels_B.to(device), label_smoothing=config.label_smoothing
@@ -124,37 +127,96 @@ def soft_label_loss(
     log_student = F.log_softmax(student_BY.float() / temperature, dim=1)
     log_teacher = F.log_softmax(teacher_BY.float() / temperature, dim=1)
     divergence_B = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
-    return (divergence_B if weights_B is None else weights_B * divergence_B).mean()
+    return _mean(divergence_B, weights_B)
+
+
+def logit_loss(
+    student_BY: torch.Tensor, teacher_BY: torch.Tensor, weights_B: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return mean_b w_b mean_y (s_by - t_by)^2 of logits that are shifted to mean 0 in each row.
+
+    Unlike in the cited works both are shifted: stored logits are known up to a constant a row, which no softmax sees.
+
+    Args:
+        student_BY: student's logits.
+        teacher_BY: teacher's logits, each row up to a constant. Those that `top_k` did not keep are spread evenly.
+        weights_B: weight of each image, of mean 1 over the data set; None is 1.
+
+    References:
+        Shao et al. 2024, G-VBSM and EDC (mean squared error to logits).
+    """
+    error_BY = student_BY.float() - teacher_BY.float()
+    error_BY = error_BY - error_BY.mean(dim=1, keepdim=True)
+    return _mean(error_BY.square().mean(dim=1), weights_B)
+
+
+def hard_label_loss(
+    student_BY: torch.Tensor,
+    classes_B: torch.Tensor,
+    partners_B: torch.Tensor,
+    share_B: torch.Tensor,
+    weights_B: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the mean cross-entropy to labels that are mixed as CutMix and MixUp mix their images.
+
+    mean_b w_b (-share_b log p_b[class_b] - (1 - share_b) log p_b[partner's class_b]).
+
+    Args:
+        student_BY: student's logits.
+        classes_B: int64 class of each view's own image.
+        partners_B: int64 class of the image that it is mixed with.
+        share_B: the own image's share, in [0, 1].
+        weights_B: weight of each image, of mean 1 over the data set; None is 1.
+
+    References:
+        Yun et al. 2019, CutMix. Zhang et al. 2018, mixup.
+    """
+    log_BY = F.log_softmax(student_BY.float(), dim=1)
+    own_B, other_B = (log_BY.gather(1, c[:, None])[:, 0] for c in (classes_B, partners_B))
+    return _mean(-share_B * own_B - (1 - share_B) * other_B, weights_B)
+
+
+def _mean(loss_B: torch.Tensor, weights_B: torch.Tensor | None) -> torch.Tensor:
+    return (loss_B if weights_B is None else weights_B * loss_B).mean()
 
 
 def train_student(
     network: nn.Module,
     images_NCHW: Images,
-    label_epochs: Callable[[int], tuple[Views, np.ndarray]],
+    label_epochs: Callable[[int], tuple[Views, np.ndarray | None]],
     weights_N: np.ndarray | None,
     config: EvaluateConfig,
     *,
     epochs: int,
     image_size: int,
     seed: int,
+    classes_N: np.ndarray | None = None,
+    labels: Literal["soft", "hard"] = "soft",
     state: State | None = None,
     on_epoch: Callable[[int, float, Callable[[], State]], None] | None = None,
 ) -> None:
-    """Train `network` in place on views and the teacher's logits; the last epoch's weights count.
+    """Train `network` in place on views and their labels; the last epoch's weights count.
 
     The rows of an epoch are shuffled by (seed, epoch) and split into ceil(V / batch_size) batches
     of equal size, up to one image: no image is left out, and no last batch is too small for
     BatchNorm.
 
+    With `config.ema_decay` the network ends as the moving average of its weights and of BatchNorm's
+    running moments (`WeightAverage`); `on_epoch` still sees the weights that are trained.
+
     Args:
         network: classifier on the images' device.
         images_NCHW: normalized images, or `StoredImages`.
         label_epochs: epoch -> (views, logits_VY); it cycles when fewer label epochs are stored.
+            Hard labels need no logits: they may be None.
         weights_N: weight of each image, used (normalized to mean 1) when `config.weighted_loss`.
-        config: optimizer, rate, batch size, temperature.
+        config: optimizer, rate, batch size, losses, average, precision.
         epochs: calls of `label_epochs`.
         image_size: side of a view, pixels.
         seed: seed of the order.
+        classes_N: class of each image, int; needed for hard labels and for `config.ce_weight`.
+        labels: `soft` trains on the teacher's logits by `config.loss` and `config.ce_weight`, `hard`
+            on the images' classes alone, mixed as the views are, by cross-entropy.
         state: resume from here: what `get_state` gave; the result is that of a training that never stopped.
         on_epoch: called with (epoch, mean loss, get_state) after every epoch.
 
@@ -170,35 +232,67 @@ def train_student(
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
     )
+    average = WeightAverage(network, config.ema_decay) if config.ema_decay > 0 else None
     weights = None
     if config.weighted_loss:
         assert weights_N is not None, "a weighted loss needs weights"
         weights = torch.tensor(weights_N / weights_N.mean(), dtype=torch.float32, device=device)
+    classes = None
+    if labels == "hard" or config.ce_weight > 0:
+        assert classes_N is not None, "hard labels need the images' classes"
+        classes = torch.tensor(classes_N, dtype=torch.int64, device=device)
     first = 0
     if state is not None:
         first = int(state["epoch"])
         load_training_state(network, optimizer, {k: v for k, v in state.items() if k != "epoch"})
+        if average is not None:
+            average.load(state)
 
     def get_state() -> State:
-        return training_state(network, optimizer) | {"epoch": np.array(epoch + 1)}
+        found = training_state(network, optimizer) | {"epoch": np.array(epoch + 1)}
+        return found if average is None else found | average.state()
+
+    def loss_of(student_BY: torch.Tensor, rows: _Rows) -> torch.Tensor:
+        weights_B = None if weights is None else weights[rows.image_B]
+        hard = None
+        if classes is not None:
+            classes_B, partners_B = classes[rows.image_B], classes[rows.partner_B]
+            hard = hard_label_loss(student_BY, classes_B, partners_B, rows.share_B, weights_B)
+            if labels == "hard":
+                return hard
+        if config.loss == "mse":
+            soft = logit_loss(student_BY, rows.teacher_BY, weights_B)
+        else:
+            soft = soft_label_loss(student_BY, rows.teacher_BY, config.temperature, weights_B)
+        return soft if hard is None else soft + config.ce_weight * hard
 
     for epoch in range(first, epochs):
         network.train()
         views, logits_VY = label_epochs(epoch)
+        assert labels == "hard" or logits_VY is not None, "soft labels are logits"
         order_V = order_of(len(views), seed=seed, epoch=epoch)
         steps = math.ceil(len(views) / config.batch_size)
+        # Half of a cosine that would be twice as long ends at half its peak.
+        horizon = epochs * steps * (2 if config.schedule == "half_cosine" else 1)
         total = torch.zeros((), device=device)
         batches = _rendered_batches(images_NCHW, views, logits_VY, order_V, steps, image_size)
         with _seeded_dropout(seed, epoch, 0, device):
-            for i, (images, teacher_BY, index_B) in enumerate(batches):
-                weights_B = None if weights is None else weights[index_B]
-                loss = soft_label_loss(network(images), teacher_BY, config.temperature, weights_B)
-                take_step(optimizer, loss, config.learning_rate, epoch * steps + i, epochs * steps)
+            for i, rows in enumerate(batches):
+                with torch.autocast(
+                    device.type, dtype=torch.bfloat16, enabled=config.mixed_precision
+                ):
+                    student_BY = network(rows.images_BCHW)
+                loss = loss_of(student_BY, rows)
+                take_step(optimizer, loss, config.learning_rate, epoch * steps + i, horizon)
+                if average is not None:
+                    average.update()
                 total += loss.detach()
         mean_loss = float(total) / steps
         _require_finite(mean_loss, "evaluate", epoch, config.learning_rate)
         if on_epoch is not None:
             on_epoch(epoch, mean_loss, get_state)
+    if average is not None:
+        average.put_into_network()
 
 
 def accuracy(network: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
@@ -234,15 +328,27 @@ def _augment(
     return crop(images_BCHW, crop_B4, flip_B, images_BCHW.shape[-1])
 
 
+class _Rows(NamedTuple):
+    """Views of one step: pixels, where they come from, and the teacher's logits (no column when there are none)."""
+
+    images_BCHW: torch.Tensor
+    image_B: torch.Tensor  # int64
+    partner_B: torch.Tensor  # int64
+    share_B: torch.Tensor
+    teacher_BY: torch.Tensor
+
+
 def _rendered_batches(
     images_NCHW: Images,
     views: Views,
-    logits_VY: np.ndarray,
+    logits_VY: np.ndarray | None,
     order_V: np.ndarray,
     steps: int,
     image_size: int,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yield (pixels, teacher's logits, image index) of `steps` parts of the rows in `order_V`."""
+) -> Iterator[_Rows]:
+    """Yield `steps` parts of the rows in `order_V`."""
+    if logits_VY is None:
+        logits_VY = np.empty((len(views), 0), dtype=np.float32)
     parts = np.array_split(order_V, steps)
     channels = images_NCHW[torch.zeros(1, dtype=torch.int64)].shape[1]
     floats = len(parts[0]) * channels * image_size**2
@@ -252,9 +358,21 @@ def _rendered_batches(
         rows = np.concatenate(group)
         chunk, sizes = take(views, rows), [len(part) for part in group]
         pixels = render_views(images_NCHW, chunk, image_size)
-        teacher = torch.tensor(logits_VY[rows], dtype=torch.float32, device=pixels.device)
-        index = torch.tensor(chunk.image_V, dtype=torch.int64, device=pixels.device)
-        yield from zip(*(torch.split(t, sizes) for t in (pixels, teacher, index)), strict=True)
+
+        def on_device(
+            array: np.ndarray, dtype: torch.dtype, device: torch.device = pixels.device
+        ) -> torch.Tensor:
+            return torch.tensor(array, dtype=dtype, device=device)
+
+        together_rows = _Rows(
+            images_BCHW=pixels,
+            image_B=on_device(chunk.image_V, torch.int64),
+            partner_B=on_device(chunk.partner_V, torch.int64),
+            share_B=on_device(chunk.share_V, torch.float32),
+            teacher_BY=on_device(logits_VY[rows], torch.float32),
+        )
+        parts_of = (torch.split(tensor, sizes) for tensor in together_rows)
+        yield from (_Rows(*tensors) for tensors in zip(*parts_of, strict=True))
 
 
 def _require_finite(loss: float, stage: str, epoch: int, learning_rate: float) -> None:
