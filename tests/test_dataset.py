@@ -105,7 +105,7 @@ def write_dataset(
     files: dict[str, bytes | None] = {"teacher.safetensors": codecs.encode_teacher(small_teacher())}
     for i, part in enumerate((slice(0, 8), slice(8, N))):
         images, labels, weights = (SOURCE[name][part] for name in ("images", "labels", "weights"))
-        content = codecs.encode_images(images, labels, weights, NAMES)
+        content = codecs.encode_images(images, labels, weights[:, None], NAMES)
         files[f"data/train-{i:05d}-of-00002.parquet"] = content
     files |= label_files(slices, config)
     files |= changes or {}
@@ -121,6 +121,7 @@ def write_dataset(
         "std": STD,
         "ipc": IPC,
         "num_images": N,
+        "tiles": 1,
         "label_epochs": EPOCHS,
         **meta,
     }
@@ -334,7 +335,7 @@ def test_missing_label_epochs_are_refused_at_opening(tmp_path: Path) -> None:
 
 def test_missing_images_are_refused_at_opening(tmp_path: Path) -> None:
     write_dataset(str(tmp_path), changes={"data/train-00001-of-00002.parquet": None})
-    with pytest.raises(ArtifactError, match="expected 12 images, found 8"):
+    with pytest.raises(ArtifactError, match="expected 12 images with a weight each, found 8"):
         DistilledDataset(str(tmp_path))
 
 

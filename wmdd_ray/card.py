@@ -9,9 +9,11 @@ from wmdd_ray.config import DistillConfig
 
 ROW_NAMES = {
     "distilled": "(a) distilled set",
-    "random_real": "(b) random real images, same soft labels",
-    "nearest_real": "(c) real images nearest to the atoms, same soft labels",
-    "all_real": "(d) all real images, soft labels",
+    "random_real": "(b) random real images",
+    "nearest_real": "(c) real images nearest to the atoms",
+    "random_tiles": "(b') random real images, small, as many as tiles",
+    "nearest_tiles": "(c') real images nearest to the atoms, small, as many as tiles",
+    "all_real": "(d) all real images",
 }
 
 
@@ -29,20 +31,25 @@ def size(num_bytes: float) -> str:
 
 
 def results_table(table: list[dict[str, Any]]) -> str:
-    """Return the accuracy table in Markdown.
+    """Return the accuracy table in Markdown, soft and hard labels side by side.
 
     Args:
-        table: rows with `row`, `num_images`, `epochs`, `top1_mean`, `top1_std`, `num_seeds` (accuracies in [0, 1]).
+        table: a row each of `row` and `labels`, with `num_images`, `epochs`, `top1_mean`, `top1_std`, `num_seeds` (accuracies
+            in [0, 1]).
     """
+    kinds = list(dict.fromkeys(row["labels"] for row in table))
     lines = [
-        "| student trained on | images | passes | top-1 % (mean ± std) | seeds |",
-        "|---|---:|---:|---:|---:|",
+        f"| student trained on | images | passes | {' | '.join(f'top-1 %, {kind} labels' for kind in kinds)} | seeds |",
+        f"|---|---:|---:|{'---:|' * len(kinds)}---:|",
     ]
-    for row in table:
-        accuracy = f"{100 * row['top1_mean']:.1f} ± {100 * row['top1_std']:.1f}"
-        name = ROW_NAMES.get(row["row"], row["row"])
+    for name in dict.fromkeys(row["row"] for row in table):
+        found = {row["labels"]: row for row in table if row["row"] == name}
+        told = " | ".join(
+            f"{100 * row['top1_mean']:.1f} ± {100 * row['top1_std']:.1f}" for row in found.values()
+        )
+        row = next(iter(found.values()))
         lines.append(
-            f"| {name} | {row['num_images']} | {row['epochs']} | {accuracy} | {row['num_seeds']} |"
+            f"| {ROW_NAMES.get(name, name)} | {row['num_images']} | {row['epochs']} | {told} | {row['num_seeds']} |"
         )
     return "\n".join(lines)
 

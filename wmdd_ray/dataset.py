@@ -27,6 +27,7 @@ from torch.utils.data import Dataset, Sampler, Subset
 
 from wmdd_ray.core.batches import order_of
 from wmdd_ray.core.soft_labels import concatenate_labels, decompress, take_labels
+from wmdd_ray.core.tiles import untile
 from wmdd_ray.core.views import StoredImages, concatenate_views, render_views, take
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.records import SoftLabels, Teacher, Views
@@ -55,7 +56,8 @@ class DistilledDataset(Dataset[Item]):
         image_size: side S of a view, pixels.
         mean_C: per-channel mean of the input in [0, 1].
         std_C: per-channel standard deviation of the input in [0, 1].
-        num_images: N.
+        num_images: N, the images that a student sees: `tiles`^2 of each stored one.
+        tiles: t, a stored image holds t x t images of a t-th of its side; 1 is no tiling.
         label_epochs: stored label epochs.
         manifest: everything else that the data set says about itself.
     """
@@ -79,7 +81,8 @@ class DistilledDataset(Dataset[Item]):
             self.image_size: int = self.manifest["image_size"]
             self.mean_C: tuple[float, ...] = tuple(self.manifest["mean"])
             self.std_C: tuple[float, ...] = tuple(self.manifest["std"])
-            self.num_images: int = self.manifest["num_images"]
+            self.tiles: int = self.manifest["tiles"]
+            self.num_images: int = self.manifest["num_images"] * self.tiles**2
             self.label_epochs: int = self.manifest["label_epochs"]
         except KeyError as error:
             raise ArtifactError(f"{self.uri}/manifest.json: expected the entry {error}") from None
@@ -118,7 +121,7 @@ class DistilledDataset(Dataset[Item]):
 
     @property
     def images(self) -> np.ndarray:
-        """The distilled images, uint8 (N, H, W, C)."""
+        """The distilled images as views are cropped from them, uint8 (N, H, W, C): of tiled ones, the tiles."""
         return self._image_arrays()[0]
 
     @property
@@ -169,13 +172,14 @@ class DistilledDataset(Dataset[Item]):
         keys = [f.key for f in self._files if f.key.startswith("data/")]
         with ThreadPoolExecutor(_READ_THREADS) as pool:
             parts = list(pool.map(lambda key: codecs.decode_images(self._read(key)), keys))
-        images, labels, weights = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        if len(images) != self.num_images:
+        stored, labels, weights_NT = (np.concatenate(part) for part in zip(*parts, strict=True))
+        images = untile(stored, self.tiles)
+        if len(images) != self.num_images or weights_NT.size != self.num_images:
             raise ArtifactError(
-                f"{self.uri}: expected {self.num_images} images, found {len(images)}; "
-                "run assemble again"
+                f"{self.uri}: expected {self.num_images} images with a weight each, found {len(images)} with "
+                f"{weights_NT.size} weights; run assemble again"
             )
-        return images, labels, weights
+        return images, np.repeat(labels, self.tiles**2), weights_NT.reshape(-1)
 
     def _image_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if self._arrays is None:

@@ -1,6 +1,6 @@
 """What crosses a stage boundary: dataclasses over numpy arrays, shape-checked when made.
 
-Legend of the shape suffixes, here and in `core/`: N images, K = ipc atoms or images of one class, D feature width,
+Legend of the shape suffixes, here and in `core/`: N images, K = ipc x tiles^2 atoms or images of one class, D feature width,
 L BatchNorm layers, S channels summed over those layers, Y classes, E label epochs, B batch, C color channels,
 H W pixels, V views (one epoch of one image each).
 """
@@ -127,13 +127,15 @@ class ClassBarycenter:
     """What recover needs to know of one class.
 
     `nearest_keys` are distinct real images, one an atom, of least total squared distance; `random_keys` are as many
-    drawn at random: starts and baselines.
+    and more drawn at random, in random order: starts and baselines. `whole_keys` are ipc nearest real images for a baseline without
+    tiles: one an atom of a barycenter of ipc atoms; the same as `nearest_keys` where there are no tiles.
     """
 
     label: int
     num_images: int
     barycenter: Barycenter
     nearest_keys: tuple[str, ...]
+    whole_keys: tuple[str, ...]
     random_keys: tuple[str, ...]
     moments: Moments
 

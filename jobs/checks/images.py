@@ -32,7 +32,7 @@ _ENLARGED = 2
 
 def check_data(visit: Visit) -> Iterator[Finding]:
     """Open both splits, count every class where that is cheap, and decode a sample."""
-    ipc = visit.job.config.ipc
+    ipc, atoms = visit.job.config.ipc, visit.job.config.num_atoms
     for split in ("train", "val"):
         source: Source = visit.run.source(split)
         shards = source.shards(_RECORDS)
@@ -48,14 +48,19 @@ def check_data(visit: Visit) -> Iterator[Finding]:
             f"{size(source.total_bytes)}) of {len(names)} classes ({_shown(names)}), {each}",
         )
         absent = [
-            k for k in range(len(names)) if counts and counts[k] < (ipc if split == "train" else 1)
+            k
+            for k in range(len(names))
+            if counts and counts[k] < (atoms if split == "train" else 1)
         ]
         told = _shown(
             [f'class {k} ("{names[k]}") has {counts[k]} images' for k in absent if counts]
         )
         if absent and split == "train":
             yield Finding(
-                "FAIL", f"train: {told}, but ipc is {ipc}", "lower --ipc, or drop the class"
+                "FAIL",
+                f"train: {told}, but ipc is {ipc}"
+                + (f" of {atoms // ipc} tiles" if atoms > ipc else ""),
+                "lower --ipc, or drop the class",
             )
         elif absent:
             yield Finding("warning", f"val: {told}", "how well they are told apart stays unknown")

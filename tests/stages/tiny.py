@@ -56,6 +56,7 @@ OPTIONS = (
     "--evaluate.epochs", "2",
     "--evaluate.num-seeds", "2",
     "--evaluate.all-real-epochs", "1",
+    "--evaluate.labels", "soft",
     # One computing thread and one actor: on two cores more of them only cost their start.
     "--cpus-per-worker", "1",
     "--max-actors", "1",

@@ -89,6 +89,7 @@ def class_barycenter() -> ClassBarycenter:
         num_images=9,
         barycenter=found,
         nearest_keys=("a", "b"),
+        whole_keys=("e",),
         random_keys=("c", "d"),
         moments=moments(),
     )
@@ -212,12 +213,13 @@ def test_page_checksums_find_a_changed_label_even_without_the_manifest() -> None
     assert silent == 0
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("channels", "held"), [(1, 1), (3, 1), (1, 4)])
 def test_images_come_back_to_the_pixel_and_open_with_datasets(
-    channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    channels: int, held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = RNG.integers(0, 256, size=(4, 8, 8, channels), dtype=np.uint8)
-    labels, weights = np.array([0, 0, 1, 1]), np.array([0.3, 0.7, 0.5, 0.5])
+    labels = np.array([0, 0, 1, 1])
+    weights = np.array([[0.3, 0.7, 0.5, 0.5]]).T + np.arange(held)
     content = codecs.encode_images(images, labels, weights, ("cat", "猫"))
     for got, expected in zip(codecs.decode_images(content), (images, labels, weights), strict=True):
         np.testing.assert_array_equal(got, expected)

@@ -189,7 +189,9 @@ def records() -> tuple[Target, list[bytes]]:
 
     The first byte of an example says which decoder reads it, so that one sees the records of others too.
     """
-    pixels = codecs.encode_images(np.zeros((3, 8, 8, 3), np.uint8), np.arange(3), np.ones(3), NAMES)
+    pixels = codecs.encode_images(
+        np.zeros((3, 8, 8, 3), np.uint8), np.arange(3), np.ones((3, 1)), NAMES
+    )
     kinds = [(encode(value), read) for encode, read, value in PAIRS.values()]
     kinds.append((pixels, codecs.decode_images))
     kinds.append((codecs.encode_state({"a": np.arange(9.0)}), codecs.decode_state))

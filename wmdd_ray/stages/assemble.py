@@ -17,9 +17,11 @@ import ray
 
 from wmdd_ray.card import dataset_card
 from wmdd_ray.config import DistillConfig
+from wmdd_ray.core.tiles import tile
 from wmdd_ray.errors import LostRaceError
 from wmdd_ray.pictures import preview
 from wmdd_ray.provenance import versions
+from wmdd_ray.records import ClassImages
 from wmdd_ray.rooms import Room, StageCommit
 from wmdd_ray.run import StageRun, Work
 from wmdd_ray.stages import recover
@@ -127,6 +129,7 @@ def _publish(
         "std": list(config.source.std),
         "ipc": config.ipc,
         "num_images": config.ipc * len(class_names),
+        "tiles": config.recover.tiles,
         "label_epochs": config.relabel.epochs,
         "image_bytes": total["data/"],
         "label_bytes": total["labels/"],
@@ -203,12 +206,17 @@ class AssembleActor:
     def _images(self, unit: str) -> tuple[str, bytes]:
         classes = recover.read_images(self._images_room, self._files[unit])
         content = codecs.encode_images(
-            np.concatenate([record.images_KHWC for record in classes]),
+            np.concatenate([self._tiled(record) for record in classes]),
             np.repeat([record.label for record in classes], self._config.ipc).astype(np.int64),
-            np.concatenate([record.weights_K for record in classes]),
+            np.concatenate([record.weights_K for record in classes]).reshape(
+                -1, self._config.recover.tiles**2
+            ),
             self._class_names,
         )
         return f"data/{unit.replace('images', 'train')}.parquet", content
+
+    def _tiled(self, record: ClassImages) -> np.ndarray:
+        return tile(record.images_KHWC, self._config.recover.tiles, self._config.source.image_size)
 
     def _copy_labels(self, unit: str) -> tuple[str, bytes]:
         entry = self._labels.units[unit.removeprefix("labels-")].files[0]
@@ -222,7 +230,7 @@ class AssembleActor:
         labels = np.linspace(0, len(self._class_names) - 1, shown).round().astype(int).tolist()
         classes = recover.read_images(self._images_room, labels)
         most = self._config.assemble.preview_images
-        rows = [(r.label, self._class_names[r.label], r.images_KHWC[:most]) for r in classes]
+        rows = [(r.label, self._class_names[r.label], self._tiled(r)[:most]) for r in classes]
         return PREVIEW_KEY, preview(rows)
 
 

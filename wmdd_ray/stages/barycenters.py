@@ -11,17 +11,25 @@ import numpy as np
 import ray
 
 from wmdd_ray.config import DistillConfig
-from wmdd_ray.records import ClassBarycenter
+from wmdd_ray.records import Barycenter, ClassBarycenter
 from wmdd_ray.rooms import Room
 from wmdd_ray.run import StageRun, Work, unit_seed
 from wmdd_ray.stages.actors import fan_out
 from wmdd_ray.stages.class_features import ClassFeaturesReader
 from wmdd_ray.store import codecs, documents
 
+# Real images of a class that the mosaic start crops from (300 in RDED).
+_POOL = 300
+
 
 def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that the barycenters depend on."""
-    return {"ipc": config.ipc, "seed": config.seed, "barycenters": asdict(config.barycenters)}
+    return {
+        "ipc": config.ipc,
+        "num_atoms": config.num_atoms,
+        "seed": config.seed,
+        "barycenters": asdict(config.barycenters),
+    }
 
 
 def unit_of(label: int) -> str:
@@ -49,7 +57,7 @@ def plan(stage: StageRun) -> Work:
     num_classes = len(stage.run.source("train").class_names)
     width_D = feature_width(stage.config, num_classes)
     units = tuple(unit_of(label) for label in range(num_classes))
-    return Work(units=units, estimated_bytes=num_classes * stage.config.ipc * width_D * 4)
+    return Work(units=units, estimated_bytes=num_classes * stage.config.num_atoms * width_D * 4)
 
 
 def work(stage: StageRun) -> dict[str, Any]:
@@ -121,23 +129,28 @@ class BarycenterActor:
         real = self._features.read(label)
         in_core = time.perf_counter()
         where = f'class {label} ("{self._class_names[label]}")'
-        found = solve_barycenter(
-            real.features_ND,
-            config.ipc,
-            config.barycenters,
-            seed=unit_seed(config.seed, "barycenters", unit),
-            where=where,
-        )
-        nearest = nearest_images(found.atoms_KD, real.features_ND)
+        seed = unit_seed(config.seed, "barycenters", unit)
+
+        def solve(num_atoms: int) -> Barycenter:
+            return solve_barycenter(
+                real.features_ND, num_atoms, config.barycenters, seed=seed, where=where
+            )
+
+        found = solve(config.num_atoms)
+        nearest = whole = nearest_images(found.atoms_KD, real.features_ND)
+        if config.num_atoms > config.ipc:
+            whole = nearest_images(solve(config.ipc).atoms_KD, real.features_ND)
         rng = np.random.Generator(np.random.Philox(key=unit_seed(config.seed, "random_real", unit)))
-        drawn = rng.choice(len(real.keys), size=config.ipc, replace=False)
+        pool = min(len(real.keys), max(4 * config.num_atoms, _POOL))
+        drawn = rng.choice(len(real.keys), size=pool, replace=False)
         in_core = time.perf_counter() - in_core
         record = ClassBarycenter(
             label=label,
             num_images=len(real.keys),
             barycenter=found,
             nearest_keys=tuple(real.keys[i] for i in nearest),
-            random_keys=tuple(real.keys[i] for i in sorted(drawn)),
+            whole_keys=tuple(real.keys[i] for i in whole),
+            random_keys=tuple(real.keys[i] for i in drawn),
             moments=real.moments,
         )
         seconds = time.perf_counter() - started

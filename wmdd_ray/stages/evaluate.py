@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 
-from wmdd_ray.config import DistillConfig
+from wmdd_ray.config import DistillConfig, LabelKind
 from wmdd_ray.core.class_order import confusion
 from wmdd_ray.core.networks import build_network
 from wmdd_ray.core.optimizer import State
@@ -27,7 +28,7 @@ from wmdd_ray.rooms import Room
 from wmdd_ray.run import StageRun, Work, unit_seed
 from wmdd_ray.stages.checkpoints import Checkpoints
 from wmdd_ray.stages.held_out import HeldOut, Listed
-from wmdd_ray.stages.training_sets import TrainingSets
+from wmdd_ray.stages.training_sets import TILED, TrainingSets
 from wmdd_ray.stages.workers import DoUnit, Report, do_units
 from wmdd_ray.store import documents
 from wmdd_ray.store.sources import Source
@@ -42,13 +43,28 @@ def options(config: DistillConfig) -> dict[str, Any]:
 
 def rows(config: DistillConfig) -> tuple[str, ...]:
     """Return the rows of the table: the distilled set first."""
-    return ("distilled", *config.evaluate.baselines)
+    tiled = config.recover.tiles > 1
+    return (
+        "distilled",
+        *(row for row in config.evaluate.baselines if tiled or row not in TILED),
+    )
 
 
 def unit_ids(config: DistillConfig) -> tuple[str, ...]:
-    """Return one unit a (row, seed), the longest first."""
+    """Return one unit a (row, labels, seed), the longest first."""
     order = sorted(rows(config), key=lambda row: row != "all_real")
-    return tuple(f"{row}-s{seed:03d}" for row in order for seed in range(config.evaluate.num_seeds))
+    return tuple(
+        f"{row}-{labels}-s{seed:03d}"
+        for row in order
+        for labels in config.evaluate.labels
+        for seed in range(config.evaluate.num_seeds)
+    )
+
+
+def _parts_of(unit: str) -> tuple[str, LabelKind, int]:
+    """Return (row, labels, seed) of a unit."""
+    row, labels, seed = unit.rsplit("-", 2)
+    return row, "soft" if labels == "soft" else "hard", int(seed[1:])
 
 
 def key_of(unit: str) -> str:
@@ -83,15 +99,15 @@ def work(stage: StageRun) -> dict[str, Any]:
     markers = stage.room.read_units(units)
     results = {u: documents.load_json(stage.room.read(m.files[0]), u) for u, m in markers.items()}
     table = []
-    for row in rows(config):
-        found = [r for u, r in results.items() if u.rpartition("-s")[0] == row]
+    for row, labels in product(rows(config), config.evaluate.labels):
+        found = [r for r in results.values() if (r["row"], r["labels"]) == (row, labels)]
         top1 = np.array([r["top1"] for r in found])
         table.append(
             {
                 "row": row,
                 "num_images": found[0]["num_images"],
                 "epochs": found[0]["epochs"],
-                "labels": found[0]["labels"],
+                "labels": labels,
                 "top1_mean": float(top1.mean()),
                 "top1_std": float(top1.std(ddof=1)) if len(top1) > 1 else 0.0,
                 "top1": top1.tolist(),
@@ -131,11 +147,11 @@ def open_worker(
         attempt = room.begin_unit(unit)
         if attempt is None:
             return
-        row, _, number = unit.rpartition("-s")
-        chosen = sets.get(row)
+        row, labels, number = _parts_of(unit)
+        chosen = sets.get(row, labels)
         in_core = time.perf_counter()
         # The seed is of the student alone: student 0 of every row starts from the same weights.
-        seed = unit_seed(config.seed, "student", number)
+        seed = unit_seed(config.seed, "student", f"{number:03d}")
         torch.manual_seed(seed)
         network = build_network(
             config.evaluate.network,
@@ -150,7 +166,7 @@ def open_worker(
             keep.maybe(get_state)
             report(
                 (epoch + 1) / (chosen.epochs + 1),
-                f"{row} seed {int(number)}, epoch {epoch + 1}/{chosen.epochs}",
+                f"{row}, {labels} labels, seed {number}, epoch {epoch + 1}/{chosen.epochs}",
             )
 
         train_student(
@@ -162,6 +178,8 @@ def open_worker(
             epochs=chosen.epochs,
             image_size=teacher.image_size,
             seed=seed,
+            classes_N=chosen.classes_N,
+            labels=labels,
             state=keep.load(),
             on_epoch=on_epoch,
         )
@@ -171,13 +189,13 @@ def open_worker(
         result = StudentResult(
             row=row,
             arch=config.evaluate.network.arch,
-            seed=int(number),
+            seed=number,
             top1=top1,
             top5=top5,
             epochs=chosen.epochs,
             num_images=len(chosen.images),
             seconds=round(in_core, 3),
-            labels="soft",
+            labels=labels,
             hardware=hardware(),
             versions=versions()["versions"],
         )

@@ -87,7 +87,7 @@ def work(stage: StageRun) -> dict[str, Any]:
         labels = marker.metrics["label_counts"]
         reads += len(labels)
         counts.update({int(label): n for label, n in labels.items()})
-    _check_classes(counts, source.class_names, stage.config.ipc)
+    _check_classes(counts, source.class_names, stage.config)
     regroup = config.regroup == "always" or (config.regroup == "auto" and reads > _REGROUP_READS)
     if regroup:
         regroup_by_class(stage, sorted(markers))
@@ -272,10 +272,18 @@ class Embedder:
         return FeatureChunk(keys=keys, labels_N=labels_N, features_ND=features_ND, moments=moments)
 
 
-def _check_classes(counts: Counter[int], class_names: tuple[str, ...], ipc: int) -> None:
-    """Refuse classes with fewer images than ipc before anything is built on them."""
+def _check_classes(
+    counts: Counter[int], class_names: tuple[str, ...], config: DistillConfig
+) -> None:
+    """Refuse classes with fewer images than atoms before anything is built on them."""
+    tiles = config.recover.tiles
+    wanted = f"ipc is {config.ipc}"
+    remedy = "lower --ipc or drop the class"
+    if tiles > 1:
+        wanted += f" with {tiles} x {tiles} tiles an image"
+        remedy = "lower --ipc or --recover.tiles, or drop the class"
     for label, name in enumerate(class_names):
-        if counts[label] < ipc:
+        if counts[label] < config.num_atoms:
             raise DataError(
-                f'class {label} ("{name}") has {counts[label]} images but ipc is {ipc}; lower --ipc or drop the class'
+                f'class {label} ("{name}") has {counts[label]} images but {wanted}; {remedy}'
             )

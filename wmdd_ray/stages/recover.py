@@ -12,10 +12,12 @@ import numpy as np
 import torch
 
 from wmdd_ray.config import DistillConfig
+from wmdd_ray.core.crops import easiest_crops
 from wmdd_ray.core.moments import variance_S
 from wmdd_ray.core.networks import network_of
 from wmdd_ray.core.optimizer import State
 from wmdd_ray.core.synthesis import ClassTarget, recover_group
+from wmdd_ray.core.tiles import shrink, tile, tile_side
 from wmdd_ray.records import ClassBarycenter, ClassImages
 from wmdd_ray.rooms import Room
 from wmdd_ray.run import StageRun, Work, unit_seed
@@ -37,7 +39,7 @@ def options(config: DistillConfig) -> dict[str, Any]:
 
 def groups(config: DistillConfig, num_classes: int) -> dict[str, range]:
     """Return unit id -> the labels of its classes. Fixed by ipc and the options, never by the cluster."""
-    size = max(1, config.recover.images_per_group // config.ipc)
+    size = max(1, config.recover.images_per_group // config.num_atoms)
     starts = range(0, num_classes, size)
     return {f"g{i:05d}": range(s, min(s + size, num_classes)) for i, s in enumerate(starts)}
 
@@ -104,7 +106,7 @@ def open_worker(
             weights_K=found.barycenter.weights_K,
             mean_S=found.moments.mean_S,
             var_S=variance_S(found.moments),
-            start_KHWC=_start(found, source, config),
+            start_KHWC=_start(found, source, network, config),
         )
 
     def do_unit(unit: str, report: Report) -> None:
@@ -151,12 +153,39 @@ def open_worker(
     return do_unit
 
 
-def _start(found: ClassBarycenter, source: Source, config: DistillConfig) -> np.ndarray | None:
+def _start(
+    found: ClassBarycenter, source: Source, network: torch.nn.Module, config: DistillConfig
+) -> np.ndarray | None:
     """Return the start images of a class, or None for a noise start."""
-    if config.recover.start == "noise":
+    kind, k = config.recover.start, config.num_atoms
+    side = tile_side(config.source.image_size, config.recover.tiles)
+    if kind == "noise":
         return None
-    keys = found.nearest_keys if config.recover.start == "nearest" else found.random_keys
-    return read_real(source, keys, config)
+    if kind == "mosaic":
+        return _mosaic(found, source, network, config)
+    keys = found.nearest_keys if kind == "nearest" else found.random_keys[:k]
+    return shrink(read_real(source, keys, config), side)
+
+
+def _mosaic(
+    found: ClassBarycenter, source: Source, network: torch.nn.Module, config: DistillConfig
+) -> np.ndarray:
+    """Return the teacher's easiest crops: one a tile, and without tiles 2 x 2 in each image, as RDED stores them."""
+    tiles, image_size = config.recover.tiles, config.source.image_size
+    factor = 2 if tiles == 1 else 1
+    crops = easiest_crops(
+        network,
+        read_real(source, found.random_keys, config),
+        found.label,
+        config.num_atoms * factor**2,
+        side=tile_side(image_size, tiles * factor),
+        image_size=image_size,
+        mean_C=config.source.mean,
+        std_C=config.source.std,
+        seed=unit_seed(config.seed, "mosaic", ""),
+        crop_scale_min=config.recover.crop_scale_min,
+    )
+    return tile(crops, factor, tile_side(image_size, tiles))
 
 
 def read_real(source: Source, keys: tuple[str, ...], config: DistillConfig) -> np.ndarray:

@@ -38,7 +38,7 @@ def options(config: DistillConfig) -> dict[str, Any]:
 def blocks(config: DistillConfig, num_classes: int) -> dict[str, tuple[range, np.ndarray]]:
     """Return unit id -> (label epochs, labels of the classes in its slice)."""
     relabel = config.relabel
-    size = max(1, relabel.slice_images // config.ipc)
+    size = max(1, relabel.slice_images // config.num_atoms)
     num_slices = -(-num_classes // size)
     units: dict[str, tuple[range, np.ndarray]] = {}
     for first in range(0, relabel.epochs, relabel.epochs_per_unit):
@@ -69,7 +69,7 @@ def plan(stage: StageRun) -> Work:
         if config.relabel.compression == "full"
         else min(num_classes, 2 * config.relabel.top_k)
     )
-    views = num_classes * config.ipc * config.relabel.epochs
+    views = num_classes * config.num_atoms * config.relabel.epochs
     return Work(
         units=tuple(blocks(config, num_classes)), estimated_bytes=views * (_VIEW_BYTES + 2 * kept)
     )
@@ -136,7 +136,9 @@ def open_worker(
         )
         in_core = time.perf_counter() - in_core
         index_N = (
-            (labels[:, None] * config.ipc + np.arange(config.ipc)).reshape(-1).astype(np.int32)
+            (labels[:, None] * config.num_atoms + np.arange(config.num_atoms))
+            .reshape(-1)
+            .astype(np.int32)
         )
         block = replace(block, views=renamed(block.views, index_N))
         room.commit_unit(
@@ -173,7 +175,12 @@ def label_block(
         )
         views.append(drawn)
         logits = label_views(
-            network, images_NCHW, drawn, image_size, batch_size=config.relabel.batch_size
+            network,
+            images_NCHW,
+            drawn,
+            image_size,
+            batch_size=config.relabel.batch_size,
+            batch_statistics=config.relabel.batch_statistics,
         )
         # Epoch by epoch: with 10,000 classes the logits of a block are 4 GB, and 20 on their way through compression.
         labels.append(compress(logits, config.relabel))

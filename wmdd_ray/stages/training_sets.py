@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from wmdd_ray.config import DistillConfig
+from wmdd_ray.config import DistillConfig, LabelKind
 from wmdd_ray.core.networks import network_of
 from wmdd_ray.core.soft_labels import compress, decompress, label_views
+from wmdd_ray.core.tiles import shrink, tile_side
 from wmdd_ray.core.views import StoredImages, concatenate_views, draw_views
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.errors import ConfigError
@@ -27,14 +28,18 @@ _ALL_REAL_BYTES = 4 << 30
 # Labels of a baseline are kept for the next seed up to this many logits.
 _KEPT_LOGITS = 1 << 25
 
-LabelEpoch = Callable[[int], tuple[Views, np.ndarray]]
+# Baselines of real images at the tiles' resolution, as many as the distilled set has tiles.
+TILED = ("random_tiles", "nearest_tiles")
+
+LabelEpoch = Callable[[int], tuple[Views, np.ndarray | None]]
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingSet:
-    """Images, epoch -> (views, teacher's logits), the images' weights, and how often a student passes over them."""
+    """Images and their classes, epoch -> (views, teacher's logits), the images' weights, and a student's passes over them."""
 
     images: StoredImages
+    classes_N: np.ndarray
     label_epoch: LabelEpoch
     weights_N: np.ndarray
     epochs: int
@@ -56,78 +61,111 @@ class TrainingSets:
         self._dataset, self._teacher = dataset, teacher
         self._barycenter_room, self._source, self._train = barycenter_room, source, train
         self._config, self._device = config, device
-        self._held: dict[str, TrainingSet] = {}
+        self._held: dict[tuple[str, LabelKind], TrainingSet] = {}
 
-    def get(self, row: str) -> TrainingSet:
-        """Return the training set of `distilled`, `random_real`, `nearest_real` or `all_real`."""
-        if row not in self._held:
+    def get(self, row: str, labels: LabelKind) -> TrainingSet:
+        """Return the training set of `distilled` or of a baseline (`EvaluateConfig.baselines`)."""
+        if (row, labels) not in self._held:
             self._held.clear()
-            self._held[row] = self._make(row)
-        return self._held[row]
+            self._held[row, labels] = self._make(row, labels)
+        return self._held[row, labels]
 
-    def _make(self, row: str) -> TrainingSet:
+    def _make(self, row: str, labels: LabelKind) -> TrainingSet:
         config, teacher, device = self._config, self._teacher, self._device
         epochs = config.evaluate.epochs
         weights_N = None
         if row == "distilled":
             pixels, weights_N = self._dataset.images, self._dataset.weights
-            label_epoch = _cycled(self._dataset)
+            classes_N = self._dataset.labels
+            label_epoch: LabelEpoch = _cycled(self._dataset)
         elif row == "all_real":
             assert self._train is not None
-            pixels, epochs = _all_real(self._train), config.evaluate.all_real_epochs
+            (pixels, classes_N), epochs = _all_real(self._train), config.evaluate.all_real_epochs
             label_epoch = _fresh_labels(pixels, teacher, config, device)
         else:
-            pixels = _baseline_images(
-                row, self._barycenter_room, self._source, config, teacher.num_classes
+            # Whole images are fewer than tiles: as many more label epochs make as many views, labels and steps.
+            tiles = config.recover.tiles if row in TILED else 1
+            repeats = (config.recover.tiles // tiles) ** 2
+            epochs *= repeats
+            own = replace(
+                config,
+                recover=replace(config.recover, tiles=tiles),
+                relabel=replace(config.relabel, epochs=config.relabel.epochs * repeats),
+                evaluate=replace(config.evaluate, epochs=epochs),
             )
-            label_epoch = _stored_labels(pixels, teacher, config, device)
+            pixels = _baseline_images(
+                row, self._barycenter_room, self._source, own, teacher.num_classes
+            )
+            classes_N = np.repeat(np.arange(teacher.num_classes), own.num_atoms)
+            label_epoch = _stored_labels(pixels, teacher, own, device)
         if weights_N is None:
             weights_N = np.ones(len(pixels))
+        if labels == "hard":
+            label_epoch = _hard_views(len(pixels), teacher.image_size, config)
         images = StoredImages(pixels, teacher.mean_C, teacher.std_C, device)
-        return TrainingSet(images, label_epoch, weights_N, epochs)
+        return TrainingSet(images, classes_N, label_epoch, weights_N, epochs)
 
 
 def _cycled(dataset: DistilledDataset) -> LabelEpoch:
     return lambda epoch: dataset.label_epoch(epoch % dataset.label_epochs)
 
 
-def _all_real(train: Listed) -> np.ndarray:
+def _hard_views(num_images: int, image_size: int, config: DistillConfig) -> LabelEpoch:
+    """Return epoch -> views for hard labels, which need no teacher."""
+    seed, views = unit_seed(config.seed, "hard_views", ""), config.evaluate.hard_views
+    return lambda epoch: (
+        draw_views(num_images, image_size, views, seed=seed, epoch=epoch),
+        None,
+    )
+
+
+def _all_real(train: Listed) -> tuple[np.ndarray, np.ndarray]:
     loaded = train.load(_ALL_REAL_BYTES)
     if loaded is None:
         raise ConfigError(
             "--evaluate.baselines all_real: the real images take more than 4 GiB decoded; leave this row out (the teacher's "
             "top-1 stands for it), e.g. --evaluate.baselines random_real nearest_real"
         )
-    return loaded[0]
+    return loaded
 
 
 def _baseline_images(
     row: str, room: Room, source: Source, config: DistillConfig, num_classes: int
 ) -> np.ndarray:
-    """Return as many real images as the distilled set has, in its order of classes."""
+    """Return real images of as many stored bytes as the distilled set has, in its order of classes."""
     files = {f.key: f for m in room.committed().units.values() for f in m.files}
     chosen = []
     for label in range(num_classes):
         found = barycenters.read_barycenter(room, files, label)
-        keys = found.random_keys if row == "random_real" else found.nearest_keys
+        keys = {
+            "random_real": found.random_keys[: config.ipc],
+            "nearest_real": found.whole_keys,
+            "random_tiles": found.random_keys[: config.num_atoms],
+            "nearest_tiles": found.nearest_keys,
+        }[row]
         chosen.append(read_real(source, keys, config))
-    return np.concatenate(chosen)
+    return shrink(np.concatenate(chosen), tile_side(config.source.image_size, config.recover.tiles))
 
 
 def _fresh_labels(
     pixels_NHWC: np.ndarray, teacher: Teacher, config: DistillConfig, device: torch.device
 ) -> LabelEpoch:
-    """Return epoch -> new views of all images and the teacher's labels, made when asked for."""
+    """Return epoch -> new views of all images and the teacher's logits, made when asked for."""
     network = network_of(teacher, device)
     images = StoredImages(pixels_NHWC, teacher.mean_C, teacher.std_C, device)
     seed = unit_seed(config.seed, "relabel", "all_real")
 
-    def label_epoch(epoch: int) -> tuple[Views, np.ndarray]:
+    def label_epoch(epoch: int) -> tuple[Views, np.ndarray | None]:
         views = draw_views(
             len(images), teacher.image_size, config.relabel.views, seed=seed, epoch=epoch
         )
         return views, label_views(
-            network, images, views, teacher.image_size, config.relabel.batch_size
+            network,
+            images,
+            views,
+            teacher.image_size,
+            config.relabel.batch_size,
+            batch_statistics=config.relabel.batch_statistics,
         )
 
     return label_epoch
@@ -143,23 +181,30 @@ def _stored_labels(
     for unit, (epochs, labels) in blocks(config, teacher.num_classes).items():
         for epoch in epochs:
             slices_of_epoch.setdefault(epoch, []).append((unit.partition("-s")[2], labels))
-    kept: dict[int, tuple[Views, np.ndarray]] = {}
+    kept: dict[int, tuple[Views, np.ndarray | None]] = {}
     keep = len(images) * config.relabel.epochs * teacher.num_classes <= _KEPT_LOGITS
 
-    def label_epoch(epoch: int) -> tuple[Views, np.ndarray]:
+    def label_epoch(epoch: int) -> tuple[Views, np.ndarray | None]:
         epoch %= config.relabel.epochs
         if epoch in kept:
             return kept[epoch]
         parts = []
         for name, labels in slices_of_epoch[epoch]:
-            index_N = (labels[:, None] * config.ipc + np.arange(config.ipc)).reshape(-1)
+            index_N = (labels[:, None] * config.num_atoms + np.arange(config.num_atoms)).reshape(-1)
             seed = unit_seed(config.seed, "relabel", name)
             drawn = draw_views(
                 len(index_N), teacher.image_size, config.relabel.views, seed=seed, epoch=epoch
             )
             parts.append(renamed(drawn, index_N.astype(np.int32)))
         views = concatenate_views(parts)
-        logits = label_views(network, images, views, teacher.image_size, config.relabel.batch_size)
+        logits = label_views(
+            network,
+            images,
+            views,
+            teacher.image_size,
+            config.relabel.batch_size,
+            batch_statistics=config.relabel.batch_statistics,
+        )
         found = views, decompress(compress(logits, config.relabel))
         if keep:
             kept[epoch] = found

@@ -175,6 +175,7 @@ def encode_class_barycenter(record: ClassBarycenter) -> bytes:
         label=record.label,
         num_images=record.num_images,
         nearest_keys=record.nearest_keys,
+        whole_keys=record.whole_keys,
         random_keys=record.random_keys,
         channels_L=record.moments.channels_L,
         cost=found.cost,
@@ -207,6 +208,7 @@ def decode_class_barycenter(content: bytes) -> ClassBarycenter:
         num_images=meta["num_images"],
         barycenter=barycenter,
         nearest_keys=tuple(meta["nearest_keys"]),
+        whole_keys=tuple(meta["whole_keys"]),
         random_keys=tuple(meta["random_keys"]),
         moments=moments,
     )
@@ -368,26 +370,40 @@ def decode_soft_labels(content: bytes) -> SoftLabelBlock:
 def encode_images(
     images_NHWC: np.ndarray,
     labels_N: np.ndarray,
-    weights_N: np.ndarray,
+    weights_NT: np.ndarray,
     class_names: tuple[str, ...],
 ) -> bytes:
-    """Return a Parquet table that Hugging Face `datasets` opens as images with class labels."""
+    """Return a Parquet table that Hugging Face `datasets` opens as images with class labels.
+
+    Args:
+        images_NHWC: stored images, uint8.
+        labels_N: their classes.
+        weights_NT: weights of the T images that each of them holds; one of one is a number there, more are a list.
+        class_names: names of the classes.
+    """
     rows = [
         {"bytes": encode_png(image), "path": f"{label:05d}_{i:05d}.png"}
         for i, (image, label) in enumerate(zip(images_NHWC, labels_N, strict=True))
     ]
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    number = {"dtype": "float64", "_type": "Value"}
+    one_each = weights_NT.shape[1] == 1
+    weights = (
+        pa.array(weights_NT[:, 0], type=pa.float64())
+        if one_each
+        else pa.array(weights_NT.tolist(), type=pa.list_(pa.float64()))
+    )
     table = pa.table(
         {
             "image": pa.array(rows, type=struct),
             "label": pa.array(labels_N, type=pa.int64()),
-            "weight": pa.array(weights_N, type=pa.float64()),
+            "weight": weights,
         }
     )
     features = {
         "image": {"_type": "Image"},
         "label": {"names": list(class_names), "_type": "ClassLabel"},
-        "weight": {"dtype": "float64", "_type": "Value"},
+        "weight": number if one_each else {"feature": number, "_type": "List"},
     }
     meta = {_HUGGINGFACE: json.dumps({"info": {"features": features}}).encode()}
     return _write_parquet(table.replace_schema_metadata(meta))
@@ -395,7 +411,7 @@ def encode_images(
 
 @_checked
 def decode_images(content: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (images_NHWC uint8, labels_N int64, weights_N float64) of an `encode_images` table."""
+    """Return (images_NHWC uint8, labels_N int64, weights_NT float64) of an `encode_images` table."""
     table = _read_parquet(content)
     _check_columns(table, {"image", "label", "weight"})
     images = []
@@ -403,4 +419,5 @@ def decode_images(content: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         with Image.open(io.BytesIO(row["bytes"]), formats=("PNG",)) as picture:
             pixels = np.asarray(picture)
         images.append(pixels if pixels.ndim == 3 else pixels[:, :, None])
-    return np.stack(images), table["label"].to_numpy(), table["weight"].to_numpy()
+    weights_NT = np.array(table["weight"].to_pylist(), dtype=np.float64).reshape(len(images), -1)
+    return np.stack(images), table["label"].to_numpy(), weights_NT
