@@ -1,4 +1,4 @@
-"""Measure this machine: `python jobs/bench.py barycenter|recover|features|orchestration|scale [--out FILE.json]`.
+"""Measure this machine: `python jobs/bench.py barycenter|recover|features|orchestration|scale|accuracy [--out FILE.json]`.
 
 Each benchmark prints a table and writes the same numbers with hardware, versions, settings, n, min, median and max. What
 is compared is measured in the same run, taking turns. With one computing thread processor seconds are counted, which
@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
+from jobs.benches.accuracy.command import accuracy
 from jobs.benches.barycenter import barycenter
 from jobs.benches.features import features
 from jobs.benches.orchestration import orchestration
@@ -26,7 +27,7 @@ from jobs.benches.scale import scale
 def main(arguments: list[str]) -> None:
     """Run the benchmark that the command line names."""
     benchmarks: dict[str, Callable[..., Any]] = {
-        f.__name__: f for f in (barycenter, recover, features, orchestration, scale)
+        f.__name__: f for f in (barycenter, recover, features, orchestration, scale, accuracy)
     }
     tyro.extras.subcommand_cli_from_dict(
         benchmarks,

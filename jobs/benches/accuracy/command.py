@@ -1,0 +1,139 @@
+"""The command `accuracy`: one table, from real images to a sealed result."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+from jobs.benches.accuracy.definitions import Options, TableName
+from wmdd_ray.errors import ConfigError, WmddError
+from wmdd_ray.store.filesystem import Store
+
+
+def accuracy(
+    table: TableName = "main",
+    data: str | None = None,
+    out: str = "runs/accuracy",
+    ipc: tuple[int, ...] = (),
+    rows: tuple[str, ...] = (),
+    student_seeds: int | None = None,
+    distill_seeds: int | None = None,
+    split: Literal["test", "val"] = "test",
+    processes: int = 1,
+    device: str = "cpu",
+    teacher: str | None = None,
+    width: int | None = None,
+    epochs: int | None = None,
+    full_epochs: int | None = None,
+    teacher_epochs: int | None = None,
+    iterations: int | None = None,
+    tiles: int | None = None,
+    result: str | None = None,
+    plan: bool = False,
+    render: bool = False,
+) -> None:
+    """Students on distilled and real images under one budget: a table for the README. Resumable; needs no Ray.
+
+    Choose options with `--split val`, which trains the same students and scores them on held-out training images; the
+    test split is opened once an --out and table, after the last student, and refused to any other configuration.
+
+    Args:
+        table: `main` (Fashion-MNIST), `digits`, `cross` (other students and teachers), `ablation` (best less one thing).
+        data: Real images; the recipe's by default, and for Fashion-MNIST the folder with the IDX files.
+        out: Folder of the units; what is there already is not done again.
+        ipc: Images a class; the table's own by default.
+        rows: Rows to have; `random_real` always is.
+        student_seeds: Students a distilled set; by default at least 5 a row.
+        distill_seeds: Distilled sets a row; 3 up to ipc 10, 1 above.
+        split: Images that students are scored on.
+        processes: Processes with one computing thread each.
+        device: Torch device; `cuda` with one process.
+        teacher: A teacher.safetensors to take instead of training one (ConvNet-3).
+        width: Channels of teachers' and students' ConvNet-3 blocks.
+        epochs: Student epochs and label epochs.
+        full_epochs: Student epochs on all real images.
+        teacher_epochs: Epochs of the teacher.
+        iterations: Recover iterations.
+        tiles: Small images along a side of each stored one, in `best` and in the real rows beside it.
+        result: File that the result is written to; in `out` by default, to be committed to jobs/benches/results.
+        plan: Print the units and their estimated seconds, and do nothing.
+        render: Only write the committed results into README.md.
+    """
+    try:
+        if render:
+            from jobs.benches.accuracy.rendering import render as render_tables
+
+            print(f"rendered: {', '.join(render_tables()) or 'nothing is committed'}")
+            return
+        given = _give_teacher(teacher, out)
+        options = Options(
+            ipc=ipc,
+            rows=rows,
+            distill_seeds=distill_seeds,
+            student_seeds=student_seeds,
+            width=width,
+            epochs=epochs,
+            full_epochs=full_epochs,
+            teacher_epochs=teacher_epochs,
+            iterations=iterations,
+            tiles=tiles,
+            given=given,
+        )
+        _run(table, options, data, out, split, processes, device, result, plan)
+    except WmddError as error:
+        raise SystemExit(f"accuracy: {error}") from error
+
+
+def _run(
+    name: TableName,
+    options: Options,
+    data: str | None,
+    out: str,
+    split: Literal["test", "val"],
+    processes: int,
+    device: str,
+    result: str | None,
+    plan: bool,
+) -> None:
+    from jobs.benches.accuracy.definitions import table_of
+    from jobs.benches.accuracy.judge import refuse_second_opening
+    from jobs.benches.accuracy.scores import score, sealed
+    from jobs.benches.accuracy.splits import make_splits
+    from jobs.benches.accuracy.work import bring, print_plan, rows_of, stages_of
+
+    if processes > 1 and device != "cpu":
+        raise ConfigError(f"--processes: expected 1 on {device}, got {processes}")
+    table = table_of(name, options)
+    uri = data or ("digits" if table.dataset == "digits" else "fashion-mnist")
+    place = make_splits(out, uri, table.source, table.held_out, device)
+    rows = rows_of(table, place)
+    stages = stages_of(rows)
+    if plan:
+        print_plan(stages, place, processes)
+        return
+    if split == "test":
+        refuse_second_opening(table, rows, place)
+    bring(stages, place, processes)
+    found = score(table, rows, place, uri, split)
+    path = Path(result or Path(out) / f"accuracy-{name}{'' if split == 'test' else '-val'}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(sealed(found))
+    for group in found["groups"]:
+        print(f"{group['title']}, {split}")
+        for row in group["rows"]:
+            soft, hard = (
+                f"{100 * row[k]['mean']:5.1f} ± {100 * row[k]['std']:.1f}" for k in ("soft", "hard")
+            )
+            print(f"  {row['name']:18} soft {soft}   hard {hard}")
+    print(f"written: {path}")
+
+
+def _give_teacher(teacher: str | None, out: str) -> str:
+    """Copy a given teacher into the folder of the table, and return its SHA-256."""
+    if teacher is None:
+        return ""
+    content = Path(teacher).read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    Store(out).child("given").create(f"{digest}.safetensors", content)
+    return digest

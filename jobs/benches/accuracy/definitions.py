@@ -1,0 +1,388 @@
+"""What the tables hold: rows and groups as data. A new row is one line, and a new option of a recipe needs none.
+
+A group is what may be compared: one number of stored images a class, one labeling teacher, one student recipe. Its rows
+differ in the images alone: they have no field for labels or students. Every group of stored images has `random_real`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from wmdd_ray.config import (
+    BarycenterConfig,
+    DistillConfig,
+    EvaluateConfig,
+    NetworkConfig,
+    RecoverConfig,
+    RelabelConfig,
+    SourceConfig,
+    SqueezeConfig,
+)
+from wmdd_ray.errors import ConfigError
+from wmdd_ray.recipes import recipe_of
+
+Kind = Literal["random", "nearest", "herding", "mosaic", "recover", "full"]
+TableName = Literal["main", "cross", "digits", "ablation"]
+
+RANDOM, FULL = "random_real", "full_data"
+_TILED: tuple[Kind, ...] = ("random", "nearest", "mosaic")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """How the images of a row come about: real ones by a selection, or recovered; `full` is all training images."""
+
+    name: str
+    title: str
+    kind: Kind
+    barycenters: BarycenterConfig = field(default_factory=BarycenterConfig)
+    recover: RecoverConfig = field(default_factory=RecoverConfig)
+
+    @property
+    def tiles(self) -> int:
+        """Small images along a side of a stored one."""
+        return self.recover.tiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherRecipe:
+    """A teacher as it is trained, or the SHA-256 of one that was given as a file."""
+
+    name: str
+    squeeze: SqueezeConfig
+    seed: int = 0
+    given: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Rows under one budget. The first of `teachers` labels; recovered rows use all of them.
+
+    `student.epochs` and `relabel.epochs` are passes over stored images that are read as tiles x tiles small ones; a row with
+    fewer small images has as many more passes.
+    """
+
+    title: str
+    ipc: int
+    tiles: int
+    teachers: tuple[TeacherRecipe, ...]
+    relabel: RelabelConfig
+    student: EvaluateConfig
+    rows: tuple[Row, ...]
+    distill_seeds: int
+    student_seeds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a student of a row is given, in total."""
+
+    epochs: int
+    label_epochs: int
+    views: int
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line changes of a table; None keeps the recipe's value."""
+
+    ipc: tuple[int, ...] = ()
+    rows: tuple[str, ...] = ()
+    distill_seeds: int | None = None
+    student_seeds: int | None = None
+    width: int | None = None
+    epochs: int | None = None
+    full_epochs: int | None = None
+    teacher_epochs: int | None = None
+    iterations: int | None = None
+    tiles: int | None = None
+    given: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table: its data set and its groups. `held_out` training images are `val` (0: the last tenth of each class)."""
+
+    name: TableName
+    dataset: str
+    source: SourceConfig
+    held_out: int
+    groups: tuple[Group, ...]
+
+
+def table_of(name: TableName, options: Options) -> Table:
+    """Return a table with what the options change of it.
+
+    Raises:
+        ConfigError: Rows of a group would have different budgets, or there is no such row.
+    """
+    dataset = "digits" if name == "digits" else "fashion_mnist"
+    default = {"main": (1, 10, 50), "digits": (1, 5, 10), "cross": (10,), "ablation": (10,)}[name]
+    ipcs = options.ipc or default
+    make = {"main": _main, "digits": _main, "cross": _cross, "ablation": _ablation}[name]
+    groups = make(dataset, ipcs, options)
+    if options.rows:
+        there = {row.name for group in groups for row in group.rows}
+        unknown = sorted(set(options.rows) - there)
+        if unknown:
+            raise ConfigError(f"--rows: expected some of {', '.join(sorted(there))}, got {unknown}")
+        asked = {*options.rows, RANDOM}
+        groups = [replace(g, rows=tuple(r for r in g.rows if r.name in asked)) for g in groups]
+        groups = [g for g in groups if g.rows]
+    for group in groups:
+        require_equal_budgets(group)
+    return Table(
+        name=name,
+        dataset=dataset,
+        source=recipe_of(dataset, 1).source,
+        held_out=5000 if dataset == "fashion_mnist" else 0,
+        groups=tuple(groups),
+    )
+
+
+def budget_of(group: Group, row: Row, num_images: int) -> Budget:
+    """Return what a student of the row is given: epochs are fewer where an image is read as tiles x tiles small ones.
+
+    Args:
+        group: Its group.
+        row: The row.
+        num_images: Images that the student reads in an epoch.
+    """
+    student, scale = group.student, group.tiles**2
+    passes, stored = student.epochs * scale, group.relabel.epochs * scale
+    if row.kind == "full":
+        epochs = label_epochs = student.all_real_epochs
+    else:
+        share = row.tiles**2
+        if passes % share or stored % share:
+            raise ConfigError(
+                f"row {row.name}: expected student and label epochs that {share} small images a stored one divide, got "
+                f"{passes} and {stored}"
+            )
+        epochs, label_epochs = passes // share, min(stored, passes) // share
+    steps = epochs * -(-num_images // student.batch_size)
+    return Budget(epochs=epochs, label_epochs=label_epochs, views=epochs * num_images, steps=steps)
+
+
+def require_equal_budgets(group: Group, num_classes: int = 10) -> None:
+    """Refuse a group whose rows would have different numbers of views or optimizer steps, or no random real images."""
+    names = {row.name for row in group.rows}
+    if group.ipc and RANDOM not in names:
+        raise ConfigError(f"group {group.title}: a table without the row {RANDOM} proves nothing")
+    found = {
+        (budget.views, budget.steps, budget.views // budget.epochs * budget.label_epochs)
+        for row in group.rows
+        if row.kind != "full"
+        for budget in [budget_of(group, row, num_classes * group.ipc * row.tiles**2)]
+    }
+    if len(found) > 1:
+        raise ConfigError(
+            f"group {group.title}: rows differ in (views, steps, labels): {sorted(found)}; give the student a batch size "
+            f"that divides {num_classes * group.ipc} images"
+        )
+
+
+# Variants ---------------------------------------------------------------------------------------
+
+
+def variants(dataset: str, ipc: int, options: Options) -> tuple[DistillConfig, DistillConfig]:
+    """Return the recipe as the paper has it and as it is best."""
+    paper, best = recipe_of(dataset, ipc, "paper"), recipe_of(dataset, ipc)
+    if options.tiles is not None:
+        best = replace(best, recover=replace(best.recover, tiles=options.tiles))
+    return _changed(paper, options), _changed(best, options)
+
+
+def _changed(config: DistillConfig, options: Options) -> DistillConfig:
+    network, recover = config.evaluate.network, config.recover
+    squeeze, relabel, student = config.squeeze, config.relabel, config.evaluate
+    if options.width is not None:
+        network = replace(network, width=options.width)
+    if options.iterations is not None:
+        recover = replace(recover, iterations=options.iterations)
+    if options.teacher_epochs is not None:
+        squeeze = replace(squeeze, epochs=options.teacher_epochs)
+    if options.full_epochs is not None:
+        student = replace(student, all_real_epochs=options.full_epochs)
+    if options.epochs is not None:
+        student = replace(student, epochs=options.epochs)
+        relabel = replace(relabel, epochs=options.epochs)
+    return replace(
+        config,
+        squeeze=replace(squeeze, network=network),
+        recover=recover,
+        relabel=relabel,
+        evaluate=replace(student, network=network),
+    )
+
+
+def _teachers(config: DistillConfig, options: Options) -> tuple[TeacherRecipe, ...]:
+    return (TeacherRecipe(name="convnet3", squeeze=config.squeeze, given=options.given),)
+
+
+def _group(
+    title: str,
+    ipc: int,
+    recipe: DistillConfig,
+    rows: tuple[Row, ...],
+    options: Options,
+    teachers: tuple[TeacherRecipe, ...] | None = None,
+) -> Group:
+    distill_seeds = options.distill_seeds or (3 if 0 < ipc <= 10 else 1)
+    batch_size = min(recipe.evaluate.batch_size, 10 * ipc) if ipc else recipe.evaluate.batch_size
+    return Group(
+        title=title,
+        ipc=ipc,
+        tiles=recipe.recover.tiles,
+        teachers=teachers or _teachers(recipe, options),
+        relabel=recipe.relabel,
+        student=replace(recipe.evaluate, batch_size=batch_size),
+        rows=rows,
+        distill_seeds=distill_seeds,
+        student_seeds=options.student_seeds or -(-5 // distill_seeds),
+    )
+
+
+# What differs between recipes without being a choice that an ablation asks about; student and label epochs go together.
+_NO_CHOICE = {"network", "num_seeds", "baselines", "all_real_epochs"} | {
+    *("epochs", "epochs_per_unit", "slice_images")
+}
+
+
+# Tables -----------------------------------------------------------------------------------------
+
+
+def _recovered(name: str, title: str, recipe: DistillConfig, **changes: Any) -> Row:
+    return Row(
+        name=name,
+        title=title,
+        kind="recover",
+        barycenters=recipe.barycenters,
+        recover=replace(recipe.recover, **changes),
+    )
+
+
+def _main_rows(paper: DistillConfig, best: DistillConfig) -> tuple[Row, ...]:
+    atoms, crops = best.barycenters, best.recover.crop_scale_min
+    tiles, grid = best.recover.tiles, RecoverConfig(crop_scale_min=crops)
+    rows = [
+        Row(name=RANDOM, title="random real images", kind="random"),
+        Row(name="herding", title="herding (Welling 2009)", kind="herding"),
+        Row(
+            name="nearest_real",
+            title="real image nearest to each atom",
+            kind="nearest",
+            barycenters=atoms,
+        ),
+        Row(
+            name="mosaic",
+            title="mosaics of 2 x 2 easiest crops (RDED)",
+            kind="mosaic",
+            recover=grid,
+        ),
+    ]
+    if tiles > 1:
+        small = f"{tiles**2} small real images in each stored one"
+        rows += [
+            Row(
+                name=f"{kind}_tiles",
+                title=f"{small}: {'easiest crops' if kind == 'mosaic' else kind}",
+                kind=kind,
+                barycenters=atoms,
+                recover=replace(grid, tiles=tiles),
+            )
+            for kind in _TILED
+        ]
+    ce, everywhere = {"feature_term": "cross_entropy"}, {"moments": "global"}
+    mean: dict[str, Any] = {"feature_term": "mean", "moments": "none", "start": "random"}
+    return (
+        *rows,
+        _recovered("mean_matching", "mean matching (DM's feature term)", paper, **mean),
+        _recovered("sre2l", "cross-entropy + global BN (SRe2L)", paper, **ce, **everywhere),
+        _recovered("ce_pcbn", "cross-entropy + per-class BN", paper, **ce),
+        _recovered("wasserstein_bn", "Wasserstein + global BN", paper, **everywhere),
+        _recovered("paper", "WMDD `paper`: Wasserstein + per-class BN", paper),
+        _recovered("best", "**WMDD `best`**", best),
+    )
+
+
+def _main(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Group]:
+    groups = []
+    for ipc in ipcs:
+        paper, best = variants(dataset, ipc, options)
+        groups.append(_group(f"ipc {ipc}", ipc, best, _main_rows(paper, best), options))
+    _, best = variants(dataset, max(ipcs), options)
+    full = Row(name=FULL, title="all real training images", kind="full")
+    return [*groups, _group("all real images", 0, best, (full,), options)]
+
+
+def _cross(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Group]:
+    groups = []
+    residual = NetworkConfig(arch="resnet18", small_stem=True)
+    for ipc in ipcs:
+        paper, best = variants(dataset, ipc, options)
+        keep = {RANDOM, "nearest_real", "best"}
+        rows = tuple(row for row in _main_rows(paper, best) if row.name in keep)
+        seen = _teachers(best, options)
+        # Two cores take hours for these networks; bfloat16 halves them.
+        squeeze = replace(best.squeeze, network=residual, mixed_precision=True)
+        other = TeacherRecipe(name="resnet18", squeeze=squeeze)
+        pairs: list[tuple[tuple[TeacherRecipe, ...], NetworkConfig]] = [
+            (seen, best.evaluate.network),
+            (seen, residual),
+            ((other,), NetworkConfig(arch="mobilenet_v2", small_stem=True)),
+            ((other,), NetworkConfig(arch="vit_tiny")),
+        ]
+        for teachers, network in pairs:
+            title = f"{teachers[0].name} to {network.arch}, ipc {ipc}"
+            student = replace(best.evaluate, network=network, mixed_precision=True)
+            recipe = replace(best, evaluate=student)
+            groups.append(_group(title, ipc, recipe, rows, options, teachers))
+    return groups
+
+
+def _ablation(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Group]:
+    """Return `best` with each of its differences from `paper` taken back, one at a time.
+
+    Differences in the images are rows of one group; those in labels and student are groups, each with random real images.
+    """
+    groups = []
+    for ipc in ipcs:
+        paper, best = variants(dataset, ipc, options)
+        random, ours = (r for r in _main_rows(paper, best) if r.name in (RANDOM, "best"))
+        rows = [random, ours]
+        for part in ("barycenters", "recover"):
+            for name, value in _differences(getattr(best, part), getattr(paper, part)).items():
+                changes = {name: value}
+                if name == "start" and value == "noise":
+                    changes["residual_blends"] = 0  # noise has nothing to go back to
+                changed = replace(best, **{part: replace(getattr(best, part), **changes)})
+                title = f"`best` with {name} {value}"
+                rows.append(_recovered(f"without_{name}", title, changed))
+        groups.append(_group(f"images, ipc {ipc}", ipc, best, tuple(rows), options))
+        for part in ("relabel", "evaluate"):
+            for name, value in _differences(getattr(best, part), getattr(paper, part)).items():
+                if name in _NO_CHOICE:
+                    continue
+                changed = replace(best, **{part: replace(getattr(best, part), **{name: value})})
+                title = f"{part} with {name} {value}, ipc {ipc}"
+                groups.append(_group(title, ipc, changed, (random, ours), options))
+        if best.evaluate.epochs != paper.evaluate.epochs:
+            student = replace(best.evaluate, epochs=paper.evaluate.epochs)
+            changed = replace(
+                best, relabel=replace(best.relabel, epochs=student.epochs), evaluate=student
+            )
+            title = f"evaluate with epochs {student.epochs}, ipc {ipc}"
+            groups.append(_group(title, ipc, changed, (random, ours), options))
+    return groups
+
+
+def _differences(best: Any, paper: Any) -> dict[str, Any]:
+    """Return field -> the paper's value of what `best` has otherwise."""
+    return {
+        f.name: getattr(paper, f.name)
+        for f in fields(best)
+        if getattr(best, f.name) != getattr(paper, f.name)
+    }

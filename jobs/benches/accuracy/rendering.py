@@ -1,0 +1,245 @@
+"""Tables of the README out of committed results. What a reader would need to doubt a number is there, or nothing is rendered."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any, get_args
+
+from jobs.benches.accuracy.definitions import FULL, RANDOM, TableName
+from jobs.benches.accuracy.scores import label_robust_score, spread
+from wmdd_ray.errors import ArtifactError
+from wmdd_ray.store.documents import unseal
+
+ROOT = Path(__file__).resolve().parents[3]
+RESULTS = ROOT / "jobs" / "benches" / "results"
+README = ROOT / "README.md"
+
+_NEEDED = {
+    "a result": "table dataset data fingerprint split opened num_images teachers groups hardware versions git_revision",
+    "a teacher": "top1 top1_val squeeze seconds",
+    "a group": "title ipc labeled_by relabel student distill_seeds student_seeds rows",
+    "a row": "name title kind recover barycenters epochs num_stored num_read image_bytes label_bytes distill_seconds soft hard",
+    "the students of a row": "mean std top1 seeds views weights",
+    "a student recipe": "network epochs batch_size optimizer learning_rate weight_decay temperature",
+}
+
+
+def result_path(table: str) -> Path:
+    """Return where the result of a table is committed."""
+    return RESULTS / f"accuracy-{table}.json"
+
+
+def read_result(content: bytes, where: str) -> dict[str, Any]:
+    """Return a sealed result that may be shown.
+
+    Raises:
+        ArtifactError: It was changed by hand, lacks what a table must have, or is not of the test split.
+    """
+    result = unseal(content, where)
+    check_result(result, where)
+    return result
+
+
+def check_result(result: dict[str, Any], where: str) -> None:
+    """Refuse a result without recipe, teacher, seeds, versions, both label kinds, or random real images of each group."""
+
+    def refuse(what: str) -> ArtifactError:
+        return ArtifactError(f"{where}: {what}; run the table again: it is not rendered without")
+
+    def need(kind: str, found: Any, name: str) -> None:
+        for key in _NEEDED[kind].split():
+            if not isinstance(found, dict) or key not in found or found[key] in ("", [], {}):
+                raise refuse(f"{kind} ({name}) has no {key}")
+
+    need("a result", result, str(result.get("table")))
+    if result["split"] != "test" or not result["opened"]:
+        raise refuse(f"expected numbers of the test split, found {result['split']}")
+    for name, teacher in result["teachers"].items():
+        need("a teacher", teacher, name)
+    for group in result["groups"]:
+        need("a group", group, str(group.get("title")))
+        need("a student recipe", group["student"], group["title"])
+        if group["labeled_by"] not in result["teachers"]:
+            raise refuse(f"group {group['title']} is labeled by an unknown teacher")
+        for row in group["rows"]:
+            _check_row(row, group, need, refuse)
+        if group["ipc"] and RANDOM not in {row["name"] for row in group["rows"]}:
+            raise refuse(f"group {group['title']} has no row {RANDOM}")
+        budgets = {
+            (r["num_stored"], r[k]["views"], len(r[k]["top1"]))
+            for r in group["rows"]
+            if r["kind"] != "full"
+            for k in ("soft", "hard")
+        }
+        if len(budgets) > 1:
+            raise refuse(f"rows of {group['title']} had other budgets: {sorted(budgets)}")
+    full = _full_rows(result)
+    for group in result["groups"]:
+        whole = full.get(str(group["student"]["network"]))
+        random = next((r for r in group["rows"] if r["name"] == RANDOM), None)
+        for row in group["rows"]:
+            if ("lrs" in row) != (whole is not None and row["kind"] != "full"):
+                raise refuse(f"row {row['name']}: LRS and the row {FULL} go together")
+            if "lrs" in row:
+                _check_lrs(row, random, whole, refuse)
+
+
+def _check_row(row: dict[str, Any], group: dict[str, Any], need: Any, refuse: Any) -> None:
+    need("a row", row, f"{row.get('name')}, {group['title']}")
+    for kind in ("soft", "hard"):
+        found = row[kind]
+        need("the students of a row", found, f"{row['name']}, {kind} labels")
+        if not len(found["top1"]) == len(found["seeds"]) == len(found["weights"]):
+            raise refuse(f"row {row['name']} has students without seeds or weights")
+        told = {name: found[name] for name in ("mean", "std")}
+        if not _same(told, spread(found["top1"])):
+            raise refuse(f"row {row['name']}: mean and std are not those of its students")
+
+
+def _check_lrs(row: dict[str, Any], random: Any, full: Any, refuse: Any) -> None:
+    expected = label_robust_score(
+        full_hard=full["hard"]["mean"],
+        hard=row["hard"]["mean"],
+        soft=row["soft"]["mean"],
+        random_soft=random["soft"]["mean"],
+    )
+    if not _same(row["lrs"], expected):
+        raise refuse(f"row {row['name']}: LRS does not follow from the accuracies")
+
+
+def _same(found: dict[str, float], expected: dict[str, float]) -> bool:
+    return found.keys() == expected.keys() and all(
+        math.isclose(found[k], expected[k], rel_tol=0, abs_tol=1e-12) for k in expected
+    )
+
+
+def _full_rows(result: dict[str, Any]) -> dict[str, Any]:
+    return {
+        str(group["student"]["network"]): row
+        for group in result["groups"]
+        for row in group["rows"]
+        if row["name"] == FULL
+    }
+
+
+# Markdown ---------------------------------------------------------------------------------------
+
+
+def rendered(content: bytes, where: str) -> str:
+    """Return the Markdown of a result, from its sealed bytes."""
+    result = read_result(content, where)
+    counts, opened = result["num_images"], result["opened"][:10]
+    versions = result["versions"]
+    lines = [
+        f"Teachers, students and every choice saw {counts['train']:,} training images ({counts['val']:,} more held out for "
+        f"choices); the {counts['test']:,} test images were opened once, after the last student, on {opened}. Last epoch, "
+        "mean ± standard deviation over all students.",
+        *[_teacher_line(name, found) for name, found in result["teachers"].items()],
+        f"({result['hardware']}; torch {versions['torch']}, Python {versions['python']}, revision {result['git_revision']}.)",
+    ]
+    for group in result["groups"]:
+        lines += ["", *_group_lines(group)]
+    if result["dataset"] == "fashion_mnist" and result["table"] == "main":
+        lines += ["", *published_lines()]
+    return "\n".join(lines) + "\n"
+
+
+def _teacher_line(name: str, found: dict[str, Any]) -> str:
+    origin = "given" if found["given"] else f"{found['squeeze']['epochs']} epochs"
+    return f"Teacher {name} ({origin}): top-1 {100 * found['top1']:.1f} %."
+
+
+def _group_lines(group: dict[str, Any]) -> list[str]:
+    student, network = group["student"], group["student"]["network"]
+    arch = network["arch"] + (f" of width {network['width']}" * (network["arch"] == "convnet3"))
+    settings = [
+        f"batch {student['batch_size']}",
+        f"{student['optimizer']} at {student['learning_rate']:g}",
+        student.get("schedule", "cosine").replace("_", " "),
+    ]
+    loss = student.get("loss", "kl")
+    settings.append(f"KL at T {student['temperature']:g}" if loss == "kl" else "MSE to logits")
+    for name in ("ce_weight", "ema_decay"):
+        if student.get(name):
+            settings.append(f"{name} {student[name]:g}")
+    if student.get("weighted_loss"):
+        settings.append("weighted loss")
+    views = group["rows"][0]["soft"]["views"]
+    seeds = f"{group['distill_seeds']} sets x {group['student_seeds']} students"
+    head = (
+        f"**{group['title']}**: student {arch}, {views:,} views, {', '.join(settings)}; labels by {group['labeled_by']}; "
+        f"{seeds}."
+    )
+    table = [
+        "| trained on | soft labels | hard labels | students | images | labels | seconds to distil | LRS (HLR, IOR) |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    return [head, "", *table, *[_row_line(row) for row in group["rows"]]]
+
+
+def _row_line(row: dict[str, Any]) -> str:
+    soft, hard = (
+        f"{100 * row[k]['mean']:.1f} ± {100 * row[k]['std']:.1f}" for k in ("soft", "hard")
+    )
+    images, labels = (size_text(statistics.fmean(row[k])) for k in ("image_bytes", "label_bytes"))
+    seconds = statistics.fmean(row["distill_seconds"])
+    score = "–"
+    if "lrs" in row:
+        parts = row["lrs"]
+        score = f"{parts['lrs']:.3f} ({parts['hlr']:+.3f}, {parts['ior']:+.3f})"
+    count = len(row["soft"]["top1"])
+    return f"| {row['title']} | {soft} | {hard} | {count} | {images} | {labels} | {seconds:.3g} | {score} |"
+
+
+def size_text(size_bytes: float) -> str:
+    """Return bytes in words, with decimal units."""
+    return f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 1e6 else f"{size_bytes / 1e3:.1f} KB"
+
+
+def published_lines() -> list[str]:
+    """Return the published numbers with label kind and source; those that store more floats apart."""
+    found = json.loads((Path(__file__).parent / "published.json").read_text())
+    parts = (
+        ("same_budget", "Published, images of the same number (ConvNet-3 of width 128 except where said)"),
+        ("more_floats", "Published, methods that store more floats than the images, or decode more images from them"),
+    )  # fmt: skip
+    lines = []
+    for key, title in parts:
+        lines += [f"| {title} | labels | {' | '.join(found['columns'])} | source |"]
+        lines += ["|---|---|---:|---:|---:|---|"]
+        lines += [
+            f"| {name} | {labels} | {' | '.join(values)} | {source} |"
+            for name, labels, values, source in found[key]
+        ]
+        lines += [""]
+    return lines[:-1]
+
+
+def render(readme: Path = README, results: Path = RESULTS) -> list[str]:
+    """Write the tables of all committed results between their markers in the README; return their names.
+
+    Raises:
+        ArtifactError: A result may not be shown, or the README has no place for it.
+    """
+    text, names = readme.read_text(encoding="utf-8"), []
+    for table in get_args(TableName):
+        path = results / f"accuracy-{table}.json"
+        if not path.exists():
+            continue
+        begin, end = markers(table)
+        if begin not in text or end not in text:
+            raise ArtifactError(f"{readme}: expected the lines {begin} and {end} around the table")
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}\n{rendered(path.read_bytes(), str(path))}{end}{after}"
+        names.append(table)
+    readme.write_text(text, encoding="utf-8")
+    return names
+
+
+def markers(table: str) -> tuple[str, str]:
+    """Return the lines around a table in the README."""
+    return f"<!-- accuracy:{table} -->", f"<!-- /accuracy:{table} -->"

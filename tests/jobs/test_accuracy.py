@@ -1,0 +1,522 @@
+import ast
+import dataclasses
+import gzip
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jobs import bench
+from jobs.benches.accuracy import definitions, judge, units, work
+from jobs.benches.accuracy.definitions import (
+    Group,
+    Options,
+    Row,
+    Table,
+    budget_of,
+    require_equal_budgets,
+    table_of,
+)
+from jobs.benches.accuracy.splits import Workplace, make_splits
+from jobs.benches.accuracy.units import StudentUnit
+from wmdd_ray.config import EvaluateConfig, RecoverConfig, RelabelConfig, SourceConfig
+from wmdd_ray.errors import ConfigError
+from wmdd_ray.store import codecs
+from wmdd_ray.store.documents import unseal
+from wmdd_ray.store.sources import load_images, open_source
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "jobs" / "benches" / "accuracy"
+ROWS = (
+    *("random_real", "herding", "nearest_real", "mosaic", "random_tiles", "nearest_tiles"),
+    *("mean_matching", "best", "full_data"),
+)
+# A table of all kinds of rows in seconds: it shows how the harness works, and nothing about methods.
+TINY = Options(
+    ipc=(2,),
+    rows=ROWS,
+    distill_seeds=1,
+    student_seeds=2,
+    width=8,
+    epochs=1,
+    full_epochs=1,
+    teacher_epochs=2,
+    iterations=4,
+    tiles=2,
+)
+TIMES = {"opened", "seconds", "features_seconds", "distill_seconds", "label_seconds"}
+
+
+def arguments(out: Path, **changed: Any) -> list[str]:
+    options = {k: v for k, v in dataclasses.asdict(TINY).items() if v not in (None, "", ())}
+    options |= {"table": "digits", "out": str(out), **changed}
+    words = ["accuracy"]
+    for name, value in options.items():
+        values = value if isinstance(value, tuple) else (value,)
+        words += [f"--{name.replace('_', '-')}", *(str(v) for v in values)]
+    return words
+
+
+def result_of(out: Path, name: str = "accuracy-digits.json") -> dict[str, Any]:
+    return unseal((out / name).read_bytes(), name)
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in TIMES}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def opened_at(out: Path, options: Options = TINY) -> tuple[Table, Workplace, list[work.Trained]]:
+    table = table_of("digits", options)
+    place = make_splits(str(out), "digits", table.source, table.held_out, "cpu")
+    return table, place, work.rows_of(table, place)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished table, made by this process. Read only."""
+    out = tmp_path_factory.mktemp("accuracy") / "out"
+    bench.main(arguments(out))
+    return out
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A finished table that may be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+@pytest.fixture
+def unopened(copied: Path) -> Path:
+    """A table whose students are trained and whose test split is closed."""
+    shutil.rmtree(copied / "opened")
+    (copied / "accuracy-digits.json").unlink()
+    return copied
+
+
+# One budget
+
+
+def test_all_rows_have_the_same_views_steps_labels_and_number_of_students(finished: Path) -> None:
+    group = result_of(finished)["groups"][0]
+    assert [row["name"] for row in group["rows"]] == [*ROWS[:-1]]
+    assert {row["num_stored"] for row in group["rows"]} == {20}
+    # Where a stored image is four small ones, students read four times the images in a quarter of the passes.
+    tiled = {row["name"] for row in group["rows"] if (row["num_read"], row["epochs"]) == (80, 1)}
+    assert tiled == {"random_tiles", "nearest_tiles", "best"}
+    whole = {row["name"] for row in group["rows"] if (row["num_read"], row["epochs"]) == (20, 4)}
+    assert tiled | whole == {row["name"] for row in group["rows"]}
+    for kind in ("soft", "hard"):
+        assert {row[kind]["views"] for row in group["rows"]} == {80}
+        assert {len(set(map(tuple, row[kind]["seeds"]))) for row in group["rows"]} == {2}
+    _, place, rows = opened_at(finished)
+    for row in rows:
+        block = codecs.decode_soft_labels(row.labeled[0].file(place))
+        expected = 80 if row.row.kind != "full" else len(place.train.labels_N)
+        assert len(block.views) == expected
+
+
+def test_rows_have_no_field_for_labels_or_students() -> None:
+    held = {field.name for field in dataclasses.fields(Row)}
+    assert held == {"name", "title", "kind", "barycenters", "recover"}
+
+
+def group_of(rows: tuple[Row, ...], ipc: int = 1, batch_size: int = 10, tiles: int = 1) -> Group:
+    return Group(
+        title="g",
+        ipc=ipc,
+        tiles=tiles,
+        teachers=(),
+        relabel=RelabelConfig(epochs=8),
+        student=EvaluateConfig(epochs=8, batch_size=batch_size),
+        rows=rows,
+        distill_seeds=1,
+        student_seeds=1,
+    )
+
+
+RANDOM_ROW = Row(name="random_real", title="", kind="random")
+TILED_ROW = Row(name="tiled", title="", kind="random", recover=RecoverConfig(tiles=2))
+
+
+def test_a_group_whose_rows_would_take_other_steps_is_refused() -> None:
+    require_equal_budgets(group_of((RANDOM_ROW, TILED_ROW), batch_size=10))
+    # Ten images are one step of at most 20, forty are two, in a quarter of the epochs: half the steps.
+    require_equal_budgets(group_of((RANDOM_ROW, TILED_ROW), batch_size=10, tiles=2))
+    with pytest.raises(ConfigError, match=r"differ in \(views, steps, labels\)"):
+        require_equal_budgets(group_of((RANDOM_ROW, TILED_ROW), batch_size=20))
+
+
+def test_a_group_without_random_real_images_is_refused() -> None:
+    with pytest.raises(ConfigError, match="without the row random_real proves nothing"):
+        require_equal_budgets(group_of((TILED_ROW,)))
+
+
+def test_epochs_that_small_images_do_not_divide_are_refused() -> None:
+    row = dataclasses.replace(TILED_ROW, recover=RecoverConfig(tiles=3))
+    with pytest.raises(ConfigError, match="9 small images a stored one divide"):
+        budget_of(group_of((row,)), row, 90)
+
+
+def test_a_row_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--rows: expected some of best"):
+        table_of("digits", dataclasses.replace(TINY, rows=("bets",)))
+
+
+@pytest.mark.parametrize("name", ["main", "cross", "digits", "ablation"])
+def test_every_table_has_equal_budgets_and_ids_of_its_own(name: Any, finished: Path) -> None:
+    table = table_of(name, Options())
+    assert all(group.student_seeds * group.distill_seeds >= 5 for group in table.groups)
+    assert all(group.distill_seeds >= 3 for group in table.groups if 0 < group.ipc <= 10)
+    # On digits' arrays, which are as good as any to count units.
+    _, place, _ = opened_at(finished)
+    stages = work.stages_of(work.rows_of(table, place))
+    ids = [unit.id for stage in stages for unit in stage if unit.room != "features"]
+    assert len(set(ids)) == len(ids)
+    # One pass over the data a teacher.
+    assert len(stages[1]) == len(stages[0]) == (2 if name == "cross" else 1)
+
+
+def test_the_ablation_takes_back_every_difference_between_best_and_paper_one_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Of the paper's recipe, so that the differences are the ones that are named here.
+    plain = definitions.recipe_of("fashion_mnist", 10, "paper")
+    best = dataclasses.replace(
+        plain,
+        recover=dataclasses.replace(
+            plain.recover, start="nearest", tiles=2, residual_blends=3, moments="blend"
+        ),
+        evaluate=dataclasses.replace(plain.evaluate, loss="mse", ema_decay=0.99),
+    )
+    monkeypatch.setattr(
+        definitions,
+        "recipe_of",
+        lambda name, ipc, variant="best": plain if variant == "paper" else best,
+    )
+    images, *students = table_of("ablation", Options()).groups
+    changed = [row.name.removeprefix("without_") for row in images.rows]
+    assert changed == ["random_real", "best", "moments", "start", "tiles", "residual_blends"]
+    for row in images.rows[2:]:
+        differs = definitions._differences(best.recover, row.recover)
+        # Noise has no start to be blended with.
+        extra = {"residual_blends"} if row.name == "without_start" else set()
+        assert set(differs) == {row.name.removeprefix("without_")} | extra
+    assert [group.student.loss for group in students] == ["kl", "mse"]
+    assert [group.student.ema_decay for group in students] == [0.99, 0.0]
+    assert all([r.name for r in group.rows] == ["random_real", "best"] for group in students)
+
+
+# Found again
+
+
+def test_a_table_runs_again_without_doing_anything(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+
+    def written() -> dict[Path, int]:
+        return {p: p.stat().st_mtime_ns for p in finished.glob("*/**/*") if p.is_file()}
+
+    before, found = written(), result_of(finished)
+    bench.main(arguments(finished))
+    assert written() == before
+    assert " left" not in capsys.readouterr().out
+    assert result_of(finished) == found
+
+
+@pytest.mark.chaos
+def test_a_table_whose_driver_was_killed_goes_on_to_the_numbers_of_one_process(
+    finished: Path, tmp_path: Path
+) -> None:
+    names = ("random_real", "nearest_tiles", "best")
+    script = (
+        "import sys; sys.modules['ray'] = None\nfrom jobs import bench\nbench.main(sys.argv[1:])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    two = [sys.executable, "-c", script, *arguments(tmp_path, rows=names, processes=2)]
+    with subprocess.Popen(two, env=environment, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        assert any("students" in line for line in driver.stdout)
+        driver.kill()
+        # The line closes when the worker processes, which write to it too, have seen it and ended.
+        driver.stdout.read()
+    done = {p: p.read_bytes() for p in tmp_path.rglob("*.json") if p.parent.name == "units"}
+    students = [p for p in done if p.parents[1].name == "students"]
+    assert 1 <= len(students) < 12
+    assert not (tmp_path / "opened").exists()
+    bench.main(arguments(tmp_path, rows=names))
+    assert {p: p.read_bytes() for p in done} == done
+    expected = {row["name"]: row for row in result_of(finished)["groups"][0]["rows"]}
+    for row in result_of(tmp_path)["groups"][0]["rows"]:
+        scored = {k: v for k, v in expected[row["name"]].items() if k != "lrs"}
+        assert without_times(row) == without_times(scored)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_a_student_that_was_stopped_goes_on_with_the_same_weights(
+    kind: Any, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, place, rows = opened_at(copied)
+    student = rows[0].students[kind][0]
+    expected = student.file(place)
+    monkeypatch.setattr(units, "_STATE_EVERY_S", 0.0)
+    kept = units.Checkpoints.maybe
+    stopped = iter([False, False, True])
+
+    def stop(self: Any, get_state: Any) -> None:
+        kept(self, get_state)
+        if next(stopped, False):
+            self._pending.result()
+            raise Killed
+
+    monkeypatch.setattr(units.Checkpoints, "maybe", stop)
+    with pytest.raises(Killed):
+        student.do(place)
+    files, metrics = student.do(place)
+    assert list(files.values()) == [expected]
+    assert metrics["views"] == student.marker(place).metrics["views"]
+
+
+def test_a_teacher_that_was_stopped_goes_on_with_the_same_weights(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, place, rows = opened_at(copied)
+    teacher = rows[0].labeled[0].teachers[0]
+    expected = teacher.file(place)
+    monkeypatch.setattr(units, "_STATE_EVERY_S", 0.0)
+    kept = units.Checkpoints.maybe
+    stopped = iter([True])
+
+    def stop(self: Any, get_state: Any) -> None:
+        kept(self, get_state)
+        if next(stopped, False):
+            self._pending.result()
+            raise Killed
+
+    monkeypatch.setattr(units.Checkpoints, "maybe", stop)
+    with pytest.raises(Killed):
+        teacher.do(place)
+    files, _ = teacher.do(place)
+    assert list(files.values()) == [expected]
+
+
+def test_an_option_of_the_student_changes_students_and_nothing_upstream(finished: Path) -> None:
+    _, place, rows = opened_at(finished)
+    *_, changed = opened_at(finished, dataclasses.replace(TINY, student_seeds=3))
+    kept, more = work.stages_of(rows), work.stages_of(changed)
+    assert kept[:-1] == more[:-1]
+    assert set(kept[-1]) < set(more[-1])
+    deeper = opened_at(finished, dataclasses.replace(TINY, iterations=5))[2]
+    other = [a.row.name for a, b in zip(rows, deeper, strict=True) if a.students != b.students]
+    assert other == ["mean_matching", "best"]
+
+
+def test_a_given_teacher_takes_the_place_of_the_trained_one(copied: Path, tmp_path: Path) -> None:
+    _, _, rows = opened_at(copied)
+    trained = rows[0].labeled[0].teachers[0]
+    file = copied / "teacher" / f"{trained.id}.safetensors"
+    out, rows_asked = tmp_path / "given", ("random_real",)
+    bench.main(arguments(out, teacher=file, rows=rows_asked, split="val"))
+    found = result_of(out, "accuracy-digits-val.json")
+    assert len(found["teachers"]["convnet3"]["given"]) == 64
+    bench.main(arguments(copied, rows=rows_asked, split="val"))
+    same = result_of(copied, "accuracy-digits-val.json")
+    assert found["groups"][0]["rows"][0]["soft"] | {"seconds": 0} == (
+        same["groups"][0]["rows"][0]["soft"] | {"seconds": 0}
+    )
+
+
+def test_a_plan_names_every_unit_and_trains_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.main([*arguments(tmp_path), "--plan"])
+    told = capsys.readouterr().out
+    assert "teacher   convnet3" in told
+    assert "images    best-i002-d0" in told
+    assert "students  full_data-i000-d0-convnet3-hard-s1" in told
+    assert f"{1 + 1 + 9 + 9 + 36} units" in told
+    assert {p.name for p in tmp_path.iterdir()} == {"splits"}
+
+
+# Splits
+
+
+def write_idx(folder: Path, split: str, images_NHW: np.ndarray, labels_N: np.ndarray) -> None:
+    folder.mkdir(exist_ok=True)
+    head = struct.pack(">HBB", 0, 8, 3) + struct.pack(">III", *images_NHW.shape)
+    with gzip.open(folder / f"{split}-images-idx3-ubyte.gz", "wb") as file:
+        file.write(head + images_NHW.tobytes())
+    head = struct.pack(">HBB", 0, 8, 1) + struct.pack(">I", len(labels_N))
+    with gzip.open(folder / f"{split}-labels-idx1-ubyte.gz", "wb") as file:
+        file.write(head + labels_N.astype(np.uint8).tobytes())
+
+
+GRAY = SourceConfig(format="idx", image_size=8, resize=8, channels=1, mean=(0.5,), std=(0.25,))
+
+
+def test_val_is_the_last_of_the_training_file_and_test_is_nowhere_in_the_folder(
+    tmp_path: Path,
+) -> None:
+    rng = np.random.default_rng(0)
+    train_NHW, test_NHW = (rng.integers(0, 256, (n, 8, 8), dtype=np.uint8) for n in (50, 30))
+    label_N = rng.permutation(np.arange(50) % 10)
+    write_idx(tmp_path / "data", "train", train_NHW, label_N)
+    write_idx(tmp_path / "data", "t10k", test_NHW, np.arange(30) % 10)
+    place = make_splits(str(tmp_path / "out"), str(tmp_path / "data"), GRAY, 20, "cpu")
+    np.testing.assert_array_equal(place.train.images_NHWC[..., 0], train_NHW[:30])
+    np.testing.assert_array_equal(place.val.images_NHWC[..., 0], train_NHW[30:])
+    np.testing.assert_array_equal(place.train.labels_N, label_N[:30])
+    np.testing.assert_array_equal(place.val.labels_N, label_N[30:])
+    stored = b"".join(p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file())
+    assert train_NHW[0].tobytes() in stored
+    assert not any(image.tobytes() in stored for image in test_NHW)
+    # Neither the folder nor what training is handed says where the data is.
+    assert str(tmp_path / "data").encode() not in stored
+    assert str(tmp_path / "data") not in repr(place) + repr(place.__getstate__())
+
+
+def test_val_of_digits_is_a_tenth_of_each_class_of_the_training_part(finished: Path) -> None:
+    _, place, _ = opened_at(finished)
+    per_class = np.bincount(place.train.labels_N) + np.bincount(place.val.labels_N)
+    np.testing.assert_array_equal(np.bincount(place.val.labels_N), per_class // 10)
+    assert per_class.sum() == 1437
+
+
+# Leaks
+
+
+def reachable(thing: Any, seen: set[int]) -> Iterator[Any]:
+    """Everything that can be reached from an object by attributes, items and fields."""
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    yield thing
+    if isinstance(thing, dict):
+        inner = [*thing.keys(), *thing.values()]
+    elif isinstance(thing, list | tuple | set | frozenset):
+        inner = list(thing)
+    elif type(thing).__module__.startswith(("wmdd_ray", "jobs")):
+        names = [n for n in dir(thing) if not n.startswith("__")]
+        inner = [v for n in names if not callable(v := getattr(thing, n))]
+    else:
+        inner = []
+    for each in inner:
+        yield from reachable(each, seen)
+
+
+def test_nothing_that_training_is_handed_leads_to_the_test_images(finished: Path) -> None:
+    table, place, rows = opened_at(finished)
+    source = open_source("digits", table.source, split="val")
+    loaded = load_images(source, table.source, 1 << 30)
+    assert loaded is not None
+    test = {image.tobytes() for image in loaded[2]}
+    seen: set[int] = set()
+    found = [x for root in (place, *work.stages_of(rows)) for x in reachable(root, seen)]
+    arrays = [x for x in found if isinstance(x, np.ndarray)]
+    images = {bytes(image) for array in arrays if array.ndim == 4 for image in array}
+    assert len(images) > 1000
+    # Of 1797 digits of 8 x 8 pixels none is there twice.
+    assert not images & test
+    assert not [x for x in found if isinstance(x, type(source).__mro__[-3])]
+
+
+def test_one_function_reads_the_test_split_and_only_scoring_calls_it() -> None:
+    readers, callers = [], []
+    for path in sorted(PACKAGE.glob("*.py")):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            calls = [n for n in ast.walk(function) if isinstance(n, ast.Call)]
+            for call in calls:
+                name = ast.unparse(call.func)
+                constants = [a.value for a in call.args if isinstance(a, ast.Constant)]
+                if name in ("open_source", "load_split") and "train" not in ast.unparse(call):
+                    readers.append((path.name, function.name, name, *constants))
+                if name == "open_test":
+                    callers.append((path.name, function.name))
+    assert readers == [
+        ("judge.py", "open_test", "load_split", "val"),
+        ("splits.py", "load_split", "open_source"),
+    ]
+    assert callers == [("scores.py", "score")]
+    for path in ("units.py", "images.py", "work.py", "definitions.py"):
+        assert "judge" not in (PACKAGE / path).read_text()
+        assert "open_source" not in (PACKAGE / path).read_text()
+
+
+def test_a_student_that_tunes_itself_on_test_while_training_finds_the_split_closed(
+    unopened: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, place, rows = opened_at(unopened)
+    student = rows[0].students["soft"][0]
+    (unopened / "students" / "units" / f"{student.id}.json").unlink()
+    honest = StudentUnit.do
+    looked = []
+
+    def tuned(self: StudentUnit, place: Workplace) -> Any:
+        looked.append(self.id)
+        images, _ = judge.open_test(table, rows, place, "digits")
+        raise AssertionError(f"the leak: {len(images.labels_N)} test images while training")
+
+    monkeypatch.setattr(StudentUnit, "do", tuned)
+    with pytest.raises(ConfigError, match="the test split stays closed: 1 units of table digits"):
+        work.bring(work.stages_of(rows), place, 1)
+    assert looked == [student.id]
+    assert not (unopened / "opened").exists()
+    monkeypatch.setattr(StudentUnit, "do", honest)
+    work.bring(work.stages_of(rows), place, 1)
+    images, _ = judge.open_test(table, rows, place, "digits")
+    assert len(images.labels_N) == 360
+
+
+def test_no_rows_at_all_do_not_open_the_test_split(unopened: Path) -> None:
+    table, place, _ = opened_at(unopened)
+    with pytest.raises(ConfigError, match="stays closed"):
+        judge.open_test(table, [], place, "digits")
+
+
+def test_after_the_test_split_was_opened_another_configuration_is_neither_trained_nor_scored(
+    copied: Path,
+) -> None:
+    rooms = {p for p in copied.rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit, match="the test split was opened in .* nothing is trained"):
+        bench.main(arguments(copied, epochs=8))
+    assert {p for p in copied.rglob("*") if p.is_file()} == rooms
+    table, place, rows = opened_at(copied, dataclasses.replace(TINY, rows=("best",)))
+    with pytest.raises(ConfigError, match="options are chosen on --split val"):
+        judge.open_test(table, rows, place, "digits")
+
+
+def test_a_table_that_lost_a_student_after_it_was_opened_is_not_trained_again(
+    copied: Path,
+) -> None:
+    _, _, rows = opened_at(copied)
+    (copied / "students" / "units" / f"{rows[0].students['hard'][0].id}.json").unlink()
+    with pytest.raises(SystemExit, match="with 1 units to do"):
+        bench.main(arguments(copied))
+
+
+def test_options_are_chosen_on_val_before_and_the_test_split_stays_closed(
+    tmp_path: Path, finished: Path
+) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    shutil.rmtree(out / "opened")
+    bench.main(arguments(out, split="val"))
+    found = result_of(out, "accuracy-digits-val.json")
+    assert found["split"] == "val" and found["opened"] is None
+    assert not (out / "opened").exists()
+    # The very same students as those of the test table.
+    weights = [row["soft"]["weights"] for row in found["groups"][0]["rows"]]
+    assert weights == [r["soft"]["weights"] for r in result_of(finished)["groups"][0]["rows"]]

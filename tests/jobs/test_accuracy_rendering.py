@@ -1,0 +1,277 @@
+import copy
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from jobs.benches.accuracy.definitions import TableName
+from jobs.benches.accuracy.rendering import (
+    README,
+    check_result,
+    markers,
+    published_lines,
+    read_result,
+    render,
+    rendered,
+    result_path,
+)
+from jobs.benches.accuracy.scores import label_robust_score, sealed
+from wmdd_ray.errors import ArtifactError
+from wmdd_ray.store.documents import dump_json
+
+Result = dict[str, Any]
+
+
+def students(*top1: float) -> Result:
+    return {
+        "mean": statistics.fmean(top1),
+        "std": statistics.stdev(top1),
+        "top1": list(top1),
+        "seeds": [[0, seed] for seed in range(len(top1))],
+        "views": 1000,
+        "weights": [f"{seed:064x}" for seed in range(len(top1))],
+    }
+
+
+def row(name: str, soft: Result, hard: Result, **changed: Any) -> Result:
+    return {
+        "name": name,
+        "title": f"the {name}",
+        "kind": "recover",
+        "recover": {"iterations": 10},
+        "barycenters": {"solver": "lloyd"},
+        "epochs": 10,
+        "num_stored": 100,
+        "num_read": 100,
+        "image_bytes": [34_000, 36_000],
+        "label_bytes": [1_500_000],
+        "distill_seconds": [2.0, 4.0],
+        "soft": soft,
+        "hard": hard,
+        **changed,
+    }
+
+
+def made_up() -> Result:
+    network = {"arch": "convnet3", "width": 128, "small_stem": False}
+    student = {"network": network, "epochs": 10, "batch_size": 25, "optimizer": "adamw"}
+    student |= {"learning_rate": 1e-3, "weight_decay": 0.01, "temperature": 20.0}
+    about = {"labeled_by": "convnet3", "relabel": {"epochs": 10}, "student": student}
+    about |= {"distill_seeds": 1, "student_seeds": 2}
+    ours = row("best", students(0.79, 0.81), students(0.69, 0.71))
+    ours["lrs"] = label_robust_score(full_hard=0.9, hard=0.7, soft=0.8, random_soft=0.75)
+    random = row("random_real", students(0.74, 0.76), students(0.64, 0.66), kind="random")
+    random["lrs"] = label_robust_score(full_hard=0.9, hard=0.65, soft=0.75, random_soft=0.75)
+    full = row("full_data", students(0.91, 0.93), students(0.89, 0.91), kind="full")
+    return {
+        "table": "main",
+        "dataset": "fashion_mnist",
+        "data": "f00",
+        "fingerprint": "abc",
+        "split": "test",
+        "opened": "2026-11-22T10:00:00+00:00",
+        "num_images": {"train": 55000, "val": 5000, "test": 10000},
+        "teachers": {
+            "convnet3": {
+                "top1": 0.921,
+                "top1_val": 0.93,
+                "given": "",
+                "squeeze": {"epochs": 20},
+                "seconds": 100.0,
+            }
+        },
+        "groups": [
+            {"title": "ipc 10", "ipc": 10, **about, "rows": [random, ours]},
+            {"title": "all real images", "ipc": 0, **about, "rows": [full]},
+        ],
+        "hardware": "a processor",
+        "versions": {"python": "3.11", "torch": "2.15"},
+        "git_revision": "0123456789ab",
+    }
+
+
+# Label-robust score
+
+
+def test_the_label_robust_score_is_that_of_a_hand_computation() -> None:
+    found = label_robust_score(full_hard=0.9, hard=0.7, soft=0.8, random_soft=0.75)
+    # HLR 0.2, IOR 0.05, alpha = (0.05 - 0.2) / 2 = -0.075, (0.927743 - 0.367879) / (2.718282 - 0.367879)
+    assert found["hlr"] == pytest.approx(0.2)
+    assert found["ior"] == pytest.approx(0.05)
+    assert found["lrs"] == pytest.approx(0.238199, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("full_hard", "hard", "soft", "random_soft", "lrs"),
+    [(0.0, 1.0, 1.0, 0.0, 1.0), (1.0, 0.0, 0.0, 1.0, 0.0)],
+)
+def test_the_label_robust_score_of_fractions_lies_between_0_and_1(
+    full_hard: float, hard: float, soft: float, random_soft: float, lrs: float
+) -> None:
+    found = label_robust_score(full_hard=full_hard, hard=hard, soft=soft, random_soft=random_soft)
+    assert found["lrs"] == pytest.approx(lrs)
+    equal = label_robust_score(full_hard=0.5, hard=0.5, soft=0.5, random_soft=0.5)
+    assert equal["lrs"] == pytest.approx((1 - math.exp(-1)) / (math.e - math.exp(-1)))
+
+
+# What is shown
+
+
+def test_a_whole_result_is_rendered_with_everything_a_reader_would_ask_for() -> None:
+    text = rendered(sealed(made_up()), "r.json")
+    lines = text.splitlines()
+    full = "| the full_data | 92.0 ± 1.4 | 90.0 ± 1.4 | 2 | 35.0 KB | 1.5 MB | 3 | – |"
+    assert full in lines
+    ours = (
+        "| the best | 80.0 ± 1.4 | 70.0 ± 1.4 | 2 | 35.0 KB | 1.5 MB | 3 | 0.238 (+0.200, +0.050) |"
+    )
+    assert ours in lines
+    for fact in (
+        *("Teacher convnet3 (20 epochs): top-1 92.1 %", "the 10,000 test images were opened once"),
+        *("convnet3 of width 128", "1,000 views", "batch 25", "adamw at 0.001", "KL at T 20"),
+        *("1 sets x 2 students", "torch 2.15", "revision 0123456789ab", "2026-11-22"),
+        *("| RCIG (Loo et al. 2023) | soft, learned |", "more floats than the images"),
+    ):
+        assert fact in text
+
+
+def test_published_numbers_have_three_columns_a_label_kind_and_a_source() -> None:
+    rows = [line.split(" | ") for line in published_lines() if line.startswith("| ")]
+    assert all(len(cells) == 6 for cells in rows)
+    assert all(cells[1].split(",")[0] in ("labels", "soft", "hard") for cells in rows)
+    assert all(cells[-1].rstrip(" |") for cells in rows)
+
+
+# What is refused
+
+
+def test_a_result_with_a_changed_number_is_refused() -> None:
+    content = sealed(made_up())
+    better = content.replace(b"0.81", b"0.91")
+    assert better != content
+    with pytest.raises(ArtifactError, match="checksum"):
+        read_result(better, "r.json")
+    with pytest.raises(ArtifactError, match="checksum"):
+        read_result(dump_json(made_up()), "r.json")
+
+
+def at(result: Result, *path: Any) -> Any:
+    for key in path:
+        result = result[key]
+    return result
+
+
+OURS = ("groups", 0, "rows", 1)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *[("versions",), ("hardware",), ("git_revision",), ("fingerprint",), ("opened",)],
+        *[("teachers",), ("teachers", "convnet3", "top1"), ("groups", 0, "student")],
+        *[("groups", 0, "student", "batch_size"), ("groups", 0, "relabel")],
+        *[("groups", 0, "student_seeds"), ("groups", 0, "distill_seeds")],
+        *[(*OURS, "soft"), (*OURS, "hard"), (*OURS, "hard", "seeds"), (*OURS, "soft", "top1")],
+        *[(*OURS, "label_bytes"), (*OURS, "image_bytes"), (*OURS, "distill_seconds")],
+        *[(*OURS, "soft", "weights"), ("groups", 0, "rows", 0), ("groups", 1, "rows", 0, "hard")],
+    ],
+    ids=lambda path: ".".join(map(str, path)),
+)
+def test_a_result_that_lacks_a_part_is_refused(path: tuple[Any, ...]) -> None:
+    check_result(made_up(), "r.json")
+    result = made_up()
+    del at(result, *path[:-1])[path[-1]]
+    with pytest.raises(ArtifactError, match="it is not rendered without"):
+        read_result(sealed(result), "r.json")
+
+
+def of_val(result: Result) -> None:
+    result["split"] = "val"
+
+
+def other_mean(result: Result) -> None:
+    at(result, *OURS, "soft")["mean"] += 0.01
+
+
+def other_views(result: Result) -> None:
+    at(result, *OURS, "soft")["views"] *= 2
+
+
+def fewer_students(result: Result) -> None:
+    at(result, *OURS)["soft"] = students(0.79, 0.81, 0.8)
+
+
+def more_images(result: Result) -> None:
+    at(result, *OURS)["num_stored"] = 200
+
+
+def other_score(result: Result) -> None:
+    at(result, *OURS, "lrs")["lrs"] += 0.1
+
+
+def no_score(result: Result) -> None:
+    del at(result, *OURS)["lrs"]
+
+
+def other_teacher(result: Result) -> None:
+    at(result, "groups", 0)["labeled_by"] = "resnet50"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (of_val, "expected numbers of the test split, found val"),
+        (other_mean, "mean and std are not those of its students"),
+        (other_views, "had other budgets"),
+        (fewer_students, "had other budgets"),
+        (more_images, "had other budgets"),
+        (other_score, "LRS does not follow from the accuracies"),
+        (no_score, "LRS and the row full_data go together"),
+        (other_teacher, "labeled by an unknown teacher"),
+    ],
+)
+def test_a_result_that_contradicts_itself_is_refused(
+    fault: Callable[[Result], None], message: str
+) -> None:
+    result = copy.deepcopy(made_up())
+    fault(result)
+    with pytest.raises(ArtifactError, match=message):
+        read_result(sealed(result), "r.json")
+
+
+# README
+
+
+def test_rendering_fills_the_place_between_the_markers_and_nothing_else(tmp_path: Path) -> None:
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    results.mkdir()
+    content = sealed(made_up())
+    (results / "accuracy-main.json").write_bytes(content)
+    begin, end = markers("main")
+    readme.write_text(f"# before\n\n{begin}\nold\n{end}\n\nafter\n")
+    assert render(readme, results) == ["main"]
+    first = readme.read_text()
+    assert first == f"# before\n\n{begin}\n{rendered(content, 'r.json')}{end}\n\nafter\n"
+    assert render(readme, results) == ["main"]
+    assert readme.read_text() == first
+    readme.write_text("# before\n")
+    with pytest.raises(ArtifactError, match="expected the lines <!-- accuracy:main -->"):
+        render(readme, results)
+
+
+@pytest.mark.parametrize("table", get_args(TableName))
+def test_the_readme_shows_what_the_committed_results_say(table: str) -> None:
+    path = result_path(table)
+    begin, end = markers(table)
+    text = README.read_text(encoding="utf-8")
+    if not path.exists():
+        # A table that nobody can check has no place either.
+        assert begin not in text
+        return
+    shown = text.partition(begin)[2].partition(end)[0]
+    assert shown == "\n" + rendered(path.read_bytes(), path.name)
+    assert json.loads(path.read_bytes())["table"] == table
