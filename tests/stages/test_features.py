@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -15,9 +16,14 @@ from tests.conftest import S3Uri
 from tests.stages import tiny
 from tests.stages.tiny import FinishedRun
 from tests.store.written_sources import parquet_of
+from wmdd_ray.config import DistillConfig
+from wmdd_ray.core.networks import last_linear, network_of
+from wmdd_ray.core.selection import margin_of
 from wmdd_ray.records import ClassBarycenter
 from wmdd_ray.run import Room
 from wmdd_ray.stages import barycenters
+from wmdd_ray.stages.teacher import TEACHER_KEY
+from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
@@ -37,11 +43,16 @@ def embedded(out: str | Path, data: str, teacher: FinishedRun, *options: str) ->
     return tiny.job(out, *given, "--teacher", str(teacher.out), "--until", "features", *options)
 
 
-def solved(out: str | Path, into: Path) -> list[ClassBarycenter]:
+def solved(
+    out: str | Path,
+    into: Path,
+    config: DistillConfig | None = None,
+    last_layer: tuple[np.ndarray, np.ndarray] | None = None,
+) -> list[ClassBarycenter]:
     """Return the barycenters of a run's features, solved in this process."""
     room = Room(Store(str(into)), "barycenters")
     actor = barycenters.BarycenterActor(
-        room, Room(Store(str(out)), "features"), NAMES, tiny.config()
+        room, Room(Store(str(out)), "features"), NAMES, config or tiny.config(), last_layer
     )
     for label in range(10):
         actor.work(barycenters.unit_of(label))
@@ -49,6 +60,30 @@ def solved(out: str | Path, into: Path) -> list[ClassBarycenter]:
         entry.key: entry for m in room.read_units(room.finished()).values() for entry in m.files
     }
     return [barycenters.read_barycenter(room, files, label) for label in range(10)]
+
+
+def test_atoms_by_margin_lie_nearer_to_the_other_classes_than_those_of_the_whole_class(
+    finished_run: FinishedRun, tmp_path: Path
+) -> None:
+    teacher = codecs.decode_teacher((finished_run.out / "teacher" / TEACHER_KEY).read_bytes())
+    linear = last_linear(network_of(teacher, torch.device("cpu")))
+    last_layer = (linear.weight.detach().numpy(), linear.bias.detach().numpy())
+    config = tiny.config("--barycenters.margin-fraction", "0.5")
+    for found in solved(finished_run.out, tmp_path / "half", config, last_layer):
+        margin_K = margin_of(found.barycenter.atoms_KD, *last_layer, found.label)
+        assert margin_K[2:].mean() < margin_K[:2].mean()
+
+
+def test_margin_atoms_go_through_the_stage(finished_run: FinishedRun, tmp_path: Path) -> None:
+    out = tiny.copy_rooms(finished_run.out, tmp_path / "run", "teacher", "features")
+    option = ("--barycenters.margin-fraction", "0.5")
+    assert tiny.job(out, *option, "--until", "barycenters") == 0
+    key = "barycenters/classes/00003.safetensors"
+    found = codecs.decode_class_barycenter((out / key).read_bytes())
+    plain = codecs.decode_class_barycenter((finished_run.out / key).read_bytes())
+    # Half of the mass is at the margin, so the whole class is farther away.
+    assert found.barycenter.cost > plain.barycenter.cost
+    np.testing.assert_allclose(found.barycenter.weights_K[2:].sum(), 0.5)
 
 
 def test_features_of_mixed_files_on_s3_give_the_same_barycenters_whether_regrouped_or_not(

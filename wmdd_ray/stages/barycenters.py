@@ -80,6 +80,7 @@ def work(stage: StageRun) -> dict[str, Any]:
             stage.run.room("features"),
             stage.run.source("train").class_names,
             stage.config,
+            _last_layer(stage),
         )
         actor = ray.remote(num_cpus=1)(BarycenterActor)
         fan_out(
@@ -100,16 +101,36 @@ def work(stage: StageRun) -> dict[str, Any]:
     }
 
 
+def _last_layer(stage: StageRun) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the teacher's last weights and biases where atoms are asked for by their margin."""
+    if stage.config.barycenters.margin_fraction == 0:
+        return None
+    # Imported here: actors import this module, and need no torch.
+    import torch
+
+    from wmdd_ray.core.networks import last_linear, network_of
+    from wmdd_ray.stages.teacher import read_teacher
+
+    linear = last_linear(network_of(read_teacher(stage.run.room("teacher")), torch.device("cpu")))
+    return linear.weight.detach().numpy(), linear.bias.detach().numpy()
+
+
 class BarycenterActor:
     """Solves one class a call. Holds only where things are: features come from storage, results go there."""
 
     def __init__(
-        self, room: Room, features_room: Room, class_names: tuple[str, ...], config: DistillConfig
+        self,
+        room: Room,
+        features_room: Room,
+        class_names: tuple[str, ...],
+        config: DistillConfig,
+        last_layer: tuple[np.ndarray, np.ndarray] | None,
     ) -> None:
         self._room = room
         self._features = ClassFeaturesReader(features_room)
         self._class_names = class_names
         self._config = config
+        self._last_layer = last_layer
 
     def ready(self) -> str:
         """Return the node's name once the actor can work: imports are the larger part of its start."""
@@ -119,7 +140,8 @@ class BarycenterActor:
 
     def work(self, unit: str) -> float:
         """Solve the class `unit`, commit it, and return the seconds it took."""
-        from wmdd_ray.core.barycenter import nearest_images, solve_barycenter
+        from wmdd_ray.core.barycenter import nearest_images
+        from wmdd_ray.core.selection import margin_of, solve_with_margin
 
         label, config = int(unit), self._config
         started = time.perf_counter()
@@ -131,9 +153,13 @@ class BarycenterActor:
         where = f'class {label} ("{self._class_names[label]}")'
         seed = unit_seed(config.seed, "barycenters", unit)
 
+        margin_N = np.zeros(len(real.keys))
+        if self._last_layer is not None:
+            margin_N = margin_of(real.features_ND, *self._last_layer, label)
+
         def solve(num_atoms: int) -> Barycenter:
-            return solve_barycenter(
-                real.features_ND, num_atoms, config.barycenters, seed=seed, where=where
+            return solve_with_margin(
+                real.features_ND, margin_N, num_atoms, config.barycenters, seed=seed, where=where
             )
 
         found = solve(config.num_atoms)

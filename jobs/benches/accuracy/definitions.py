@@ -98,6 +98,7 @@ class Options:
     teacher_epochs: int | None = None
     iterations: int | None = None
     tiles: int | None = None
+    bf16: bool = False
     given: str = ""
 
 
@@ -209,6 +210,10 @@ def _changed(config: DistillConfig, options: Options) -> DistillConfig:
     if options.epochs is not None:
         student = replace(student, epochs=options.epochs)
         relabel = replace(relabel, epochs=options.epochs)
+    if options.bf16:
+        squeeze = replace(squeeze, mixed_precision=True)
+        recover = replace(recover, mixed_precision=True)
+        student = replace(student, mixed_precision=True)
     return replace(
         config,
         squeeze=replace(squeeze, network=network),
