@@ -51,7 +51,11 @@ def test_every_option_says_what_it_means() -> None:
         (options.BarycenterConfig, {"num_starts": 0}, "--barycenters.num-starts: expected >= 1"),
         (options.RecoverConfig, {"beta1": 1.0}, r"--recover.beta1: expected in \[0, 1\), got 1.0"),
         (options.RecoverConfig, {"crop_scale_min": 0}, r"--recover.crop-scale-min.*\(0, 1\]"),
-        (options.ViewConfig, {"mix_alpha": 0}, "--relabel.views.mix-alpha: expected > 0"),
+        (
+            options.ViewConfig,
+            {"mix_alpha": 0},
+            "--relabel.views.mix-alpha or --evaluate.hard-views.mix-alpha: expected > 0",
+        ),
         (RelabelConfig, {"slice_images": 0}, "--relabel.slice-images: expected >= 1"),
         (
             options.EvaluateConfig,

@@ -301,11 +301,16 @@ class ViewConfig:
     def __post_init__(self) -> None:
         _require(
             0 < self.crop_scale_min <= 1,
-            "views.crop-scale-min",
+            "relabel.views.crop-scale-min or --evaluate.hard-views.crop-scale-min",
             "in (0, 1]",
             self.crop_scale_min,
         )
-        _require(self.mix_alpha > 0, "views.mix-alpha", "> 0", self.mix_alpha)
+        _require(
+            self.mix_alpha > 0,
+            "relabel.views.mix-alpha or --evaluate.hard-views.mix-alpha",
+            "> 0",
+            self.mix_alpha,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
