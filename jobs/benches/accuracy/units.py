@@ -9,6 +9,7 @@ Legend: N images, K images of one class, V views, Y classes, H W pixels, C chann
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -56,7 +57,7 @@ _BATCH_IMAGES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
+class Unit(ABC):
     """Common to all: the data that everything comes from. Subclasses name their room and do their work."""
 
     room: ClassVar[str]
@@ -68,17 +69,17 @@ class Unit:
         return f"{self.label}-{fingerprint(asdict(self))[:10]}"
 
     @property
+    @abstractmethod
     def label(self) -> str:
         """What the unit is, in a file name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def seconds(self, place: Workplace, speed: Speed) -> float:
         """Estimate the time that the unit takes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def do(self, place: Workplace) -> tuple[dict[str, bytes], dict[str, Any]]:
         """Return the unit's files by key, and its metrics."""
-        raise NotImplementedError
 
     def marker(self, place: Workplace) -> UnitMarker:
         """Return what the finished unit left."""
