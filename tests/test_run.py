@@ -134,7 +134,7 @@ def test_a_changed_option_is_refused_with_its_name_and_both_values(
     run_pipeline(run_at(tmp_path, config), pipeline)
     changed = replace(config, recover=replace(config.recover, iterations=777))
     with pytest.raises(
-        ConfigError, match=r"recover\.iterations=300 \(this run asks for 777\).*--overwrite"
+        ConfigError, match=r"recover\.iterations=100 \(this run asks for 777\).*--overwrite"
     ):
         run_pipeline(run_at(tmp_path, changed), pipeline)
 

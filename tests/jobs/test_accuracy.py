@@ -55,7 +55,7 @@ TIMES = {"opened", "seconds", "features_seconds", "distill_seconds", "label_seco
 
 
 def arguments(out: Path, **changed: Any) -> list[str]:
-    options = {k: v for k, v in dataclasses.asdict(TINY).items() if v not in (None, "", ())}
+    options = {k: v for k, v in dataclasses.asdict(TINY).items() if v not in (None, "", (), False)}
     options |= {"table": "digits", "out": str(out), **changed}
     words = ["accuracy"]
     for name, value in options.items():

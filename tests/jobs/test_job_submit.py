@@ -144,7 +144,7 @@ def test_a_cluster_with_a_token_runs_the_submitted_job_of_who_has_it_only(tmp_pa
         assert done.returncode == 0, said
         assert "succeeded" in said
         assert "features    20/20 done" in said
-        assert "(d) all real images, soft labels | 1437 | 1 |" in said
+        assert "(d) all real images | 1437 | 1 |" in said
         assert token not in said
     commits = [
         json.loads((tmp_path / "run" / room / "stage.json").read_text()) for room in tiny.ROOMS

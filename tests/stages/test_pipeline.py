@@ -29,8 +29,8 @@ def test_a_changed_option_is_refused_by_name_with_both_values_and_nothing_is_tou
     before = everything(copied)
     assert tiny.job(copied, "--recover.iterations", "13", "--recover.bn-weight", "20") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith(f"error: {copied}/images was made with recover.bn_weight=10.0")
-    assert "recover.bn_weight=10.0 (this run asks for 20.0)" in error
+    assert error.startswith(f"error: {copied}/images was made with recover.bn_weight=1.0")
+    assert "recover.bn_weight=1.0 (this run asks for 20.0)" in error
     assert "recover.iterations=12 (this run asks for 13)" in error
     assert "--overwrite" in error and "another --out" in error
     assert everything(copied) == before

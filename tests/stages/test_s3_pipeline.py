@@ -51,7 +51,7 @@ def test_the_command_distills_images_that_lie_on_s3_into_a_run_on_s3(s3_server: 
     typed = tiny.typed(out, "--data", data.uri, "--source.format", "auto")
 
     assert typed.exit_code == 0, typed.stderr
-    assert "(d) all real images, soft labels | 1437 | 1 |" in typed.stdout
+    assert "(d) all real images | 1437 | 1 |" in typed.stdout
     dataset = DistilledDataset(f"{out}/dataset")
     assert dataset.manifest["source"]["num_images"] == 1437
     assert dataset.images.shape == (40, 16, 16, 1)
