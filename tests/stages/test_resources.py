@@ -379,6 +379,7 @@ def assert_flat(before: Holding, after: Holding) -> None:
             small_units_on_workers,
             ("--num-workers", "1"),
             id="train",
+            marks=pytest.mark.chaos_long,
         ),
         pytest.param(
             small_units_on_workers,
