@@ -147,6 +147,25 @@ def _baseline_images(
     return shrink(np.concatenate(chosen), tile_side(config.source.image_size, config.recover.tiles))
 
 
+def _logits(
+    network: torch.nn.Module,
+    images: StoredImages,
+    views: Views,
+    teacher: Teacher,
+    config: DistillConfig,
+) -> np.ndarray:
+    """Return the teacher's logits as `relabel` computes them."""
+    relabel = config.relabel
+    return label_views(
+        network,
+        images,
+        views,
+        teacher.image_size,
+        relabel.batch_size,
+        batch_statistics=relabel.batch_statistics,
+    )
+
+
 def _fresh_labels(
     pixels_NHWC: np.ndarray, teacher: Teacher, config: DistillConfig, device: torch.device
 ) -> LabelEpoch:
@@ -159,14 +178,7 @@ def _fresh_labels(
         views = draw_views(
             len(images), teacher.image_size, config.relabel.views, seed=seed, epoch=epoch
         )
-        return views, label_views(
-            network,
-            images,
-            views,
-            teacher.image_size,
-            config.relabel.batch_size,
-            batch_statistics=config.relabel.batch_statistics,
-        )
+        return views, _logits(network, images, views, teacher, config)
 
     return label_epoch
 
@@ -197,15 +209,8 @@ def _stored_labels(
             )
             parts.append(renamed(drawn, index_N.astype(np.int32)))
         views = concatenate_views(parts)
-        logits = label_views(
-            network,
-            images,
-            views,
-            teacher.image_size,
-            config.relabel.batch_size,
-            batch_statistics=config.relabel.batch_statistics,
-        )
-        found = views, decompress(compress(logits, config.relabel))
+        logits_VY = _logits(network, images, views, teacher, config)
+        found = views, decompress(compress(logits_VY, config.relabel))
         if keep:
             kept[epoch] = found
         return found
