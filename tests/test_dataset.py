@@ -14,16 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler
 
-from wmdd_ray.config import EvaluateConfig, RelabelConfig, ViewConfig
+from wmdd_ray.config import EvaluateConfig, NetworkConfig, RelabelConfig, ViewConfig
+from wmdd_ray.core.networks import build_network
 from wmdd_ray.core.soft_labels import compress, decompress, take_labels
 from wmdd_ray.core.training import train_student
 from wmdd_ray.core.views import StoredImages, concatenate_views, draw_views, render_views, take
-from wmdd_ray.dataset import DistilledDataset
-from wmdd_ray.errors import ArtifactError
-from wmdd_ray.records import SoftLabelBlock, Teacher
+from wmdd_ray.dataset import DistilledDataset, cycled
+from wmdd_ray.errors import ArtifactError, ConfigError
+from wmdd_ray.records import SoftLabelBlock, SoftLabels, Teacher, ViewDraw
 from wmdd_ray.store import codecs, documents
 from wmdd_ray.store.filesystem import Store
 
@@ -123,6 +125,7 @@ def write_dataset(
         "num_images": N,
         "tiles": 1,
         "label_epochs": EPOCHS,
+        "labels": {"labels": "stored", "batch_size": 256},
         **meta,
     }
     entries = [documents.entry_of(key, content) for key, content in written.items()]
@@ -133,6 +136,12 @@ def write_dataset(
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_dataset(str(tmp_path_factory.mktemp("distilled")))
+
+
+@pytest.fixture(scope="module")
+def drawn_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same data set, of which the views are not stored."""
+    return write_dataset(str(tmp_path_factory.mktemp("drawn")), changes=drawn_files())
 
 
 def expected_items() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -189,8 +198,9 @@ def test_any_batch_size_gives_the_same_items(uri: str, batch_size: int) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_workers_of_both_start_methods_give_the_same_items(uri: str, method: str) -> None:
-    dataset = DistilledDataset(uri)
+def test_workers_of_both_start_methods_give_the_same_items(drawn_uri: str, method: str) -> None:
+    # A spawned worker starts from a pickle and draws for itself, as another machine does.
+    dataset = DistilledDataset(drawn_uri)
     loader = DataLoader(
         dataset,
         batch_size=9,
@@ -229,7 +239,7 @@ def test_epoch_is_a_subset_of_its_items(uri: str) -> None:
     batches = [batch for subset in epochs for batch in DataLoader(subset, batch_size=5)]
     assert_is_everything(batches)
     for epoch in (-1, EPOCHS):
-        with pytest.raises(IndexError, match=f"label epoch {epoch} of {EPOCHS}"):
+        with pytest.raises(IndexError, match=f"epoch {epoch} of {EPOCHS}"):
             dataset.epoch(epoch)
 
 
@@ -276,6 +286,134 @@ def test_cache_holds_no_more_than_it_may(uri: str) -> None:
         for e in range(EPOCHS):
             dataset.label_epoch(e)
     assert (len(everything._blocks), len(little._blocks)) == (3, 1)
+
+
+def drawn_files(*, online: bool = False) -> dict[str, bytes | None]:
+    """Return label files that hold the seed of the very views of `SOURCE`, with its logits or without."""
+    views = ViewConfig()
+    draw = ViewDraw(
+        seed=0,
+        image_size=SIZE,
+        index_N=np.arange(N, dtype=np.int32),
+        crop_scale_min=views.crop_scale_min,
+        flip=views.flip,
+        mix=views.mix,
+        mix_alpha=views.mix_alpha,
+    )
+    files: dict[str, bytes | None] = {}
+    for key, content in label_files(1, RELABEL).items():
+        block = replace(codecs.decode_soft_labels(content), draw=draw)
+        if online:
+            none = np.empty((len(block.views), 0), np.float16)
+            block = replace(block, labels=SoftLabels(num_classes=3, values_VK=none))
+        files[key] = codecs.encode_soft_labels(block)
+    return files
+
+
+def test_views_that_are_drawn_again_are_the_stored_ones(drawn_uri: str) -> None:
+    assert_is_everything(DataLoader(DistilledDataset(drawn_uri), batch_size=7))
+
+
+def online_dataset(folder: Path, **options: Any) -> tuple[DistilledDataset, nn.Module]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = build_network(
+            NetworkConfig(width=4), num_classes=3, channels=3, image_size=SIZE
+        ).eval()
+    weights = {name: value.numpy() for name, value in network.state_dict().items()}
+    teacher = codecs.encode_teacher(replace(small_teacher(), weights=weights))
+    uri = write_dataset(
+        str(folder),
+        changes={**drawn_files(online=True), "teacher.safetensors": teacher},
+        labels={"labels": "online", "batch_size": 5},
+    )
+    return DistilledDataset(uri, **options), network
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_online_labels_are_the_teachers_on_the_views_of_stored_ones(
+    tmp_path: Path, workers: int
+) -> None:
+    dataset, network = online_dataset(tmp_path)
+    assert dataset.online
+    views, logits, weights = (
+        torch.cat(column)
+        for column in zip(*DataLoader(dataset, batch_size=9, num_workers=workers), strict=True)
+    )
+    expected_views, _, expected_weights = expected_items()
+    torch.testing.assert_close(views, expected_views, rtol=0, atol=0)
+    torch.testing.assert_close(weights, expected_weights, rtol=0, atol=0)
+    with torch.no_grad():
+        expected = network(expected_views)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert not logits.is_inference() and not logits.requires_grad
+    drawn, logits_VY = dataset.label_epoch(2)
+    np.testing.assert_array_equal(drawn.crop_V4, SOURCE["views"][2].crop_V4)
+    np.testing.assert_allclose(logits_VY, expected[2 * N : 3 * N], rtol=1e-4, atol=1e-5)
+
+
+def test_more_epochs_use_the_labels_again_in_another_order(uri: str) -> None:
+    dataset = DistilledDataset(uri, epochs=3 * EPOCHS + 1)
+    assert (len(dataset), dataset.label_epochs) == ((3 * EPOCHS + 1) * N, EPOCHS)
+    views = expected_items()[0].reshape(EPOCHS, N, -1)
+    used = []
+    for epoch in range(dataset.epochs):
+        (batch,) = DataLoader(dataset.epoch(epoch), batch_size=N)
+        used.append(next(e for e in range(EPOCHS) if torch.equal(batch[0].flatten(1), views[e])))
+    cycles = [used[i : i + EPOCHS] for i in range(0, 3 * EPOCHS, EPOCHS)]
+    assert cycles[0] == list(range(EPOCHS))
+    assert all(sorted(cycle) == list(range(EPOCHS)) for cycle in cycles)
+    assert len({tuple(cycle) for cycle in cycles}) == 3
+    assert used == cycled(EPOCHS, 3 * EPOCHS + 1).tolist()
+    assert len(list(dataset.sampler())) == len(dataset)
+
+
+def test_fewer_epochs_are_the_first_label_epochs(uri: str) -> None:
+    dataset = DistilledDataset(uri, epochs=2)
+    (batch,) = DataLoader(dataset, batch_size=2 * N)
+    torch.testing.assert_close(batch[0], expected_items()[0][: 2 * N], rtol=0, atol=0)
+    with pytest.raises(ConfigError, match="expected epochs >= 1 or None, got 0"):
+        DistilledDataset(uri, epochs=0)
+
+
+def test_a_set_of_an_earlier_version_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path))
+    store = Store(str(tmp_path))
+    manifest = documents.read_sealed(store, documents.MANIFEST_KEY)
+    del manifest["labels"]
+    store.put(documents.MANIFEST_KEY, documents.seal(manifest))
+    with pytest.raises(ArtifactError, match="entry 'labels'; an earlier wmdd_ray.*relabel and"):
+        DistilledDataset(str(tmp_path))
+
+
+def readme_lines() -> str:
+    """Return the code of the README's section on using a distilled set."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    section = text.partition("## Use a distilled set\n")[2].partition("\n## ")[0]
+    return section.partition("```python\n")[2].partition("```")[0]
+
+
+@pytest.mark.parametrize("where", ["disk", "s3"])
+def test_the_readme_s_lines_train_a_torchvision_model(
+    where: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    uri = str(tmp_path)
+    if where == "s3":
+        uri = f"{request.getfixturevalue('s3_server')()}/dataset"
+    write_dataset(uri)
+    code = readme_lines()
+    assert code.count("runs/digits-ipc10/dataset") == 1
+    found: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec(code.replace("runs/digits-ipc10/dataset", uri), found)
+    student, loss = found["student"], found["loss"]
+    assert len(found["dataset"]) == N * EPOCHS and student.fc.out_features == len(NAMES)
+    assert torch.isfinite(loss) and found["teacher_logits"].shape == (25, len(NAMES))
+    torch.manual_seed(0)
+    untrained = torchvision.models.resnet18(num_classes=len(NAMES))
+    assert not torch.equal(student.fc.weight, untrained.fc.weight)
+    assert student.bn1.num_batches_tracked == N * EPOCHS // 25
 
 
 def test_a_student_trains_on_it_by_both_ways(uri: str) -> None:

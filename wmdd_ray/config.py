@@ -45,7 +45,7 @@ def refuse_secrets(option: str, uri: str | None) -> None:
 class SourceConfig:
     """How the real images are read and brought to the network's input."""
 
-    format: Literal["auto", "digits", "imagefolder", "webdataset", "parquet", "idx"] = "auto"
+    format: Literal["auto", "digits", "imagefolder", "webdataset", "parquet", "idx", "csv"] = "auto"
     """Layout of `--data`; `auto` looks at the names under the URI."""
     image_size: int = 32
     """Side of the square network input and of the distilled images, pixels."""
@@ -322,7 +322,18 @@ class RelabelConfig:
     views: ViewConfig = field(default_factory=ViewConfig)
     """How views are drawn."""
     compression: Literal["full", "top_k"] = "full"
-    """`full` keeps every logit in fp16; `top_k` keeps the largest and the mass of the rest."""
+    """`full` keeps every logit; `top_k` keeps the largest and the mass of the rest."""
+    precision: Literal["fp16", "int8"] = "fp16"
+    """Numbers that logits are kept in: half precision, or steps below a row's largest, 255 at most."""
+    step: float = 0.125
+    """Size of the steps of `int8`, in logits; the error is at most half of it, and larger steps take fewer bytes. A twentieth of
+    the students' temperature (1 at FKD's 20) cost up to 0.3 points on Fashion-MNIST (README)."""
+    stored_views: Literal["seed", "rows"] = "seed"
+    """`seed` stores what views are drawn again from, to the bit, instead of the boxes (33 bytes a view); rows are kept with mixing
+    shares from a Beta distribution other than --relabel.views.mix-alpha 1, which machines may round differently."""
+    labels: Literal["stored", "online"] = "stored"
+    """`online` stores no logits: the data set ships the teacher, and whoever trains on it computes them in the loader, on the
+    views that stored ones would have."""
     top_k: int = 10
     """Logits that `top_k` keeps."""
     batch_size: int = 256
@@ -338,6 +349,28 @@ class RelabelConfig:
         for name in ("epochs", "top_k", "batch_size", "slice_images", "epochs_per_unit"):
             value = getattr(self, name)
             _require(value >= 1, f"relabel.{name.replace('_', '-')}", ">= 1", value)
+        # Half precision holds steps from 2^-14 with all their bits.
+        _require(2**-14 <= self.step <= 1000, "relabel.step", "in [2^-14, 1000]", self.step)
+        for option in ("precision", "stored_views", "labels", "compression"):
+            value = getattr(self, option)
+            names = {
+                "precision": ("fp16", "int8"),
+                "stored_views": ("seed", "rows"),
+                "labels": ("stored", "online"),
+                "compression": ("full", "top_k"),
+            }[option]
+            _require(
+                value in names,
+                f"relabel.{option.replace('_', '-')}",
+                f"one of {', '.join(names)}",
+                value,
+            )
+        _require(
+            self.labels == "stored" or not self.batch_statistics,
+            "relabel.labels",
+            "stored with --relabel.batch-statistics, whose labels depend on their batch, which is another in every loader",
+            self.labels,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

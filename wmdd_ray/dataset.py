@@ -5,9 +5,11 @@
         loss = soft_label_loss(student(views), teacher_logits, temperature=20)
 
 Item i is image i mod N as the label epoch i // N shows it, so one pass of a loader is the whole
-training. Views are stored as self-contained draws and rendered on demand: any batch size, any order
-and any number of workers give the same pixels. Every object is verified by size and SHA-256 when it
-is read. Needs neither Ray nor a GPU.
+training. Views are self-contained and rendered on demand: any batch size, any order and any number
+of workers give the same pixels. Views that were not stored are drawn again, and compared with what
+was labeled; logits that were not stored (`labels=online`) are computed by the teacher, batch by
+batch, in the process that loads them. Every object is verified by size and SHA-256 when it is read.
+Needs neither Ray nor a GPU.
 
 Legend: N images, V views, Y classes, C channels, H W pixels.
 """
@@ -26,16 +28,26 @@ import torch
 from torch.utils.data import Dataset, Sampler, Subset
 
 from wmdd_ray.core.batches import order_of
-from wmdd_ray.core.soft_labels import concatenate_labels, decompress, take_labels
+from wmdd_ray.core.networks import network_of
+from wmdd_ray.core.soft_labels import concatenate_labels, decompress, label_views, take_labels
 from wmdd_ray.core.tiles import untile
-from wmdd_ray.core.views import StoredImages, concatenate_views, render_views, take
-from wmdd_ray.errors import ArtifactError
+from wmdd_ray.core.views import (
+    StoredImages,
+    concatenate_views,
+    draw_block,
+    exact_order,
+    render_views,
+    take,
+)
+from wmdd_ray.errors import ArtifactError, ConfigError
 from wmdd_ray.records import SoftLabels, Teacher, Views
 from wmdd_ray.store import codecs, documents
 from wmdd_ray.store.filesystem import Store
 
 Item = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Block = tuple[Views, SoftLabels]
+# Images, their classes, their atoms' weights, and these as they weight a loss.
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 # First and last label epoch of a file; several files of the same epochs hold slices of the images.
 # labels/epochs-00000-00024.parquet or labels/e00000-00024-s0000.parquet
@@ -58,21 +70,37 @@ class DistilledDataset(Dataset[Item]):
         std_C: per-channel standard deviation of the input in [0, 1].
         num_images: N, the images that a student sees: `tiles`^2 of each stored one.
         tiles: t, a stored image holds t x t images of a t-th of its side; 1 is no tiling.
-        label_epochs: stored label epochs.
+        label_epochs: label epochs of the data set, L.
+        epochs: E, passes over the images that the items make; past L, the label epochs come again, in another order each time.
+        online: whether the logits are computed by the teacher instead of read.
         manifest: everything else that the data set says about itself.
     """
 
-    def __init__(self, uri: str, *, cache_gib: float = 2.0) -> None:
+    def __init__(
+        self,
+        uri: str,
+        *,
+        epochs: int | None = None,
+        cache_gib: float = 2.0,
+        teacher_device: str = "cpu",
+    ) -> None:
         """Open the data set.
 
         Args:
             uri: its `dataset/` folder: a local path, `s3://`, or any URI that fsspec knows.
             cache_gib: most memory of a process for label epochs. When all of them are larger, an
                 order that stays within an epoch (`sampler`, `epoch`) reads each of them once.
+            epochs: passes over the images; None is one of every label epoch. More of them use the labels several times, which
+                at 75 of 300 costs little (README); fewer leave the last label epochs out.
+            teacher_device: where the teacher computes logits that were not stored. A loader with workers needs "cpu" or
+                `multiprocessing_context="spawn"`.
 
         Raises:
-            ArtifactError: There is no data set, or it is incomplete or changed.
+            ArtifactError: There is no data set, or it is incomplete or changed, or an earlier version wrote it.
+            ConfigError: `epochs` is less than 1.
         """
+        if epochs is not None and epochs < 1:
+            raise ConfigError(f"DistilledDataset: expected epochs >= 1 or None, got {epochs}")
         self.uri = str(uri)
         self.cache_bytes = int(cache_gib * 2**30)
         self.manifest, self._files = documents.read_manifest(Store(self.uri))
@@ -84,14 +112,23 @@ class DistilledDataset(Dataset[Item]):
             self.tiles: int = self.manifest["tiles"]
             self.num_images: int = self.manifest["num_images"] * self.tiles**2
             self.label_epochs: int = self.manifest["label_epochs"]
+            self.online: bool = self.manifest["labels"]["labels"] == "online"
+            self._batch_size: int = self.manifest["labels"]["batch_size"]
         except KeyError as error:
-            raise ArtifactError(f"{self.uri}/manifest.json: expected the entry {error}") from None
+            raise ArtifactError(
+                f"{self.uri}/manifest.json: expected the entry {error}; an earlier wmdd_ray wrote this data set: run its "
+                "relabel and assemble again (--overwrite), or install that version"
+            ) from None
+        self.epochs = self.label_epochs if epochs is None else epochs
+        self._teacher_device = teacher_device
+        self._network: torch.nn.Module | None = None
+        self._label_epoch_E = cycled(self.label_epochs, self.epochs)
         self._spans = self._label_spans()
         self._blocks: OrderedDict[int, Block] = OrderedDict()
-        self._arrays: tuple[np.ndarray, np.ndarray, np.ndarray] | None = self._read_images()
+        self._arrays: Arrays | None = self._read_images()
 
     def __len__(self) -> int:
-        return self.num_images * self.label_epochs
+        return self.num_images * self.epochs
 
     def __getitem__(self, index: int) -> Item:
         return self.__getitems__([index])[0]
@@ -102,22 +139,27 @@ class DistilledDataset(Dataset[Item]):
         outside = (index_B < 0) | (index_B >= len(self))
         if outside.any():
             raise IndexError(f"item {index_B[outside][0]} of {len(self)}")
-        span_B = np.searchsorted(self._starts, index_B // self.num_images, side="right") - 1
-        items: list[Item | None] = [None] * len(index_B)
+        epoch_B, image_B = np.divmod(index_B, self.num_images)
+        epoch_B = self._label_epoch_E[epoch_B]
+        span_B = np.searchsorted(self._starts, epoch_B, side="right") - 1
+        order, parts = [], []
         for span in np.unique(span_B):
             members = np.flatnonzero(span_B == span)
-            row_V = index_B[members] - self._starts[span] * self.num_images
-            views, logits_VY = self._rows(int(span), row_V)
-            pixels = render_views(self._stored_images(), views, self.image_size)
-            weights = torch.from_numpy(self._loss_weights()[views.image_V])
-            rows = zip(pixels, torch.from_numpy(logits_VY), weights, strict=True)
-            for position, row in zip(members, rows, strict=True):
-                items[position] = row
-        return [item for item in items if item is not None]
+            row_V = (epoch_B[members] - self._starts[span]) * self.num_images + image_B[members]
+            order.append(members)
+            parts.append(self._rows(int(span), row_V))
+        # All blocks' views are rendered together: small tensors cost their overhead.
+        place_B = np.argsort(np.concatenate(order))
+        views = take(concatenate_views([views for views, _ in parts]), place_B)
+        labels = take_labels(concatenate_labels([labels for _, labels in parts]), place_B)
+        pixels = render_views(self.stored_images(), views, self.image_size)
+        logits = self._logits_of(pixels) if self.online else torch.from_numpy(decompress(labels))
+        weights = torch.from_numpy(self._loss_weights()[views.image_V])
+        return list(zip(pixels.unbind(), logits.unbind(), weights.unbind(), strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel to another process without the arrays; they are read again there when needed."""
-        return {**self.__dict__, "_arrays": None, "_blocks": OrderedDict()}
+        return {**self.__dict__, "_arrays": None, "_blocks": OrderedDict(), "_network": None}
 
     @property
     def images(self) -> np.ndarray:
@@ -139,27 +181,41 @@ class DistilledDataset(Dataset[Item]):
         return codecs.decode_teacher(self._read("teacher.safetensors"))
 
     def epoch(self, epoch: int) -> Subset[Item]:
-        """Return the N items of one label epoch."""
-        first = self._checked(epoch) * self.num_images
+        """Return the N items of one pass over the images."""
+        if not 0 <= epoch < self.epochs:
+            raise IndexError(f"epoch {epoch} of {self.epochs}")
+        first = epoch * self.num_images
         return Subset(self, range(first, first + self.num_images))
 
     def sampler(self, seed: int = 0) -> EpochSampler:
-        """Return an order of all items that is shuffled inside each label epoch."""
-        return EpochSampler(self.label_epochs, self.num_images, seed)
+        """Return an order of all items that is shuffled inside each pass over the images."""
+        return EpochSampler(self.epochs, self.num_images, seed)
 
     def label_epoch(self, epoch: int) -> tuple[Views, np.ndarray]:
         """Return one label epoch as arrays: its views in the images' order, and float32 logits_VY.
 
         Together with `images` this is what `core.training.train_student` takes.
         """
-        span = bisect_right(self._starts, self._checked(epoch)) - 1
-        first = (epoch - self._starts[span]) * self.num_images
-        return self._rows(span, slice(first, first + self.num_images))
-
-    def _checked(self, epoch: int) -> int:
         if not 0 <= epoch < self.label_epochs:
             raise IndexError(f"label epoch {epoch} of {self.label_epochs}")
-        return epoch
+        span = bisect_right(self._starts, epoch) - 1
+        first = (epoch - self._starts[span]) * self.num_images
+        views, labels = self._rows(span, slice(first, first + self.num_images))
+        if not self.online:
+            return views, decompress(labels)
+        images = StoredImages(self.images, self.mean_C, self.std_C, self._teacher_device)
+        network, batch_size = self._teacher_network(), self._batch_size
+        return views, label_views(network, images, views, self.image_size, batch_size)
+
+    def _teacher_network(self) -> torch.nn.Module:
+        if self._network is None:
+            self._network = network_of(self.teacher(), torch.device(self._teacher_device))
+        return self._network
+
+    def _logits_of(self, pixels: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            logits = self._teacher_network()(pixels.to(self._teacher_device)).float().cpu()
+        return logits.clone()  # a tensor of inference mode could not be used in training
 
     def _read(self, key: str) -> bytes:
         # A fresh Store each time: connections do not survive a fork into a loader's worker.
@@ -168,7 +224,7 @@ class DistilledDataset(Dataset[Item]):
             raise ArtifactError(f"{self.uri}/manifest.json: expected a file {key}")
         return documents.read_verified(Store(self.uri), entry)
 
-    def _read_images(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _read_images(self) -> Arrays:
         keys = [f.key for f in self._files if f.key.startswith("data/")]
         with ThreadPoolExecutor(_READ_THREADS) as pool:
             parts = list(pool.map(lambda key: codecs.decode_images(self._read(key)), keys))
@@ -179,19 +235,21 @@ class DistilledDataset(Dataset[Item]):
                 f"{self.uri}: expected {self.num_images} images with a weight each, found {len(images)} with "
                 f"{weights_NT.size} weights; run assemble again"
             )
-        return images, np.repeat(labels, self.tiles**2), weights_NT.reshape(-1)
+        weights_N = weights_NT.reshape(-1)
+        loss_weights_N = (weights_N / weights_N.mean()).astype(np.float32)
+        return images, np.repeat(labels, self.tiles**2), weights_N, loss_weights_N
 
-    def _image_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _image_arrays(self) -> Arrays:
         if self._arrays is None:
             self._arrays = self._read_images()
         return self._arrays
 
-    def _stored_images(self) -> StoredImages:
+    def stored_images(self) -> StoredImages:
+        """Return the images as `core.views.render_views` takes them."""
         return StoredImages(self.images, self.mean_C, self.std_C)
 
     def _loss_weights(self) -> np.ndarray:
-        weights_N: np.ndarray = self.weights / self.weights.mean()
-        return weights_N.astype(np.float32)
+        return self._image_arrays()[3]
 
     def _label_spans(self) -> list[tuple[int, int, list[str]]]:
         """Return (first epoch, number of epochs, keys) of each block of label epochs, in order."""
@@ -209,8 +267,8 @@ class DistilledDataset(Dataset[Item]):
             )
         return spans
 
-    def _rows(self, span: int, index: np.ndarray | slice) -> tuple[Views, np.ndarray]:
-        """Return views and decompressed logits of rows of a block, read when it is not held."""
+    def _rows(self, span: int, index: np.ndarray | slice) -> Block:
+        """Return rows of a block, read when it is not held."""
         if span in self._blocks:
             self._blocks.move_to_end(span)
         else:
@@ -220,13 +278,15 @@ class DistilledDataset(Dataset[Item]):
             ):
                 self._blocks.popitem(last=False)
         views, labels = self._blocks[span]
-        return take(views, index), decompress(take_labels(labels, index))
+        return take(views, index), take_labels(labels, index)
 
     def _read_block(self, span: int) -> Block:
         """Return a block with its rows in order: epoch by epoch, image by image."""
         first, count, keys = self._spans[span]
         with ThreadPoolExecutor(_READ_THREADS) as pool:
-            blocks = list(pool.map(lambda k: codecs.decode_soft_labels(self._read(k)), keys))
+            blocks = list(
+                pool.map(lambda k: codecs.decode_soft_labels(self._read(k), draw_block), keys)
+            )
         views = concatenate_views([block.views for block in blocks])
         labels = concatenate_labels([block.labels for block in blocks])
         # A file holds its images once an epoch, epoch by epoch.
@@ -244,18 +304,26 @@ class DistilledDataset(Dataset[Item]):
 
 
 class EpochSampler(Sampler[int]):
-    """All items, label epoch by label epoch, shuffled inside each."""
+    """All items, pass by pass over the images, shuffled inside each."""
 
-    def __init__(self, label_epochs: int, num_images: int, seed: int) -> None:
-        self.label_epochs, self.num_images, self.seed = label_epochs, num_images, seed
+    def __init__(self, epochs: int, num_images: int, seed: int) -> None:
+        self.epochs, self.num_images, self.seed = epochs, num_images, seed
 
     def __len__(self) -> int:
-        return self.label_epochs * self.num_images
+        return self.epochs * self.num_images
 
     def __iter__(self) -> Iterator[int]:
-        for epoch in range(self.label_epochs):
+        for epoch in range(self.epochs):
             order_N = order_of(self.num_images, seed=self.seed, epoch=epoch)
             yield from (epoch * self.num_images + order_N).tolist()
+
+
+def cycled(label_epochs: int, epochs: int) -> np.ndarray:
+    """Return the label epoch of each pass: as they are stored, then again and again, in another order each time."""
+    cycles = -(-epochs // label_epochs)
+    orders = [np.arange(label_epochs)]
+    orders += [exact_order(label_epochs, seed=0, number=cycle) for cycle in range(1, cycles)]
+    return np.concatenate(orders)[:epochs]
 
 
 def _size_bytes(block: Block) -> int:

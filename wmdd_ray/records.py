@@ -142,16 +142,29 @@ class ClassBarycenter:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClassImages:
-    """The distilled images of one class, pixels as stored, and the last value of every loss term."""
+    """The distilled images of one class, pixels as stored, and how recover got there.
+
+    `losses` are the last value of every loss term, `curves` its values (float32) after the iterations `curve_at_P`
+    (int32, ascending). `features_KD` are what the stored images reach in the (first) teacher. Images that were not
+    recovered, or before these were kept, have no curves and no features.
+    """
 
     label: int
     images_KHWC: Array  # uint8
     weights_K: Array  # float64
     losses: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, Array] = field(default_factory=dict)
+    curve_at_P: Array | None = None
+    features_KD: Array | None = None
 
     def __post_init__(self) -> None:
         assert self.images_KHWC.dtype == np.uint8, self.images_KHWC.dtype
         _shape("images_KHWC", self.images_KHWC, (len(self.weights_K), None, None, None))
+        if self.features_KD is not None:
+            _shape("features_KD", self.features_KD, (len(self.weights_K), None))
+        for name, curve_P in self.curves.items():
+            assert self.curve_at_P is not None, "curves need their iterations"
+            _shape(f"curve {name}", curve_P, (len(self.curve_at_P),))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -184,27 +197,49 @@ class Views:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SoftLabels:
-    """Teacher logits of V views, compressed.
+class ViewDraw:
+    """All that a block's views are drawn again from (`core.views.draw_block`), with the label epochs.
 
-    Full: `values_VK` holds all Y logits as float16 and `indices_VK` is None. Top-k: the k largest, their class
-    indices, and `rest_V`, the log of the remaining softmax mass relative to the kept logits' own scale.
+    `index_N` are the positions in the data set of the images that mix among themselves; the rest is as in `ViewConfig`.
+    """
+
+    seed: int
+    image_size: int
+    index_N: Array  # int32
+    crop_scale_min: float
+    flip: bool
+    mix: str
+    mix_alpha: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SoftLabels:
+    """Teacher logits of V views, compressed; each row relative to its largest logit.
+
+    Full: `values_VK` holds all Y logits and `indices_VK` is None. Top-k: the k largest, their class indices, and
+    `rest_V`, the log of the remaining softmax mass relative to the kept logits' own scale. `values_VK` are the logits
+    themselves as float16; or as uint8 the distance below the largest in steps of `step_V`.
     """
 
     num_classes: int
-    values_VK: Array  # float16
+    values_VK: Array  # float16 or uint8
     indices_VK: Array | None = None  # uint16
     rest_V: Array | None = None  # float16
+    step_V: Array | None = None  # float16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SoftLabelBlock:
-    """The unit of relabel: consecutive label epochs, every distilled image once an epoch, image-major inside."""
+    """The unit of relabel: consecutive label epochs, every distilled image once an epoch, image-major inside.
+
+    With `draw`, only that is stored of the views. Logits of no columns are not stored: the reader computes them.
+    """
 
     first_epoch: int
     num_epochs: int
     views: Views
     labels: SoftLabels
+    draw: ViewDraw | None = None
 
     def __post_init__(self) -> None:
         assert len(self.views) == len(self.labels.values_VK), "one label a view"

@@ -36,7 +36,12 @@ def report(rows: list[Row], settings: dict[str, Any], out: str | None) -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
     print(f"{hardware()}; {settings}")
     if out is not None:
-        date = datetime.now(UTC).isoformat(timespec="seconds")
-        record = {"date": date, "hardware": hardware(), **versions()}
-        record |= {"settings": settings, "rows": rows}
-        Path(out).write_text(json.dumps(record, indent=2) + "\n")
+        write(rows, settings, out)
+
+
+def write(rows: list[Row], settings: dict[str, Any], out: str) -> None:
+    """Write the rows to the JSON file `out` with all that they depend on."""
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    record = {"date": date, "hardware": hardware(), **versions()}
+    record |= {"settings": settings, "rows": rows}
+    Path(out).write_text(json.dumps(record, indent=2) + "\n")

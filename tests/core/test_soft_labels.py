@@ -25,6 +25,11 @@ from wmdd_ray.errors import ConfigError, DataError
 FULL = RelabelConfig(compression="full")
 
 
+def steps(step: float = 0.125, k: int | None = None) -> RelabelConfig:
+    kind = {} if k is None else {"compression": "top_k", "top_k": k}
+    return RelabelConfig(precision="int8", step=step, **kind)  # type: ignore[arg-type]
+
+
 def top(k: int) -> RelabelConfig:
     return RelabelConfig(compression="top_k", top_k=k)
 
@@ -54,13 +59,54 @@ def test_a_large_common_offset_costs_no_precision() -> None:
     np.testing.assert_allclose(shifted, plain, atol=0.02)
 
 
-@pytest.mark.parametrize("config", [FULL, top(3)])
+@pytest.mark.parametrize("config", [FULL, top(3), steps(), steps(k=3)])
 def test_logits_beyond_half_precision_saturate_to_finite_values(config: RelabelConfig) -> None:
     logits_VY = np.array([[1e30, 0, -1e30, 5, 1, 2], [0, 0, 0, 0, 0, -1e9]], dtype=np.float32)
     result = decompress(compress(logits_VY, config))
     assert np.isfinite(result).all()
     np.testing.assert_array_equal(result.argmax(axis=1)[:1], [0])
     np.testing.assert_allclose(softmax(result[0])[0], 1)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    num_classes=st.integers(1, 30),
+    k=st.integers(1, 30),
+    scale=st.floats(0, 1e4),
+    step=st.floats(2**-14, 1000),
+    seed=st.integers(0, 2**16),
+)
+def test_steps_are_off_by_half_a_step_or_by_a_509th_of_a_wide_row(
+    num_classes: int, k: int, scale: float, step: float, seed: int
+) -> None:
+    logits_VY = random_logits(20, num_classes, scale, seed)
+    labels = compress(logits_VY, steps(step, k))
+    assert labels.values_VK.dtype == np.uint8 and labels.step_V is not None
+    assert labels.step_V.dtype == np.float16
+    kept = -np.sort(-logits_VY.astype(np.float64), axis=1)[:, :k]
+    gap_VK = kept[:, :1] - kept
+    bound_V = np.maximum(step / 2, gap_VK.max(axis=1) / 509)
+    found_VY = decompress(labels)
+    largest_first = -np.sort(-found_VY.astype(np.float64), axis=1)[:, : gap_VK.shape[1]]
+    if k >= num_classes:
+        found = found_VY.max(axis=1, keepdims=True) - found_VY
+        true = logits_VY.astype(np.float64).max(axis=1, keepdims=True) - logits_VY
+        error_V = abs(found - true).max(axis=1)
+    else:
+        assert labels.indices_VK is not None
+        values = np.take_along_axis(found_VY, labels.indices_VK.astype(np.int64), axis=1)
+        error_V = abs(-values - gap_VK).max(axis=1)
+    assert (error_V <= bound_V * (1 + 2**-10) + 1e-6).all()
+    assert np.isfinite(largest_first).all()
+
+
+def test_steps_of_a_row_in_numbers() -> None:
+    labels = compress(np.array([[3.0, 1.3, -2.0], [400.0, 0.0, 200.0]]), steps(0.5))
+    np.testing.assert_array_equal(labels.values_VK[0], [0, 3, 10])
+    np.testing.assert_array_equal(decompress(labels)[0], [0, -1.5, -5])
+    assert labels.step_V is not None
+    np.testing.assert_allclose(labels.step_V, [0.5, 400 / 255], rtol=2**-11)
+    assert labels.values_VK[1].max() == 255
 
 
 def test_top_k_keeps_the_k_largest_probabilities_and_spreads_the_rest_evenly() -> None:
@@ -119,7 +165,7 @@ def test_compressing_what_was_decompressed_changes_no_probability_again() -> Non
     np.testing.assert_allclose(softmax(twice, 1), softmax(once, 1), rtol=2e-3)
 
 
-@pytest.mark.parametrize("config", [FULL, top(4)])
+@pytest.mark.parametrize("config", [FULL, top(4), steps(), steps(k=4)])
 def test_rows_are_taken_and_put_together_without_decompression(config: RelabelConfig) -> None:
     labels = compress(random_logits(20, 9), config)
     order = np.random.default_rng(0).permutation(20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -16,13 +17,16 @@ from wmdd_ray.core.views import (
     StoredImages,
     concatenate_views,
     crop,
+    draw_block,
     draw_crops,
     draw_views,
+    exact_order,
+    is_exact,
     render_views,
     take,
     to_input,
 )
-from wmdd_ray.records import Views
+from wmdd_ray.records import ViewDraw, Views
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -312,3 +316,81 @@ def test_stored_images_render_as_their_normalized_tensor() -> None:
         rtol=0,
         atol=0,
     )
+
+
+def digest(views: Views) -> str:
+    """Return a SHA-256 of all arrays' bytes, as on a little-endian machine."""
+    arrays = [getattr(views, field.name) for field in fields(Views)]
+    content = b"".join(a.astype(a.dtype.newbyteorder("<")).tobytes() for a in arrays)
+    return hashlib.sha256(content).hexdigest()
+
+
+GOLDEN = {
+    ("cutmix", 0.25): "1eb003e7ae7ba3655240ae8f333d174899d183ec2a545db69075d15c3e87973f",
+    ("mixup", 0.08): "f77c16e1a3eecc6aed9af8fea013c47c685a3d849238220c0358e05e898958f6",
+    ("none", 0.5): "1ae000e089a4c7becc9184545a7138e0cbf580645dbd4649b101164835886aae",
+}
+
+
+@pytest.mark.parametrize(("mix", "scale_min"), GOLDEN)
+def test_views_are_the_ones_that_every_machine_draws(mix: str, scale_min: float) -> None:
+    config = ViewConfig(mix=mix, crop_scale_min=scale_min)  # type: ignore[arg-type]
+    assert is_exact(config)
+    assert (
+        digest(draw_views(5000, 224, config, seed=2**63 - 25, epoch=299)) == GOLDEN[mix, scale_min]
+    )
+
+
+def test_drawn_values_are_known_ones() -> None:
+    views = draw_views(2, 28, ViewConfig(crop_scale_min=0.25), seed=5, epoch=2)
+    # Written down once; the last bits count.
+    assert [float(x).hex() for x in views.crop_V4[1]] == [
+        "0x1.67dde80000000p-12",
+        "0x1.a511600000000p-10",
+        "0x1.7a8f7a0000000p-1",
+        "0x1.e28c460000000p-1",
+    ]
+    assert views.mix_box_V4[1].tolist() == [0, 0, 28, 17]
+    assert (views.partner_V.tolist(), views.flip_V.tolist()) == ([1, 1], [False, True])
+    assert exact_order(6, seed=0, number=1).tolist() == [5, 3, 2, 4, 1, 0]
+
+
+def test_drawing_uses_nothing_that_numpy_does_not_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("not the same on every machine")
+
+    for name in ("Generator", "default_rng", "RandomState"):
+        monkeypatch.setattr(np.random, name, refuse)
+    for name in ("log", "exp", "power", "log1p", "expm1"):
+        monkeypatch.setattr(np, name, refuse)
+    monkeypatch.setattr("wmdd_ray.core.views.betaincinv", refuse)
+    draw_views(20, 16, ViewConfig(crop_scale_min=0.08), seed=0, epoch=0)
+    exact_order(5, seed=0, number=1)
+    assert not is_exact(ViewConfig(mix_alpha=0.8))
+    with pytest.raises(AssertionError, match="not the same"):
+        draw_views(20, 16, ViewConfig(mix_alpha=0.8), seed=0, epoch=0)
+
+
+def test_a_block_is_drawn_again_with_the_images_positions_in_the_data_set() -> None:
+    index_N = np.array([4, 5, 9], dtype=np.int32)
+    draw = ViewDraw(
+        seed=3,
+        image_size=16,
+        index_N=index_N,
+        crop_scale_min=0.5,
+        flip=True,
+        mix="cutmix",
+        mix_alpha=1.0,
+    )
+    views = draw_block(draw, range(7, 9))
+    local = [draw_views(3, 16, ViewConfig(), seed=3, epoch=epoch) for epoch in (7, 8)]
+    np.testing.assert_array_equal(views.image_V, [4, 5, 9, 4, 5, 9])
+    partners = np.concatenate([part.partner_V for part in local])
+    np.testing.assert_array_equal(views.partner_V, index_N[partners])
+    np.testing.assert_array_equal(views.crop_V4, np.concatenate([part.crop_V4 for part in local]))
+
+
+def test_an_order_is_a_permutation_that_depends_on_its_number() -> None:
+    first, second = (exact_order(100, seed=0, number=number) for number in (1, 2))
+    np.testing.assert_array_equal(np.sort(first), np.arange(100))
+    assert (first != second).any() and (first != np.arange(100)).any()

@@ -5,6 +5,11 @@ MixUp). Each row of a `Views` record is self-contained, so a student may use any
 or number of workers. Pixels are computed by gathers and by separate elementwise float32 operations,
 never by a reduction: they do not depend, to the last bit, on what else is in the batch.
 
+Views need not be stored, because any machine draws them again (`draw_block`): between the words of
+a counter-based generator and the boxes there is only +, -, *, /, sqrt and rounding, which IEEE 754
+defines to the last bit. numpy promises the words of `Philox`, but not what its `Generator` makes of
+them, and exp and log differ between processors.
+
 Legend: B batch, V views, N images, C channels, H W pixels of the input, S pixels of an output side.
 
 References:
@@ -15,7 +20,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
@@ -23,21 +28,25 @@ from scipy.special import betaincinv
 
 from wmdd_ray.config import ViewConfig
 from wmdd_ray.core.resample import crop
-from wmdd_ray.records import Views
+from wmdd_ray.records import ViewDraw, Views
 
 __all__ = [
     "Images",
     "StoredImages",
     "concatenate_views",
     "crop",
+    "draw_block",
     "draw_crops",
     "draw_views",
+    "exact_order",
+    "is_exact",
+    "renamed",
     "render_views",
     "take",
     "to_input",
 ]
 
-_LOG_ASPECT_MAX = float(np.log(4 / 3))
+_LOG_ASPECT_MAX = 0.28768207245178093  # log 4/3, written out: a log is not the same everywhere
 # Uniform numbers a row: 2 x (4 crop + 1 flip) + partner + lambda + 2 box center = 14, rounded up to
 # whole counters of Philox (4 numbers each), so that row i begins at counter 4 i.
 _DRAWS_PER_ROW = 16
@@ -127,8 +136,7 @@ def draw_views(
         seed: seed of the label epochs, >= 0.
         epoch: label epoch, >= 0.
     """
-    philox = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
-    u = np.random.Generator(philox).random((num_images, _DRAWS_PER_ROW))
+    u = _uniform(seed, epoch, num_images * _DRAWS_PER_ROW).reshape(num_images, _DRAWS_PER_ROW)
     image_V = np.arange(num_images, dtype=np.int32)
     crop_V4 = _crops_of(u[:, 0:4], config.crop_scale_min)
     flip_V = (u[:, 4] < 0.5) & config.flip
@@ -145,7 +153,8 @@ def draw_views(
             share_V=np.ones(num_images, dtype=np.float32),
         )
     # Unlike a rejection sampler, the inverse of the distribution function needs one number a row.
-    share_V = betaincinv(config.mix_alpha, config.mix_alpha, u[:, 11])
+    alpha = config.mix_alpha
+    share_V = u[:, 11] if alpha == 1 else betaincinv(alpha, alpha, u[:, 11])
     if config.mix == "cutmix":
         box_V4, share_V = _mix_boxes(share_V, u[:, 12:14], image_size)
     return Views(
@@ -158,6 +167,36 @@ def draw_views(
         mix_box_V4=box_V4,
         share_V=share_V.astype(np.float32),
     )
+
+
+def is_exact(config: ViewConfig) -> bool:
+    """Whether any machine draws these views to the same bits: all but those with a Beta(alpha, alpha) other than uniform."""
+    return config.mix == "none" or config.mix_alpha == 1
+
+
+def draw_block(draw: ViewDraw, epochs: range) -> Views:
+    """Return the views of a block of label epochs, epoch by epoch, as `relabel` drew them."""
+    config = ViewConfig(
+        crop_scale_min=draw.crop_scale_min,
+        flip=draw.flip,
+        mix=draw.mix,  # type: ignore[arg-type]
+        mix_alpha=draw.mix_alpha,
+    )
+    parts = [
+        draw_views(len(draw.index_N), draw.image_size, config, seed=draw.seed, epoch=epoch)
+        for epoch in epochs
+    ]
+    return renamed(concatenate_views(parts), draw.index_N)
+
+
+def renamed(views: Views, index_N: np.ndarray) -> Views:
+    """Return the views of some of the images with these images' positions in the whole data set."""
+    return replace(views, image_V=index_N[views.image_V], partner_V=index_N[views.partner_V])
+
+
+def exact_order(n: int, *, seed: int, number: int) -> np.ndarray:
+    """Return a permutation of range(n), int64 (n,), that any machine draws again from (seed, number)."""
+    return np.argsort(_words(seed, number, n), kind="stable")
 
 
 def render_views(images_NCHW: Images, views: Views, image_size: int) -> torch.Tensor:
@@ -176,17 +215,21 @@ def render_views(images_NCHW: Images, views: Views, image_size: int) -> torch.Te
     def on_device(array: np.ndarray) -> torch.Tensor:
         return torch.tensor(array, device=device)
 
-    def cropped(image_V: np.ndarray, crop_V4: np.ndarray, flip_V: np.ndarray) -> torch.Tensor:
-        images_VCHW = images_NCHW[on_device(image_V.astype(np.int64))]
-        return crop(images_VCHW, on_device(crop_V4), on_device(flip_V), image_size)
-
-    own = cropped(views.image_V, views.crop_V4, views.flip_V)
     top_V, left_V, bottom_V, right_V = views.mix_box_V4.T
     is_cut_V = (bottom_V > top_V) & (right_V > left_V)
     is_blend_V = ~is_cut_V & (views.share_V < 1)
-    if not (is_cut_V.any() or is_blend_V.any()):
+    is_mixed = bool(is_cut_V.any() or is_blend_V.any())
+    image_V, crop_V4, flip_V = views.image_V, views.crop_V4, views.flip_V
+    if is_mixed:
+        # Own and partner's crops in one go: of a small batch, most of the time is the operations' overhead.
+        image_V = np.concatenate([image_V, views.partner_V])
+        crop_V4 = np.concatenate([crop_V4, views.partner_crop_V4])
+        flip_V = np.concatenate([flip_V, views.partner_flip_V])
+    images = images_NCHW[on_device(image_V.astype(np.int64))]
+    own = crop(images, on_device(crop_V4), on_device(flip_V), image_size)
+    if not is_mixed:
         return own
-    other = cropped(views.partner_V, views.partner_crop_V4, views.partner_flip_V)
+    own, other = own[: len(views)], own[len(views) :]
     if is_cut_V.any():
         pixel_S = np.arange(image_size)
         in_rows_VS = (pixel_S >= top_V[:, None]) & (pixel_S < bottom_V[:, None])
@@ -216,11 +259,29 @@ def _crops_of(u_N4: np.ndarray, scale_min: float) -> np.ndarray:
     """Return boxes from uniform numbers (area, aspect, top, left); float32, inside [0, 1]."""
     area_N = scale_min + (1 - scale_min) * u_N4[:, 0]
     # height = sqrt(area / aspect) <= 1 and width = sqrt(area * aspect) <= 1.
-    log_aspect_N = (2 * u_N4[:, 1] - 1) * np.minimum(_LOG_ASPECT_MAX, -np.log(area_N))
-    height_N = np.sqrt(area_N * np.exp(-log_aspect_N))
-    width_N = np.sqrt(area_N * np.exp(log_aspect_N))
+    log_aspect_N = (2 * u_N4[:, 1] - 1) * np.minimum(_LOG_ASPECT_MAX, _exact_log(1 / area_N))
+    aspect_N = _exact_exp(log_aspect_N)
+    height_N = np.sqrt(area_N / aspect_N)
+    width_N = np.sqrt(area_N * aspect_N)
     top_N, left_N = u_N4[:, 2] * (1 - height_N), u_N4[:, 3] * (1 - width_N)
     return np.stack([top_N, left_N, height_N, width_N], axis=1).astype(np.float32).clip(0, 1)
+
+
+def _exact_log(x_N: np.ndarray) -> np.ndarray:
+    """Return min(log x, log 4/3) for x >= 1 by its series in (x - 1) / (x + 1) <= 1/7, term by term: the same bits anywhere."""
+    z_N = (np.minimum(x_N, 4 / 3) - 1) / (np.minimum(x_N, 4 / 3) + 1)
+    square_N, total_N = z_N * z_N, np.zeros_like(z_N)
+    for odd in range(21, 0, -2):
+        total_N = total_N * square_N + 1 / odd
+    return 2 * z_N * total_N
+
+
+def _exact_exp(x_N: np.ndarray) -> np.ndarray:
+    """Return exp x for |x| <= log 4/3 by its Taylor polynomial of degree 14: the same bits anywhere."""
+    total_N = np.ones_like(x_N)
+    for degree in range(14, 0, -1):
+        total_N = total_N * x_N / degree + 1
+    return total_N
 
 
 def _mix_boxes(
@@ -234,6 +295,16 @@ def _mix_boxes(
     box_V4 = np.concatenate([start_V2, stop_V2], axis=1).astype(np.int16)
     area_V = np.prod(stop_V2 - start_V2, axis=1)
     return box_V4, 1 - area_V / size**2
+
+
+def _words(seed: int, number: int, n: int) -> np.ndarray:
+    """Return n words of Philox, uint64, whose stream numpy guarantees (unlike those of `Generator`)."""
+    return np.random.Philox(key=np.array([seed, number], dtype=np.uint64)).random_raw(n)
+
+
+def _uniform(seed: int, number: int, n: int) -> np.ndarray:
+    """Return n multiples of 2^-53 in [0, 1), float64."""
+    return (_words(seed, number, n) >> np.uint64(11)) * 2.0**-53
 
 
 def _tensor_of(array: np.ndarray | torch.Tensor) -> torch.Tensor:

@@ -17,8 +17,9 @@ import torch
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.networks import network_of
 from wmdd_ray.core.soft_labels import compress, concatenate_labels, label_views
-from wmdd_ray.core.views import concatenate_views, draw_views, to_input
-from wmdd_ray.records import SoftLabelBlock, Views
+from wmdd_ray.core.views import concatenate_views, draw_block, draw_views, is_exact, to_input
+from wmdd_ray.core.views import renamed as renamed
+from wmdd_ray.records import SoftLabelBlock, SoftLabels, ViewDraw
 from wmdd_ray.rooms import Room
 from wmdd_ray.run import StageRun, Work, unit_seed
 from wmdd_ray.stages.recover import read_images
@@ -28,6 +29,8 @@ from wmdd_ray.store import codecs
 
 # Bytes of a stored view besides its logits: two boxes, a mix box, indices, flips, share.
 _VIEW_BYTES = 54
+# Bytes of a label file without a view: Parquet's footer, and what views are drawn from.
+_FILE_BYTES = 2000
 
 
 def options(config: DistillConfig) -> dict[str, Any]:
@@ -63,16 +66,23 @@ def key_of(unit: str) -> str:
 def plan(stage: StageRun) -> Work:
     """Return one unit a block of label epochs and slice."""
     config = stage.config
+    relabel = config.relabel
     num_classes = len(stage.run.source("train").class_names)
-    kept = (
-        num_classes
-        if config.relabel.compression == "full"
-        else min(num_classes, 2 * config.relabel.top_k)
-    )
-    views = num_classes * config.num_atoms * config.relabel.epochs
-    return Work(
-        units=tuple(blocks(config, num_classes)), estimated_bytes=views * (_VIEW_BYTES + 2 * kept)
-    )
+    each = 1 if relabel.precision == "int8" else 2
+    top_k = relabel.compression == "top_k" and relabel.top_k < num_classes
+    view_bytes = relabel.top_k * (each + 2) + 2 if top_k else num_classes * each
+    if relabel.labels == "online":
+        view_bytes = 0
+    if not by_seed(config):
+        view_bytes += _VIEW_BYTES
+    views = num_classes * config.num_atoms * relabel.epochs
+    units = tuple(blocks(config, num_classes))
+    return Work(units=units, estimated_bytes=views * view_bytes + len(units) * _FILE_BYTES)
+
+
+def by_seed(config: DistillConfig) -> bool:
+    """Whether views are drawn again by the reader."""
+    return config.relabel.stored_views == "seed" and is_exact(config.relabel.views)
 
 
 def work(stage: StageRun) -> dict[str, Any]:
@@ -123,24 +133,32 @@ def open_worker(
         if attempt is None:
             return
         epochs, labels = units[unit]
-        images_NCHW = images_of(labels)
-        in_core = time.perf_counter()
-        block = label_block(
-            network,
-            images_NCHW,
-            epochs,
-            config,
-            image_size=teacher.image_size,
-            name=unit.partition("-s")[2],
-            report=report,
-        )
-        in_core = time.perf_counter() - in_core
         index_N = (
             (labels[:, None] * config.num_atoms + np.arange(config.num_atoms))
             .reshape(-1)
             .astype(np.int32)
         )
-        block = replace(block, views=renamed(block.views, index_N))
+        name = unit.partition("-s")[2]
+        draw = draw_of(config, index_N, image_size=teacher.image_size, name=name)
+        in_core = time.perf_counter()
+        if config.relabel.labels == "online":
+            block = unlabeled_block(draw, epochs, num_classes=teacher.num_classes)
+        else:
+            images_NCHW = images_of(labels)
+            in_core = time.perf_counter()
+            block = label_block(
+                network,
+                images_NCHW,
+                epochs,
+                config,
+                image_size=teacher.image_size,
+                name=name,
+                report=report,
+            )
+            block = replace(block, views=renamed(block.views, index_N))
+        in_core = time.perf_counter() - in_core
+        if by_seed(config):
+            block = replace(block, draw=draw)
         room.commit_unit(
             unit,
             {key_of(unit): codecs.encode_soft_labels(block)},
@@ -150,6 +168,31 @@ def open_worker(
         )
 
     return do_unit
+
+
+def draw_of(config: DistillConfig, index_N: np.ndarray, *, image_size: int, name: str) -> ViewDraw:
+    """Return what the views of a slice are drawn from: (seed, `name` of the slice, positions of its images)."""
+    views = config.relabel.views
+    return ViewDraw(
+        seed=unit_seed(config.seed, "relabel", name),
+        image_size=image_size,
+        index_N=index_N,
+        crop_scale_min=views.crop_scale_min,
+        flip=views.flip,
+        mix=views.mix,
+        mix_alpha=views.mix_alpha,
+    )
+
+
+def unlabeled_block(draw: ViewDraw, epochs: range, *, num_classes: int) -> SoftLabelBlock:
+    """Return a block of views without logits: whoever reads it asks the teacher."""
+    views = draw_block(draw, epochs)
+    return SoftLabelBlock(
+        first_epoch=epochs.start,
+        num_epochs=len(epochs),
+        views=views,
+        labels=SoftLabels(num_classes=num_classes, values_VK=np.empty((len(views), 0), np.float16)),
+    )
 
 
 def label_block(
@@ -191,8 +234,3 @@ def label_block(
         views=concatenate_views(views),
         labels=concatenate_labels(labels),
     )
-
-
-def renamed(views: Views, index_N: np.ndarray) -> Views:
-    """Return the views of a slice with the images' positions in the whole data set."""
-    return replace(views, image_V=index_N[views.image_V], partner_V=index_N[views.partner_V])

@@ -1,0 +1,120 @@
+"""The benchmarks of label files and of the loader: small runs whose numbers are checked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jobs.benches import labels as bench
+from jobs.benches.loader import loader, write_random_set
+from tests.store.written_sources import idx_of
+from wmdd_ray.dataset import DistilledDataset
+from wmdd_ray.store.filesystem import Store
+
+
+def test_thousand_classes_shrink_by_steps_by_the_largest_and_by_shared_epochs() -> None:
+    rows = bench.synthetic_rows(5, num_views=1000)
+    size = {row["labels"]: row["bytes"] for row in rows}
+    names = list(size)
+    assert names[0].endswith("(FKD)") and len(size) == 7
+    # FKD's arrays are 1000 x 2 bytes of logits and 54 of boxes a view; zstd takes at most a third off.
+    assert 0.66 * 2054 < size[names[0]] / (10 * 1000 * 300) < 2054
+    assert list(size.values()) == sorted(size.values(), reverse=True)
+    assert rows[-1]["times_smaller"] > 40 and rows[-1]["label_epochs"] == 60
+    assert size[names[-2]] == pytest.approx(5 * size[names[-1]], rel=1e-3)
+
+
+@pytest.fixture
+def tiny_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the arguments of a benchmark whose teacher knows nothing, on a few noisy images."""
+    folder, rng = tmp_path / "data", np.random.default_rng(0)
+    for prefix in ("train", "t10k"):
+        images = rng.integers(0, 256, (60, 28, 28), dtype=np.uint8)
+        Store(str(folder)).put(f"{prefix}-images-idx3-ubyte", idx_of(images))
+        Store(str(folder)).put(f"{prefix}-labels-idx1-ubyte", idx_of(np.arange(60) % 10))
+    teacher = DistilledDataset(write_random_set(str(tmp_path / "set"), epochs=1)).teacher()
+    # Logits some steps apart.
+    weights = {name: 100 * w if w.ndim == 2 else w for name, w in teacher.weights.items()}
+    teacher = replace(teacher, weights=weights)
+    few = partial(bench.synthetic_rows, num_views=100)
+    monkeypatch.setattr(bench, "synthetic_rows", few)
+    monkeypatch.setattr("wmdd_ray.stages.teacher.read_teacher", lambda room: teacher)
+    return [str(tmp_path / "teacher"), str(folder)]
+
+
+def test_a_table_of_bytes_and_accuracy_has_students_of_every_option(
+    tiny_bench: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher, data = tiny_bench
+    out = tmp_path / "labels.json"
+    bench.labels(
+        teacher, data, ipc=(2,), seeds=(2,), epochs=10, shared=1, width=4,
+        mixed_precision=False, out=str(out),
+    )  # fmt: skip
+    record: dict[str, Any] = json.loads(out.read_text())
+    assert record["hardware"] and record["versions"] and record["settings"]["seeds"] == {"2": 2}
+    rows = [row for row in record["rows"] if row["ipc"] == 2]
+    by_name = {row["labels"]: row for row in rows}
+    assert len(by_name) == 7
+    fkd = by_name["fp16, views stored (FKD)"]
+    assert fkd["difference"] == 0 and fkd["times_smaller"] == 1 and len(fkd["students"]) == 2
+    seeded = by_name["fp16, views by seed"]
+    assert seeded["students"] == fkd["students"] and seeded["bytes"] < fkd["bytes"]
+    assert "students" not in by_name["int8, steps of 1/8"]
+    online = by_name["online: the teacher only"]
+    assert online["bytes"] < 2000 < online["with_teacher"]
+    for row in rows:
+        if "students" in row:
+            assert row["top1"] == pytest.approx(np.mean(row["students"]), abs=0.01)
+            expected = np.mean(row["students"]) - np.mean(fkd["students"])
+            assert row["difference"] == pytest.approx(expected, abs=0.011)
+    assert "times_smaller" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="number of seeds for every ipc"):
+        bench.labels(teacher, data, ipc=(2, 3), seeds=(1,))
+
+
+def test_what_a_student_learns_from_is_what_the_file_holds(
+    tiny_bench: list[str],
+) -> None:
+    from wmdd_ray.recipes import recipe_of
+    from wmdd_ray.stages.teacher import read_teacher
+
+    teacher, data = tiny_bench
+    recipe = recipe_of("fashion_mnist", 1)
+    stored = replace(recipe.relabel, epochs=20, stored_views="rows", epochs_per_unit=4)
+    config = replace(recipe, data=data, relabel=stored)
+    comparison = bench._Comparison(config, read_teacher(None), None, 2)  # type: ignore[arg-type]
+    exact, coarse, shared = (
+        next(comparison._stored[o.name][1] for o in comparison.options if o.students == students)
+        for students in ("fkd", "coarse", "shared")
+    )
+    for epoch in range(20):
+        true_VY = comparison._logits[epoch] - comparison._logits[epoch].max(axis=1, keepdims=True)
+        np.testing.assert_allclose(exact(epoch)[1], true_VY, atol=0.01)
+        assert abs(coarse(epoch)[1] - true_VY).max() <= 0.501
+        np.testing.assert_array_equal(coarse(epoch)[1] % 1, 0)
+    assert np.ptp(comparison._logits[0]) > 5
+    again = [shared(epoch)[1].tobytes() for epoch in range(20)]
+    assert len(set(again)) == 10 and sorted(again[:10]) == sorted(again[10:])
+
+
+def test_rates_of_the_loader_are_compared_with_tensors_in_memory(tmp_path: Path) -> None:
+    out = tmp_path / "loader.json"
+    loader(workers=(0,), widths=(4,), seconds=0.05, repeats=2, out=str(out))
+    rows = {row["what"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == [
+        "rendering alone",
+        "DataLoader, 0 workers",
+        "tensors in memory -> ConvNet-3, width 4",
+        "DataLoader, 0 workers -> ConvNet-3, width 4",
+    ]
+    assert all(row["images_per_s"]["n"] == 2 for row in rows.values())
+    assert rows["tensors in memory -> ConvNet-3, width 4"]["of_in_memory"] == 1
+    trained = rows["DataLoader, 0 workers -> ConvNet-3, width 4"]["images_per_cpu_s"]["median"]
+    assert trained < rows["DataLoader, 0 workers"]["images_per_cpu_s"]["median"]
