@@ -124,7 +124,8 @@ def distill(job: Job) -> int:
         from wmdd_ray.stages.assemble import write_card
 
         write_card(run.room("dataset"), run.config, commits["evaluation"])
-    print_summary(run, commits, time.monotonic() - started)
+    report = write_report(run)
+    print_summary(run, commits, report, time.monotonic() - started)
     return 0
 
 
@@ -219,8 +220,10 @@ def print_plan(run: Run, pipeline: tuple[Stage, ...]) -> None:
         )
 
 
-def print_summary(run: Run, commits: dict[str, StageCommit], seconds: float) -> None:
-    """Print where the set is, its size, the accuracy table, and where the time went."""
+def print_summary(
+    run: Run, commits: dict[str, StageCommit], report: str | None, seconds: float
+) -> None:
+    """Print where the set and the report are, its size, the accuracy table, and where the time went."""
     print()
     if "dataset" in commits:
         made = commits["dataset"].metrics
@@ -235,6 +238,8 @@ def print_summary(run: Run, commits: dict[str, StageCommit], seconds: float) -> 
         )
         for reason in commits["features"].metrics["bad_images"][:5]:
             print(f"skipped         {reason}")
+    if report is not None:
+        print(f"report          {report}")
     if "evaluation" in commits:
         found = commits["evaluation"].metrics
         student = found["student"]["network"]["arch"]
@@ -249,6 +254,24 @@ def print_summary(run: Run, commits: dict[str, StageCommit], seconds: float) -> 
             f"{commit.stage:<12} {duration(commit.seconds):>14} {duration(core) if core is not None else '-':>14}"
         )
     print(f"this run took {duration(seconds)}")
+
+
+def write_report(run: Run) -> str | None:
+    """Write the page about a run that is done and return its URI; None, and a warning, when that fails: the run is done."""
+    from jobs.report import REPORT_KEY, page_of
+
+    try:
+        source = run.source("train")
+        run.store.put(REPORT_KEY, page_of(run.store, config=run.config, source=source))
+    except Exception as error:
+        logging.getLogger(__name__).info("the report", exc_info=error)
+        print(
+            f"warning: {run.store.url(REPORT_KEY)} was not written ({type(error).__name__}: {error}); the run is done, and "
+            f"`python jobs/report.py {run.store.uri}` writes it",
+            file=sys.stderr,
+        )
+        return None
+    return run.store.url(REPORT_KEY)
 
 
 def _ending_of(error: BaseException) -> tuple[int, str] | None:

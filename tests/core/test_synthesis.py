@@ -10,14 +10,17 @@ import torch
 from torch import nn
 
 from wmdd_ray.config import NetworkConfig, RecoverConfig
+from wmdd_ray.core import pixel_adam, synthesis
 from wmdd_ray.core.embedding import features_and_moments
 from wmdd_ray.core.moments import variance_S
 from wmdd_ray.core.networks import batch_norms, build_network, last_linear
+from wmdd_ray.core.pixel_adam import to_array
 from wmdd_ray.core.synthesis import ClassTarget, TeacherTarget, recover_group
 from wmdd_ray.core.tiles import shrink
 from wmdd_ray.core.views import to_input
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.records import ClassImages
+from wmdd_ray.store import codecs
 
 MEAN, STD, SIZE = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), 16
 CONFIG = RecoverConfig(iterations=6, learning_rate=0.1, roll_px=1)
@@ -234,6 +237,81 @@ def test_resuming_at_any_iteration_gives_the_same_bytes(
     for one, two in zip(expected, resumed, strict=True):
         assert one.images_KHWC.tobytes() == two.images_KHWC.tobytes()
         assert one.losses == two.losses
+        assert codecs.encode_class_images(one) == codecs.encode_class_images(two)
+        assert [len(curve_P) for curve_P in two.curves.values()] == [6] * len(two.losses)
+
+
+def test_curves_hold_the_losses_of_their_iterations() -> None:
+    config = replace(CONFIG, ce_weight=0.5)
+    targets = [make_target(0), make_target(2)]
+    seen: list[dict[str, np.ndarray]] = []
+    results = recover(targets, config, on_step=lambda _, get_state: seen.append(get_state()))
+    for g, result in enumerate(results):
+        assert result.curve_at_P is not None
+        np.testing.assert_array_equal(result.curve_at_P, np.arange(1, 7, dtype=np.int32))
+        assert list(result.curves) == list(result.losses) == ["feature", "bn", "ce", "total"]
+        for name, curve_P in result.curves.items():
+            np.testing.assert_array_equal(curve_P, [state[f"loss_{name}"][g] for state in seen])
+            assert curve_P[-1] == np.float32(result.losses[name])
+
+
+@pytest.mark.parametrize(("iterations", "points"), [(1, 1), (200, 200), (201, 200), (2000, 200)])
+def test_curves_have_at_most_200_points_from_the_first_iteration_to_the_last(
+    iterations: int, points: int
+) -> None:
+    curves = synthesis._Curves(iterations, {})
+    for i in range(1, iterations + 1):
+        curves.add(i, {"total": torch.tensor([float(i), -float(i)])})
+    at_P = curves.iterations(iterations)
+    assert (len(at_P), at_P[0], at_P[-1]) == (points, 1, iterations)
+    assert np.ptp(np.diff(at_P)) <= 1 if points > 1 else True
+    np.testing.assert_array_equal(curves.state()["curve_total"], np.stack([at_P, -at_P], axis=1))
+
+
+def test_no_step_waits_for_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    steps: list[int] = []
+
+    def count(tensor: torch.Tensor) -> np.ndarray:
+        copied.append(len(steps))
+        return to_array(tensor)
+
+    monkeypatch.setattr(synthesis, "to_array", count)
+    monkeypatch.setattr(pixel_adam, "to_array", count)
+    recover([make_target(0)], CONFIG, on_step=lambda i, _: steps.append(i))
+    assert set(copied) == {CONFIG.iterations}, "arrays are made after the last step only"
+
+
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_the_features_are_those_that_the_stored_images_have_in_the_first_teacher(
+    teachers: int,
+) -> None:
+    targets = [make_target(0), make_target(1)]
+    if teachers == 2:
+        targets = [with_other(target) for target in targets]
+    results = recover(targets, CONFIG, networks=[NETWORK, OTHER][:teachers])
+    for target, result in zip(targets, results, strict=True):
+        images = to_input(result.images_KHWC, MEAN, STD)
+        expected_KD, _ = features_and_moments(NETWORK, images, np.zeros(2), batch_size=2)
+        assert result.features_KD is not None
+        np.testing.assert_allclose(result.features_KD, expected_KD, rtol=1e-4, atol=1e-5)
+        # They came nearer to the atoms than the start was, so they belong to their images.
+        assert target.start_KHWC is not None
+        start_KD, _ = features_and_moments(
+            NETWORK, to_input(target.start_KHWC, MEAN, STD), np.zeros(2), batch_size=2
+        )
+        assert np.abs(result.features_KD - start_KD).max() > 1e-3
+
+
+def test_images_of_no_iterations_have_the_features_of_their_start_and_no_curves() -> None:
+    target = make_target(0)
+    assert target.start_KHWC is not None
+    (result,) = recover([target], replace(CONFIG, iterations=0))
+    expected_KD, _ = features_and_moments(
+        NETWORK, to_input(target.start_KHWC, MEAN, STD), np.zeros(2), batch_size=2
+    )
+    assert result.curves == {} and result.features_KD is not None
+    np.testing.assert_allclose(result.features_KD, expected_KD, rtol=1e-4, atol=1e-5)
 
 
 def test_a_state_is_a_copy_that_later_steps_leave_alone() -> None:

@@ -12,7 +12,7 @@ small ones of which `core/tiles.py` makes a stored image; the network sees each 
 begins Adam anew there, its averages go on.
 
 Legend: G classes of the group, K = ipc t^2 images of each, B = G K, C color channels, H W pixels, S BatchNorm channels,
-M teachers.
+M teachers, P points of a loss curve.
 
 References:
     Liu et al. 2025, Dataset Distillation via the Wasserstein Metric. Kingma and Ba 2015, Adam, algorithm 1. Kim et al.
@@ -38,11 +38,14 @@ from wmdd_ray.core.networks import batch_norms, features_and_logits
 from wmdd_ray.core.pixel_adam import PixelAdam, State, to_array
 from wmdd_ray.core.taps import Tap, tapped
 from wmdd_ray.core.tiles import tile_side
-from wmdd_ray.core.views import to_input
+from wmdd_ray.core.views import crop, to_input
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.records import ClassImages
 
 Terms = dict[str, Tensor]
+
+MAX_CURVE_POINTS = 200
+"""Iterations whose losses are kept, evenly spread, the first and the last among them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,7 +93,8 @@ def recover_group(
 
     Adam on the pixels, cosine rate to 0; after each step the pixels are clamped to the range of valid images. At the
     end they are rounded (the reference truncates). The losses are those of the last iteration, and so of the teacher
-    whose turn it was.
+    whose turn it was; the curves have them after some more. The features are those of the rounded images, whole and
+    upright, in the first teacher.
 
     Args:
         networks: the teacher, or M of them, in eval mode on `device`; frozen and tapped meanwhile, then as before.
@@ -129,6 +133,7 @@ def recover_group(
     else:
         adam = PixelAdam.from_state(state, shape_BCHW, config, color, device)
         losses = {k.removeprefix("loss_"): v for k, v in state.items() if k.startswith("loss_")}
+    curves = _Curves(config.iterations, state or {})
     jitter = Jitter(labels, num_images, config, image_size=image_size, seed=seed, device=device)
     terms: Terms = {}
     objectives: list[_Objective] = []
@@ -139,7 +144,8 @@ def recover_group(
             for m, objective in enumerate(objectives)
             for name, average in objective.averages().items()
         }
-        return adam.state() | {f"loss_{name}": to_array(v) for name, v in terms.items()} | averages
+        last = {f"loss_{name}": to_array(value) for name, value in terms.items()}
+        return adam.state() | last | curves.state() | averages
 
     with ExitStack() as stack:
         stack.enter_context(_deterministic_convolutions())
@@ -162,12 +168,74 @@ def recover_group(
             (gradient,) = torch.autograd.grad(terms["total"].sum(), images)
             terms = {name: value.detach() for name, value in terms.items()}
             adam.step(gradient)
+            curves.add(adam.iteration, terms)
             if adam.iteration in blends:
                 adam.blend(start_BCHW)
             if on_step is not None:
                 on_step(adam.iteration, get_state)
     losses |= {name: to_array(value) for name, value in terms.items()}
-    return _class_images(targets, adam.pixels(), adam.images_BCHW, losses)
+    _refuse_lost(targets, adam.images_BCHW)
+    pixels_BHWC = adam.pixels()
+    features_BD = _features_of(
+        networks[0], to_input(pixels_BHWC, mean_C, std_C, device), image_size
+    )
+    curve_PG = {name.removeprefix("curve_"): value for name, value in curves.state().items()}
+    curve_at_P = curves.iterations(adam.iteration)
+    return [
+        ClassImages(
+            label=target.label,
+            images_KHWC=pixels_BHWC[of_class],
+            weights_K=target.weights_K,
+            losses={name: float(value_G[g]) for name, value_G in losses.items()},
+            curves={name: value_PG[:, g] for name, value_PG in curve_PG.items()},
+            curve_at_P=curve_at_P,
+            features_KD=features_BD[of_class],
+        )
+        for g, target in enumerate(targets)
+        for of_class in [slice(g * num_images, (g + 1) * num_images)]
+    ]
+
+
+class _Curves:
+    """The losses of some iterations. They stay on the device until they are asked for: no step waits for them."""
+
+    def __init__(self, iterations: int, state: State) -> None:
+        """Prepare for so many iterations, and continue from what `state` returned."""
+        points = np.linspace(1, iterations, min(iterations, MAX_CURVE_POINTS))
+        self._at = np.unique(points.round().astype(np.int32))
+        self._wanted = frozenset(self._at.tolist())
+        self._before = {k: v for k, v in state.items() if k.startswith("curve_")}
+        self._since: list[Terms] = []
+
+    def add(self, iteration: int, terms: Terms) -> None:
+        """Keep the losses of an iteration, counted from 1, if it is one of those."""
+        if iteration in self._wanted:
+            self._since.append(terms)
+
+    def state(self) -> State:
+        """Return `curve_<term>` -> its values so far, float32 (P, G)."""
+        names = self._since[0] if self._since else ()
+        since = {f"curve_{k}": to_array(torch.stack([t[k] for t in self._since])) for k in names}
+        both = (self._before, since)
+        keys = dict.fromkeys(key for part in both for key in part)
+        return {key: np.concatenate([part[key] for part in both if key in part]) for key in keys}
+
+    def iterations(self, done: int) -> np.ndarray:
+        """Return the iterations of the values, of `done` that are done."""
+        return self._at[self._at <= done]
+
+
+@torch.no_grad()
+def _features_of(network: nn.Module, images_BCHW: Tensor, image_size: int) -> np.ndarray:
+    """Return features_BD, float32, of whole images; small ones are enlarged as they are for every step."""
+    if images_BCHW.shape[-1] != image_size:
+        whole_B4 = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(images_BCHW), 1)
+        upright_B = torch.zeros(len(images_BCHW), dtype=torch.bool)
+        device = images_BCHW.device
+        images_BCHW = crop(images_BCHW, whole_B4.to(device), upright_B.to(device), image_size)
+    with _deterministic_convolutions():
+        features_BD, _ = features_and_logits(network, images_BCHW)
+    return to_array(features_BD.float())
 
 
 def _blend_iterations(config: RecoverConfig) -> frozenset[int]:
@@ -277,30 +345,16 @@ def _start(
     return torch.cat(parts)
 
 
-def _class_images(
-    targets: list[ClassTarget],
-    pixels_BHWC: np.ndarray,
-    images_BCHW: Tensor,
-    losses: dict[str, np.ndarray],
-) -> list[ClassImages]:
-    ipc = len(pixels_BHWC) // len(targets)
+def _refuse_lost(targets: list[ClassTarget], images_BCHW: Tensor) -> None:
+    """Raise a DataError when pixels are no numbers any more."""
     finite_B = to_array(torch.isfinite(images_BCHW).all(dim=(1, 2, 3)))
-    finite_G = np.all(finite_B.reshape(len(targets), ipc), axis=1)
+    finite_G = np.all(finite_B.reshape(len(targets), -1), axis=1)
     if not finite_G.all():
         lost = [t.label for t, ok in zip(targets, finite_G.tolist(), strict=True) if not ok]
         raise DataError(
             f"recover: pixels of classes {lost} became NaN; lower --recover.learning-rate or --recover.bn-weight, "
             "and check that the teacher and the class's moments are finite"
         )
-    return [
-        ClassImages(
-            label=target.label,
-            images_KHWC=pixels_BHWC[g * ipc : (g + 1) * ipc],
-            weights_K=target.weights_K,
-            losses={name: float(value_G[g]) for name, value_G in losses.items()},
-        )
-        for g, target in enumerate(targets)
-    ]
 
 
 @contextmanager

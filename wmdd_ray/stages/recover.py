@@ -13,12 +13,13 @@ import torch
 
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.crops import easiest_crops
+from wmdd_ray.core.jitter import noise_start
 from wmdd_ray.core.moments import variance_S
 from wmdd_ray.core.networks import network_of
 from wmdd_ray.core.optimizer import State
 from wmdd_ray.core.synthesis import ClassTarget, recover_group
 from wmdd_ray.core.tiles import shrink, tile, tile_side
-from wmdd_ray.records import ClassBarycenter, ClassImages
+from wmdd_ray.records import ClassBarycenter, ClassImages, Teacher
 from wmdd_ray.rooms import Room
 from wmdd_ray.run import StageRun, Work, unit_seed
 from wmdd_ray.stages import barycenters
@@ -131,7 +132,7 @@ def open_worker(
             channels=teacher.channels,
             mean_C=teacher.mean_C,
             std_C=teacher.std_C,
-            seed=unit_seed(config.seed, "recover", ""),
+            seed=_seed(config),
             device=device,
             state=keep.load(),
             on_step=on_step,
@@ -186,6 +187,30 @@ def _mosaic(
         crop_scale_min=config.recover.crop_scale_min,
     )
     return tile(crops, factor, tile_side(image_size, tiles))
+
+
+def start_images(
+    found: ClassBarycenter, source: Source | None, teacher: Teacher, config: DistillConfig
+) -> np.ndarray:
+    """Return what the images of a class begin from (K, H, W, C), uint8, for people to look at; noise needs no source."""
+    if config.recover.start != "noise":
+        assert source is not None, "a real start needs the real images"
+        # Only easy crops are chosen by the teacher.
+        needed = config.recover.start == "mosaic"
+        network = network_of(teacher) if needed else torch.nn.Identity()
+        start_KHWC = _start(found, source, network, config)
+        assert start_KHWC is not None
+        return start_KHWC
+    side = tile_side(teacher.image_size, config.recover.tiles)
+    shape_KCHW = (config.num_atoms, teacher.channels, side, side)
+    noise_KHWC = noise_start(_seed(config), found.label, shape_KCHW).transpose(0, 2, 3, 1)
+    fraction_KHWC = noise_KHWC * np.array(teacher.std_C) + np.array(teacher.mean_C)
+    return (fraction_KHWC.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _seed(config: DistillConfig) -> int:
+    """Return the seed that all groups share, so that a class's draws do not depend on its group."""
+    return unit_seed(config.seed, "recover", "")
 
 
 def read_real(source: Source, keys: tuple[str, ...], config: DistillConfig) -> np.ndarray:
