@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
+
+import numpy as np
 
 from wmdd_ray.config import DistillConfig
 
@@ -14,6 +18,26 @@ ROW_NAMES = {
     "random_tiles": "(b') random real images, small, as many as tiles",
     "nearest_tiles": "(c') real images nearest to the atoms, small, as many as tiles",
     "all_real": "(d) all real images",
+}
+# More classes than this are a page nobody reads: the worst are shown.
+_SHOWN_CLASSES = 30
+# A class that loses more recall than this against all real images is named.
+_LOST_POINTS = 10
+# The size categories of Hugging Face, by their upper ends.
+_SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))  # fmt: skip
+_LOADERS = {
+    "imagefolder": """from torchvision.datasets import ImageFolder
+
+dataset = ImageFolder("THIS FOLDER")  # classes are numbered as in classes.json; weights are in metadata.jsonl""",
+    "webdataset": """import webdataset
+
+dataset = webdataset.WebDataset("THIS FOLDER/train-{000000..LAST}.tar", shardshuffle=False).decode("pil")
+for sample in dataset:
+    sample["png"], sample["cls"], sample["json"]["weight"]  # class names are in classes.json""",
+    "huggingface": """from datasets import load_dataset
+
+dataset = load_dataset("THIS FOLDER OR REPOSITORY", split="train")
+dataset.features["label"].names  # the class names""",
 }
 
 
@@ -35,23 +59,107 @@ def results_table(table: list[dict[str, Any]]) -> str:
 
     Args:
         table: a row each of `row` and `labels`, with `num_images`, `epochs`, `top1_mean`, `top1_std`, `num_seeds` (accuracies
-            in [0, 1]).
+            in [0, 1]); `student` as well where there are several.
     """
     kinds = list(dict.fromkeys(row["labels"] for row in table))
+    several = "student" in table[0]
     lines = [
-        f"| student trained on | images | passes | {' | '.join(f'top-1 %, {kind} labels' for kind in kinds)} | seeds |",
-        f"|---|---:|---:|{'---:|' * len(kinds)}---:|",
+        f"| {'student | ' if several else 'student '}trained on | images | passes | "
+        f"{' | '.join(f'top-1 %, {kind} labels' for kind in kinds)} | seeds |",
+        f"|---|{'---|' if several else ''}---:|---:|{'---:|' * len(kinds)}---:|",
     ]
-    for name in dict.fromkeys(row["row"] for row in table):
-        found = {row["labels"]: row for row in table if row["row"] == name}
+    for student, name in dict.fromkeys((row.get("student", ""), row["row"]) for row in table):
+        found = {
+            row["labels"]: row
+            for row in table
+            if (row.get("student", ""), row["row"]) == (student, name)
+        }
         told = " | ".join(
-            f"{100 * row['top1_mean']:.1f} ± {100 * row['top1_std']:.1f}" for row in found.values()
+            f"{100 * found[kind]['top1_mean']:.1f} ± {100 * found[kind]['top1_std']:.1f}"
+            if kind in found
+            else ""
+            for kind in kinds
         )
         row = next(iter(found.values()))
         lines.append(
-            f"| {ROW_NAMES.get(name, name)} | {row['num_images']} | {row['epochs']} | {told} | {row['num_seeds']} |"
+            f"| {f'{student} | ' if several else ''}{ROW_NAMES.get(name, name)} | {row['num_images']} | {row['epochs']} | "
+            f"{told} | {row['num_seeds']} |"
         )
     return "\n".join(lines)
+
+
+def classes_text(class_names: Sequence[str], table: list[dict[str, Any]]) -> str:
+    """Return, in Markdown, what each class's recall is, and which classes are lost against all real images.
+
+    Args:
+        class_names: names of the classes.
+        table: accuracy rows with `recall_per_class`, the mean over the seeds, in [0, 1] (evaluations before there was that
+            entry have none).
+    """
+    recalls = {
+        (row["labels"], row["row"]): 100 * np.array(row["recall_per_class"])
+        for row in table
+        if "recall_per_class" in row
+    }
+    kinds = [kind for kind, row in recalls if row == "distilled"]
+    if not kinds:
+        return ""
+    summary: list[str] = []
+    columns: dict[str, np.ndarray] = {}
+    worst = np.zeros(len(class_names))
+    for kind in kinds:
+        own_Y, real_Y = recalls[kind, "distilled"], recalls.get((kind, "all_real"))
+        low = int(own_Y.argmin())
+        text = (
+            f"- {kind.capitalize()} labels: recall from {own_Y[low]:.1f} % ({_cell(class_names[low])}) to {own_Y.max():.1f} %, "
+            f"median {np.median(own_Y):.1f} %"
+        )
+        columns[f"{kind} labels"] = own_Y
+        if real_Y is None:
+            worst = np.maximum(worst, 100 - own_Y)
+            text += "; students of all real images were not trained, so what is lost against them is not known."
+        else:
+            lost_Y = real_Y - own_Y
+            worst = np.maximum(worst, lost_Y)
+            columns[f"all real images, {kind}"] = real_Y
+            columns[f"difference, {kind}"] = own_Y - real_Y
+            order = np.argsort(-lost_Y, kind="stable").tolist()
+            named = [k for k in order if lost_Y[k] > _LOST_POINTS]
+            covered = int((own_Y >= real_Y / 2).sum())
+            text += (
+                f". {len(named)} of {len(class_names)} classes lose more than {_LOST_POINTS} points against students of all real "
+                f"images{': ' if named else ''}"
+                + ", ".join(f"{_cell(class_names[k])} ({-lost_Y[k]:.1f})" for k in named[:10])
+                + (f", and {len(named) - 10} more" if len(named) > 10 else "")
+                + f". Coverage: {covered} of {len(class_names)} classes keep at least half of that recall."
+            )
+        summary.append(text)
+    order = list(range(len(class_names)))
+    what = "Recall in %, differences in points"
+    if len(class_names) > _SHOWN_CLASSES:
+        order = np.argsort(-worst, kind="stable")[:_SHOWN_CLASSES].tolist()
+        what += f"; the {_SHOWN_CLASSES} worst of {len(class_names)} classes (all are in the results of the evaluation)"
+    lines = [
+        f"| class | {' | '.join(columns)} |",
+        f"|---|{'---:|' * len(columns)}",
+        *(
+            f"| {_cell(class_names[k])} | "
+            + " | ".join(
+                f"{values_Y[k]:{'+' if name.startswith('difference') else ''}.1f}"
+                for name, values_Y in columns.items()
+            )
+            + " |"
+            for k in order
+        ),
+    ]
+    seeds = max(row["num_seeds"] for row in table)
+    return (
+        f"The share of each class's held-out images that students recognize, mean over {seeds} students. Look here for what a mean "
+        "hides: a distilled set has few images a class, and rare kinds within a class are the first to go.\n\n"
+        + "\n".join(summary)
+        + f"\n\n{what}:\n\n"
+        + "\n".join(lines)
+    )
 
 
 def dataset_card(
@@ -59,41 +167,18 @@ def dataset_card(
 ) -> str:
     """Return the README.md of a data set: what it is, where it is from, how to use it, how good it is.
 
+    It is written with the set, when nothing is measured yet, and again from the committed results of an evaluation; the
+    manifest does not list it.
+
     Args:
         meta: the manifest's metadata.
         config: the run's configuration.
         table: accuracy rows, or None before an evaluation.
     """
-    real, provenance = meta["source"], meta["provenance"]
-    head = {
-        "license": config.assemble.license,
-        "tags": ["dataset-distillation"],
-        "configs": [
-            {"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}
-        ],
-    }
-    packages = ", ".join(f"{name} {v}" for name, v in provenance["versions"].items())
-    yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
-    results = (
-        f"Student: {config.evaluate.network.arch}, trained from scratch on each row by one recipe and tested on held-out real "
-        f"images; teacher's top-1: {100 * meta['teacher_top1']:.1f} %.\n\n{results_table(table)}"
-        if table
-        else "Not evaluated yet."
-    )
-    return f"""---
-{yaml}
----
-
-# Distilled `{real["uri"]}`: {meta["ipc"]} images per class
-
-{meta["num_images"]} synthetic images of {len(meta["class_names"])} classes with {meta["label_epochs"]} epochs of
-soft labels, in place of {real["num_images"]} real images. Made by wmdd_ray (dataset distillation by Wasserstein barycenters).
-
-![preview](preview.png)
-
-## Use
-
-```python
+    parquet = [
+        {"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}
+    ]
+    use = """```python
 from torch.utils.data import DataLoader
 from wmdd_ray.dataset import DistilledDataset
 
@@ -101,24 +186,201 @@ for view, soft_label, weight in DataLoader(DistilledDataset("THIS FOLDER OR URI"
     ...  # one pass is the whole training: every label epoch of every image
 ```
 
+`datasets.load_dataset("THIS FOLDER")` opens the images with their class names."""
+    if meta["tiles"] > 1:
+        use += f"""
+
+Each stored image holds {meta["tiles"]} x {meta["tiles"]} small ones, each with a weight and labels of its own: `DistilledDataset`
+cuts them apart."""
+    return _card(
+        meta,
+        front=_front(meta, config.assemble.license, {"configs": parquet}),
+        use=use,
+        table=table,
+        student=config.evaluate.network.arch,
+        unmeasured="Not evaluated yet.",
+        options=asdict(config),
+        teacher_sha256=meta["provenance"].get("teacher_sha256"),
+    )
+
+
+def export_card(
+    meta: dict[str, Any],
+    *,
+    table: list[dict[str, Any]] | None,
+    layout: str,
+    labels: str,
+    teacher_sha256: str | None,
+    license_name: str | None = None,
+) -> str:
+    """Return the README.md of an exported set.
+
+    Args:
+        meta: metadata of the manifest of the set.
+        table: accuracy rows of the evaluation beside the set, or None.
+        layout: `imagefolder`, `webdataset` or `huggingface`.
+        labels: `soft` when the teacher's logits on whole images go along.
+        teacher_sha256: of the teacher's file.
+        license_name: license identifier; None is what the set says.
+    """
+    options = meta["provenance"].get("options") or {}
+    known = options.get("assemble", {}).get("license", "other")
+    side, tiles = meta["image_size"] // meta["tiles"], meta["tiles"]
+    extra: dict[str, Any] = {}
+    if layout == "huggingface":
+        names = {str(label): name for label, name in enumerate(meta["class_names"])}
+        features: list[dict[str, Any]] = [
+            {"name": "image", "dtype": "image"},
+            {"name": "label", "dtype": {"class_label": {"names": names}}},
+            {"name": "weight", "dtype": "float64"},
+        ]
+        if labels == "soft":
+            features.append({"name": "logits", "list": "float32"})
+        path = "data/*.parquet"
+        extra = {
+            "configs": [
+                {"config_name": "default", "data_files": [{"split": "train", "path": path}]}
+            ],
+            "dataset_info": {"features": features},
+        }
+    use = f"```python\n{_LOADERS[layout]}\n```\n\n"
+    use += f"PNG images of {side} x {side} pixels. A weight is the share of its class that an image stands for (sum 1 a class). "
+    if tiles > 1:
+        use += (
+            f"The set stores {tiles} x {tiles} images in one picture of {meta['image_size']} pixels; here they are cut apart, "
+            "because students see them so, enlarged to the full size. "
+        )
+    use += (
+        "The logits are the teacher's on the whole image; the labels of random views, which students learn most from, and the "
+        "teacher itself are in the set that this was exported from."
+        if labels == "soft"
+        else "There are no soft labels here: with the classes alone students reach what the table says of hard labels. The labels "
+        "of random views and the teacher are in the set that this was exported from."
+    )
+    return _card(
+        meta,
+        front=_front(meta, license_name or known, extra),
+        use=use,
+        table=table,
+        student=(options.get("evaluate") or {}).get("network", {}).get("arch"),
+        unmeasured="No evaluation of this set lies beside it.",
+        options=options,
+        teacher_sha256=teacher_sha256,
+        # Beside class folders a loose picture is an image without a class.
+        preview=layout != "imagefolder",
+    )
+
+
+def _front(meta: dict[str, Any], license_name: str, extra: dict[str, Any]) -> str:
+    """Return the block that Hugging Face reads: YAML, of which JSON is a part."""
+    num_images = meta["num_images"] * meta["tiles"] ** 2
+    head = {
+        "pretty_name": f"Distilled {meta['source']['uri']}, {meta['ipc']} images per class",
+        "license": license_name,
+        "task_categories": ["image-classification"],
+        "size_categories": [next((name for most, name in _SIZES if num_images < most), "n>1T")],
+        "tags": ["dataset-distillation", "synthetic"],
+        **extra,
+    }
+    lines = (f"{key}: {json.dumps(value)}" for key, value in head.items())
+    return "---\n{}\n---".format("\n".join(lines))
+
+
+def _card(
+    meta: dict[str, Any],
+    *,
+    front: str,
+    use: str,
+    table: list[dict[str, Any]] | None,
+    student: str | None,
+    unmeasured: str,
+    options: dict[str, Any],
+    teacher_sha256: str | None,
+    preview: bool = True,
+) -> str:
+    real, provenance = meta["source"], meta["provenance"]
+    packages = ", ".join(f"{name} {v}" for name, v in provenance["versions"].items())
+    results, classes = unmeasured, ""
+    if table:
+        results = (
+            f"Students{f' ({student})' if student else ''} are trained from scratch on each row by one recipe and tested on "
+            "held-out real images once, after the last epoch; mean and standard deviation over the seeds. Soft labels are the "
+            f"teacher's in every row; hard labels are the images' classes. Teacher's top-1: {100 * meta['teacher_top1']:.1f} %.\n\n"
+            f"{results_table(table)}"
+        )
+        classes = classes_text(meta["class_names"], table)
+    classes = f"## Classes\n\n{classes}\n\n" if classes else ""
+    stored = {
+        "images": meta["image_bytes"],
+        "soft labels": meta["label_bytes"],
+        "teacher": meta["teacher_bytes"],
+        "real images as stored": real["stored_bytes"],
+    }
+    sizes = "\n".join(
+        f"| {name} | {size(num)} | {_share(num, real['stored_bytes'])} |"
+        for name, num in stored.items()
+    )
+    # Older sets do not say; all of them store their labels.
+    is_online = meta.get("labels", {}).get("labels") == "online"
+    online = ", which the teacher gives while one trains" if is_online else ""
+    variant = f", variant `{options['variant']}`" if "variant" in options else ""
+    told = ""
+    if options:
+        shown = json.dumps(options, indent=2, ensure_ascii=False)
+        told = (
+            f"\n\n<details>\n<summary>All options</summary>\n\n```json\n{shown}\n```\n\n</details>"
+        )
+    sha = f", SHA-256 of its file `{teacher_sha256}`" if teacher_sha256 else ""
+    return f"""{front}
+
+# Distilled `{real["uri"]}`: {meta["ipc"]} images per class
+
+{meta["num_images"]} synthetic images of {len(meta["class_names"])} classes with {meta["label_epochs"]} epochs of
+soft labels{online}, in place of {real["num_images"]} real images.
+Made by wmdd_ray (dataset distillation by Wasserstein barycenters).
+
+{"![preview](preview.png)" if preview else ""}
+
+## Use
+
+{use}
+
 ## Accuracy
 
 {results}
 
-## Sizes
+{classes}## Sizes
 
-| | bytes |
-|---|---:|
-| images | {size(meta["image_bytes"])} |
-| soft labels | {size(meta["label_bytes"])} |
-| teacher | {size(meta["teacher_bytes"])} |
-| real images as stored | {size(real["stored_bytes"])} |
+| | bytes | of the real images |
+|---|---:|---:|
+{sizes}
+
+## Intended use and limits
+
+For training small image classifiers, and for research on dataset distillation, under the license above, which follows from the
+real images. The images are optimized for one teacher and {meta["image_size"]} pixels: other architectures, other sizes and
+other tasks than this classification gain less, and have to be measured. Synthetic images can carry the biases, the label errors
+and the personal content of the images that they are made from, and make the rare rarer. Distillation is no anonymization:
+images that start from real ones can look like them.
 
 ## Provenance
 
-- Recipe `{provenance["recipe"]}`, seed {provenance["seed"]}, wmdd_ray revision {provenance["git_revision"]}.
-- {packages}.
-- Source: {real["num_images"]} images, {real["bad_images"]} unreadable ones left out.
-- Intended for research on and training of image classifiers; synthetic images can carry the biases and the personal
-  content of the images that they are made from.
+- Source: `{real["uri"]}`, {real["num_images"]} images, {real["bad_images"]} unreadable ones left out.
+- Teacher: top-1 {100 * meta["teacher_top1"]:.1f} % on held-out real images{sha}.
+- Recipe `{provenance["recipe"]}`{variant}, seed {provenance["seed"]}, wmdd_ray revision {provenance["git_revision"]}.
+- {packages}.{told}
 """
+
+
+def _share(num_bytes: float, real_bytes: float) -> str:
+    """Return bytes as a share of the real images' bytes."""
+    if not real_bytes:
+        return ""
+    percent = 100 * num_bytes / real_bytes
+    return f"{percent:.2g} %" if percent < 10 else f"{percent:.0f} %"
+
+
+def _cell(name: str) -> str:
+    """Return a class name as it may stand in a table: one line, without a column's end."""
+    plain = "".join(c if c.isprintable() else " " for c in name)
+    return plain.replace("|", "\\|")

@@ -131,6 +131,10 @@ def _publish(
         "num_images": config.ipc * len(class_names),
         "tiles": config.recover.tiles,
         "label_epochs": config.relabel.epochs,
+        "labels": {
+            name: getattr(config.relabel, name)
+            for name in ("labels", "compression", "top_k", "precision", "step", "batch_size")
+        },
         "image_bytes": total["data/"],
         "label_bytes": total["labels/"],
         "teacher_bytes": total["teacher"],
@@ -144,6 +148,9 @@ def _publish(
         "provenance": {
             "recipe": config.recipe,
             "seed": config.seed,
+            "teacher_sha256": next(f.sha256 for f in files if f.key == TEACHER_KEY),
+            # Students come later, and may be trained again by others.
+            "options": {k: v for k, v in asdict(config).items() if k != "evaluate"},
             "fingerprints": {name: commit.fingerprint for name, commit in stage.inputs.items()},
             **versions(),
         },

@@ -21,17 +21,15 @@ from wmdd_ray.core.class_order import confusion
 from wmdd_ray.core.networks import build_network
 from wmdd_ray.core.optimizer import State
 from wmdd_ray.core.training import accuracy, train_student
-from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.provenance import hardware, versions
 from wmdd_ray.records import StudentResult
 from wmdd_ray.rooms import Room
 from wmdd_ray.run import StageRun, Work, unit_seed
 from wmdd_ray.stages.checkpoints import Checkpoints
 from wmdd_ray.stages.held_out import HeldOut, Listed
-from wmdd_ray.stages.training_sets import TILED, TrainingSets
+from wmdd_ray.stages.training_sets import TILED, OpenSets, open_sets
 from wmdd_ray.stages.workers import DoUnit, Report, do_units
 from wmdd_ray.store import documents
-from wmdd_ray.store.sources import Source
 
 _STATE_EVERY_S = 20.0
 
@@ -81,27 +79,40 @@ def plan(stage: StageRun) -> Work:
 def work(stage: StageRun) -> dict[str, Any]:
     """Train every student that is not trained yet, and return the table."""
     config = stage.config
-    units = unit_ids(config)
-    worker = partial(
-        open_worker,
-        room=stage.room,
+    source = stage.run.source("train")
+    sets = partial(
+        open_sets,
         dataset_uri=stage.run.room("dataset").store.uri,
         barycenter_room=stage.run.room("barycenters"),
-        source=stage.run.source("train"),
+        source=source,
         # Its listing can be long, and only this row reads all of it.
-        train=Listed.of(stage.run.source("train"), config.source)
-        if "all_real" in config.evaluate.baselines
-        else None,
-        val=Listed.of(stage.run.source("val"), config.source),
+        train=Listed.of(source, config.source) if "all_real" in config.evaluate.baselines else None,
         config=config,
     )
-    do_units(stage, units, worker)
+    return {
+        **train_students(stage, config, sets),
+        "teacher_top1": stage.inputs["teacher"].metrics["top1"],
+    }
+
+
+def train_students(stage: StageRun, config: DistillConfig, sets: OpenSets) -> dict[str, Any]:
+    """Train the students of every row that are not trained yet, test them on held-out images, and return the table.
+
+    Args:
+        stage: The stage; its room holds a result a student.
+        config: Rows, seeds and recipe of the students.
+        sets: Opens what they are trained on; in a worker.
+    """
+    units = unit_ids(config)
+    val = Listed.of(stage.run.source("val"), config.source)
+    do_units(stage, units, partial(open_worker, room=stage.room, sets=sets, val=val, config=config))
     markers = stage.room.read_units(units)
     results = {u: documents.load_json(stage.room.read(m.files[0]), u) for u, m in markers.items()}
     table = []
     for row, labels in product(rows(config), config.evaluate.labels):
         found = [r for r in results.values() if (r["row"], r["labels"]) == (row, labels)]
         top1 = np.array([r["top1"] for r in found])
+        recall_SY = np.array([r["recall_per_class"] for r in found])
         table.append(
             {
                 "row": row,
@@ -113,12 +124,12 @@ def work(stage: StageRun) -> dict[str, Any]:
                 "top1": top1.tolist(),
                 "num_seeds": len(found),
                 "seconds_per_student": float(np.mean([r["seconds"] for r in found])),
+                "recall_per_class": recall_SY.mean(axis=0).round(4).tolist(),
             }
         )
     return {
         "table": table,
         "student": asdict(config.evaluate),
-        "teacher_top1": stage.inputs["teacher"].metrics["top1"],
         "hardware": hardware(),
         **versions(),
         "seconds_in_core": round(sum(m.metrics["seconds_in_core"] for m in markers.values()), 3),
@@ -126,21 +137,12 @@ def work(stage: StageRun) -> dict[str, Any]:
 
 
 def open_worker(
-    device: torch.device,
-    *,
-    room: Room,
-    dataset_uri: str,
-    barycenter_room: Room,
-    source: Source,
-    train: Listed | None,
-    val: Listed,
-    config: DistillConfig,
+    device: torch.device, *, room: Room, sets: OpenSets, val: Listed, config: DistillConfig
 ) -> DoUnit:
     """Open the data set and the held-out images, and return the function that trains one student."""
-    dataset = DistilledDataset(dataset_uri)
-    teacher = dataset.teacher()
-    held_out = HeldOut(val, teacher.mean_C, teacher.std_C, device)
-    sets = TrainingSets(dataset, teacher, barycenter_room, source, train, config, device)
+    opened = sets(device)
+    shown = opened.input
+    held_out = HeldOut(val, shown.mean_C, shown.std_C, device)
 
     def do_unit(unit: str, report: Report) -> None:
         started = time.perf_counter()
@@ -148,16 +150,16 @@ def open_worker(
         if attempt is None:
             return
         row, labels, number = _parts_of(unit)
-        chosen = sets.get(row, labels)
+        chosen = opened.get(row, labels)
         in_core = time.perf_counter()
         # The seed is of the student alone: student 0 of every row starts from the same weights.
         seed = unit_seed(config.seed, "student", f"{number:03d}")
         torch.manual_seed(seed)
         network = build_network(
             config.evaluate.network,
-            num_classes=teacher.num_classes,
-            channels=teacher.channels,
-            image_size=teacher.image_size,
+            num_classes=shown.num_classes,
+            channels=shown.channels,
+            image_size=shown.image_size,
         ).to(device)
 
         keep = Checkpoints(room, unit, _STATE_EVERY_S)
@@ -176,7 +178,7 @@ def open_worker(
             chosen.weights_N,
             config.evaluate,
             epochs=chosen.epochs,
-            image_size=teacher.image_size,
+            image_size=shown.image_size,
             seed=seed,
             classes_N=chosen.classes_N,
             labels=labels,
@@ -185,7 +187,7 @@ def open_worker(
         )
         top1, top5 = accuracy(network, held_out)
         in_core = time.perf_counter() - in_core
-        per_class = _recall(network.eval(), held_out, teacher.num_classes)
+        per_class = _recall(network.eval(), held_out, shown.num_classes)
         result = StudentResult(
             row=row,
             arch=config.evaluate.network.arch,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from wmdd_ray.store.sources import Source
 
 _ALL_REAL_BYTES = 4 << 30
 # Labels of a baseline are kept for the next seed up to this many logits.
-_KEPT_LOGITS = 1 << 25
+KEPT_LOGITS = 1 << 25
 
 # Baselines of real images at the tiles' resolution, as many as the distilled set has tiles.
 TILED = ("random_tiles", "nearest_tiles")
@@ -45,8 +46,59 @@ class TrainingSet:
     epochs: int
 
 
+@dataclass(frozen=True)
+class Input:
+    """What a student is shown: square images, how they are normalized, and how many classes there are."""
+
+    num_classes: int
+    channels: int
+    image_size: int
+    mean_C: tuple[float, ...]
+    std_C: tuple[float, ...]
+
+    @classmethod
+    def of(cls, teacher: Teacher) -> Input:
+        """Return the input of a teacher, which its students share."""
+        return cls(
+            teacher.num_classes,
+            teacher.channels,
+            teacher.image_size,
+            teacher.mean_C,
+            teacher.std_C,
+        )
+
+
+class Sets(Protocol):
+    """What students are trained on, by the row of the table."""
+
+    @property
+    def input(self) -> Input:
+        """What they are shown."""
+
+    def get(self, row: str, labels: LabelKind) -> TrainingSet:
+        """Return the training set of a row."""
+
+
+OpenSets = Callable[[torch.device], Sets]
+"""Opens the sets in a worker, on its device. Picklable."""
+
+
+def open_sets(
+    device: torch.device,
+    *,
+    dataset_uri: str,
+    barycenter_room: Room,
+    source: Source,
+    train: Listed | None,
+    config: DistillConfig,
+) -> Sets:
+    """Open a run's distilled set and its baselines."""
+    dataset = DistilledDataset(dataset_uri)
+    return TrainingSets(dataset, dataset.teacher(), barycenter_room, source, train, config, device)
+
+
 class TrainingSets:
-    """Makes the training set of a row of the table; keeps the last one for the next seed."""
+    """Makes the training set of a row of a run's table; keeps the last one for the next seed."""
 
     def __init__(
         self,
@@ -63,6 +115,10 @@ class TrainingSets:
         self._config, self._device = config, device
         self._held: dict[tuple[str, LabelKind], TrainingSet] = {}
 
+    @property
+    def input(self) -> Input:
+        return Input.of(self._teacher)
+
     def get(self, row: str, labels: LabelKind) -> TrainingSet:
         """Return the training set of `distilled` or of a baseline (`EvaluateConfig.baselines`)."""
         if (row, labels) not in self._held:
@@ -77,11 +133,14 @@ class TrainingSets:
         if row == "distilled":
             pixels, weights_N = self._dataset.images, self._dataset.weights
             classes_N = self._dataset.labels
-            label_epoch: LabelEpoch = _cycled(self._dataset)
+            label_epoch: LabelEpoch = cycled(self._dataset)
         elif row == "all_real":
             assert self._train is not None
-            (pixels, classes_N), epochs = _all_real(self._train), config.evaluate.all_real_epochs
-            label_epoch = _fresh_labels(pixels, teacher, config, device)
+            (pixels, classes_N), epochs = (
+                load_all_real(self._train),
+                config.evaluate.all_real_epochs,
+            )
+            label_epoch = fresh_labels(pixels, teacher, config, device)
         else:
             # Whole images are fewer than tiles: as many more label epochs make as many views, labels and steps.
             tiles = config.recover.tiles if row in TILED else 1
@@ -101,16 +160,17 @@ class TrainingSets:
         if weights_N is None:
             weights_N = np.ones(len(pixels))
         if labels == "hard":
-            label_epoch = _hard_views(len(pixels), teacher.image_size, config)
+            label_epoch = hard_views(len(pixels), teacher.image_size, config)
         images = StoredImages(pixels, teacher.mean_C, teacher.std_C, device)
         return TrainingSet(images, classes_N, label_epoch, weights_N, epochs)
 
 
-def _cycled(dataset: DistilledDataset) -> LabelEpoch:
+def cycled(dataset: DistilledDataset) -> LabelEpoch:
+    """Return epoch -> the stored views and labels of a distilled set, again from the first after the last."""
     return lambda epoch: dataset.label_epoch(epoch % dataset.label_epochs)
 
 
-def _hard_views(num_images: int, image_size: int, config: DistillConfig) -> LabelEpoch:
+def hard_views(num_images: int, image_size: int, config: DistillConfig) -> LabelEpoch:
     """Return epoch -> views for hard labels, which need no teacher."""
     seed, views = unit_seed(config.seed, "hard_views", ""), config.evaluate.hard_views
     return lambda epoch: (
@@ -119,7 +179,8 @@ def _hard_views(num_images: int, image_size: int, config: DistillConfig) -> Labe
     )
 
 
-def _all_real(train: Listed) -> tuple[np.ndarray, np.ndarray]:
+def load_all_real(train: Listed) -> tuple[np.ndarray, np.ndarray]:
+    """Return all real images and their classes; a ConfigError when they are too large for one worker."""
     loaded = train.load(_ALL_REAL_BYTES)
     if loaded is None:
         raise ConfigError(
@@ -147,7 +208,7 @@ def _baseline_images(
     return shrink(np.concatenate(chosen), tile_side(config.source.image_size, config.recover.tiles))
 
 
-def _logits(
+def logits_of(
     network: torch.nn.Module,
     images: StoredImages,
     views: Views,
@@ -166,7 +227,7 @@ def _logits(
     )
 
 
-def _fresh_labels(
+def fresh_labels(
     pixels_NHWC: np.ndarray, teacher: Teacher, config: DistillConfig, device: torch.device
 ) -> LabelEpoch:
     """Return epoch -> new views of all images and the teacher's logits, made when asked for."""
@@ -178,7 +239,7 @@ def _fresh_labels(
         views = draw_views(
             len(images), teacher.image_size, config.relabel.views, seed=seed, epoch=epoch
         )
-        return views, _logits(network, images, views, teacher, config)
+        return views, logits_of(network, images, views, teacher, config)
 
     return label_epoch
 
@@ -194,7 +255,7 @@ def _stored_labels(
         for epoch in epochs:
             slices_of_epoch.setdefault(epoch, []).append((unit.partition("-s")[2], labels))
     kept: dict[int, tuple[Views, np.ndarray | None]] = {}
-    keep = len(images) * config.relabel.epochs * teacher.num_classes <= _KEPT_LOGITS
+    keep = len(images) * config.relabel.epochs * teacher.num_classes <= KEPT_LOGITS
 
     def label_epoch(epoch: int) -> tuple[Views, np.ndarray | None]:
         epoch %= config.relabel.epochs
@@ -209,7 +270,7 @@ def _stored_labels(
             )
             parts.append(renamed(drawn, index_N.astype(np.int32)))
         views = concatenate_views(parts)
-        logits_VY = _logits(network, images, views, teacher, config)
+        logits_VY = logits_of(network, images, views, teacher, config)
         found = views, decompress(compress(logits_VY, config.relabel))
         if keep:
             kept[epoch] = found

@@ -1,0 +1,479 @@
+"""Test a distilled set: `python jobs/evaluate.py URI --students resnet18,mobilenet_v2 --seeds 3 --labels soft,hard`.
+
+Trains students from scratch on the set alone and tests them once, after the last epoch, on held-out real images. The set is one
+of ours (`dataset/` of a run, or the run) or labelled images that somebody else distilled: class folders, WebDataset shards,
+Parquet. Images of others have soft labels when --teacher is given, which is measured first. The URI comes first.
+
+Ours bring their held-out images along by name (--data, --val-data are for those that moved), their input size and
+normalization; the student's recipe is that of the recipe they were made by. Every option of it is an --evaluate option.
+Results are committed under --out, a folder a student; the same command again goes on or prints them, and results.json holds
+all of them, sealed. Exit codes are those of jobs/distill.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_args
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import tyro
+
+from jobs import distill
+from wmdd_ray.card import results_table
+from wmdd_ray.config import (
+    Arch,
+    DistillConfig,
+    EvaluateConfig,
+    LabelKind,
+    NetworkConfig,
+    RelabelConfig,
+    Resources,
+    SourceConfig,
+    ViewConfig,
+    refuse_secrets,
+)
+from wmdd_ray.errors import ConfigError, DataError
+from wmdd_ray.progress import StageLine, duration
+from wmdd_ray.recipes import RECIPES, recipe_of
+from wmdd_ray.rooms import Room, StageCommit
+from wmdd_ray.run import Run, run_pipeline
+from wmdd_ray.store import codecs
+from wmdd_ray.store.documents import seal
+from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.sources import Source, open_source
+
+RESULTS_KEY = "results.json"
+# Larger images have strided stems, in the literature as in torchvision.
+_SMALL_PIXELS = 64
+_BASELINES = ("random_real", "all_real")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Options of the job."""
+
+    uri: Annotated[str, tyro.conf.Positional]
+    """The distilled set: a path or a URI. It comes before all options."""
+    students: tuple[str, ...] = ("convnet3",)
+    """Architectures, with commas or spaces between them: convnet3, resnet18, resnet50, mobilenet_v2, vit_tiny."""
+    seeds: int | None = None
+    """Students of each row; short for --evaluate.num-seeds."""
+    labels: tuple[str, ...] = ()
+    """`soft`, `hard`, or both with a comma; short for --evaluate.labels. Absent: what the set has."""
+    baselines: tuple[str, ...] = ()
+    """Rows of real training images beside the set's, under the same recipe, views and teacher: `random_real` (as many a class),
+    `all_real`. They need --data unless the set tells where its real images are."""
+    data: str | None = None
+    """Real training images, for baselines, and held-out ones where the layout has both (`digits`, IDX, folders train/ and val/).
+    Absent: for a set of ours what it was distilled from."""
+    val_data: str | None = None
+    """Held-out images, where --data does not bring them."""
+    classes: Literal["names", "order"] = "names"
+    """How the classes of a foreign set are matched with the held-out images': by name, or class k with class k whatever they are
+    called (`new000`, `0_cat`)."""
+    teacher: str | None = None
+    """Teacher for soft labels of a foreign set: a run or its teacher/ folder, `torchvision:WEIGHTS`, or a checkpoint file."""
+    recipe: str | None = None
+    """Recipe of jobs/distill.py whose student, views and input are the defaults. Absent: for a set of ours its own."""
+    out: str | None = None
+    """Where results go: a path, or a URI that all nodes see. Absent: evaluate-NAME beside the runs of jobs/distill.py."""
+    overwrite: bool = False
+    """Replace results that were made with other options."""
+    allow_unsafe_commits: bool = False
+    """Work on a store that ignores conditional writes."""
+    verbose: bool = False
+    """Show Ray's and the workers' log lines, and whole tracebacks."""
+    seed: int = 0
+    """Seed of everything random."""
+    source: SourceConfig = field(default_factory=SourceConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    """How views are drawn for soft labels that are not stored: of a foreign set, and of all real images."""
+    teacher_network: NetworkConfig = field(default_factory=NetworkConfig)
+    """Architecture of a --teacher that is a checkpoint file."""
+    evaluate: EvaluateConfig = field(default_factory=lambda: EvaluateConfig(baselines=()))
+    resources: Annotated[Resources, tyro.conf.arg(name="")] = field(default_factory=Resources)
+
+    def __post_init__(self) -> None:
+        for option in ("uri", "data", "val_data", "teacher", "out"):
+            refuse_secrets(option.replace("_", "-"), getattr(self, option))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A job made complete: the set, the configuration of its students, their architectures, and where results go."""
+
+    job: Job
+    own: Any  # given_set.OwnSet, or None for a foreign set
+    class_names: tuple[str, ...] | None
+    config: DistillConfig
+    students: tuple[Arch, ...]
+    out: str
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job and return its exit code."""
+    signal.signal(signal.SIGTERM, distill._terminate)
+    try:
+        asked = parse(arguments)
+        logging.basicConfig(
+            level=logging.INFO if asked.job.verbose else logging.WARNING,
+            format="%(name)s: %(message)s",
+        )
+        return evaluate(asked)
+    except BaseException as error:
+        if isinstance(error, Exception) and "--verbose" in arguments:
+            logging.exception("the job ends here")
+        ending = distill._ending_of(error)
+        if ending is None:
+            raise
+        code, text = ending
+        print(f"\n{text}", file=sys.stderr)
+        return code
+
+
+def parse(arguments: list[str]) -> Asked:
+    """Return what a command line asks for: defaults come from the set, its recipe and the teacher."""
+    if {"-h", "--help"} & {*arguments}:
+        tyro.cli(Job, args=arguments, description=__doc__)
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigError(
+            "expected the URI of a distilled set before all options, as in: jobs/evaluate.py runs/digits-ipc10 --seeds 3"
+        )
+    # Imported here: they load torch, which a wrong option should not have to wait for.
+    from wmdd_ray.stages.given_set import own_set
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--recipe", "--teacher", "--source.image-size", "--evaluate.epochs"):
+        first.add_argument(option)
+    known, _ = first.parse_known_args(arguments[1:])
+    refuse_secrets("uri", arguments[0])
+    own = own_set(arguments[0])
+    class_names = None if own is None else own.class_names
+    name, ipc = known.recipe, 10
+    if own is not None:
+        ipc = own.meta["ipc"]
+        name = name or (own.meta["provenance"]["recipe"] if own.meta["provenance"]["recipe"] in RECIPES else None)  # fmt: skip
+    base = recipe_of(name, ipc) if name else DistillConfig(evaluate=EvaluateConfig())
+    source = base.source
+    if own is not None:
+        source = _source_of_ours(own, source)
+    elif known.teacher is not None and (teacher := _committed_teacher(known.teacher)) is not None:
+        class_names = teacher.class_names
+        source = replace(
+            source,
+            format="auto",
+            image_size=teacher.image_size,
+            resize=teacher.resize,
+            channels=cast(Any, teacher.channels),
+            mean=teacher.mean_C,
+            std=teacher.std_C,
+        )
+    else:
+        source = replace(source, format="auto")
+        size = vars(known)["source.image_size"]
+        if size is not None and size.isdecimal():
+            side = max(8, int(size))
+            source = replace(source, image_size=side, resize=max(side, source.resize))
+    network = replace(base.evaluate.network, small_stem=source.image_size <= _SMALL_PIXELS)
+    default = Job(
+        uri=arguments[0],
+        students=(network.arch,),
+        source=source,
+        views=base.relabel.views,
+        evaluate=replace(base.evaluate, network=network, baselines=()),
+    )
+    job = tyro.cli(Job, args=arguments, default=default, description=__doc__)
+    return _completed(job, own, class_names, source)
+
+
+def _source_of_ours(own: Any, recipe: SourceConfig) -> SourceConfig:
+    """Return how real images are brought to the input of a set of ours."""
+    meta = own.meta
+    teacher = codecs.decode_teacher(Store(own.uri).get("teacher.safetensors"))
+    return replace(
+        recipe,
+        format="auto",
+        image_size=meta["image_size"],
+        resize=teacher.resize,
+        channels=meta["channels"],
+        mean=tuple(meta["mean"]),
+        std=tuple(meta["std"]),
+    )
+
+
+def _committed_teacher(spec: str) -> Any:
+    """Return the teacher of a run or a teacher room; None when `spec` is another kind of teacher."""
+    if spec.startswith("torchvision:"):
+        return None
+    for room in (Room(Store(spec), ""), Room(Store(spec), "teacher")):
+        commit = room.read_commit()
+        if commit is not None:
+            return codecs.decode_teacher(room.read(commit.file("teacher.safetensors")))
+    return None
+
+
+def _completed(
+    job: Job, own: Any, class_names: tuple[str, ...] | None, source: SourceConfig
+) -> Asked:
+    """Return the job with its short options filled in, or a ConfigError that says which of them cannot be."""
+    students = cast(tuple[Arch, ...], _among("students", job.students, get_args(Arch)))
+    labels = _among("labels", job.labels, get_args(LabelKind)) if job.labels else ()
+    baselines = _among("baselines", (*job.baselines, *job.evaluate.baselines), _BASELINES)
+    if own is not None:
+        for option in ("image_size", "channels", "mean", "std"):
+            if getattr(job.source, option) != getattr(source, option):
+                raise ConfigError(
+                    f"--source.{option.replace('_', '-')}: expected {getattr(source, option)}, which the images and the teacher of "
+                    f"{own.uri} are made for, got {getattr(job.source, option)}"
+                )
+        if job.teacher is not None:
+            raise ConfigError(
+                f"--teacher {job.teacher}: expected none, for {own.uri} brings its own teacher and labels; to label its images by "
+                "another, export them (jobs/export.py --format imagefolder) and evaluate those"
+            )
+    elif not labels:
+        labels = ("soft", "hard") if job.teacher is not None else ("hard",)
+    elif "soft" in labels and job.teacher is None:
+        raise ConfigError(
+            f"--labels soft: {job.uri} brings images and classes only; pass --teacher (a run, torchvision:WEIGHTS, or a checkpoint "
+            "file) for soft labels, or --labels hard"
+        )
+    evaluate = replace(
+        job.evaluate,
+        labels=cast(tuple[LabelKind, ...], labels or job.evaluate.labels),
+        num_seeds=job.evaluate.num_seeds if job.seeds is None else job.seeds,
+        baselines=cast(Any, baselines),
+    )
+    data = job.data or (own.meta["source"]["uri"] if own is not None else None)
+    if baselines and data is None:
+        raise ConfigError(
+            f"--baselines {','.join(baselines)}: expected --data with the real training images"
+        )
+    label_epochs = own.meta["label_epochs"] if own is not None else evaluate.epochs
+    config = DistillConfig(
+        recipe=job.recipe or (own.meta["provenance"]["recipe"] if own is not None else "none"),
+        seed=job.seed,
+        data=data or job.uri,
+        val_data=job.val_data,
+        teacher=job.teacher,
+        source=job.source,
+        squeeze=replace(DistillConfig().squeeze, network=job.teacher_network),
+        relabel=RelabelConfig(epochs=label_epochs, views=job.views, **_stored_as(own)),
+        evaluate=evaluate,
+    )
+    return Asked(
+        job=job,
+        own=own,
+        class_names=class_names,
+        config=config,
+        students=students,
+        out=job.out or default_out(own.uri if own is not None else job.uri),
+    )
+
+
+def _stored_as(own: Any) -> dict[str, Any]:
+    """Return how the labels of a set of ours are stored: those of baselines are rounded alike."""
+    told = own.meta.get("labels", {}) if own is not None else {}
+    return {
+        name: told[name]
+        for name in ("compression", "top_k", "precision", "step", "batch_size")
+        if name in told
+    }
+
+
+def _among(option: str, given: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """Return the names in a list with commas or spaces, each once; a ConfigError lists those there are."""
+    names = tuple(dict.fromkeys(name for text in given for name in text.split(",") if name))
+    unknown = [name for name in names if name not in known]
+    if unknown or (given and not names):
+        raise ConfigError(
+            f"--{option}: expected names among {', '.join(known)}, with commas between them, got {', '.join(unknown) or given[0]!r}"
+        )
+    return names
+
+
+def default_out(uri: str) -> str:
+    """Return where results go when --out is absent."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", "/".join(uri.rstrip("/").split("/")[-2:])).strip("-.")
+    root = distill.default_out(DistillConfig())
+    return f"{root.rpartition('/')[0]}/evaluate-{name.removesuffix('-dataset')}"
+
+
+def evaluate(asked: Asked) -> int:
+    """Train and test the students that are missing, and print the table."""
+    started = time.monotonic()
+    from wmdd_ray.stages.given_set import stages
+    from wmdd_ray.stages.train_groups import sweep_notes
+
+    run = open_run(asked)
+    real = run.source("real").fingerprint() if asked.config.evaluate.baselines else None
+    code = 1
+    try:
+        commits = run_pipeline(
+            run, stages(asked.config, asked.students, real), overwrite=asked.job.overwrite
+        )
+        sweep_notes(run)
+        code = 0
+    except BaseException as error:
+        code, _ = distill._ending_of(error) or (1, "")
+        raise
+    finally:
+        run.end(code)
+    table = [
+        {"student": student, **row}
+        for student in asked.students
+        for row in commits[student].metrics["table"]
+    ]
+    write_results(run, asked, commits, table)
+    print_summary(run, asked, commits, table, time.monotonic() - started)
+    return 0
+
+
+def open_run(asked: Asked) -> Run:
+    """Return the run of a job; nothing is read or started yet."""
+    job, config = asked.job, asked.config
+
+    def names() -> tuple[str, ...]:
+        """Return the classes in the order of the labels: the set's, the teacher's, or the real images'."""
+        if asked.class_names is not None:
+            return asked.class_names
+        if job.data is not None:
+            return open_source(job.data, config.source, split="train").class_names
+        return open_source(
+            job.val_data or job.uri, config.source, split="val", dedicated=job.val_data is not None
+        ).class_names
+
+    def open_split(split: str) -> Any:
+        if split == "train":
+            return asked.own or foreign_set(asked, names())
+        if split == "real":
+            return open_source(
+                config.data,
+                config.source,
+                split="train",
+                class_names=run.source("train").class_names,
+            )
+        return open_source(
+            config.val_data or config.data,
+            config.source,
+            split="val",
+            class_names=run.source("train").class_names,
+            dedicated=config.val_data is not None,
+        )
+
+    def connect() -> None:
+        from wmdd_ray.stages.cluster import connect
+
+        try:
+            connect(asked.out, verbose=job.verbose)
+        except SystemExit as ended:  # by the handler that Ray has put in, and only while it joins
+            raise distill._Terminated from ended
+        signal.signal(signal.SIGTERM, distill._terminate)
+
+    run = Run(
+        store=Store(asked.out),
+        config=config,
+        resources=job.resources,
+        open_source=open_split,
+        # The longest name of an architecture would touch the numbers.
+        progress=lambda name: StageLine(f"{name:<13}"),
+        connect=connect,
+        unsafe_commits=job.allow_unsafe_commits,
+    )
+    return run
+
+
+def foreign_set(asked: Asked, names: tuple[str, ...]) -> Source:
+    """Return the images that somebody else distilled, with their classes matched to `names`."""
+    job, source = asked.job, asked.config.source
+    if job.classes == "names":
+        return open_source(job.uri, source, split="train", class_names=names)
+    found = open_source(job.uri, source, split="train")
+    if len(found.class_names) != len(names):
+        raise DataError(
+            f"--classes order: expected {len(names)} classes as the held-out images have, found {len(found.class_names)} in "
+            f"{job.uri}"
+        )
+    found.class_names = names
+    return found
+
+
+def write_results(
+    run: Run, asked: Asked, commits: dict[str, StageCommit], table: list[dict[str, Any]]
+) -> None:
+    """Store all results as one sealed document."""
+    given, teacher = run.source("train"), commits.get("teacher")
+    document = {
+        "set": {
+            "uri": asked.own.uri if asked.own is not None else asked.job.uri,
+            "fingerprint": given.fingerprint(),
+            "ours": asked.own is not None,
+            "class_names": list(given.class_names),
+        },
+        "held_out": {
+            "uri": asked.config.val_data or asked.config.data,
+            "fingerprint": run.source("val").fingerprint(),
+        },
+        "teacher": teacher_told(asked, teacher),
+        "seeds": list(range(asked.config.evaluate.num_seeds)),
+        "students": {
+            student: {
+                name: commits[student].metrics[name]
+                for name in ("student", "hardware", "versions", "git_revision")
+            }
+            | {"fingerprint": commits[student].fingerprint, "options": commits[student].options}
+            for student in asked.students
+        },
+        "table": table,
+    }
+    run.store.put(RESULTS_KEY, seal(document))
+
+
+def teacher_told(asked: Asked, teacher: StageCommit | None) -> dict[str, Any] | None:
+    """Return whose soft labels they are, and its top-1 on held-out images."""
+    if asked.own is not None:
+        return {"uri": asked.own.uri, "top1": asked.own.meta["teacher_top1"]}
+    if teacher is None:
+        return None
+    return {
+        "uri": asked.job.teacher,
+        "top1": teacher.metrics["top1"],
+        "sha256": teacher.file("teacher.safetensors").sha256,
+    }
+
+
+def print_summary(
+    run: Run,
+    asked: Asked,
+    commits: dict[str, StageCommit],
+    table: list[dict[str, Any]],
+    seconds: float,
+) -> None:
+    """Print what was tested, the table, and where it lies."""
+    teacher = teacher_told(asked, commits.get("teacher"))
+    recipe = asked.config.evaluate
+    uri = asked.own.uri if asked.own is not None else asked.job.uri
+    print()
+    print(f"set             {uri}")
+    if teacher is not None:
+        print(f"teacher         top-1 {100 * teacher['top1']:.1f} % ({teacher['uri']})")
+    print(
+        f"students        from scratch, {recipe.optimizer} at {recipe.learning_rate:g}, batches of {recipe.batch_size}; tested on "
+        f"held-out images after the last epoch; mean ± standard deviation over {recipe.num_seeds} seeds\n"
+    )
+    print(results_table(table))
+    print(f"\nresults         {run.store.uri}/{RESULTS_KEY}")
+    print(f"this run took   {duration(seconds)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,88 @@
+"""Export a distilled set for other libraries: `python jobs/export.py runs/digits-ipc10/dataset --out digits --format imagefolder`.
+
+Writes image folders (torchvision), WebDataset tar shards, or a Hugging Face data set, with the PNG files as they are, weights,
+class names, provenance and a card. The same command again finds its work done; a folder with anything else in it is refused.
+Exit codes: 0 done, 2 an option is wrong or the output holds something else, 5 storage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import tyro
+
+from wmdd_ray.card import size
+from wmdd_ray.config import LabelKind, refuse_secrets
+from wmdd_ray.errors import WmddError
+from wmdd_ray.export import Export, Format, export
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Options of the job."""
+
+    uri: Annotated[str, tyro.conf.Positional]
+    """`dataset/` folder of a finished run: a path, `s3://`, or any URI that fsspec knows."""
+    out: str
+    """Where to write, likewise; an empty place, or one that the same command wrote."""
+    layout: Annotated[Format, tyro.conf.arg(name="format")]
+    """`imagefolder`: CLASS/*.png, metadata.jsonl. `webdataset`: train-*.tar of KEY.png, KEY.cls, KEY.json. `huggingface`: Parquet
+    files that `datasets.load_dataset` opens with class names."""
+    labels: LabelKind = "hard"
+    """`hard` is the class alone; `soft` adds the teacher's logits on every whole image."""
+    license: str | None = None
+    """License identifier for the card as Hugging Face lists them; absent: what the set says, else `other`."""
+
+    def __post_init__(self) -> None:
+        refuse_secrets("uri", self.uri)
+        refuse_secrets("out", self.out)
+
+
+_OPENED_BY = {
+    "imagefolder": 'torchvision.datasets.ImageFolder("{uri}")',
+    "webdataset": 'webdataset.WebDataset("{uri}/{shards}", shardshuffle=False).decode("pil")',
+    "huggingface": 'datasets.load_dataset("{uri}", split="train")',
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job and return its exit code."""
+    try:
+        job = tyro.cli(Job, args=arguments, description=__doc__)
+        done = export(job.uri, job.out, job.layout, labels=job.labels, license_name=job.license)
+    except WmddError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to finish", file=sys.stderr)
+        return 130
+    show(job, done)
+    return 0
+
+
+def show(job: Job, done: Export) -> None:
+    """Print what lies where, and how it is opened."""
+    total = sum(entry.size_bytes for entry in done.files)
+    print(f"{'found exported' if done.found else 'exported':<16}{done.uri}")
+    print(
+        f"{'images':<16}{done.num_images} of {done.num_classes} classes, {done.side} x {done.side} px; {len(done.files)} files, "
+        f"{size(total)}"
+    )
+    if done.tiles > 1:
+        print(
+            f"{'tiles':<16}{done.tiles} x {done.tiles} images of each stored one, cut apart as students see them"
+        )
+    shards = sorted(entry.key for entry in done.files if entry.key.endswith(".tar"))
+    names = shards[0] if len(shards) == 1 else ""
+    if len(shards) > 1:
+        names = f"train-{{{shards[0][6:-4]}..{shards[-1][6:-4]}}}.tar"
+    print(f"{'opened by':<16}{_OPENED_BY[job.layout].format(uri=done.uri, shards=names)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

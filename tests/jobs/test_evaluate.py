@@ -1,0 +1,345 @@
+"""Any distilled set, tested: ours and somebody else's, by the same students as a run's own."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from jobs import evaluate
+from tests.conftest import S3Uri
+from tests.stages.tiny import FinishedRun
+from wmdd_ray.config import DistillConfig, RelabelConfig, SourceConfig, ViewConfig
+from wmdd_ray.core.views import draw_views
+from wmdd_ray.errors import DataError
+from wmdd_ray.export import export
+from wmdd_ray.stages.given_set import Given, GivenSets, random_real
+from wmdd_ray.stages.held_out import Listed
+from wmdd_ray.stages.training_sets import Input
+from wmdd_ray.store import documents
+from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.images import encode_png
+from wmdd_ray.store.sources import load_images, open_source
+
+# The student of the tiny run, in the driver.
+STUDENT = (
+    "--students", "convnet3", "--evaluate.network.width", "8", "--evaluate.epochs", "2",
+    "--evaluate.all-real-epochs", "1", "--num-workers", "0",
+)  # fmt: skip
+SOURCE = SourceConfig(image_size=16, resize=16, channels=1, mean=(0.5,), std=(0.5,))
+
+
+def typed(uri: Path | str, out: Path | str, *options: str) -> int:
+    return evaluate.main([str(uri), "--out", str(out), *STUDENT, *options])
+
+
+def results(out: Path | str) -> dict[str, Any]:
+    return documents.read_sealed(Store(str(out)), "results.json")
+
+
+def top1(out: Path | str) -> dict[tuple[str, str], list[float]]:
+    return {(row["row"], row["labels"]): row["top1"] for row in results(out)["table"]}
+
+
+def of_run(finished_run: FinishedRun, row: str) -> list[float]:
+    """Return the accuracies of the run's own students."""
+    folder = finished_run.out / "evaluation" / "results"
+    return [json.loads(p.read_text())["top1"] for p in sorted(folder.glob(f"{row}-soft-*"))]
+
+
+@pytest.fixture(scope="module")
+def ours(
+    finished_run: FinishedRun, ray_local: None, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny run's set, tested with every row."""
+    out = tmp_path_factory.mktemp("ours") / "out"
+    rows = ("--seeds", "2", "--labels", "soft,hard", "--baselines", "random_real,all_real")
+    assert typed(finished_run.out, out, *rows) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(finished_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny run's images as somebody else would hand them on: class folders."""
+    out = tmp_path_factory.mktemp("foreign") / "images"
+    export(str(finished_run.out / "dataset"), str(out), "imagefolder")
+    return out
+
+
+@pytest.mark.slow
+def test_students_of_our_sets_are_those_of_the_run_itself(
+    ours: Path, finished_run: FinishedRun
+) -> None:
+    found = top1(ours)
+    assert found["distilled", "soft"] == of_run(finished_run, "distilled")
+    assert found["all_real", "soft"] == of_run(finished_run, "all_real")
+    assert found.keys() == {
+        (row, labels) for row in ("distilled", "random_real", "all_real") for labels in ("soft", "hard")
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_results_are_sealed_with_recipe_teacher_versions_seeds_and_recall_per_class(
+    ours: Path, finished_run: FinishedRun
+) -> None:
+    found = results(ours)
+    assert found["seeds"] == [0, 1]
+    assert found["set"]["ours"] and found["set"]["uri"] == f"{finished_run.out}/dataset"
+    assert 0.3 < found["teacher"]["top1"] <= 1
+    student = found["students"]["convnet3"]
+    assert student["student"]["network"]["width"] == 8
+    assert student["versions"]["torch"] == torch.__version__.partition("+")[0]
+    val = open_source("digits", SOURCE, split="val")
+    loaded = load_images(val, SOURCE, 1 << 24)
+    assert loaded is not None
+    share_Y = np.bincount(loaded[1], minlength=10) / len(loaded[1])
+    for row in found["table"]:
+        assert row["student"] == "convnet3"
+        assert row["top1_mean"] == pytest.approx(np.mean(row["top1"]))
+        # Weighted by its images, the recall of the classes is the accuracy.
+        assert np.dot(share_Y, row["recall_per_class"]) == pytest.approx(row["top1_mean"], abs=1e-3)
+    content = (ours / "results.json").read_bytes()
+    assert documents.unseal(content, "results.json") == found
+
+
+@pytest.mark.slow
+def test_the_same_command_again_prints_the_table_and_trains_nobody(
+    ours: Path, finished_run: FinishedRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {
+        p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (ours / "convnet3").rglob("*.json")
+    }
+    rows = ("--seeds", "2", "--labels", "soft", "hard", "--baselines", "random_real", "all_real")
+    assert typed(finished_run.out / "dataset", ours, *rows) == 0
+    said = capsys.readouterr()
+    assert "found committed" in said.err
+    assert "| images | passes | top-1 %, soft labels | top-1 %, hard labels | seeds |" in said.out
+    assert "| convnet3 | (a) distilled set | 40 | 2 |" in said.out
+    assert "| convnet3 | (d) all real images | 1437 | 1 |" in said.out
+    assert "after the last epoch; mean ± standard deviation over 2 seeds" in said.out
+    after = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (ours / "convnet3").rglob("*.json")}
+    assert after == before
+
+
+@pytest.mark.slow
+def test_other_options_are_refused_by_name(
+    ours: Path, finished_run: FinishedRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert typed(finished_run.out, ours, "--seeds", "3", "--labels", "soft") == 2
+    error = capsys.readouterr().err
+    assert "evaluate.num_seeds=2 (this run asks for 3)" in error and "--overwrite" in error
+
+
+@pytest.mark.slow
+def test_an_interrupted_test_trains_the_missing_students_alone(
+    ours: Path, finished_run: FinishedRun, tmp_path: Path
+) -> None:
+    out = shutil.copytree(ours, tmp_path / "out")
+    for lost in (
+        "stage.json",
+        "units/distilled-soft-s001.json",
+        "results/distilled-soft-s001.json",
+    ):
+        (out / "convnet3" / lost).unlink()
+    (out / "results.json").unlink()
+    kept = out / "convnet3" / "units" / "distilled-soft-s000.json"
+    before = kept.read_bytes()
+    rows = ("--seeds", "2", "--labels", "soft,hard", "--baselines", "random_real,all_real")
+    assert typed(finished_run.out, out, *rows) == 0
+    assert top1(out) == top1(ours)
+    assert kept.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_images_of_others_with_the_same_teacher_have_the_students_of_the_set_they_are_from(
+    folder: Path, ours: Path, finished_run: FinishedRun, tmp_path: Path
+) -> None:
+    rows = ("--seeds", "2", "--baselines", "random_real", "--data", "digits", "--recipe", "digits")
+    assert typed(folder, tmp_path / "out", "--teacher", str(finished_run.out), *rows) == 0
+    found, expected = top1(tmp_path / "out"), top1(ours)
+    assert found == {key: expected[key] for key in found} and len(found) == 4
+    teacher = results(tmp_path / "out")["teacher"]
+    assert teacher["uri"] == str(finished_run.out)
+    assert teacher["top1"] == results(ours)["teacher"]["top1"]
+
+
+# Long enough that a student with its classes exchanged would fail.
+LONG = ("--seeds", "1", "--evaluate.epochs", "60")
+HARD = (
+    *LONG, "--recipe", "digits", "--source.image-size", "16", "--source.resize", "16",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hard(
+    finished_run: FinishedRun, ray_local: None, tmp_path_factory: pytest.TempPathFactory
+) -> list[float]:
+    """Accuracies of a student with the hard labels of the tiny run's set."""
+    out = tmp_path_factory.mktemp("hard") / "out"
+    assert typed(finished_run.out, out, *LONG, "--labels", "hard") == 0
+    found = top1(out)["distilled", "hard"]
+    assert found[0] > 0.4
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["webdataset", "huggingface"])
+def test_images_of_others_have_hard_labels_without_a_teacher_in_every_format(
+    layout: Any, hard: list[float], finished_run: FinishedRun, tmp_path: Path
+) -> None:
+    export(str(finished_run.out / "dataset"), str(tmp_path / "set"), layout)
+    assert typed(tmp_path / "set", tmp_path / "out", *HARD, "--val-data", "digits") == 0
+    assert top1(tmp_path / "out") == {("distilled", "hard"): hard}
+    assert results(tmp_path / "out")["teacher"] is None
+
+
+@pytest.mark.slow
+def test_classes_of_other_names_are_refused_by_name_and_taken_in_order_when_told_so(
+    folder: Path, hard: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    renamed = tmp_path / "renamed"
+    for label in range(10):
+        shutil.copytree(folder / str(label), renamed / f"new{label:03d}")
+    assert typed(renamed, tmp_path / "out", *HARD, "--data", "digits") == 4
+    assert "'new000'" in capsys.readouterr().err
+    in_order = (*HARD, "--data", "digits", "--classes", "order")
+    assert typed(renamed, tmp_path / "out", *in_order) == 0
+    assert top1(tmp_path / "out")["distilled", "hard"] == hard
+    shutil.rmtree(renamed / "new009")
+    assert typed(renamed, tmp_path / "other", *in_order) == 4
+    assert "expected 10 classes as the held-out images have, found 9" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_set_and_results_may_lie_in_object_storage(
+    finished_run: FinishedRun, ray_local: None, s3_server: S3Uri
+) -> None:
+    uri = s3_server()
+    for path in (finished_run.out / "dataset").rglob("*"):
+        if path.is_file():
+            key = path.relative_to(finished_run.out).as_posix()
+            Store(uri).put(key, path.read_bytes())
+    assert typed(uri, f"{uri}/tested", "--seeds", "1", "--labels", "soft") == 0
+    expected = of_run(finished_run, "distilled")[:1]
+    assert top1(f"{uri}/tested") == {("distilled", "soft"): expected}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            ("--students", "resnet18,resnet19"),
+            "--students: expected names among convnet3, resnet18",
+        ),
+        (("--labels", "medium"), "--labels: expected names among soft, hard"),
+        (
+            ("--baselines", "nearest_real"),
+            "--baselines: expected names among random_real, all_real",
+        ),
+        (("--teacher", "runs/x"), "brings its own teacher and labels"),
+        (("--source.mean", "0.5"), "--source.mean: expected (0."),
+        (("--source.image-size", "8"), "--source.image-size: expected 16"),
+        (("--evaluate.epochs", "7"), "at most the 6 stored label epochs"),
+        (("--val-data", "s3://user:secret@bucket/x"), "a URI without a password"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(
+    options: tuple[str, ...], told: str, finished_run: FinishedRun, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert typed(finished_run.out, tmp_path / "out", *options) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "code", "told"),
+    [
+        (("--labels", "soft"), 2, "pass --teacher"),
+        (("--baselines", "all_real"), 2, "expected --data"),
+        ((), 4, "pass held-out images as --val-data"),
+        (("--data", "/nowhere/at/all"), 4, "/nowhere/at/all"),
+    ],
+)
+def test_what_a_foreign_set_does_not_bring_is_asked_for(
+    options: tuple[str, ...], code: int, told: str, folder: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert typed(folder, tmp_path / "out", *options) == code
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--seeds", "3", "runs/x"]])
+def test_the_uri_comes_first(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main(arguments) == 2
+    assert "expected the URI of a distilled set before all options" in capsys.readouterr().err
+
+
+def test_a_name_with_dataset_in_it_has_its_own_default_place() -> None:
+    assert evaluate.default_out("s3://b/runs/fm-ipc10/dataset") == "runs/evaluate-fm-ipc10"
+    assert evaluate.default_out("/data/other people/sre2l/") == "runs/evaluate-other-people-sre2l"
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some real digits of every class in a tar shard, which can only be read through."""
+    root = tmp_path_factory.mktemp("tars")
+    loaded = load_images(open_source("digits", SOURCE, split="train"), SOURCE, 1 << 24)
+    assert loaded is not None
+    with tarfile.open(root / "train-0.tar", "w") as archive:
+        for i in range(0, len(loaded[1]), 7):
+            members = {"png": encode_png(loaded[2][i]), "cls": str(loaded[1][i]).encode()}
+            for ending, content in members.items():
+                member = tarfile.TarInfo(f"{i:05d}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return root
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["by key", "in passing"])
+def test_random_real_images_are_of_their_class_distinct_and_the_same_for_a_seed(
+    packed: bool, tars: Path
+) -> None:
+    source = open_source(str(tars) if packed else "digits", SOURCE, split="train")
+    real = Listed.of(source, SOURCE)
+    loaded = load_images(source, SOURCE, 1 << 24)
+    assert loaded is not None
+    label_of = {image.tobytes(): label for label, image in zip(loaded[1], loaded[2], strict=True)}
+    classes_N = np.array([3, 3, 3, 0, 7, 7, 0])
+    found = random_real(real, classes_N, seed=5)
+    assert [label_of[image.tobytes()] for image in found] == classes_N.tolist()
+    assert len({image.tobytes() for image in found}) == len(found)
+    np.testing.assert_array_equal(found, random_real(real, classes_N, seed=5))
+    assert (found != random_real(real, classes_N, seed=6)).any()
+    with pytest.raises(DataError, match=r'class 3 \("3"\) has \d+ readable images, the distilled'):
+        random_real(real, np.full(5000, 3), seed=5)
+
+
+def test_whole_images_get_the_views_of_all_tiles_in_as_many_more_passes() -> None:
+    stored = [draw_views(16, 8, ViewConfig(), seed=1, epoch=e) for e in range(2)]
+    given = Given(
+        pixels_NHWC=np.zeros((16, 4, 4, 1), dtype=np.uint8),
+        classes_N=np.repeat([0, 1], 8),
+        weights_N=np.ones(16),
+        tiles=2,
+        stored=lambda epoch: (stored[epoch], None),
+        label_epochs=2,
+    )
+    config = DistillConfig(relabel=RelabelConfig(epochs=300))
+    shown = Input(2, 1, 8, (0.5,), (0.5,))
+    sets = GivenSets(given, shown, None, None, config, torch.device("cpu"))
+    seen = [sets._views(epoch) for epoch in range(8)]
+    assert all(sorted(views.image_V.tolist()) == [0, 1, 2, 3] for views in seen)
+    assert all(set(views.partner_V.tolist()) <= {0, 1, 2, 3} for views in seen)
+    for epoch in range(2):
+        crops = np.concatenate([views.crop_V4 for views in seen[4 * epoch : 4 * epoch + 4]])
+        assert sorted(crops.tolist()) == sorted(stored[epoch].crop_V4.tolist())
