@@ -1,8 +1,9 @@
-"""Measure this machine: `python jobs/bench.py barycenter|recover|features|orchestration|scale|accuracy [--out FILE.json]`.
+"""Measure this machine: `python jobs/bench.py NAME [--out FILE.json]`.
 
-Each benchmark prints a table and writes the same numbers with hardware, versions, settings, n, min, median and max. What
-is compared is measured in the same run, taking turns. With one computing thread processor seconds are counted, which
-other work on the machine changes least; otherwise wall-clock seconds.
+NAME is barycenter, recover, features, labels, loader, orchestration, prepare, scale or accuracy. Each benchmark prints a table and
+writes the same numbers with hardware, versions, settings, n, min, median and max. What is compared is measured in the same
+run, taking turns. With one computing thread processor seconds are counted, which other work on the machine changes least;
+otherwise wall-clock seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ import tyro
 from jobs.benches.accuracy.command import accuracy
 from jobs.benches.barycenter import barycenter
 from jobs.benches.features import features
+from jobs.benches.labels import labels
+from jobs.benches.loader import loader
 from jobs.benches.orchestration import orchestration
+from jobs.benches.prepare import prepare
 from jobs.benches.recover import recover
 from jobs.benches.scale import scale
 
@@ -27,7 +31,18 @@ from jobs.benches.scale import scale
 def main(arguments: list[str]) -> None:
     """Run the benchmark that the command line names."""
     benchmarks: dict[str, Callable[..., Any]] = {
-        f.__name__: f for f in (barycenter, recover, features, orchestration, scale, accuracy)
+        f.__name__: f
+        for f in (
+            barycenter,
+            recover,
+            features,
+            labels,
+            loader,
+            orchestration,
+            prepare,
+            scale,
+            accuracy,
+        )
     }
     tyro.extras.subcommand_cli_from_dict(
         benchmarks,

@@ -6,7 +6,7 @@ import abc
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,6 +40,18 @@ class Shard:
     def size_bytes(self) -> int | None:
         """Bytes of `file` as listed; None where nothing is known."""
         return self.sizes[0] if self.file and self.sizes else None
+
+    def written(self) -> str:
+        """Return this shard as JSON, to travel in a row."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def read(text: str) -> Shard:
+        """Return the shard that was `written`."""
+        found = json.loads(text)
+        labels = found.pop("labels")
+        found |= {name: tuple(found[name]) for name in ("keys", "sizes")}
+        return Shard(labels=None if labels is None else tuple(labels), **found)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -11,7 +11,9 @@ import io
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -23,6 +25,12 @@ logger = logging.getLogger(__name__)
 
 _STREAM_BYTES = 1 << 20
 _MARKS = (0xA5, 0x5A, 0xA5, 0x5A)
+# A read from an object store takes tens of milliseconds of waiting.
+_READ_THREADS = 8
+_READS_AHEAD = 16
+
+Place = TypeVar("Place")
+Content = TypeVar("Content")
 
 
 @contextlib.contextmanager
@@ -89,6 +97,21 @@ def open_whole(
 def streamed(handle: pa.NativeFile) -> pa.NativeFile:
     """Return a file for one pass from its start, read in pieces of a mebibyte."""
     return pa.BufferedInputStream(handle, _STREAM_BYTES)
+
+
+def read_ahead(read: Callable[[Place], Content], places: Iterable[Place]) -> Iterator[Content]:
+    """Yield what `read` returns for each place, in order, with a few reads under way ahead of the consumer."""
+    pending: deque[Future[Content]] = deque()
+    executor = ThreadPoolExecutor(_READ_THREADS)
+    try:
+        for place in places:
+            if len(pending) == _READS_AHEAD:
+                yield pending.popleft().result()
+            pending.append(executor.submit(read, place))
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 class _WholeReads(io.RawIOBase):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import PurePosixPath
 
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.base import RawImage, Shard, Source, class_shards
 from wmdd_ray.store.sources.classes import match_classes, shown
-from wmdd_ray.store.sources.files import reading
+from wmdd_ray.store.sources.files import read_ahead, reading
 from wmdd_ray.store.sources.listing import SPLIT_NAMES, Listing, no_such_split
 
 logger = logging.getLogger(__name__)
@@ -35,9 +33,6 @@ _IMAGE_ENDINGS = frozenset(
         ".heic",
     }
 )
-# A read from an object store takes tens of milliseconds of waiting.
-_READ_THREADS = 8
-_READS_AHEAD = 16
 
 
 class ImageFolderSource(Source):
@@ -84,19 +79,10 @@ class ImageFolderSource(Source):
     def _read(self, keys: Sequence[str], sizes: Sequence[int]) -> Iterator[RawImage]:
         """Yield the files in order, with a few reads under way ahead of the consumer."""
         self._connected()  # once, and not in every thread
-        pending: deque[Future[RawImage]] = deque()
-        executor = ThreadPoolExecutor(_READ_THREADS)
-        try:
-            for key, size_bytes in itertools.zip_longest(keys, sizes):
-                if len(pending) == _READS_AHEAD:
-                    yield pending.popleft().result()
-                pending.append(executor.submit(self._read_one, key, size_bytes))
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            executor.shutdown(cancel_futures=True)
+        yield from read_ahead(self._read_one, itertools.zip_longest(keys, sizes))
 
-    def _read_one(self, key: str, size_bytes: int | None) -> RawImage:
+    def _read_one(self, named: tuple[str, int | None]) -> RawImage:
+        key, size_bytes = named
         label = self._label(key)
         where = self.url(key)
         with reading(where, "an image file"), self.open_random(key, size_bytes) as file:
@@ -107,7 +93,7 @@ class ImageFolderSource(Source):
 
 def is_class_image(name: str) -> bool:
     """Return whether a file is an image inside some folder."""
-    return "/" in name and _is_image(name)
+    return "/" in name and is_image_name(name)
 
 
 def open_imagefolder(listing: Listing) -> ImageFolderSource:
@@ -125,7 +111,7 @@ def open_imagefolder(listing: Listing) -> ImageFolderSource:
     )
     loose = sum(
         1 for name in listing.files
-        if name.startswith(folder) and "/" not in name.removeprefix(folder) and _is_image(name)
+        if name.startswith(folder) and "/" not in name.removeprefix(folder) and is_image_name(name)
     )  # fmt: skip
     if loose:
         logger.warning(
@@ -148,7 +134,7 @@ def open_imagefolder(listing: Listing) -> ImageFolderSource:
 
 def _split_folder(listing: Listing) -> str:
     nested = {
-        name.split("/")[0] for name in listing.files if name.count("/") >= 2 and _is_image(name)
+        name.split("/")[0] for name in listing.files if name.count("/") >= 2 and is_image_name(name)
     }
     for names in SPLIT_NAMES[listing.split]:
         for folder in sorted(nested):
@@ -168,5 +154,6 @@ def _class_images(files: dict[str, int], folder: str) -> Iterator[tuple[str, int
             yield name, size
 
 
-def _is_image(name: str) -> bool:
+def is_image_name(name: str) -> bool:
+    """Return whether a file is an image by its ending."""
     return PurePosixPath(name).suffix.lower() in _IMAGE_ENDINGS

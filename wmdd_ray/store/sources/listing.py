@@ -21,6 +21,11 @@ _MAX_EXPANDED = 100_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
+
+class NoSuchSplitError(DataError):
+    """The data hold no images of the asked split, and nothing else is wrong with them."""
+
+
 # In order of preference: `test` often carries no labels where there is a `validation` too.
 SPLIT_NAMES: dict[Split, tuple[frozenset[str], ...]] = {
     "train": (frozenset({"train", "training"}),),
@@ -153,7 +158,7 @@ def files_of_split(listing: Listing, candidates: dict[str, int]) -> dict[str, in
     Raises:
         DataError: No file is left.
     """
-    words = {name: _split_word(name) for name in candidates}
+    words = {name: split_word(name) for name in candidates}
     for names in SPLIT_NAMES[listing.split]:
         selected = {name: size for name, size in candidates.items() if words[name] in names}
         if selected:
@@ -163,21 +168,21 @@ def files_of_split(listing: Listing, candidates: dict[str, int]) -> dict[str, in
     raise no_such_split(listing, list(candidates))
 
 
-def _split_word(name: str) -> str:
+def split_word(name: str) -> str:
     """Return the last word of a path that names a split: files count more than their folders."""
     known = frozenset().union(*itertools.chain.from_iterable(SPLIT_NAMES.values()))
     found = [word for word in re.split(r"[^a-z]+", name.lower()) if word in known]
     return found[-1] if found else ""
 
 
-def no_such_split(listing: Listing, found: list[str]) -> DataError:
+def no_such_split(listing: Listing, found: list[str]) -> NoSuchSplitError:
     """Return the error that nothing in a listing belongs to the asked split."""
     expected = ", ".join(sorted(frozenset().union(*SPLIT_NAMES[listing.split])))
     if listing.split == "train":
         kind, advice = "training", "pass the folder of the training images as --data"
     else:
         kind, advice = "held-out", "pass held-out images as --val-data"
-    return DataError(
+    return NoSuchSplitError(
         f"{listing.root}: expected {kind} images in folders or files named {expected}, found "
         f"{shown(found)}; {advice}"
     )

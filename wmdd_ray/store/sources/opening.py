@@ -8,10 +8,13 @@ from pathlib import PurePosixPath
 
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
-from wmdd_ray.store.sources import arrays, imagefolder, parquet, webdataset
+from wmdd_ray.store.sources import arrays, csvfile, imagefolder, parquet, webdataset
 from wmdd_ray.store.sources.base import Source
 from wmdd_ray.store.sources.classes import shown
-from wmdd_ray.store.sources.listing import Listing, Split, list_files
+from wmdd_ray.store.sources.listing import Listing, Split, list_files, split_word
+
+PREPARED_KEY = "prepared.json"
+"""What `jobs/prepare.py` writes last beside its Parquet files; a folder that holds it needs no format."""
 
 # Each predicate looks at one relative name; each opener at the whole listing.
 _FORMATS: dict[str, tuple[Callable[[str], bool], Callable[[Listing], Source], str]] = {
@@ -22,6 +25,11 @@ _FORMATS: dict[str, tuple[Callable[[str], bool], Callable[[Listing], Source], st
         imagefolder.is_class_image,
         imagefolder.open_imagefolder,
         "image folders (CLASS/*.jpg or train/CLASS/*.jpg)",
+    ),
+    "csv": (
+        csvfile.is_csv,
+        csvfile.open_csv,
+        "a table of paths and labels (labels.csv, train.csv, ...)",
     ),
 }
 
@@ -50,13 +58,14 @@ def open_source(
         DataError: Nothing there, no or several known formats, no such split, or other class names.
         ArtifactError: The store cannot be reached.
     """
-    if config.format == "digits" or (config.format == "auto" and uri == "digits"):
-        if uri != "digits":
-            raise DataError(
-                f"{uri}: the format `digits` is embedded; pass --data digits, or another format"
-            )
+    if config.format in ("auto", "digits") and uri == "digits":
         return arrays.open_digits(config, split, class_names)
-    root, files = list_files(uri, follow_links=config.follow_links)
+    try:
+        root, files = list_files(uri, follow_links=config.follow_links)
+    except DataError as error:
+        if config.format == "digits":
+            raise _embedded(uri) from error
+        raise
     listing = Listing(
         root=root,
         files=files,
@@ -70,8 +79,17 @@ def open_source(
 
 def _detect(listing: Listing) -> str:
     """Return the format: a named one must be there, `auto` must find exactly one."""
+    if PREPARED_KEY in listing.files:
+        return "parquet"
+    if listing.config.format == "digits":
+        raise _embedded(listing.root)
     candidates = list(_FORMATS) if listing.config.format == "auto" else [listing.config.format]
     matches = [name for name in candidates if any(map(_FORMATS[name][0], listing.files))]
+    # Any table may lie beside images. One counts that was itself asked for, or is named as labels are; where it lies beside
+    # folders of images, it may be the classes or the folders.
+    asked = len(listing.files) == 1 or any(map(_names_labels, listing.files))
+    if listing.config.format == "auto" and not (asked and {*matches} <= {"csv", "imagefolder"}):
+        matches = [name for name in matches if name != "csv"]
     if len(matches) == 1:
         return matches[0]
     expected = ", ".join(_FORMATS[name][2] for name in (matches or candidates))
@@ -85,4 +103,16 @@ def _detect(listing: Listing) -> str:
     raise DataError(
         f"{listing.root}: expected {expected}, found {len(listing.files)} other files ({counts}): "
         f"{shown(list(listing.files))}; check --data, --val-data and --source.format"
+    )
+
+
+def _names_labels(name: str) -> bool:
+    """Return whether a table is named as the labels of images are."""
+    stem = PurePosixPath(name).stem.lower()
+    return csvfile.is_csv(name) and (stem in ("labels", "metadata") or split_word(name) == stem)
+
+
+def _embedded(uri: str) -> DataError:
+    return DataError(
+        f"{uri}: the format `digits` is embedded; pass --data digits, or another format"
     )

@@ -21,7 +21,7 @@ def read_class_names(source: Source) -> tuple[str, ...] | None:
     for name, content in _beside(source, ("classes.txt", "classes.json")):
         base = name.rpartition("/")[2]
         try:
-            return _parse_class_names(content.decode("utf-8"), base)
+            return parse_class_names(content.decode("utf-8"), base)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f"{source.url(name)}: expected one name a line (classes.txt), or a JSON list or an "
@@ -30,8 +30,9 @@ def read_class_names(source: Source) -> tuple[str, ...] | None:
     return None
 
 
-def _parse_class_names(text: str, base: str) -> tuple[str, ...]:
-    if base == "classes.txt":
+def parse_class_names(text: str, base: str) -> tuple[str, ...]:
+    """Return the names in a file of one name a line, or, where `base` ends in .json, in a list or an object."""
+    if not base.endswith(".json"):
         names = [line.strip() for line in text.splitlines() if line.strip()]
     else:
         parsed = json.loads(text)

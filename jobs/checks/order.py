@@ -1,0 +1,80 @@
+"""Whether a teacher numbers the classes as the data does: its accuracy on a sample of the images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from jobs.checks.images import held_out_sample
+from wmdd_ray.config import SourceConfig
+from wmdd_ray.core.checkpoints import torchvision_weights
+from wmdd_ray.core.networks import build_network, load_weights
+from wmdd_ray.errors import DataError
+from wmdd_ray.recipes import recipe_of
+from wmdd_ray.rooms import Room
+from wmdd_ray.stages.given_teacher import given_weights
+from wmdd_ray.stages.held_out import Listed
+from wmdd_ray.stages.teacher import measure, read_teacher
+from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.sources import Source
+
+
+def probe_class_order(spec: str, source: Source, recipe: str) -> float:
+    """Return the top-1 of a teacher on some images of up to a hundred classes, in [0, 1].
+
+    Args:
+        spec: A committed teacher (a run, or its teacher/ folder), `torchvision:WEIGHTS`, or a checkpoint file.
+        source: The images.
+        recipe: Whose network and input a checkpoint file was trained with.
+
+    Raises:
+        ConfigError: There is no such teacher.
+        DataError: Its class names or their order are others, or it is at chance level.
+    """
+    config = recipe_of(recipe, 10, "best")
+    # Bad images are told elsewhere.
+    seen = replace(_input_of(spec, config.source), max_bad_images=1_000_000)
+    # Chance level is judged here, in words that fit.
+    config = replace(config, source=seen, squeeze=replace(config.squeeze, min_top1=1e-9))
+    num_classes = len(source.class_names)
+    network_config, weights = given_weights(config, spec, source.class_names)
+    network = build_network(
+        network_config,
+        num_classes=num_classes,
+        channels=seen.channels,
+        image_size=seen.image_size,
+    )
+    load_weights(network, weights, f"--teacher {spec}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sample = Listed(source=source, shards=held_out_sample(source), config=seen)
+    name = f"--teacher {spec}"
+    top1 = measure(network.to(device).eval(), sample, config, name, device)
+    needed = min(3 / num_classes, (1 + 1 / num_classes) / 2)
+    if top1 < needed:
+        raise DataError(
+            f"{name}: top-1 {top1:.3f} on a sample of the images, expected at least {needed:.3f} (chance is "
+            f"{1 / num_classes:.3f}): its classes are others than the data's or in another order, or it was trained with another "
+            "input; give the class names in its order by --classes, or the recipe of a checkpoint file by --recipe"
+        )
+    return top1
+
+
+def _input_of(spec: str, otherwise: SourceConfig) -> SourceConfig:
+    """Return the input that a teacher was trained with, where it says so."""
+    if spec.startswith("torchvision:"):
+        _, _, _, mean_C, std_C, resize, crop = torchvision_weights(
+            spec.removeprefix("torchvision:")
+        )
+        return SourceConfig(image_size=crop, resize=resize, mean=mean_C, std=std_C)
+    for room in (Room(Store(spec), ""), Room(Store(spec), "teacher")):
+        if room.read_commit() is not None:
+            teacher = read_teacher(room)
+            return SourceConfig(
+                image_size=teacher.image_size,
+                resize=teacher.resize,
+                channels=3 if teacher.channels == 3 else 1,
+                mean=tuple(teacher.mean_C),
+                std=tuple(teacher.std_C),
+            )
+    return otherwise

@@ -1,0 +1,338 @@
+"""A table of image paths and labels beside the images: `labels.csv`, or `train.csv` and `val.csv`."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import itertools
+import logging
+import posixpath
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from wmdd_ray.config import SourceConfig
+from wmdd_ray.errors import DataError
+from wmdd_ray.store.sources.base import RawImage, Shard, Source, class_shards
+from wmdd_ray.store.sources.classes import (
+    MAX_CLASSES,
+    SHOWN,
+    integer_names,
+    match_classes,
+    one_line,
+    shown,
+)
+from wmdd_ray.store.sources.files import read_ahead, reading
+from wmdd_ray.store.sources.imagefolder import is_image_name
+from wmdd_ray.store.sources.listing import (
+    SPLIT_NAMES,
+    Listing,
+    list_files,
+    no_such_split,
+    split_word,
+)
+from wmdd_ray.store.sources.webdataset_index import read_class_names
+
+logger = logging.getLogger(__name__)
+
+_PATH_NAMES = (
+    *("path", "file_name", "filename", "file", "filepath", "file_path"),
+    *("image", "image_path", "img", "img_path"),
+)
+_LABEL_NAMES = ("label", "labels", "class", "class_name", "category", "target")
+_SPLIT_NAME = "split"
+_INTEGER = re.compile(r"[+-]?[0-9]{1,9}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A line of a table: where it stands, the three cells that count, and why it is no image, if so."""
+
+    place: str
+    path: str
+    label: str
+    split: str
+    problem: str = ""
+
+
+class _NoSuchColumnsError(DataError):
+    """A table has no column of paths, or none of labels."""
+
+
+class CsvSource(Source):
+    """Image files that a table names, with their labels. The key of an image is `PATH#LABEL`.
+
+    Rows that are no image are bad images under the name of their line, such as `labels.csv:17`.
+    """
+
+    format = "csv"
+    _transient = (*Source._transient, "_keys")
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        files: dict[str, int],
+        config: SourceConfig,
+        class_names: tuple[str, ...],
+        tables: str = "",
+        keys: Mapping[int, Sequence[str]] | None = None,
+        problems: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(root=root, files=files, config=config, class_names=class_names)
+        self._tables = tables
+        self._keys = dict(keys or {})
+        self._problems = dict(problems or {})
+
+    @property
+    def num_images(self) -> int:
+        return sum(map(len, self._keys.values()))
+
+    def shards(self, chunk_images: int) -> list[Shard]:
+        sizes = {
+            key: self.files.get(key.rpartition("#")[0], 0)
+            for key in itertools.chain.from_iterable(self._keys.values())
+        }
+        return class_shards(sorted(self._keys.items()), chunk_images, sizes)
+
+    def read_shard(self, shard: Shard) -> Iterator[RawImage]:
+        yield from self._read(shard.keys, shard.sizes)
+
+    def read_keys(self, keys: Sequence[str]) -> list[RawImage]:
+        return list(self._read(keys, ()))
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over what the tables say, beside names and sizes of all files. Driver only."""
+        return hashlib.sha256(f"{super().fingerprint()} {self._tables}".encode()).hexdigest()
+
+    def _read(self, keys: Sequence[str], sizes: Sequence[int]) -> Iterator[RawImage]:
+        self._connected()  # once, and not in every thread
+        yield from read_ahead(self._read_one, itertools.zip_longest(keys, sizes))
+
+    def _read_one(self, named: tuple[str, int | None]) -> RawImage:
+        key, size_bytes = named
+        if key in self._problems:
+            return RawImage(key=key, label=-1, content=b"", problem=self._problems[key])
+        path, _, label = key.rpartition("#")
+        if not path or ".." in path.split("/") or not re.fullmatch("[0-9]{1,9}", label):
+            raise DataError(f"{self.root}: no image {key!r}, expected PATH#LABEL")
+        where = self.url(path)
+        with reading(where, "an image file"), self.open_random(path, size_bytes) as file:
+            problem = self.too_large(file.size())
+            content = b"" if problem else file.read()
+        return RawImage(
+            key=key, label=self.class_of(int(label), key), content=content, problem=problem
+        )
+
+
+def is_csv(name: str) -> bool:
+    """Return whether a file is a table that lies at the root."""
+    return "/" not in name and name.lower().endswith((".csv", ".tsv"))
+
+
+def open_csv(listing: Listing) -> CsvSource:
+    """Return the rows of the split.
+
+    A row belongs to the split that its column `split` or its table's name says; without either, as in other formats.
+    Labels are class names, in sorted order unless `classes.txt` or `classes.json` beside the table gives another, or
+    numbers into these. Paths are relative to the table; absolute ones and URIs must lie below its folder.
+    """
+    tables = {name: size for name, size in listing.files.items() if is_csv(name)}
+    source = CsvSource(
+        root=listing.root,
+        files=tables,
+        config=listing.config,
+        class_names=integer_names(MAX_CLASSES),
+    )
+    rows, digest = _rows_of_split(source, listing)
+    images = _image_files(listing, rows)
+    checked = [_checked(row, images) for row in _without_repeats(rows)]
+    names, label_of = _classes(source, listing, checked)
+    keys: dict[int, list[str]] = {}
+    problems: dict[str, str] = {}
+    for row in checked:
+        # A row without a label is counted among the first class's, under which it is refused.
+        label = label_of.get(row.label, 0)
+        if row.problem:
+            problems[row.place] = row.problem
+            keys.setdefault(label, []).append(row.place)
+        else:
+            keys.setdefault(label, []).append(f"{row.path}#{label}")
+    if len(problems) > listing.config.max_bad_images:
+        first = "; ".join(f"{place}: {why}" for place, why in list(problems.items())[:SHOWN])
+        raise DataError(
+            f"{listing.root}: {len(problems)} rows cannot be used, --source.max-bad-images allows "
+            f"{listing.config.max_bad_images}; correct them, or raise the limit. The first: {first}"
+        )
+    used = {row.path: images[row.path] for row in checked if not row.problem}
+    return CsvSource(
+        root=listing.root,
+        files=dict(sorted({**used, **tables}.items())),
+        config=listing.config,
+        class_names=names,
+        tables=digest,
+        keys=keys,
+        problems=problems,
+    )
+
+
+def _rows_of_split(source: CsvSource, listing: Listing) -> tuple[list[_Row], str]:
+    """Return the rows of the split, and a checksum of the tables that they stand in."""
+    wanted = SPLIT_NAMES[listing.split]
+    rows: list[_Row] = []
+    digest = hashlib.sha256()
+    words = {table: split_word(table) for table in source.files}
+    named = next((names for names in wanted if names & set(words.values())), frozenset())
+    for table, size_bytes in source.files.items():
+        word = words[table]
+        if word and word not in named:
+            continue
+        with (
+            reading(source.url(table), "a table in UTF-8"),
+            source.open_random(table, size_bytes) as file,
+        ):
+            content = file.read()
+        with reading(source.url(table), "a table in UTF-8"):
+            text = content.decode("utf-8-sig")
+        try:
+            rows += (
+                replace(row, path=_relative(row.path, source.root))
+                for row in _rows(text, source.url(table), table, word)
+            )
+            digest.update(content)
+        except _NoSuchColumnsError:
+            # The tests of competitions have no labels.
+            if word not in SPLIT_NAMES["val"][-1]:
+                raise
+            logger.warning("%s: has no labels, and is not read", source.url(table))
+    for names in wanted:
+        selected = [row for row in rows if row.split in names]
+        if selected:
+            return selected, digest.hexdigest()
+    if not any(row.split for row in rows) and (listing.split == "train" or listing.dedicated):
+        if rows:
+            return rows, digest.hexdigest()
+        raise DataError(f"{listing.root}: expected rows with paths and labels, found none")
+    raise no_such_split(listing, sorted({row.split for row in rows} - {""}) or list(source.files))
+
+
+def _rows(text: str, where: str, table: str, word: str) -> Iterator[_Row]:
+    """Yield the rows of one table."""
+    head = text.partition("\n")[0]
+    delimiter = max(",;\t", key=head.count)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        first = next(lines, [])
+        path_at, label_at, split_at = _columns(first, where)
+        width = max(path_at, label_at, -1 if split_at is None else split_at) + 1
+        has_header = not is_image_name(first[path_at].strip())
+        for cells in lines if has_header else itertools.chain([first], lines):
+            if not any(cell.strip() for cell in cells):
+                continue
+            place = f"{table}:{lines.line_num}"
+            cells = [cell.strip() for cell in cells] + [""] * (width - len(cells))
+            split = word if split_at is None else cells[split_at].lower()
+            yield _Row(place, cells[path_at], cells[label_at], split)
+    except csv.Error as error:
+        raise DataError(
+            f"{where}: line {lines.line_num} is malformed ({error}); expected cells separated by {delimiter!r}, and "
+            'those that hold it, or a quote, in double quotes ("a ""b""")'
+        ) from error
+
+
+def _columns(header: list[str], where: str) -> tuple[int, int, int | None]:
+    """Return the places of path, label and split: by usual names, else the first two of two columns."""
+    named = [cell.strip().lower().replace(" ", "_") for cell in header]
+    split = named.index(_SPLIT_NAME) if _SPLIT_NAME in named else None
+    path = next((named.index(name) for name in _PATH_NAMES if name in named), None)
+    label = next((named.index(name) for name in _LABEL_NAMES if name in named), None)
+    others = [i for i in range(len(named)) if i != split]
+    if len(others) == 2:
+        first, second = others
+        if path is None:
+            path = second if label == first else first
+        if label is None:
+            label = second if path == first else first
+    if path is None or label is None:
+        raise _NoSuchColumnsError(
+            f"{where}: expected a header with a column of paths ({', '.join(_PATH_NAMES[:4])}, ...) and one of labels "
+            f"({', '.join(_LABEL_NAMES[:4])}, ...), or two columns; found {shown(header) or 'an empty table'}"
+        )
+    return path, label, split
+
+
+def _image_files(listing: Listing, rows: Sequence[_Row]) -> dict[str, int]:
+    """Return path -> bytes of the files that may be meant: one listing of the folder that holds all of them."""
+    if any(is_image_name(name) for name in listing.files):
+        return listing.files
+    folders = {posixpath.dirname(row.path) for row in rows if row.path}
+    inside = [folder for folder in folders if not (folder.startswith("/") or ".." in folder)]
+    common = posixpath.commonpath(inside) if inside and all(inside) else ""
+    where = f"{listing.root}/{common}".rstrip("/")
+    root, found = list_files(where, follow_links=listing.config.follow_links)
+    prefix = f"{common}/" if common else ""
+    return {prefix + name: size for name, size in found.items()}
+
+
+def _relative(path: str, root: str) -> str:
+    """Return a path relative to the table's folder, where it lies below it."""
+    return path.removeprefix(root.removesuffix("/") + "/").removeprefix("./")
+
+
+def _without_repeats(rows: Sequence[_Row]) -> Iterator[_Row]:
+    seen: dict[str, _Row] = {}
+    for row in rows:
+        before = seen.setdefault(row.path, row)
+        if before is row or not row.path:
+            yield row
+        else:
+            other = f" with label {before.label!r}" if before.label != row.label else ""
+            yield replace(row, problem=f"{row.path} stands at {before.place} already{other}")
+
+
+def _checked(row: _Row, images: Mapping[str, int]) -> _Row:
+    """Return a row with its path as the listing has it, or with the reason why it is no image."""
+    if row.problem:
+        return row
+    if not row.path:
+        return replace(row, problem="no path")
+    if not row.label:
+        return replace(row, problem=f"no label for {one_line(row.path)}")
+    # Tables that were written on Windows.
+    for path in (row.path, row.path.replace("\\", "/")):
+        if path in images:
+            return replace(row, path=path)
+    return replace(row, problem=f"no file {one_line(row.path)} below the folder of the table")
+
+
+def _classes(
+    source: CsvSource, listing: Listing, rows: Sequence[_Row]
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Return the class names, and the class of every label that a good row has.
+
+    Raises:
+        DataError: A label is none of the classes.
+    """
+    found = {row.label: row.path for row in reversed(rows) if not row.problem}
+    if not found:
+        raise DataError(f"{source.root}: expected rows with paths and labels, found no good one")
+    wanted = listing.class_names
+    names = wanted or read_class_names(source)
+    if names is not None and found.keys() <= set(names):
+        place = {name: label for label, name in enumerate(names)}
+        return names, {name: place[name] for name in found}
+    if all(_INTEGER.fullmatch(label) for label in found):
+        source.class_names = names or integer_names(max(map(int, found)) + 1)
+        return source.class_names, {
+            label: source.class_of(int(label), path) for label, path in found.items()
+        }
+    if wanted is not None:
+        match_classes(sorted(found), wanted, source.root)
+    if names is not None:
+        label, path = min((label, path) for label, path in found.items() if label not in set(names))
+        raise DataError(
+            f"{source.root}: image {path} has label {label!r}, expected one of the {len(names)} classes beside the table "
+            f"({shown(names)}); correct the label, or add it to the class names"
+        )
+    return tuple(sorted(found)), {name: label for label, name in enumerate(sorted(found))}
