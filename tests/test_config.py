@@ -54,7 +54,7 @@ def test_every_option_says_what_it_means() -> None:
         (
             options.ViewConfig,
             {"mix_alpha": 0},
-            "--relabel.views.mix-alpha or --evaluate.hard-views.mix-alpha: expected > 0",
+            "--relabel.views.mix-alpha or --evaluate.hard.views.mix-alpha: expected > 0",
         ),
         (RelabelConfig, {"slice_images": 0}, "--relabel.slice-images: expected >= 1"),
         (
@@ -62,6 +62,18 @@ def test_every_option_says_what_it_means() -> None:
             {"batch_size": 1},
             r"--evaluate.batch-size: .*\(BatchNorm\), got 1",
         ),
+        (
+            options.NetworkConfig,
+            {"arch": "resnet18", "norm": "instance"},
+            "--norm: expected batch, the only one that resnet18 has, got 'instance'",
+        ),
+        (
+            options.SqueezeConfig,
+            {"network": options.NetworkConfig(norm="instance")},
+            "--squeeze.network.norm: expected batch, .* got 'instance'",
+        ),
+        (options.HardLabelConfig, {"learning_rate": 0.0}, "--evaluate.hard.learning-rate: .* > 0"),
+        (options.HardLabelConfig, {"optimizer": "lion"}, "--evaluate.hard.optimizer: .*adamw"),
         (Resources, {"num_workers": -2}, "--num-workers: expected >= 0, or -1 for auto, got -2"),
     ],
 )
@@ -70,6 +82,20 @@ def test_a_bad_value_is_named_as_it_was_typed(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         section(**values)
+
+
+def test_students_of_hard_labels_have_a_recipe_of_their_own() -> None:
+    hard = options.HardLabelConfig(norm="instance", optimizer="sgd", learning_rate=0.5)
+    config = options.EvaluateConfig(optimizer="muon", learning_rate=0.25, hard=hard)
+    assert config.for_labels("soft") is config
+    changed = config.for_labels("hard")
+    assert (changed.network.norm, changed.optimizer, changed.learning_rate) == (
+        "instance",
+        "sgd",
+        0.5,
+    )
+    residual = options.EvaluateConfig(network=options.NetworkConfig(arch="resnet18"), hard=hard)
+    assert residual.for_labels("hard").network == residual.network
 
 
 def test_every_part_of_a_configuration_is_frozen_and_hashable() -> None:

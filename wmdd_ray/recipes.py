@@ -14,6 +14,7 @@ from wmdd_ray.config import (
     DistillConfig,
     EvaluateConfig,
     FeaturesConfig,
+    HardLabelConfig,
     NetworkConfig,
     RecoverConfig,
     RelabelConfig,
@@ -57,7 +58,10 @@ def digits(ipc: int) -> DistillConfig:
             epochs=200,
             optimizer="muon",
             learning_rate=0.005,
-            hard_views=ViewConfig(crop_scale_min=0.7, flip=False, mix="none"),
+            hard=HardLabelConfig(
+                views=ViewConfig(crop_scale_min=0.7, flip=False, mix="none"),
+                norm="instance",
+            ),
             all_real_epochs=20,
         ),
     )
@@ -92,6 +96,7 @@ def fashion_mnist(ipc: int) -> DistillConfig:
             epochs=epochs,
             optimizer="muon",
             learning_rate=0.005,
+            hard=HardLabelConfig(norm="instance"),
             all_real_epochs=4,
         ),
     )
@@ -218,7 +223,7 @@ def _as_published(best: DistillConfig) -> DistillConfig:
             batch_size=100,
             num_seeds=best.evaluate.num_seeds,
             labels=best.evaluate.labels,
-            hard_views=best.evaluate.hard_views,
+            hard=best.evaluate.hard,
             baselines=best.evaluate.baselines,
             all_real_epochs=best.evaluate.all_real_epochs,
         ),

@@ -117,6 +117,16 @@ def test_a_teacher_without_batch_norm_is_refused_by_the_name_of_the_option() -> 
         batch_norms(build(NetworkConfig(arch="vit_tiny"), image_size=32))
 
 
+def test_an_image_in_a_network_with_instance_norm_does_not_depend_on_its_company() -> None:
+    images = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    network = build(NetworkConfig(arch="convnet3", width=4, norm="instance")).train()
+    torch.testing.assert_close(network(images)[:2], network(images[:2]))
+    network.eval()
+    torch.testing.assert_close(network(images)[:2], network(images[:2] * 3), atol=1e-3, rtol=0)
+    with pytest.raises(ConfigError, match="BatchNorm"):
+        batch_norms(network)
+
+
 def test_features_are_the_differentiable_input_of_the_last_layer() -> None:
     network = build()
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -124,6 +124,17 @@ def test_all_rows_have_the_same_views_steps_labels_and_number_of_students(finish
         assert len(block.views) == expected
 
 
+def test_students_of_hard_labels_are_made_by_the_recipe_for_hard_labels(finished: Path) -> None:
+    _, place, rows = opened_at(finished)
+    names = {
+        kind: codecs.decode_state(rows[0].students[kind][0].file(place)).keys()
+        for kind in work.LABELS
+    }
+    assert "bn1.running_mean" in names["soft"]
+    assert "in1.weight" in names["hard"]
+    assert not any(name.startswith("bn") for name in names["hard"])
+
+
 def test_rows_have_no_field_for_labels_or_students() -> None:
     held = {field.name for field in dataclasses.fields(Row)}
     assert held == {"name", "title", "kind", "barycenters", "recover"}

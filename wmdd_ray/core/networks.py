@@ -3,8 +3,8 @@
 Legend: B batch, C color channels, H W pixels, D feature width (input of the last Linear layer), Y classes.
 
 References:
-    Gidaris and Komodakis 2018 (ConvNet-3, here with BatchNorm in place of the literature's InstanceNorm, because
-    the method matches BatchNorm moments). He et al. 2016 (ResNet). Sandler et al. 2018 (MobileNetV2). Dosovitskiy
+    Gidaris and Komodakis 2018 (ConvNet-3; BatchNorm in place of the literature's InstanceNorm in teachers, because the method
+    matches BatchNorm moments). He et al. 2016 (ResNet). Sandler et al. 2018 (MobileNetV2). Dosovitskiy
     et al. 2021 (Vision Transformer, here a narrow one for small images).
 """
 
@@ -54,7 +54,7 @@ def build_network(
         ConfigError: the image is too small for the architecture.
     """
     if config.arch == "convnet3":
-        return _convnet3(config.width, num_classes, channels, image_size)
+        return _convnet3(config, num_classes, channels, image_size)
     if config.arch == "vit_tiny":
         return _vit_tiny(num_classes, channels, image_size)
     network: Any = torchvision.models.get_model(config.arch, weights=None, num_classes=num_classes)
@@ -70,8 +70,8 @@ def build_network(
     return cast(nn.Module, network)
 
 
-def _convnet3(width: int, num_classes: int, channels: int, image_size: int) -> nn.Module:
-    side = image_size // 8
+def _convnet3(config: NetworkConfig, num_classes: int, channels: int, image_size: int) -> nn.Module:
+    width, side = config.width, image_size // 8
     if side < 1:
         raise ConfigError(
             f"convnet3 halves the image three times: expected image_size >= 8 pixels, got {image_size}; "
@@ -81,7 +81,10 @@ def _convnet3(width: int, num_classes: int, channels: int, image_size: int) -> n
     for block in range(3):
         conv = nn.Conv2d(channels if block == 0 else width, width, 3, padding=1, bias=False)
         network.add_module(f"conv{block + 1}", conv)
-        network.add_module(f"bn{block + 1}", nn.BatchNorm2d(width))
+        if config.norm == "batch":
+            network.add_module(f"bn{block + 1}", nn.BatchNorm2d(width))
+        else:
+            network.add_module(f"in{block + 1}", nn.InstanceNorm2d(width, affine=True))
         network.add_module(f"relu{block + 1}", nn.ReLU(inplace=True))
         network.add_module(f"pool{block + 1}", nn.AvgPool2d(2))
     network.add_module("flatten", nn.Flatten())

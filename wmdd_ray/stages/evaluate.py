@@ -155,8 +155,9 @@ def open_worker(
         # The seed is of the student alone: student 0 of every row starts from the same weights.
         seed = unit_seed(config.seed, "student", f"{number:03d}")
         torch.manual_seed(seed)
+        student = config.evaluate.for_labels(labels)
         network = build_network(
-            config.evaluate.network,
+            student.network,
             num_classes=shown.num_classes,
             channels=shown.channels,
             image_size=shown.image_size,
@@ -176,7 +177,7 @@ def open_worker(
             chosen.images,
             chosen.label_epoch,
             chosen.weights_N,
-            config.evaluate,
+            student,
             epochs=chosen.epochs,
             image_size=shown.image_size,
             seed=seed,
@@ -190,7 +191,7 @@ def open_worker(
         per_class = _recall(network.eval(), held_out, shown.num_classes)
         result = StudentResult(
             row=row,
-            arch=config.evaluate.network.arch,
+            arch=student.network.arch,
             seed=number,
             top1=top1,
             top5=top5,

@@ -172,7 +172,7 @@ def cycled(dataset: DistilledDataset) -> LabelEpoch:
 
 def hard_views(num_images: int, image_size: int, config: DistillConfig) -> LabelEpoch:
     """Return epoch -> views for hard labels, which need no teacher."""
-    seed, views = unit_seed(config.seed, "hard_views", ""), config.evaluate.hard_views
+    seed, views = unit_seed(config.seed, "hard_views", ""), config.evaluate.hard.views
     return lambda epoch: (
         draw_views(num_images, image_size, views, seed=seed, epoch=epoch),
         None,

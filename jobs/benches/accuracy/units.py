@@ -397,7 +397,7 @@ class StudentUnit(Unit):
                 return draw_views(
                     num_images,
                     source.image_size,
-                    self.student.hard_views,
+                    self.student.hard.views,
                     seed=unit_seed(0, "hard_views", ""),
                     epoch=epoch,
                 ), None

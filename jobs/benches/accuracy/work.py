@@ -28,7 +28,13 @@ from jobs.benches.accuracy.units import (
     Unit,
     new_network,
 )
-from wmdd_ray.config import BarycenterConfig, EvaluateConfig, NetworkConfig, ViewConfig
+from wmdd_ray.config import (
+    BarycenterConfig,
+    EvaluateConfig,
+    HardLabelConfig,
+    NetworkConfig,
+    ViewConfig,
+)
 from wmdd_ray.core.training import train_student
 from wmdd_ray.core.views import StoredImages, draw_views
 
@@ -89,10 +95,16 @@ def units_of_row(group: Group, row: Row, place: Workplace) -> Trained:
     student = replace(
         group.student, epochs=budget.epochs, all_real_epochs=1, num_seeds=1, baselines=()
     )
+    of_kind = {
+        "soft": replace(student, hard=HardLabelConfig()),
+        "hard": student.for_labels("hard"),
+    }
     per_set = group.student_seeds * (group.distill_seeds if full else 1)
     students = {
         kind: tuple(
-            StudentUnit(data=place.data, labeled=each, student=student, labels=kind, seed=seed)
+            StudentUnit(
+                data=place.data, labeled=each, student=of_kind[kind], labels=kind, seed=seed
+            )
             for each in labeled
             for seed in range(per_set)
         )
