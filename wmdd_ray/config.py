@@ -469,7 +469,9 @@ class EvaluateConfig:
     with each: soft labels alone hide how much of an accuracy is the labels'."""
     hard: HardLabelConfig = field(default_factory=HardLabelConfig)
     """What is different for hard labels."""
-    baselines: tuple[Baseline, ...] = ("random_real", "nearest_real", "nearest_tiles", "all_real")
+    baselines: tuple[Baseline, ...] = (
+        *("random_real", "nearest_real", "random_tiles", "nearest_tiles", "all_real"),
+    )
     """Real-image rows beside the distilled set, of the same stored bytes, trained by the identical recipe; the `tiles` rows hold
     as many small real images as the distilled set has tiles, and are left out where it has none."""
     all_real_epochs: int = 20
