@@ -199,9 +199,16 @@ cuts them apart."""
         table=table,
         student=config.evaluate.network.arch,
         unmeasured="Not evaluated yet.",
-        options=asdict(config),
+        options=options_of(config),
         teacher_sha256=meta["provenance"].get("teacher_sha256"),
     )
+
+
+def options_of(config: DistillConfig) -> dict[str, Any]:
+    """Return every option but those that change no byte: a run that went on with other ones of these has the same card."""
+    options = asdict(config)
+    del options["recover"]["checkpoint_s"], options["squeeze"]["memory_limit_gib"]
+    return options
 
 
 def export_card(

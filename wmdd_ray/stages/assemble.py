@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from wmdd_ray.card import dataset_card
+from wmdd_ray.card import dataset_card, options_of
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.tiles import tile
 from wmdd_ray.errors import LostRaceError
@@ -150,7 +150,7 @@ def _publish(
             "seed": config.seed,
             "teacher_sha256": next(f.sha256 for f in files if f.key == TEACHER_KEY),
             # Students come later, and may be trained again by others.
-            "options": {k: v for k, v in asdict(config).items() if k != "evaluate"},
+            "options": {k: v for k, v in options_of(config).items() if k != "evaluate"},
             "fingerprints": {name: commit.fingerprint for name, commit in stage.inputs.items()},
             **versions(),
         },
