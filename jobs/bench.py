@@ -1,9 +1,9 @@
 """Measure this machine: `python jobs/bench.py NAME [--out FILE.json]`.
 
-NAME is barycenter, recover, features, labels, loader, orchestration, prepare, scale or accuracy. Each benchmark prints a table and
-writes the same numbers with hardware, versions, settings, n, min, median and max. What is compared is measured in the same
-run, taking turns. With one computing thread processor seconds are counted, which other work on the machine changes least;
-otherwise wall-clock seconds.
+NAME is barycenter, recover, features, labels, loader, orchestration, prepare, scale, accuracy or robustness. Each benchmark
+prints a table and writes the same numbers with hardware, versions, settings, n, min, median and max. What is compared is
+measured in the same run, taking turns. With one computing thread processor seconds are counted, which other work on the
+machine changes least; otherwise wall-clock seconds.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from jobs.benches.loader import loader
 from jobs.benches.orchestration import orchestration
 from jobs.benches.prepare import prepare
 from jobs.benches.recover import recover
+from jobs.benches.robustness import robustness
 from jobs.benches.scale import scale
 
 
@@ -42,6 +43,7 @@ def main(arguments: list[str]) -> None:
             prepare,
             scale,
             accuracy,
+            robustness,
         )
     }
     tyro.extras.subcommand_cli_from_dict(

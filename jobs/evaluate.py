@@ -6,8 +6,9 @@ Parquet. Images of others have soft labels when --teacher is given, which is mea
 
 Ours bring their held-out images along by name (--data, --val-data are for those that moved), their input size and
 normalization; the student's recipe is that of the recipe they were made by. Every option of it is an --evaluate option.
-Results are committed under --out, a folder a student; the same command again goes on or prints them, and results.json holds
-all of them, sealed. Exit codes are those of jobs/distill.py.
+--attacks pgd,square,autoattack,cw,mim --eps 1/255,2/255,8/255 attacks every student on --attack-images of the held-out images.
+Results are committed under --out, a folder a student, and one an attack and eps; the same command again goes on or prints them,
+attacks can be added, and results.json holds all of them, sealed. Exit codes are those of jobs/distill.py.
 """
 
 from __future__ import annotations
@@ -28,9 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tyro
 
 from jobs import distill
-from wmdd_ray.card import results_table
+from jobs.checks.report import many
+from wmdd_ray.card import ROW_NAMES, results_table
 from wmdd_ray.config import (
     Arch,
+    AttackConfig,
+    AttackName,
     DistillConfig,
     EvaluateConfig,
     LabelKind,
@@ -50,6 +54,7 @@ from wmdd_ray.store import codecs
 from wmdd_ray.store.documents import seal
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
+from wmdd_ray.store.sources.listing import NothingThereError, list_files
 
 RESULTS_KEY = "results.json"
 # Larger images have strided stems, in the literature as in torchvision.
@@ -82,6 +87,13 @@ class Job:
     called (`new000`, `0_cat`)."""
     teacher: str | None = None
     """Teacher for soft labels of a foreign set: a run or its teacher/ folder, `torchvision:WEIGHTS`, or a checkpoint file."""
+    attacks: tuple[str, ...] = ()
+    """Attacks on the trained students: pgd (100 steps), square, autoattack (standard), cw (L2), mim; with commas or spaces. They
+    need adversarial-robustness-toolbox and pyautoattack."""
+    eps: tuple[str, ...] = ("1/255", "2/255", "8/255")
+    """Largest change of a pixel (L-infinity) in [0, 1], with commas or spaces."""
+    attack_images: int = 1000
+    """Held-out images that are attacked, equally many of each class, drawn by --seed; all where there are fewer."""
     recipe: str | None = None
     """Recipe of jobs/distill.py whose student, views and input are the defaults. Absent: for a set of ours its own."""
     out: str | None = None
@@ -116,6 +128,7 @@ class Asked:
     class_names: tuple[str, ...] | None
     config: DistillConfig
     students: tuple[Arch, ...]
+    attack: AttackConfig
     out: str
 
 
@@ -157,6 +170,8 @@ def parse(arguments: list[str]) -> Asked:
     known, _ = first.parse_known_args(arguments[1:])
     refuse_secrets("uri", arguments[0])
     own = own_set(arguments[0])
+    if own is None:
+        _require_something(arguments[0])
     class_names = None if own is None else own.class_names
     name, ipc = known.recipe, 10
     if own is not None:
@@ -193,6 +208,18 @@ def parse(arguments: list[str]) -> Asked:
     )
     job = tyro.cli(Job, args=arguments, default=default, description=__doc__)
     return _completed(job, own, class_names, source)
+
+
+def _require_something(uri: str) -> None:
+    try:
+        list_files(uri)
+    except NothingThereError as error:
+        raise DataError(
+            f"{uri}: expected a distilled set (a run of jobs/distill.py, its dataset/, or images that somebody else distilled), "
+            "found nothing there"
+        ) from error
+    except DataError:
+        pass  # what is wrong with it is told where it is opened, by its own options
 
 
 def _source_of_ours(own: Any, recipe: SourceConfig) -> SourceConfig:
@@ -276,7 +303,17 @@ def _completed(
         class_names=class_names,
         config=config,
         students=students,
+        attack=_attacks_of(job),
         out=job.out or default_out(own.uri if own is not None else job.uri),
+    )
+
+
+def _attacks_of(job: Job) -> AttackConfig:
+    """Return the attacks that are asked for."""
+    names = _among("attacks", job.attacks, get_args(AttackName)) if job.attacks else ()
+    eps = tuple(dict.fromkeys(part for text in job.eps for part in text.split(",") if part))
+    return AttackConfig(
+        names=cast(tuple[AttackName, ...], names), eps=eps, images=job.attack_images
     )
 
 
@@ -311,16 +348,24 @@ def default_out(uri: str) -> str:
 def evaluate(asked: Asked) -> int:
     """Train and test the students that are missing, and print the table."""
     started = time.monotonic()
-    from wmdd_ray.stages.given_set import stages
+    from wmdd_ray.attacks import require_libraries
+    from wmdd_ray.stages import attack
+    from wmdd_ray.stages.given_set import config_of, stages
     from wmdd_ray.stages.train_groups import sweep_notes
 
     run = open_run(asked)
+    configs = {student: config_of(asked.config, student) for student in asked.students}
+    if asked.attack.names:
+        require_libraries(asked.attack.names, len(run.source("train").class_names))
     real = run.source("real").fingerprint() if asked.config.evaluate.baselines else None
     code = 1
     try:
-        commits = run_pipeline(
-            run, stages(asked.config, asked.students, real), overwrite=asked.job.overwrite
-        )
+        work = stages(asked.config, asked.students, real)
+        if asked.attack.names:
+            work += (attack.sample_stage(asked.config, asked.attack),)
+            for student, own in configs.items():
+                work += attack.stages(own, student, asked.attack)
+        commits = run_pipeline(run, work, overwrite=asked.job.overwrite)
         sweep_notes(run)
         code = 0
     except BaseException as error:
@@ -333,8 +378,9 @@ def evaluate(asked: Asked) -> int:
         for student in asked.students
         for row in commits[student].metrics["table"]
     ]
-    write_results(run, asked, commits, table)
-    print_summary(run, asked, commits, table, time.monotonic() - started)
+    attacked = attack.results(run, configs, asked.attack) if asked.attack.names else None
+    write_results(run, asked, commits, table, attacked)
+    print_summary(run, asked, commits, table, attacked, time.monotonic() - started)
     return 0
 
 
@@ -379,13 +425,14 @@ def open_run(asked: Asked) -> Run:
             raise distill._Terminated from ended
         signal.signal(signal.SIGTERM, distill._terminate)
 
+    width = 13 + (16 if asked.attack.names else 0)
     run = Run(
         store=Store(asked.out),
         config=config,
         resources=job.resources,
         open_source=open_split,
         # The longest name of an architecture would touch the numbers.
-        progress=lambda name: StageLine(f"{name:<13}"),
+        progress=lambda name: StageLine(f"{name:<{width}}"),
         connect=connect,
         unsafe_commits=job.allow_unsafe_commits,
     )
@@ -408,7 +455,11 @@ def foreign_set(asked: Asked, names: tuple[str, ...]) -> Source:
 
 
 def write_results(
-    run: Run, asked: Asked, commits: dict[str, StageCommit], table: list[dict[str, Any]]
+    run: Run,
+    asked: Asked,
+    commits: dict[str, StageCommit],
+    table: list[dict[str, Any]],
+    attacked: dict[str, Any] | None,
 ) -> None:
     """Store all results as one sealed document."""
     given, teacher = run.source("train"), commits.get("teacher")
@@ -435,6 +486,8 @@ def write_results(
         },
         "table": table,
     }
+    if attacked is not None:
+        document["attacks"] = attacked
     run.store.put(RESULTS_KEY, seal(document))
 
 
@@ -456,6 +509,7 @@ def print_summary(
     asked: Asked,
     commits: dict[str, StageCommit],
     table: list[dict[str, Any]],
+    attacked: dict[str, Any] | None,
     seconds: float,
 ) -> None:
     """Print what was tested, the table, and where it lies."""
@@ -468,11 +522,36 @@ def print_summary(
         print(f"teacher         top-1 {100 * teacher['top1']:.1f} % ({teacher['uri']})")
     print(
         f"students        from scratch, {recipe.optimizer} at {recipe.learning_rate:g}, batches of {recipe.batch_size}; tested on "
-        f"held-out images after the last epoch; mean ± standard deviation over {recipe.num_seeds} seeds\n"
+        f"held-out images after the last epoch; mean ± standard deviation over {many(recipe.num_seeds, 'seed')}\n"
     )
     print(results_table(table))
+    if attacked is not None:
+        print_attacks(attacked)
     print(f"\nresults         {run.store.uri}/{RESULTS_KEY}")
     print(f"this run took   {duration(seconds)}")
+
+
+def print_attacks(attacked: dict[str, Any]) -> None:
+    """Print the accuracies under attack, and what in them cannot be."""
+    from wmdd_ray.stages.attack import markdown
+
+    print(
+        f"\nunder attack    top-1 %, {attacked['images']} held-out images, as many of each class; eps is the largest change of a "
+        "pixel in [0, 1];\n                worst case: an image counts where no attack up to eps but CW has made it fall\n"
+    )
+    print(markdown(attacked, ROW_NAMES))
+    for item in attacked["contradictions"]:
+        mark = "! " if item["suspect"] else "  "
+        print(
+            f"\n{mark}{item['what']} at eps {item['eps']} in {item['images']} images ({100 * item['share']:.1f} %) of "
+            f"{item['student']}, {item['row']}, {item['labels']} labels, seed {item['seed']}",
+            end="",
+        )
+    if attacked["contradictions"]:
+        print(
+            "\n\nAutoAttack, PGD and Square search at random, so single images contradict; more than 1 % (!) mean gradients that "
+            "mislead them: believe the worst case"
+        )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Every option of the pipeline: one frozen dataclass a stage, validated when made.
 
 The docstring under a field is its `--help` text: meaning, unit, and where the default comes from. A complete
-configuration is made by a function in `recipes.py`; a variant of one is `dataclasses.replace`. `Resources` is kept
-apart because it says where the work runs, never what comes out: it takes no part in fingerprints.
+configuration is made by a function in `recipes.py`; a variant of one is `dataclasses.replace`. `Resources` and `Reporting`
+are kept apart because they say where the work runs and who is told, never what comes out: they take no part in fingerprints.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Literal, get_args
 
 from wmdd_ray.errors import ConfigError
@@ -19,6 +20,8 @@ StudentLoss = Literal["kl", "mse"]
 LabelKind = Literal["soft", "hard"]
 Baseline = Literal["random_real", "nearest_real", "random_tiles", "nearest_tiles", "all_real"]
 Schedule = Literal["cosine", "half_cosine"]
+CurvatureForm = Literal["gradient", "loss"]
+AttackName = Literal["pgd", "square", "autoattack", "cw", "mim"]
 # Smallest side of a tile, pixels.
 _TILE_PIXELS = 4
 StageName = Literal[
@@ -77,7 +80,7 @@ class SourceConfig:
             _require(
                 len(values) == self.channels,
                 f"source.{name}",
-                f"{self.channels} values, one a channel",
+                f"{self.channels} values, one a channel of --source.channels",
                 values,
             )
         _require(min(self.std) > 0, "source.std", "positive values", self.std)
@@ -136,6 +139,18 @@ class SqueezeConfig:
     mixed_precision: bool = False
     """bfloat16 autocast of the forward pass, on CPU too; loss and optimizer stay float32. On in the recipes from 64 px up
     (Tiny-ImageNet, ImageNette, ImageNet-1K)."""
+    curvature_weight: float = 0.0
+    """Coefficient of the curvature of the loss around each image, which makes the teacher, and what is distilled by it, harder to
+    attack (GUARD). A mean over images: the authors' lambda 100 at batch 128 is 0.78 here. 0 leaves the term out."""
+    curvature_step: float = 3.0
+    """Length of the step along the input gradient over which the curvature is taken, L2 in normalized input units (3 in GUARD's
+    CIFAR script, a twentieth of an image's own length there)."""
+    curvature_form: CurvatureForm = "gradient"
+    """What is penalized: `gradient` is GUARD's published |grad L(x + z) - grad L(x)|, by double backward; `loss` is
+    |L(x + z) - L(x)|, which the authors' ImageNet script computes instead, at their weight of 1e-4."""
+    curvature_ipc_power: float = 0.0
+    """p in curvature_weight x (10 / ipc)^p, so that the weight is that of ipc 10. GUARD finds that robustness pays at small ipc and
+    costs clean accuracy at large (ImageNet-1K: +6.0 at ipc 10, -6.9 at 50) and gives no rule; this one is ours. 0 is no rule."""
     min_top1: float = 0.0
     """Refuse a teacher below this held-out top-1, in [0, 1]; 0 means three times chance level."""
     memory_limit_gib: float = 4.0
@@ -170,6 +185,24 @@ class SqueezeConfig:
             self.label_smoothing,
         )
         _require(0 <= self.min_top1 < 1, "squeeze.min-top1", "in [0, 1)", self.min_top1)
+        for name in ("curvature_weight", "curvature_ipc_power"):
+            value = getattr(self, name)
+            option = f"squeeze.{name.replace('_', '-')}"
+            _require(0 <= value < float("inf"), option, "a finite number >= 0", value)
+        step = self.curvature_step
+        _require(0 < step < float("inf"), "squeeze.curvature-step", "a finite number > 0", step)
+        forms = get_args(CurvatureForm)
+        _require(
+            self.curvature_form in forms,
+            "squeeze.curvature-form",
+            f"one of {', '.join(forms)}",
+            self.curvature_form,
+        )
+
+    def at_ipc(self, ipc: int) -> SqueezeConfig:
+        """Return the options with the curvature weight that `curvature_ipc_power` makes of it at `ipc`."""
+        weight = self.curvature_weight * (10 / ipc) ** self.curvature_ipc_power
+        return replace(self, curvature_weight=weight, curvature_ipc_power=0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -509,6 +542,30 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AttackConfig:
+    """Attacks on trained students, in [0, 1] pixel space."""
+
+    names: tuple[AttackName, ...] = ()
+    """`pgd` (100 steps), `square`, `autoattack` (standard), `cw` (L2), `mim`."""
+    eps: tuple[str, ...] = ("1/255", "2/255", "8/255")
+    """Largest change of a pixel (L-infinity), as fractions of its range: `8/255` or `0.03`."""
+    images: int = 1000
+    """Held-out images that are attacked: as many of each class as the number allows, by the seed. All where there are fewer."""
+
+    def __post_init__(self) -> None:
+        _require(self.images >= 1, "attack-images", ">= 1", self.images)
+        _require(len(self.eps) > 0, "eps", "at least one budget", self.eps)
+        for text in self.eps:
+            try:
+                value = Fraction(text)
+            except (ValueError, ZeroDivisionError):
+                value = Fraction(0)
+            _require(0 < value < 1, "eps", "fractions between 0 and 1, as 8/255", text)
+        values = [Fraction(text) for text in self.eps]
+        _require(len(set(values)) == len(values), "eps", "each budget once", self.eps)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DistillConfig:
     """One complete run."""
 
@@ -582,3 +639,33 @@ class Resources:
         _require(self.num_workers >= -1, "num-workers", ">= 0, or -1 for auto", self.num_workers)
         _require(self.cpus_per_worker >= 1, "cpus-per-worker", ">= 1", self.cpus_per_worker)
         _require(self.max_actors >= 1, "max-actors", ">= 1", self.max_actors)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reporting:
+    """Who is told of a run's numbers while it runs, besides the terminal and Ray's own metrics. Never changes the result.
+
+    A tracker that is not installed is an error at once; one that fails later is left out with a warning.
+    """
+
+    tensorboard: str | None = None
+    """Folder or URI that gets a folder of TensorBoard event files, named like the last part of --out (needs tensorboardX, which
+    Ray Train brings along)."""
+    mlflow: str | None = None
+    """MLflow tracking URI, such as http://host:5000 or sqlite:///mlflow.db; its experiment is MLFLOW_EXPERIMENT_NAME, else wmdd_ray
+    (needs `pip install mlflow`)."""
+    wandb: str | None = None
+    """Weights & Biases PROJECT or ENTITY/PROJECT, with WANDB_API_KEY, or WANDB_MODE=offline (needs `pip install wandb`)."""
+
+    def __post_init__(self) -> None:
+        refuse_secrets("tensorboard", self.tensorboard)
+        # A database's URI may have a query; the password is what must not be repeated.
+        user, at, _ = (self.mlflow or "").partition("://")[2].partition("/")[0].rpartition("@")
+        if at and ":" in user:
+            raise ConfigError(
+                "--mlflow: expected a URI without a password, which would be repeated in logs and files; pass http://host:5000, "
+                "and credentials by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        for name in ("tensorboard", "mlflow", "wandb"):
+            value = getattr(self, name)
+            _require(value is None or value.strip() != "", name, "where to report to", value)

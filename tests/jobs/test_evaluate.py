@@ -11,17 +11,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
 from jobs import evaluate
 from tests.conftest import S3Uri
 from tests.stages.tiny import FinishedRun
+from wmdd_ray.attacks import Attacked
 from wmdd_ray.config import DistillConfig, RelabelConfig, SourceConfig, ViewConfig
 from wmdd_ray.core.views import draw_views
 from wmdd_ray.errors import DataError
 from wmdd_ray.export import export
-from wmdd_ray.stages.given_set import Given, GivenSets, random_real
+from wmdd_ray.stages import attack
+from wmdd_ray.stages.given_set import Given, GivenSets
 from wmdd_ray.stages.held_out import Listed
+from wmdd_ray.stages.real_images import random_real
 from wmdd_ray.stages.training_sets import Input
 from wmdd_ray.store import documents
 from wmdd_ray.store.filesystem import Store
@@ -246,6 +250,8 @@ def test_set_and_results_may_lie_in_object_storage(
         ),
         (("--teacher", "runs/x"), "brings its own teacher and labels"),
         (("--source.mean", "0.5"), "--source.mean: expected (0."),
+        (("--attacks", "pdg"), "--attacks: expected names among pgd, square, autoattack, cw, mim"),
+        (("--attacks", "pgd", "--eps", "8"), "--eps: expected fractions between 0 and 1, as 8/255"),
         (("--source.image-size", "8"), "--source.image-size: expected 16"),
         (("--evaluate.epochs", "7"), "at most the 6 stored label epochs"),
         (("--val-data", "s3://user:secret@bucket/x"), "a URI without a password"),
@@ -276,6 +282,130 @@ def test_what_a_foreign_set_does_not_bring_is_asked_for(
 ) -> None:  # fmt: skip
     assert typed(folder, tmp_path / "out", *options) == code
     assert told in capsys.readouterr().err
+
+
+# Long enough that the student is right about some images.
+ATTACKED = (
+    "--seeds", "1", "--labels", "soft", "--evaluate.epochs", "60", "--eps", "4/255,32/255",
+    "--attack-images", "25",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def attacked(
+    finished_run: FinishedRun, ray_local: None, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A student of the tiny run's set, under two attacks."""
+    out = tmp_path_factory.mktemp("attacked") / "out"
+    assert typed(finished_run.out, out, *ATTACKED, "--attacks", "pgd,mim") == 0
+    return out
+
+
+@pytest.mark.slow
+def test_students_are_attacked_on_as_many_images_of_each_class_and_the_results_are_sealed(
+    attacked: Path,
+) -> None:
+    found = results(attacked)["attacks"]
+    assert (found["images"], found["images_asked"], found["contradictions"]) == (25, 25, [])
+    sample = safetensors.numpy.load_file(attacked / "attacked" / "images.safetensors")
+    assert sorted(np.bincount(sample["labels_N"], minlength=10).tolist()) == [2] * 5 + [3] * 5
+    loaded = load_images(open_source("digits", SOURCE, split="val"), SOURCE, 1 << 24)
+    assert loaded is not None
+    label_of = {image.tobytes(): label for label, image in zip(loaded[1], loaded[2], strict=True)}
+    drawn = [label_of[image.tobytes()] for image in sample["images_NHWC"]]
+    assert drawn == sample["labels_N"].tolist()
+    rows = found["table"]
+    assert [row["eps"] for row in rows] == ["4/255", "32/255"]
+    for row in rows:
+        assert (row["student"], row["row"], row["labels"]) == ("convnet3", "distilled", "soft")
+        assert row["worst"]["mean"] <= min(row["pgd"]["mean"], row["mim"]["mean"])
+        assert row["pgd"]["mean"] <= row["clean"]["mean"] and len(row["pgd"]["values"]) == 1
+    assert rows[1]["worst"]["mean"] < rows[0]["worst"]["mean"]
+    # The accuracy without an attack is that of the stored student.
+    flags = json.loads(
+        (attacked / "convnet3-pgd-4of255/images/distilled-soft-s000-000.json").read_text()
+    )
+    assert np.mean(flags["clean"]) == rows[0]["clean"]["mean"]
+    assert abs(rows[0]["clean"]["mean"] - top1(attacked)["distilled", "soft"][0]) < 0.3
+
+
+@pytest.mark.slow
+def test_another_attack_or_a_lost_unit_leaves_what_is_there_alone(
+    attacked: Path, finished_run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(attacked, tmp_path / "out")
+    lost = out / "convnet3-mim-4of255"
+    before = (lost / "images" / "distilled-soft-s000-000.json").read_bytes()
+    for key in ("stage.json", "units/distilled-soft-s000-000.json", "images/distilled-soft-s000-000.json"):  # fmt: skip
+        (lost / key).unlink()
+    kept = {
+        p: p.stat().st_mtime_ns
+        for room in ("convnet3", "attacked", "convnet3-pgd-4of255", "convnet3-mim-32of255")
+        for p in (out / room).rglob("*.json")
+    }
+    assert typed(finished_run.out, out, *ATTACKED, "--attacks", "pgd", "mim", "cw") == 0
+    assert (lost / "images" / "distilled-soft-s000-000.json").read_bytes() == before
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    old, new = (results(o)["attacks"]["table"] for o in (attacked, out))
+    for one, other in zip(old, new, strict=True):
+        assert one == {name: value for name, value in other.items() if not name.startswith("cw")}
+        assert other["cw"]["mean"] <= other["clean"]["mean"]
+    said = capsys.readouterr().out
+    assert "| student | trained on | labels | eps | clean | PGD-100 | CW (L2) | MIM | worst case |" in said  # fmt: skip
+    assert "25 held-out images" in said
+
+
+@pytest.mark.slow
+def test_without_attacks_nothing_is_told_of_them(ours: Path) -> None:
+    assert "attacks" not in results(ours)
+    assert sorted(p.name for p in (ours / "convnet3" / "students").iterdir())[:1] == [
+        "all_real-hard-s000.safetensors"
+    ]
+
+
+@pytest.mark.slow
+def test_contradicting_results_are_kept_and_marked(
+    attacked: Path, finished_run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def misled(
+        name: str, network: object, images: np.ndarray, *_: object, **__: object
+    ) -> Attacked:
+        """An AutoAttack that finds nothing."""
+        right = np.ones(len(images), dtype=bool)
+        return Attacked(
+            clean_N=right, robust_N=right, change_N=np.zeros(len(images)), notes=("no gradient",)
+        )
+
+    out = shutil.copytree(attacked, tmp_path / "out")
+    monkeypatch.setattr(attack, "attack", misled)
+    assert typed(finished_run.out, out, *ATTACKED, "--attacks", "pgd,mim,autoattack") == 0
+    found = results(out)["attacks"]
+    told = {(c["what"], c["eps"]): c["suspect"] for c in found["contradictions"]}
+    assert told["AutoAttack exceeds PGD-100", "32/255"] is True
+    assert found["library_notes"] == {
+        "no gradient": ["convnet3 distilled-soft-s000 autoattack"] * 2
+    }
+    worst = [row["worst"]["mean"] for row in found["table"]]
+    assert worst == [row["worst"]["mean"] for row in results(attacked)["attacks"]["table"]]
+    said = capsys.readouterr().out
+    assert "100.0 ± 0.0 !" in said
+    assert (
+        "! AutoAttack exceeds PGD-100 at eps 32/255 in" in said and "believe the worst case" in said
+    )
+
+
+def test_a_sample_takes_all_of_small_classes_and_some_classes_where_there_are_more_than_images() -> (
+    None
+):
+    val = Listed.of(open_source("digits", SOURCE, split="val"), SOURCE)
+    _, few_N = attack.draw_sample(val, 3, seed=1)
+    _, all_N = attack.draw_sample(val, 10_000, seed=1)
+    assert len(set(few_N.tolist())) == 3
+    assert len(all_N) == sum(1 for _, labels_N in val.chunks() for _ in labels_N)
+    first, second = (attack.draw_sample(val, 30, seed=seed)[0] for seed in (1, 2))
+    np.testing.assert_array_equal(first, attack.draw_sample(val, 30, seed=1)[0])
+    assert (first != second).any()
 
 
 @pytest.mark.parametrize("arguments", [[], ["--seeds", "3", "runs/x"]])
@@ -343,3 +473,13 @@ def test_whole_images_get_the_views_of_all_tiles_in_as_many_more_passes() -> Non
     for epoch in range(2):
         crops = np.concatenate([views.crop_V4 for views in seen[4 * epoch : 4 * epoch + 4]])
         assert sorted(crops.tolist()) == sorted(stored[epoch].crop_V4.tolist())
+
+
+@pytest.mark.parametrize(("side", "images"), [(16, 250), (32, 250), (64, 62), (224, 25)])
+def test_the_slices_of_attacked_images_are_a_partition_and_smaller_for_larger_images(
+    side: int, images: int
+) -> None:
+    config = DistillConfig(source=SourceConfig(image_size=side, resize=side))
+    slices = attack._slices(1001, config)
+    assert [i for part in slices for i in range(1001)[part]] == list(range(1001))
+    assert slices[0] == slice(0, images)

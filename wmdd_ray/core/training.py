@@ -19,9 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from wmdd_ray.config import EvaluateConfig, SqueezeConfig
 from wmdd_ray.core.batches import AUGMENTATION, Batch, order_of
+from wmdd_ray.core.curvature import classifier_curvature
 from wmdd_ray.core.optimizer import (
     State,
     WeightAverage,
@@ -51,8 +53,12 @@ def train_classifier(
     rank: int = 0,
     start_epoch: int = 0,
     on_epoch: Callable[[int, float], None] | None = None,
+    on_curvature: Callable[[int, float], None] | None = None,
 ) -> None:
     """Train `network` in place on hard labels, from `start_epoch` to `config.epochs`.
+
+    The loss is the cross-entropy, plus `config.curvature_weight` times the curvature of the same augmented images
+    (`core.curvature`; the weight is taken as it is, see `SqueezeConfig.at_ipc`).
 
     SGD's rate falls as a cosine per step to 0. The images are cropped, resized back and flipped at
     random. To resume: load the `training_state` that `on_epoch` saved after epoch e, and pass
@@ -72,16 +78,20 @@ def train_classifier(
         rank: this worker; each draws its own augmentation.
         start_epoch: first epoch to train.
         on_epoch: called with (epoch, mean loss) after every epoch.
+        on_curvature: called with (epoch, mean curvature term, without its weight) before `on_epoch`, when the weight is
+            positive.
 
     Raises:
         ConfigError: The loss is not finite.
     """
     device = next(network.parameters()).device
     num_steps = config.epochs * steps_per_epoch
+    # Its own passes need no exchange: the gradients of all terms are summed over the workers in one backward.
+    bare = network.module if isinstance(network, DistributedDataParallel) else network
     for epoch in range(start_epoch, config.epochs):
         network.train()
         rng = np.random.default_rng([seed, epoch, AUGMENTATION, rank])
-        total, count = torch.zeros((), device=device), 0
+        total, bent, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
         batches = islice(epoch_batches(epoch), steps_per_epoch)
         with _seeded_dropout(seed, epoch, rank, device):
             for i, (images_BHWC, labels_B) in enumerate(batches):
@@ -91,15 +101,29 @@ def train_classifier(
                     device.type, dtype=torch.bfloat16, enabled=config.mixed_precision
                 ):
                     logits_BY = network(images)
+                labels = labels_B.to(device)
                 loss = F.cross_entropy(
-                    logits_BY.float(), labels_B.to(device), label_smoothing=config.label_smoothing
+                    logits_BY.float(), labels, label_smoothing=config.label_smoothing
                 )
+                if config.curvature_weight > 0:
+                    term = classifier_curvature(
+                        bare,
+                        images,
+                        labels,
+                        step=config.curvature_step,
+                        form=config.curvature_form,
+                        label_smoothing=config.label_smoothing,
+                    )
+                    loss = loss + config.curvature_weight * term
+                    bent += term.detach()
                 step = epoch * steps_per_epoch + i
                 take_step(optimizer, loss, config.learning_rate, step, num_steps)
                 total += loss.detach()
                 count += 1
         mean_loss = float(total) / max(count, 1)
-        _require_finite(mean_loss, "squeeze", epoch, config.learning_rate)
+        _require_finite(mean_loss, "squeeze", epoch, config.learning_rate, config.curvature_weight)
+        if on_curvature is not None and config.curvature_weight > 0:
+            on_curvature(epoch, float(bent) / max(count, 1))
         if on_epoch is not None:
             on_epoch(epoch, mean_loss)
 
@@ -375,11 +399,14 @@ def _rendered_batches(
         yield from (_Rows(*tensors) for tensors in zip(*parts_of, strict=True))
 
 
-def _require_finite(loss: float, stage: str, epoch: int, learning_rate: float) -> None:
+def _require_finite(
+    loss: float, stage: str, epoch: int, learning_rate: float, curvature_weight: float = 0.0
+) -> None:
     if not math.isfinite(loss):
+        curved = f", or --squeeze.curvature-weight {curvature_weight:g}" if curvature_weight else ""
         raise ConfigError(
             f"--{stage}.learning-rate: expected a finite loss, got {loss} in epoch {epoch} at rate "
-            f"{learning_rate}; lower it"
+            f"{learning_rate}; lower it{curved}"
         )
 
 

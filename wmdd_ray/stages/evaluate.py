@@ -18,7 +18,7 @@ import torch
 
 from wmdd_ray.config import DistillConfig, LabelKind
 from wmdd_ray.core.class_order import confusion
-from wmdd_ray.core.networks import build_network
+from wmdd_ray.core.networks import build_network, load_weights, weights_of
 from wmdd_ray.core.optimizer import State
 from wmdd_ray.core.training import accuracy, train_student
 from wmdd_ray.provenance import hardware, versions
@@ -29,7 +29,7 @@ from wmdd_ray.stages.checkpoints import Checkpoints
 from wmdd_ray.stages.held_out import HeldOut, Listed
 from wmdd_ray.stages.training_sets import TILED, OpenSets, open_sets
 from wmdd_ray.stages.workers import DoUnit, Report, do_units
-from wmdd_ray.store import documents
+from wmdd_ray.store import codecs, documents
 
 _STATE_EVERY_S = 20.0
 
@@ -59,7 +59,7 @@ def unit_ids(config: DistillConfig) -> tuple[str, ...]:
     )
 
 
-def _parts_of(unit: str) -> tuple[str, LabelKind, int]:
+def parts_of(unit: str) -> tuple[str, LabelKind, int]:
     """Return (row, labels, seed) of a unit."""
     row, labels, seed = unit.rsplit("-", 2)
     return row, "soft" if labels == "soft" else "hard", int(seed[1:])
@@ -68,6 +68,11 @@ def _parts_of(unit: str) -> tuple[str, LabelKind, int]:
 def key_of(unit: str) -> str:
     """Return the key of a student's result."""
     return f"results/{unit}.json"
+
+
+def student_key(unit: str) -> str:
+    """Return the key of a student's weights, where they are kept."""
+    return f"students/{unit}.safetensors"
 
 
 def plan(stage: StageRun) -> Work:
@@ -95,19 +100,26 @@ def work(stage: StageRun) -> dict[str, Any]:
     }
 
 
-def train_students(stage: StageRun, config: DistillConfig, sets: OpenSets) -> dict[str, Any]:
+def train_students(
+    stage: StageRun, config: DistillConfig, sets: OpenSets, *, keep: bool = False
+) -> dict[str, Any]:
     """Train the students of every row that are not trained yet, test them on held-out images, and return the table.
 
     Args:
         stage: The stage; its room holds a result a student.
         config: Rows, seeds and recipe of the students.
         sets: Opens what they are trained on; in a worker.
+        keep: Store their weights too (`read_student`).
     """
     units = unit_ids(config)
     val = Listed.of(stage.run.source("val"), config.source)
-    do_units(stage, units, partial(open_worker, room=stage.room, sets=sets, val=val, config=config))
+    opened = partial(open_worker, room=stage.room, sets=sets, val=val, config=config, kept=keep)
+    do_units(stage, units, opened)
     markers = stage.room.read_units(units)
-    results = {u: documents.load_json(stage.room.read(m.files[0]), u) for u, m in markers.items()}
+    results = {
+        unit: documents.load_json(stage.room.read(marker.files[0]), unit)
+        for unit, marker in markers.items()
+    }
     table = []
     for row, labels in product(rows(config), config.evaluate.labels):
         found = [r for r in results.values() if (r["row"], r["labels"]) == (row, labels)]
@@ -137,7 +149,13 @@ def train_students(stage: StageRun, config: DistillConfig, sets: OpenSets) -> di
 
 
 def open_worker(
-    device: torch.device, *, room: Room, sets: OpenSets, val: Listed, config: DistillConfig
+    device: torch.device,
+    *,
+    room: Room,
+    sets: OpenSets,
+    val: Listed,
+    config: DistillConfig,
+    kept: bool,
 ) -> DoUnit:
     """Open the data set and the held-out images, and return the function that trains one student."""
     opened = sets(device)
@@ -149,7 +167,7 @@ def open_worker(
         attempt = room.begin_unit(unit)
         if attempt is None:
             return
-        row, labels, number = _parts_of(unit)
+        row, labels, number = parts_of(unit)
         chosen = opened.get(row, labels)
         in_core = time.perf_counter()
         # The seed is of the student alone: student 0 of every row starts from the same weights.
@@ -170,6 +188,8 @@ def open_worker(
             report(
                 (epoch + 1) / (chosen.epochs + 1),
                 f"{row}, {labels} labels, seed {number}, epoch {epoch + 1}/{chosen.epochs}",
+                epoch=epoch + 1,
+                loss=loss,
             )
 
         train_student(
@@ -203,9 +223,12 @@ def open_worker(
             versions=versions()["versions"],
         )
         content = documents.dump_json({**asdict(result), "recall_per_class": per_class})
+        payloads = {key_of(unit): content}
+        if kept:
+            payloads[student_key(unit)] = codecs.encode_state(weights_of(network))
         room.commit_unit(
             unit,
-            {key_of(unit): content},
+            payloads,
             metrics={"top1": top1, "seconds_in_core": round(in_core, 4)},
             attempt=attempt,
             seconds=time.perf_counter() - started,
@@ -213,6 +236,24 @@ def open_worker(
         keep.clear()
 
     return do_unit
+
+
+def read_student(
+    room: Room, unit: str, config: DistillConfig, num_classes: int, device: torch.device
+) -> torch.nn.Module:
+    """Return a student of a committed room that keeps them, in evaluation mode."""
+    source = config.source
+    with torch.device("meta"):
+        network = build_network(
+            config.evaluate.for_labels(parts_of(unit)[1]).network,
+            num_classes=num_classes,
+            channels=source.channels,
+            image_size=source.image_size,
+        )
+    network.to_empty(device=device)
+    state = codecs.decode_state(room.read(room.committed().file(student_key(unit))))
+    load_weights(network, {k: torch.tensor(v) for k, v in state.items()}, f"student {unit}")
+    return network.eval()
 
 
 def _recall(network: torch.nn.Module, held_out: HeldOut, num_classes: int) -> list[float]:

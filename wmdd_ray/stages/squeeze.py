@@ -33,7 +33,7 @@ from wmdd_ray.run import StageRun, Work, unit_seed
 from wmdd_ray.stages import train_groups, workers
 from wmdd_ray.stages.checkpoints import Checkpoints
 from wmdd_ray.stages.cluster import width
-from wmdd_ray.stages.features import shard_of
+from wmdd_ray.stages.features import check_listed, shard_of
 from wmdd_ray.stages.given_teacher import import_teacher
 from wmdd_ray.stages.held_out import Listed
 from wmdd_ray.stages.queue import UnitQueue
@@ -50,8 +50,11 @@ def options(config: DistillConfig) -> dict[str, Any]:
     if config.teacher is not None:
         squeeze = {"network": asdict(config.squeeze.network), "min_top1": config.squeeze.min_top1}
         return {"teacher": config.teacher, "source": asdict(config.source), "squeeze": squeeze}
-    squeeze = asdict(config.squeeze)
-    del squeeze["memory_limit_gib"]
+    squeeze = asdict(config.squeeze.at_ipc(config.ipc))
+    # Where the curvature's weight comes from makes no difference to the teacher, nor what it would have been.
+    del squeeze["memory_limit_gib"], squeeze["curvature_ipc_power"]
+    if squeeze["curvature_weight"] == 0:
+        del squeeze["curvature_weight"], squeeze["curvature_step"], squeeze["curvature_form"]
     return {
         "teacher": None,
         "seed": config.seed,
@@ -77,6 +80,8 @@ def work(stage: StageRun) -> dict[str, Any]:
     stage.progress.start(1, int(done))
     if not done:
         if stage.config.teacher is None:
+            source: Source = stage.run.source("train")
+            check_listed(source.shards(stage.config.features.chunk_images), source, stage.config)
             _train(stage)
         else:
             import_teacher(stage, stage.config.teacher)
@@ -158,12 +163,12 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
         image_size=config.source.image_size,
     ).to(device)
     network.to(memory_format=torch.channels_last)
-    squeeze = config.squeeze
+    squeeze = config.squeeze.at_ipc(config.ipc)
     optimizer = make_optimizer(
         network, "sgd", learning_rate=squeeze.learning_rate, weight_decay=squeeze.weight_decay, momentum=squeeze.momentum
     )  # fmt: skip
     keep = Checkpoints(loop["room"], UNIT, _STATE_EVERY_S)
-    first, losses = _resume(keep, network, optimizer, rank, world)
+    first, losses, curvatures = _resume(keep, network, optimizer, rank, world)
     attempt = None
     if rank == 0:
         workers.call(loop["queue"], "join", rank, world, socket.gethostname())
@@ -174,14 +179,21 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
 
     def get_state(epoch: int) -> State:
         state = training_state(network, optimizer)
-        return state | {"epoch": np.array(epoch), "losses": np.array(losses)}
+        state |= {"epoch": np.array(epoch), "losses": np.array(losses)}
+        return state | ({"curvatures": np.array(curvatures)} if curvatures else {})
+
+    def on_curvature(epoch: int, term: float) -> None:
+        curvatures.append(round(term, 4))
 
     def on_epoch(epoch: int, loss: float) -> None:
         losses.append(round(loss, 4))
         if rank == 0:
+            bent = f", curvature {curvatures[-1]:.3f}" if curvatures else ""
             report(
                 (epoch + 1) / (squeeze.epochs + 1),
-                f"epoch {epoch + 1}/{squeeze.epochs}, loss {loss:.3f}",
+                f"epoch {epoch + 1}/{squeeze.epochs}, loss {loss:.3f}{bent}",
+                epoch=epoch + 1,
+                loss=loss,
             )
             keep.maybe(lambda: get_state(epoch + 1))
 
@@ -197,11 +209,14 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
         rank=rank,
         start_epoch=first,
         on_epoch=on_epoch,
+        on_curvature=on_curvature,
     )
     if attempt is not None:
         network.eval()
         top1 = measure(network, loop["val"], config, "the trained teacher", device)
-        extra = {"losses": losses}
+        extra: dict[str, Any] = {"losses": losses}
+        if curvatures:
+            extra |= {"curvatures": curvatures, "curvature_weight": squeeze.curvature_weight}
         commit_teacher(
             loop["room"],
             config,
@@ -223,8 +238,8 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     rank: int,
     world: int,
-) -> tuple[int, list[float]]:
-    """Load the state of an interrupted training; return (first epoch, losses so far)."""
+) -> tuple[int, list[float], list[float]]:
+    """Load the state of an interrupted training; return (first epoch, losses so far, curvature terms so far)."""
     held = [keep.load() if rank == 0 else None]
     if world > 1:
         # Read once, because two readings of a store can find two states, and all workers have to begin at one.
@@ -232,10 +247,11 @@ def _resume(
         torch.distributed.broadcast_object_list(held, src=0, device=device)
     state = held[0]
     if state is None:
-        return 0, []
+        return 0, [], []
     epoch, losses = int(state.pop("epoch")), state.pop("losses").tolist()
+    curvatures = state.pop("curvatures", np.zeros(0)).tolist()
     load_training_state(network, optimizer, state)
-    return epoch, losses
+    return epoch, losses, curvatures
 
 
 def _epoch_batches(loop: dict[str, Any], rank: int, world: int, seed: int) -> Any:
