@@ -25,16 +25,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tyro
 
 from wmdd_ray.card import results_table, size
-from wmdd_ray.config import DistillConfig, Resources, StageName, refuse_secrets
+from wmdd_ray.config import DistillConfig, Reporting, Resources, StageName, refuse_secrets
 from wmdd_ray.errors import WmddError
-from wmdd_ray.progress import StageLine, duration
+from wmdd_ray.progress import AboveTheBar, StageLine, duration
 from wmdd_ray.provenance import hardware, versions
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.rooms import StageCommit
-from wmdd_ray.run import Run, Stage, StageRun, expected_plan, run_pipeline
+from wmdd_ray.run import Run, Stage, StageRun, expected_plan, fingerprint, flatten, run_pipeline
 from wmdd_ray.store.documents import dump_json
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
+from wmdd_ray.tracking import TrackedRun, trackers_of
 
 _GRACE_S = 10.0
 _RESUME = "finished units are kept: run the same command again to go on"
@@ -61,6 +62,7 @@ class Job:
     """Show Ray's and the workers' log lines, and whole tracebacks."""
     config: Annotated[DistillConfig, tyro.conf.arg(name="")] = field(default_factory=DistillConfig)
     resources: Annotated[Resources, tyro.conf.arg(name="")] = field(default_factory=Resources)
+    reporting: Annotated[Reporting, tyro.conf.arg(name="")] = field(default_factory=Reporting)
 
     def __post_init__(self) -> None:
         refuse_secrets("out", self.out)
@@ -72,7 +74,9 @@ def main(arguments: list[str]) -> int:
     try:
         job = parse(arguments)
         logging.basicConfig(
-            level=logging.INFO if job.verbose else logging.WARNING, format="%(name)s: %(message)s"
+            level=logging.INFO if job.verbose else logging.WARNING,
+            format="%(name)s: %(message)s",
+            handlers=[AboveTheBar()],
         )
         return distill(job)
     except BaseException as error:
@@ -91,9 +95,10 @@ def parse(arguments: list[str]) -> Job:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="digits")
     first.add_argument("--variant", default="best")
-    first.add_argument("--ipc", type=int, default=10)
+    first.add_argument("--ipc", default="")
     known, _ = first.parse_known_args(arguments)
-    default = Job(config=recipe_of(known.recipe, known.ipc, known.variant))
+    ipc = int(known.ipc) if known.ipc.isdecimal() else 10  # tyro says what is wrong with others
+    default = Job(config=recipe_of(known.recipe, ipc, known.variant))
     return tyro.cli(Job, args=arguments, default=default, description=__doc__)
 
 
@@ -101,13 +106,17 @@ def distill(job: Job) -> int:
     """Bring every room up to date and print what a person wants to know."""
     started = time.monotonic()
     run = open_run(job)
+    tracked = tracked_run(run)
+    trackers = [] if job.dry_run else trackers_of(job.reporting, tracked)
     # Imported here: stages load torch and Ray, which a wrong option should not have to wait for.
+    from wmdd_ray.stages.metrics import LiveWatch
     from wmdd_ray.stages.pipeline import PIPELINE
     from wmdd_ray.stages.train_groups import sweep_notes
 
     if job.dry_run:
         print_plan(run, PIPELINE)
         return 0
+    run.watch = LiveWatch(tracked, trackers)
     code = 1
     try:
         commits = run_pipeline(
@@ -171,6 +180,16 @@ def open_run(job: Job) -> Run:
         unsafe_commits=job.allow_unsafe_commits,
     )
     return run
+
+
+def tracked_run(run: Run) -> TrackedRun:
+    """Return what trackers are told of a run; the same command has the same key."""
+    uri, config = run.store.uri, asdict(run.config)
+    return TrackedRun(
+        name=uri.rstrip("/").rpartition("/")[2],
+        key=fingerprint({"out": uri, "config": config}),
+        options={"out": uri, **flatten(config)},
+    )
 
 
 def default_out(config: DistillConfig) -> str:

@@ -2,7 +2,8 @@
 
 A line is an event: `at` (UTC), `run`, `event`, and what it is about: `stage`, `unit`, `node`, `attempt`, `seconds`, `reason`.
 
-    run_started, stage_started, unit_started, unit_done, unit_retried, unit_failed, stage_committed, stage_found, run_ended
+    run_started, stage_started, unit_started, unit_done, unit_retried, unit_failed, stage_committed, run_ended
+    data_statistics (Ray Data's own, as `text`, after each of its executions)
 
 On a disk a line is there as soon as it is written. An object store has no appending: the part under way is put again every
 few seconds, and a kill costs the lines since; what is finished is told by the markers, which carry the same facts.

@@ -1,7 +1,9 @@
-"""One line a stage: done/total, rate, time left. Redrawn on a terminal; a plain line every few seconds elsewhere."""
+"""A bar a stage: done/total, rate, time left. Redrawn on a terminal; a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import threading
 import time
@@ -11,6 +13,7 @@ from wmdd_ray.run import Progress
 
 _TERMINAL_S = 0.2
 _PLAIN_S = 10.0
+_COLUMNS = 80  # of a terminal that does not tell
 
 
 def duration(seconds: float) -> str:
@@ -24,8 +27,17 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min"
 
 
+class AboveTheBar(logging.StreamHandler[TextIO]):
+    """Writes log lines where a bar may stand: clears it, and the next redraw puts it below."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.stream.isatty():
+            self.stream.write("\r\x1b[K")
+        super().emit(record)
+
+
 class StageLine(Progress):
-    """The line of one stage.
+    """The line of one stage. With log lines of level INFO in between (`--verbose`) it is plain on a terminal too.
 
     Args:
         name: Stage name.
@@ -35,7 +47,7 @@ class StageLine(Progress):
     def __init__(self, name: str, stream: TextIO | None = None) -> None:
         self._name = name
         self._stream = stream or sys.stderr
-        self._live = self._stream.isatty()
+        self._live = self._stream.isatty() and not logging.getLogger().isEnabledFor(logging.INFO)
         self._lock = threading.Lock()
         self._total: int | None = None
         self._begun = self._shown = time.monotonic()
@@ -80,7 +92,11 @@ class StageLine(Progress):
             return
         self._shown = now
         total = "?" if self._total is None else _units(self._total)
-        text = f"{self._name:<12}{_units(self._done)}/{total}"
+        bar = ""
+        if self._live and self._total:
+            cells = max(4, _columns(self._stream) // 8)
+            bar = f"{_bar(self._done / self._total, cells, self._stream.encoding)} "
+        text = f"{self._name:<12}{bar}{_units(self._done)}/{total}"
         fresh = self._done - self._found
         if fresh > 0 and now > self._begun:
             rate = fresh / (now - self._begun)
@@ -93,8 +109,32 @@ class StageLine(Progress):
         self._write(text, end="" if self._live else "\n")
 
     def _write(self, text: str, *, end: str) -> None:
-        self._stream.write(f"\r\x1b[K{text}{end}" if self._live else f"{text}{end}")
+        if self._live:
+            # A line that wraps would not be redrawn but repeated. The last column makes some terminals wrap.
+            columns = _columns(self._stream)
+            text = text if len(text) < columns else f"{text[: columns - 4]}..."
+            text = f"\r\x1b[K{text}"
+        self._stream.write(f"{text}{end}")
         self._stream.flush()
+
+
+def _bar(fraction: float, cells: int, encoding: str | None) -> str:
+    """Return a bar of a fraction in [0, 1], in eighths of a cell where the terminal writes Unicode."""
+    fraction = min(1.0, max(0.0, fraction))
+    if not (encoding or "").lower().startswith("utf"):
+        full = int(fraction * cells)
+        return "[" + "#" * full + "-" * (cells - full) + "]"
+    full, eighths = divmod(int(fraction * cells * 8), 8)
+    bar = "█" * full + (" ▏▎▍▌▋▊▉"[eighths] if eighths else "")
+    return f"▕{bar:<{cells}}▏"
+
+
+def _columns(stream: TextIO) -> int:
+    """Return the width of a terminal now: windows are resized."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or _COLUMNS
+    except (OSError, ValueError):
+        return _COLUMNS
 
 
 def _units(count: float) -> str:

@@ -71,6 +71,7 @@ class Run:
     open_source: Callable[[str], Any]
     progress: Callable[[str], Progress]
     connect: Callable[[], None]
+    watch: Watch = field(default_factory=lambda: Watch())
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     began: float = field(default_factory=time.time)
     unsafe_commits: bool = False
@@ -104,6 +105,7 @@ class Run:
         if not self._works:
             self.connect()
             self.events.write("run_started", node=socket.gethostname())
+            self.watch.begin(self)
         self._works = True
 
     def end(self, exit_code: int) -> None:
@@ -111,6 +113,23 @@ class Run:
         if self._works:
             self.events.write("run_ended", exit_code=exit_code)
             self.events.flush()
+            self.watch.end(exit_code)
+
+
+class Watch:
+    """Somebody who follows a run at work. The base class does not; `stages/metrics.py` has the one of the jobs."""
+
+    def begin(self, run: Run) -> None:
+        """Say that there is work to do, and a cluster to do it on."""
+
+    def units(self, stage: str, done: float, total: int | None, *, final: bool = False) -> None:
+        """Say how many units of a stage are finished now, and for the last time."""
+
+    def event(self, stage: StageRun, event: str, about: dict[str, Any]) -> None:
+        """Say what happened, as the event log has it, or what a unit under way tells (`unit_told`: its `values`)."""
+
+    def end(self, exit_code: int) -> None:
+        """Say that the job ends; only after `begin`."""
 
 
 class Progress:
@@ -124,6 +143,29 @@ class Progress:
 
     def finish(self, note: str = "") -> None:
         """Close the line."""
+
+
+class _Watched(Progress):
+    """A progress line that the run's watch follows."""
+
+    def __init__(self, line: Progress, watch: Watch, stage: str) -> None:
+        self._line, self._watch, self._stage = line, watch, stage
+        self._total: int | None = None
+        self._done = 0.0
+
+    def start(self, total: int | None, done: float) -> None:
+        self._total, self._done = total, done
+        self._line.start(total, done)
+        self._watch.units(self._stage, done, total)
+
+    def update(self, done: float, note: str = "") -> None:
+        self._done = max(self._done, done)
+        self._line.update(done, note)
+        self._watch.units(self._stage, self._done, self._total)
+
+    def finish(self, note: str = "") -> None:
+        self._line.finish(note)
+        self._watch.units(self._stage, self._total or self._done, self._total, final=True)
 
 
 @dataclass(kw_only=True)
@@ -146,8 +188,10 @@ class StageRun:
         return self.run.resources
 
     def event(self, event: str, **about: Any) -> None:
-        """Write an event of this stage."""
-        self.run.events.write(event, stage=self.stage.name, **about)
+        """Write an event of this stage; what a unit tells on its way is for the watch alone."""
+        self.run.watch.event(self, event, about)
+        if event != "unit_told":
+            self.run.events.write(event, stage=self.stage.name, **about)
 
     @cached_property
     def inputs(self) -> dict[str, StageCommit]:
@@ -243,7 +287,8 @@ def _build(
     started = time.monotonic()
     _claim(run, room, plan, overwrite=overwrite)
     run.begin_work()
-    stage_run = StageRun(run=run, stage=stage, room=room, progress=run.progress(stage.name))
+    progress = _Watched(run.progress(stage.name), run.watch, stage.name)
+    stage_run = StageRun(run=run, stage=stage, room=room, progress=progress)
     stage_run.event("stage_started")
     metrics = stage.work(stage_run)
     _check_ours(room, plan)

@@ -58,8 +58,12 @@ class UnitQueue:
         self._event("unit_started", unit)
         return unit
 
-    def report(self, unit: str, fraction: float, note: str) -> None:
-        """Note the fraction of a unit that is done; 1 finishes it."""
+    def report(
+        self, unit: str, fraction: float, note: str, values: dict[str, float] | None = None
+    ) -> None:
+        """Note the fraction of a unit that is done, 1 finishes it, and hand on the values that it tells."""
+        if values:
+            self._event("unit_told", unit, values=values)
         if fraction >= 1:
             if unit in self._taken:
                 seconds = time.monotonic() - self._taken[unit][1]

@@ -40,8 +40,9 @@ _MAX_GROUP, _MIN_SHARE = 8, 4
 # From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
-Report = Callable[[float, str], None]
-"""Says which fraction of the unit under way is done, with a short note."""
+Report = Callable[..., None]
+"""report(fraction, note, **values): says which fraction of the unit under way is done, with a short note and, at the end of
+an epoch, `epoch` (from 1) and `loss`."""
 
 DoUnit = Callable[[str, Report], None]
 """Works on one unit and commits it."""
@@ -132,7 +133,10 @@ def _run_actors(
         with contextlib.suppress(ray.exceptions.RayError):
             parts = ray.get(here)
             note = parts[0][1] if parts else ""
-            stage.progress.update(found + done + sum(fraction for fraction, _ in parts), note)
+            stage.progress.update(found + done + sum(part[0] for part in parts), note)
+            for _, _, unit, values in parts:
+                if values:
+                    stage.event("unit_told", unit=unit, values=values)
 
     actor = ray.remote(num_cpus=wide.cpus, num_gpus=wide.gpus, max_concurrency=2)(UnitActor)
     fan_out(
@@ -155,7 +159,8 @@ class UnitActor:
         torch.set_num_threads(cpus)
         self._cpus = cpus
         self._do_unit = open_worker(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        self._progress = (0.0, "")
+        self._unit = ""
+        self._progress: tuple[float, str, str, dict[str, float]] = (0.0, "", "", {})
 
     def ready(self) -> str:
         """Return the node's name once the worker can work."""
@@ -164,15 +169,16 @@ class UnitActor:
     def work(self, unit: str) -> None:
         """Do the unit and commit it."""
         torch.set_num_threads(self._cpus)  # of this thread: the actor has two
+        self._unit = unit
         self._do_unit(unit, self._report)
-        self._progress = (0.0, "")
+        self._progress = (0.0, "", "", {})
 
-    def progress(self) -> tuple[float, str]:
-        """Return the fraction of the unit under way that is done, and a note."""
+    def progress(self) -> tuple[float, str, str, dict[str, float]]:
+        """Return the fraction of the unit under way that is done, a note, the unit, and the values that it told last."""
         return self._progress
 
-    def _report(self, fraction: float, note: str = "") -> None:
-        self._progress = (min(fraction, 0.999), note)
+    def _report(self, fraction: float, note: str = "", **values: float) -> None:
+        self._progress = (min(fraction, 0.999), note, self._unit, values)
 
 
 def call(queue: UnitQueue | ActorHandle, method: str, *args: Any) -> Any:
@@ -221,11 +227,11 @@ def reporter(queue: UnitQueue | ActorHandle, unit: str) -> Report:
     """Return a report function that speaks at most twice a second: units may step thousands of times a second."""
     last = time.monotonic()
 
-    def report(fraction: float, note: str = "") -> None:
+    def report(fraction: float, note: str = "", **values: float) -> None:
         nonlocal last
         if time.monotonic() - last >= 0.5:
             last = time.monotonic()
-            call(queue, "report", unit, min(fraction, 0.999), note)
+            call(queue, "report", unit, min(fraction, 0.999), note, values)
 
     return report
 
