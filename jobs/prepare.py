@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> int:
         if ending is None:
             raise
         code, text = ending
-        print(f"\n{_in_our_words(text)}", file=sys.stderr)
+        print(f"\n{_in_our_words(text, '--classes' in arguments)}", file=sys.stderr)
         return code
 
 
@@ -362,8 +362,14 @@ def _place(uri: str) -> str:
     return (str(path.resolve()) if path is not None else uri).rstrip("/")
 
 
-def _in_our_words(text: str) -> str:
-    """Return a message of the sources with this job's names for their options."""
+def _in_our_words(text: str, named: bool) -> str:
+    """Return a message of the sources with this job's names for their options; `named` says that --classes was given."""
+    if named:
+        text = text.replace(" training classes, found", " classes of --classes, found")
+        text = text.replace(
+            "pass held-out images with the same class names",
+            "let the file name every class of the images, in label order",
+        )
     for theirs, ours in (
         ("check --data and --val-data", "check SOURCE_URI and --val-data"),
         (

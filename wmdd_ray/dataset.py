@@ -181,20 +181,38 @@ class DistilledDataset(Dataset[Item]):
         return codecs.decode_teacher(self._read("teacher.safetensors"))
 
     def epoch(self, epoch: int) -> Subset[Item]:
-        """Return the N items of one pass over the images."""
+        """Return the N items of one pass over the images.
+
+        Args:
+            epoch: the pass, from 0 to `epochs` - 1.
+
+        Raises:
+            IndexError: There is no such pass.
+        """
         if not 0 <= epoch < self.epochs:
             raise IndexError(f"epoch {epoch} of {self.epochs}")
         first = epoch * self.num_images
         return Subset(self, range(first, first + self.num_images))
 
     def sampler(self, seed: int = 0) -> EpochSampler:
-        """Return an order of all items that is shuffled inside each pass over the images."""
+        """Return an order of all items that is shuffled inside each pass over the images.
+
+        Args:
+            seed: of the shuffling; the same seed gives the same order.
+        """
         return EpochSampler(self.epochs, self.num_images, seed)
 
     def label_epoch(self, epoch: int) -> tuple[Views, np.ndarray]:
         """Return one label epoch as arrays: its views in the images' order, and float32 logits_VY.
 
         Together with `images` this is what `core.training.train_student` takes.
+
+        Args:
+            epoch: the label epoch, from 0 to `label_epochs` - 1.
+
+        Raises:
+            IndexError: There is no such label epoch.
+            ArtifactError: Its file is missing, changed, or does not hold one view of each image.
         """
         if not 0 <= epoch < self.label_epochs:
             raise IndexError(f"label epoch {epoch} of {self.label_epochs}")

@@ -26,6 +26,11 @@ pytestmark = pytest.mark.usefixtures("ray_local")
 slow = pytest.mark.slow
 
 UNTIL = ("--until", "squeeze")
+# At the tiny run's ipc of 4 a weight of 1.
+CURVED = (
+    "--squeeze.curvature-weight", "0.4", "--squeeze.curvature-ipc-power", "1",
+    "--squeeze.curvature-step", "1",
+)  # fmt: skip
 State = dict[str, torch.Tensor]
 
 
@@ -142,9 +147,15 @@ def test_a_teacher_that_is_nowhere_is_refused(
     assert f"--teacher {tmp_path}/missing.pt: expected a committed teacher" in error
 
 
+@pytest.mark.parametrize("curved", [False, True], ids=["plain", "with curvature"])
 def test_training_that_was_cut_goes_on_from_its_last_stored_epoch_with_the_same_bytes(
-    finished_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    curved: bool, finished_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    options = (*UNTIL, *(CURVED if curved else ()))
+    whole = finished_run.out
+    if curved:
+        whole = tmp_path / "whole"
+        assert tiny.job(whole, *options) == 0
     train = squeeze.train_classifier
     began: list[int] = []
 
@@ -161,17 +172,41 @@ def test_training_that_was_cut_goes_on_from_its_last_stored_epoch_with_the_same_
     monkeypatch.setattr(squeeze, "train_classifier", cut)
     monkeypatch.setattr(squeeze, "_STATE_EVERY_S", -1.0)
     out = tmp_path / "run"
-    assert tiny.job(out, *UNTIL) == 1
+    assert tiny.job(out, *options) == 1
     assert any((out / "teacher/partial/teacher").glob("state-?.safetensors"))
-    assert tiny.job(out, *UNTIL) == 0
+    assert tiny.job(out, *options) == 0
     assert began == [0, 2]
     assert list((out / "teacher/partial").rglob("*")) == []
-    tiny.assert_same_payloads(out, finished_run.payloads, "teacher")
-    losses = [
-        json.loads((run / "teacher/stage.json").read_text())["metrics"]["losses"]
-        for run in (out, finished_run.out)
-    ]
-    assert losses[0] == losses[1]
+    plain = finished_run.out / "teacher/teacher.safetensors"
+    there = (whole / "teacher/teacher.safetensors").read_bytes()
+    assert (out / "teacher/teacher.safetensors").read_bytes() == there
+    assert curved == (there != plain.read_bytes())
+    cut_metrics, metrics = (
+        json.loads((run / "teacher/stage.json").read_text())["metrics"] for run in (out, whole)
+    )
+    assert cut_metrics["losses"] == metrics["losses"]
+    assert ("curvatures" in metrics) == curved
+    if curved:
+        assert (
+            cut_metrics["curvatures"] == metrics["curvatures"] and len(metrics["curvatures"]) == 3
+        )
+        assert metrics["curvature_weight"] == 1.0  # of ipc 4, by the power
+
+
+def test_a_teacher_without_curvature_is_the_one_of_before_there_was_such_an_option() -> None:
+    plain = tiny.config()
+    told = squeeze.options(plain)["squeeze"]
+    assert not [name for name in told if name.startswith("curvature")]
+    unused = tiny.config("--squeeze.curvature-step", "1", "--squeeze.curvature-form", "loss")
+    assert squeeze.options(unused) == squeeze.options(plain)
+
+
+def test_teachers_of_one_effective_weight_are_one_teacher() -> None:
+    by_power = squeeze.options(tiny.config(*CURVED))
+    outright = ("--squeeze.curvature-weight", "1.0", "--squeeze.curvature-step", "1")
+    assert by_power == squeeze.options(tiny.config(*outright))
+    other_ipc = squeeze.options(tiny.config(*CURVED, "--ipc", "1"))
+    assert other_ipc["squeeze"]["curvature_weight"] == pytest.approx(4.0)
 
 
 @slow

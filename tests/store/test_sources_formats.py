@@ -71,8 +71,11 @@ def test_digits_are_split_once_and_for_all_with_equal_classes() -> None:
 
 
 def test_digits_know_no_other_place_and_no_other_classes() -> None:
-    with pytest.raises(DataError, match="the format `digits` is embedded"):
-        open_source("elsewhere", replace(CONFIG, format="digits"), split="train")
+    embedded = replace(CONFIG, format="digits")
+    with pytest.raises(DataError, match="elsewhere: expected images, found nothing there"):
+        open_source("elsewhere", embedded, split="train")
+    with pytest.raises(DataError, match="says `digits`, which is embedded"):
+        open_source(str(Path(__file__).parent), embedded, split="train")
     with pytest.raises(DataError, match="others: '0'"):
         open_source("digits", CONFIG, split="val", class_names=NAMES)
 

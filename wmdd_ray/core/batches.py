@@ -85,7 +85,16 @@ def eval_batches(
     batch_size: int,
     device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
-    """Yield (normalized float32 NCHW, int64 labels) of uint8 images, in order."""
+    """Yield (normalized float32 NCHW, int64 labels) of uint8 images, in order.
+
+    Args:
+        images_NHWC: pixels, uint8.
+        labels_N: their classes, int64.
+        mean_C: per-channel mean in [0, 1].
+        std_C: per-channel standard deviation in [0, 1], > 0.
+        batch_size: most images of a batch.
+        device: where the batches go.
+    """
     for start in range(0, len(images_NHWC), batch_size):
         part = slice(start, start + batch_size)
         labels_B = torch.tensor(labels_N[part], device=device)

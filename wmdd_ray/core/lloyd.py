@@ -24,7 +24,21 @@ from wmdd_ray.records import Barycenter
 def solve_lloyd(
     features_ND: np.ndarray, ipc: int, config: BarycenterConfig, rng: np.random.Generator
 ) -> Barycenter:
-    """Exact block descent with free weights, from k-means++ starts; the start with the lowest cost wins."""
+    """Solve by exact block descent with free weights, from k-means++ starts; the start with the lowest cost wins.
+
+    Args:
+        features_ND: features of one class, float, finite, in any unit.
+        ipc: K, number of atoms, at most N.
+        config: number of starts, most iterations, and the relative fall of the cost that ends them.
+        rng: draws the starts.
+
+    Returns:
+        Atoms, weights (shares of the atoms' cells), the cost after every iteration in squared feature units, and whether it
+        converged.
+
+    References:
+        Lloyd 1982; Arthur and Vassilvitskii 2007, k-means++ with the greedy choice among candidates.
+    """
     cloud = Cloud(features_ND)
     best: Barycenter | None = None
     for _ in range(config.num_starts):

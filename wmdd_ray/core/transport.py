@@ -67,12 +67,24 @@ def exact_plan(weights_K: np.ndarray, costs_KN: np.ndarray) -> tuple[np.ndarray,
 
 
 def exact_cost(atoms_KD: np.ndarray, weights_K: np.ndarray, features_ND: np.ndarray) -> float:
-    """Return W2^2 between the weighted atoms and the uniformly weighted features, in squared feature units."""
+    """Return W2^2 between the weighted atoms and the uniformly weighted features, in squared feature units.
+
+    Args:
+        atoms_KD: support points.
+        weights_K: their masses, float64, non-negative, sum 1.
+        features_ND: features, 1/N each.
+    """
     return exact_plan(weights_K, squared_distances_KN(atoms_KD, features_ND))[1]
 
 
 def entropic_plan(weights_K: np.ndarray, costs_KN: np.ndarray, reg: float) -> np.ndarray:
-    """Return the plan of min_T <T, C> - reg * H(T) with the marginals of `exact_plan` (Sinkhorn, log domain)."""
+    """Return the plan of min_T <T, C> - reg * H(T) with the marginals of `exact_plan` (Sinkhorn, log domain).
+
+    Args:
+        weights_K: float64, non-negative, sum 1.
+        costs_KN: float64 cost of moving feature n to atom j.
+        reg: weight of the entropy H, > 0, in units of the costs.
+    """
     num_features = costs_KN.shape[1]
     uniform_N = np.full(num_features, 1.0 / num_features)
     plan = ot.bregman.sinkhorn_log(

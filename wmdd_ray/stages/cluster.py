@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,7 +139,24 @@ def width(resources: Resources) -> Width:
             return Width(0, cpus, 0.0)
         else:
             num_workers = max(1, here_cpus // cpus)
+    if not os.environ.get("RAY_ADDRESS"):
+        _refuse_more_than_here(num_workers, cpus, gpus, here)
     return Width(num_workers, cpus, gpus)
+
+
+def _refuse_more_than_here(
+    num_workers: int, cpus: int, gpus: float, here: Mapping[str, float]
+) -> None:
+    """Refuse workers that this machine has no room for: without a cluster that could grow, Ray would wait for ever."""
+    for option, asked, kind in (
+        ("cpus-per-worker", cpus, "CPU"),
+        ("gpus-per-worker", gpus, "GPU"),
+    ):
+        if num_workers * asked > (has := here.get(kind, 0)):
+            raise ConfigError(
+                f"--num-workers {num_workers} of --{option} {asked:g}: this machine has {has:g} {kind}s; lower them, or join a "
+                "cluster that has more (RAY_ADDRESS, or ray job submit)"
+            )
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -68,6 +68,7 @@ def work(stage: StageRun) -> dict[str, Any]:
     images = sum(marker.metrics["num_images"] for marker in finished.values())
     left = _unfinished(shards, finished)
     if left:
+        check_listed(shards, source, stage.config)
         stream = _stream(stage, source, left)
         try:
             for row in stream.iter_rows():
@@ -270,6 +271,16 @@ class Embedder:
             self._network, images_NCHW, labels_N, batch_size=self._batch_size
         )
         return FeatureChunk(keys=keys, labels_N=labels_N, features_ND=features_ND, moments=moments)
+
+
+def check_listed(shards: Sequence[Shard], source: Source, config: DistillConfig) -> None:
+    """Refuse classes with too few images before a teacher is trained on them, where the listing tells how many there are."""
+    counts: Counter[int] = Counter()
+    for shard in shards:
+        if shard.num_images is None or shard.labels is None or len(shard.labels) != 1:
+            return
+        counts[shard.labels[0]] += shard.num_images
+    _check_classes(counts, source.class_names, config)
 
 
 def _check_classes(

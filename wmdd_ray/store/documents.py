@@ -142,9 +142,14 @@ def read_manifest(store: Store) -> tuple[dict[str, Any], list[FileEntry]]:
     try:
         manifest = read_sealed(store, MANIFEST_KEY)
     except FileNotFoundError:
+        inside = store.child("dataset")
         raise ArtifactError(
-            f"no distilled data set at {store.uri}: expected {MANIFEST_KEY} there; pass the dataset/ folder of a "
-            "finished run"
+            f"no distilled data set at {store.uri}: expected {MANIFEST_KEY} there; pass "
+            + (
+                f"{inside.uri}, which is the one of this run"
+                if inside.exists(MANIFEST_KEY)
+                else "the dataset/ folder of a finished run"
+            )
         ) from None
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ArtifactError(

@@ -29,6 +29,7 @@ server that drips a byte a second, which no read timeout notices, would keep a w
 # Read timeout, conflict of conditional writes, too many requests. 501 says that it will never work.
 _PASSING = {408, 409, 429}
 _LASTING = {501}
+_ELSEWHERE = {"AuthorizationHeaderMalformed", "PermanentRedirect"}
 # The last is all that the reply to a HEAD tells, which has no body.
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired", "400"}
 
@@ -85,8 +86,15 @@ def remedy(error: BaseException) -> str:
             f"the credentials have expired ({code}: {error}); renew what the provider chain reads (a role, or a "
             "credentials file that the workers see) and run the same command again: finished units are kept"
         )
+    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+        return (
+            f"no credentials were found ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give "
+            "this machine a role"
+        )
     if code == "NoSuchBucket":
         return f"there is no such bucket ({error}); create it or correct the URI"
+    if code in _ELSEWHERE:
+        return f"the bucket is in another region ({error}); set AWS_REGION to the bucket's, and AWS_ENDPOINT_URL if it has one"
     if isinstance(error, PermissionError):
         return (
             f"access denied ({error}); check the credentials and the permissions on this path (without s3:ListBucket "

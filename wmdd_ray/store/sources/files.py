@@ -40,14 +40,25 @@ def reading(where: str, what: str) -> Iterator[None]:
         yield
     except (OSError, EOFError, UnicodeError, pa.ArrowException) as error:
         if _is_storage_fault(error):
-            raise ArtifactError(
-                f"cannot read {where}: {type(error).__name__}: {error}; check that the file is "
-                "still there and that the store answers"
-            ) from error
+            raise ArtifactError(f"cannot read {where}: {error}; {_remedy(str(error))}") from error
         raise DataError(
             f"{where}: expected {what}, found cut or malformed content ({type(error).__name__}: "
             f"{error}); restore the file from its origin"
         ) from error
+
+
+def _remedy(said: str) -> str:
+    """Return what to do about a failure of a store, by the names that Arrow has for S3's."""
+    if "AWS Error NO_SUCH_BUCKET" in said:
+        return "create the bucket or correct the URI"
+    if "AWS Error ACCESS_DENIED" in said or "AWS Error INVALID_ACCESS_KEY_ID" in said:
+        return "check the credentials and the permissions on this path"
+    if "AWS Error" in said:
+        return (
+            "check that the endpoint and region are right (AWS_ENDPOINT_URL, AWS_REGION) and that the store answers, then run the "
+            "same command again"
+        )
+    return "check that the file is still there and that the store answers"
 
 
 def _is_storage_fault(error: Exception) -> bool:

@@ -26,6 +26,10 @@ class NoSuchSplitError(DataError):
     """The data hold no images of the asked split, and nothing else is wrong with them."""
 
 
+class NothingThereError(DataError):
+    """There is no file under the URI."""
+
+
 # In order of preference: `test` often carries no labels where there is a `validation` too.
 SPLIT_NAMES: dict[Split, tuple[frozenset[str], ...]] = {
     "train": (frozenset({"train", "training"}),),
@@ -80,7 +84,9 @@ def list_files(uri: str, *, follow_links: bool = False) -> tuple[str, dict[str, 
         )
     visible = {name: size for name, size in files.items() if not re.search(r"(^|/)\.", name)}
     if not visible:
-        raise DataError(f"{uri}: expected images, found nothing there; check --data and --val-data")
+        raise NothingThereError(
+            f"{uri}: expected images, found nothing there; check --data and --val-data"
+        )
     return uri, dict(sorted(visible.items()))
 
 

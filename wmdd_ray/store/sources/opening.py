@@ -60,12 +60,7 @@ def open_source(
     """
     if config.format in ("auto", "digits") and uri == "digits":
         return arrays.open_digits(config, split, class_names)
-    try:
-        root, files = list_files(uri, follow_links=config.follow_links)
-    except DataError as error:
-        if config.format == "digits":
-            raise _embedded(uri) from error
-        raise
+    root, files = list_files(uri, follow_links=config.follow_links)
     listing = Listing(
         root=root,
         files=files,
@@ -114,5 +109,6 @@ def _names_labels(name: str) -> bool:
 
 def _embedded(uri: str) -> DataError:
     return DataError(
-        f"{uri}: the format `digits` is embedded; pass --data digits, or another format"
+        f"{uri}: the recipe or --source.format says `digits`, which is embedded and has no files; pass --data digits for them, or "
+        "--source.format auto (and the size, channels, mean and std of these images, or the --recipe that is made for them)"
     )
