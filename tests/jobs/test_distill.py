@@ -151,7 +151,7 @@ def test_a_wrong_option_ends_with_2_and_one_line(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--ipc", "ten"), "argument --ipc: invalid int value: 'ten'"),
+        (("--ipc", "ten"), "--ipc: invalid literal for int() with base 10: 'ten'"),
         (("--recover.iterations", "-1"), "--recover.iterations: expected >= 0, got -1"),
         (("--recover.iterationz", "3"), "--recover.iterations INT"),
     ],
