@@ -124,12 +124,14 @@ def test_of_many_classes_the_worst_are_shown() -> None:
     assert any("1 of 1000 classes lose more than 10 points" in line for line in lines)
 
 
-def test_all_options_stand_in_a_collapsed_block_as_json() -> None:
+def test_all_options_that_change_a_byte_stand_in_a_collapsed_block_as_json() -> None:
     config = recipe_of("digits", 10)
     card = dataset_card(META, config, None)
     block = card.partition("<details>")[2].partition("</details>")[0]
     options = json.loads(block.partition("```json\n")[2].partition("\n```")[0])
-    assert options == json.loads(json.dumps(asdict(config)))
+    expected = json.loads(json.dumps(asdict(config)))
+    del expected["recover"]["checkpoint_s"], expected["squeeze"]["memory_limit_gib"]
+    assert options == expected
 
 
 def test_sizes_are_shown_against_the_real_images() -> None:
