@@ -7,7 +7,7 @@ from jobs.benches.processes import Peaks
 
 # What metadata, fragmentation and other work of the same process may add, MiB; each large case holds more data than this.
 DRIVER_MIB = 32
-WORKER_MIB = 48
+WORKER_MIB = 80
 
 
 def assert_flat(once: Peaks, eight: Peaks, data_mib: float) -> None:
