@@ -239,6 +239,10 @@ class BarycenterConfig:
     """Random directions of `sliced`."""
     margin_fraction: float = 0.0
     """Share of the atoms that are the barycenter of the quarter of the class nearest to the decision boundary (ours)."""
+    label_weight: float | None = None
+    """Take the barycenter of all classes at once in the space of features and label embeddings (the rows of the teacher's last
+    layer), whose mean squared distance between classes is this times that of features within a class. A small weight lets
+    classes of few images share atoms with their neighbors; unset, as with a large one, each class is by itself (ours)."""
 
     def __post_init__(self) -> None:
         for name in ("max_iters", "num_starts", "num_projections"):
@@ -252,6 +256,19 @@ class BarycenterConfig:
             "in [0, 1]",
             self.margin_fraction,
         )
+        if self.label_weight is None:
+            return
+        _require(self.label_weight >= 0, "barycenters.label-weight", ">= 0", self.label_weight)
+        for name, value, needed in (
+            ("solver", self.solver, "lloyd"),
+            ("margin-fraction", self.margin_fraction, 0.0),
+        ):
+            _require(
+                value == needed,
+                f"barycenters.{name}",
+                f"{needed} with --barycenters.label-weight, whose descent is Lloyd's over all classes",
+                value,
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,7 @@
-"""barycenters: the weighted atoms of each class, one class a task on actors that grow with the cluster."""
+"""barycenters: the weighted atoms of each class, one class a task on actors that grow with the cluster.
+
+Those of images and labels together (`label_weight`) are one task: they need the features of all classes at once.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import numpy as np
 import ray
 
 from wmdd_ray.config import DistillConfig
-from wmdd_ray.records import Barycenter, ClassBarycenter
+from wmdd_ray.records import Barycenter, ClassBarycenter, ClassFeatures
 from wmdd_ray.rooms import Room
 from wmdd_ray.run import StageRun, Work, unit_seed
 from wmdd_ray.stages.actors import fan_out
@@ -69,9 +72,15 @@ def work(stage: StageRun) -> dict[str, Any]:
     done = len(counts) - len(units)
     stage.progress.start(len(counts), done)
 
+    # One task for all classes carries the name of the first, and commits the units of all.
+    joint = stage.config.barycenters.label_weight is not None
+
     def show(unit: str, seconds: float) -> None:
         nonlocal done
-        done += 1
+        for other in units[1:] if joint else ():
+            marker = stage.room.read_unit(other)
+            stage.event("unit_done", unit=other, attempt=1, seconds=marker.seconds)
+        done += len(units) if joint else 1
         stage.progress.update(done)
 
     if units:
@@ -87,7 +96,7 @@ def work(stage: StageRun) -> dict[str, Any]:
             stage,
             actor,
             arguments,
-            units,
+            units[:1] if joint else units,
             max_actors=stage.resources.max_actors,
             on_done=show,
         )
@@ -102,8 +111,9 @@ def work(stage: StageRun) -> dict[str, Any]:
 
 
 def _last_layer(stage: StageRun) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the teacher's last weights and biases where atoms are asked for by their margin."""
-    if stage.config.barycenters.margin_fraction == 0:
+    """Return the teacher's last weights and biases where margins or label embeddings are asked for."""
+    config = stage.config.barycenters
+    if config.margin_fraction == 0 and config.label_weight is None:
         return None
     # Imported here: actors import this module, and need no torch.
     import torch
@@ -139,58 +149,96 @@ class BarycenterActor:
         return socket.gethostname()
 
     def work(self, unit: str) -> float:
-        """Solve the class `unit`, commit it, and return the seconds it took."""
-        from wmdd_ray.core.barycenter import nearest_images
-        from wmdd_ray.core.selection import margin_of, solve_with_margin
-
-        label, config = int(unit), self._config
+        """Solve the class `unit`, or all at once, commit what is not finished, and return the seconds it took."""
         started = time.perf_counter()
+        if self._config.barycenters.label_weight is not None:
+            self._work_all()
+            return time.perf_counter() - started
         attempt = self._room.begin_unit(unit)
         if attempt is None:
             return 0.0
-        real = self._features.read(label)
+        real = self._features.read(int(unit))
         in_core = time.perf_counter()
-        where = f'class {label} ("{self._class_names[label]}")'
-        seed = unit_seed(config.seed, "barycenters", unit)
+        found = self._solve(real, self._config.num_atoms)
+        self._commit(real, found, attempt, started, in_core)
+        return time.perf_counter() - started
+
+    def _work_all(self) -> None:
+        from wmdd_ray.core.joint import solve_joint
+
+        assert self._last_layer is not None, "label embeddings are the rows of the last layer"
+        began, config = time.perf_counter(), self._config
+        classes = [self._features.read(label) for label in range(len(self._class_names))]
+        solved = solve_joint(
+            [real.features_ND for real in classes],
+            self._last_layer[0],
+            config.num_atoms,
+            config.barycenters,
+            seeds=[self._seed(real.label) for real in classes],
+            where=[self._where(real.label) for real in classes],
+        )
+        share = (time.perf_counter() - began) / len(classes)
+        for real, found in zip(classes, solved, strict=True):
+            attempt = self._room.begin_unit(unit_of(real.label))
+            if attempt is not None:
+                now = time.perf_counter()
+                self._commit(real, found, attempt, now - share, now - share)
+
+    def _solve(self, real: ClassFeatures, num_atoms: int) -> Barycenter:
+        from wmdd_ray.core.selection import margin_of, solve_with_margin
 
         margin_N = np.zeros(len(real.keys))
-        if self._last_layer is not None:
-            margin_N = margin_of(real.features_ND, *self._last_layer, label)
+        if self._config.barycenters.margin_fraction > 0:
+            assert self._last_layer is not None, "margins are those of the last layer"
+            margin_N = margin_of(real.features_ND, *self._last_layer, real.label)
+        return solve_with_margin(
+            real.features_ND,
+            margin_N,
+            num_atoms,
+            self._config.barycenters,
+            seed=self._seed(real.label),
+            where=self._where(real.label),
+        )
 
-        def solve(num_atoms: int) -> Barycenter:
-            return solve_with_margin(
-                real.features_ND, margin_N, num_atoms, config.barycenters, seed=seed, where=where
-            )
+    def _commit(
+        self, real: ClassFeatures, found: Barycenter, attempt: int, started: float, in_core: float
+    ) -> None:
+        """Commit a class with the real images that recover and the baselines start from."""
+        from wmdd_ray.core.barycenter import nearest_images
 
-        found = solve(config.num_atoms)
+        config, unit, count = self._config, unit_of(real.label), len(real.keys)
         nearest = whole = nearest_images(found.atoms_KD, real.features_ND)
         if config.num_atoms > config.ipc:
-            whole = nearest_images(solve(config.ipc).atoms_KD, real.features_ND)
+            whole = nearest_images(self._solve(real, config.ipc).atoms_KD, real.features_ND)
         rng = np.random.Generator(np.random.Philox(key=unit_seed(config.seed, "random_real", unit)))
-        pool = min(len(real.keys), max(4 * config.num_atoms, _POOL))
-        drawn = rng.choice(len(real.keys), size=pool, replace=False)
-        in_core = time.perf_counter() - in_core
+        pool = min(count, max(4 * config.num_atoms, _POOL))
+        drawn = rng.choice(count, size=pool, replace=False)
         record = ClassBarycenter(
-            label=label,
-            num_images=len(real.keys),
+            label=real.label,
+            num_images=count,
             barycenter=found,
             nearest_keys=tuple(real.keys[i] for i in nearest),
             whole_keys=tuple(real.keys[i] for i in whole),
             random_keys=tuple(real.keys[i] for i in drawn),
             moments=real.moments,
         )
-        seconds = time.perf_counter() - started
+        now = time.perf_counter()
         self._room.commit_unit(
             unit,
-            {key_of(label): codecs.encode_class_barycenter(record)},
+            {key_of(real.label): codecs.encode_class_barycenter(record)},
             metrics={
                 "cost": found.cost,
                 "num_iters": found.num_iters,
                 "converged": found.converged,
-                "num_images": record.num_images,
-                "seconds_in_core": round(in_core, 4),
+                "num_images": count,
+                "seconds_in_core": round(now - in_core, 4),
             },
             attempt=attempt,
-            seconds=seconds,
+            seconds=now - started,
         )
-        return seconds
+
+    def _seed(self, label: int) -> int:
+        return unit_seed(self._config.seed, "barycenters", unit_of(label))
+
+    def _where(self, label: int) -> str:
+        return f'class {label} ("{self._class_names[label]}")'
