@@ -1,7 +1,7 @@
 """Complete, named configurations. A recipe is a function of ipc; a variant of one is `dataclasses.replace`.
 
-`digits` and `fashion_mnist` were tuned and run for this repository (README). The ImageNet recipes carry WMDD's published
-hyper-parameters and the evidence gathered since; they have not been run here.
+`digits` and `fashion_mnist` were tuned and run for this repository (README). The ImageNet recipes have not been run here: they
+carry the same kinds of choices with the numbers that were published since WMDD (`_TOUCHED_UP`, `_STUDENT`).
 """
 
 from __future__ import annotations
@@ -103,12 +103,12 @@ def fashion_mnist(ipc: int) -> DistillConfig:
 
 
 def imagenette(ipc: int) -> DistillConfig:
-    """Return ImageNette (10 classes of ImageNet) at 224 pixels with ResNet-18, after WMDD."""
+    """Return ImageNette (10 classes of ImageNet) at 224 pixels with ResNet-18: WMDD's teacher, a recipe of today."""
     return _imagenet_like("imagenette", ipc, squeeze=_WMDD_SQUEEZE, bn_weight=10.0)
 
 
 def imagenet1k(ipc: int) -> DistillConfig:
-    """Return ImageNet-1K at 224 pixels with ResNet-18, after WMDD; give `--teacher torchvision:ResNet18_Weights...`."""
+    """Return ImageNet-1K at 224 pixels with ResNet-18; give `--teacher torchvision:ResNet18_Weights...`."""
     return _imagenet_like("imagenet1k", ipc, squeeze=_WMDD_SQUEEZE, bn_weight=500.0)
 
 
@@ -129,16 +129,9 @@ def tiny_imagenet(ipc: int) -> DistillConfig:
             crop_scale_min=0.25,
             mixed_precision=True,
         ),
-        recover=RecoverConfig(
-            iterations=2000, learning_rate=0.1, bn_weight=300.0, roll_px=8, checkpoint_s=120.0
-        ),
+        recover=replace(_TOUCHED_UP, bn_weight=300.0, roll_px=8),
         relabel=RelabelConfig(compression="top_k", top_k=50),
-        evaluate=EvaluateConfig(
-            network=network,
-            batch_size=50,
-            baselines=("random_real", "nearest_real"),
-            all_real_epochs=50,
-        ),
+        evaluate=replace(_STUDENT, network=network, all_real_epochs=50),
     )
 
 
@@ -153,6 +146,31 @@ _WMDD_SQUEEZE = SqueezeConfig(
     mixed_precision=True,
 )
 
+# EDC's synthesis, 48.6 % on ImageNet-1K at ipc 10 where WMDD has 38.2: a start from the teacher's easiest crops (RDED), short and
+# gentle optimization with small crops left out, half global and half per-class moments that run over the iterations; bfloat16
+# as in FADRM. Its images are pulled to the atoms as well, which is ours.
+_TOUCHED_UP = RecoverConfig(
+    start="mosaic",
+    iterations=1000,
+    learning_rate=0.05,
+    moments="blend",
+    ema_statistics=0.8,
+    crop_scale_min=0.5,
+    mixed_precision=True,
+    checkpoint_s=120.0,
+)
+
+# Small batches, a rate that ends at half its peak and averaged weights (RDED, EDC: the same SRe2L images read 21.3 or 40.2 %);
+# hidden weights by Muon (OGM: 39.4 -> 47.0 %). KL at temperature 20, because these labels keep their largest logits only.
+_STUDENT = EvaluateConfig(
+    batch_size=50,
+    optimizer="muon",
+    schedule="half_cosine",
+    ema_decay=0.99,
+    mixed_precision=True,
+    baselines=("random_real", "nearest_real"),
+)
+
 
 def _imagenet_like(
     name: str, ipc: int, *, squeeze: SqueezeConfig, bn_weight: float
@@ -163,13 +181,9 @@ def _imagenet_like(
         data=name,
         source=SourceConfig(image_size=224, resize=256, mean=_IMAGENET_MEAN, std=_IMAGENET_STD),
         squeeze=squeeze,
-        recover=RecoverConfig(iterations=2000, bn_weight=bn_weight, roll_px=32, checkpoint_s=120.0),
+        recover=replace(_TOUCHED_UP, bn_weight=bn_weight, roll_px=32),
         relabel=RelabelConfig(compression="full" if name == "imagenette" else "top_k", top_k=50),
-        evaluate=EvaluateConfig(
-            network=NetworkConfig(arch="resnet18"),
-            batch_size=50,
-            baselines=("random_real", "nearest_real"),
-        ),
+        evaluate=replace(_STUDENT, network=NetworkConfig(arch="resnet18")),
     )
 
 
