@@ -40,7 +40,8 @@ def accuracy(
     test split is opened once an --out and table, after the last student, and refused to any other configuration.
 
     Args:
-        table: `main` (Fashion-MNIST), `digits`, `cross` (other students and teachers), `ablation` (best less one thing).
+        table: `main` (Fashion-MNIST), `digits`, `cross` (other students and teachers), `ablation` (best less one thing, or
+            with other terms), `longtail` (digits, of which the last class has a twelfth of the first's images).
         data: Real images; the recipe's by default, and for Fashion-MNIST the folder with the IDX files.
         out: Folder of the units; what is there already is not done again.
         ipc: Images a class; the table's own by default.
@@ -109,7 +110,7 @@ def _run(
         raise ConfigError(f"--processes: expected 1 on {device}, got {processes}")
     table = table_of(name, options)
     uri = data or ("digits" if table.dataset == "digits" else "fashion-mnist")
-    place = make_splits(out, uri, table.source, table.held_out, device)
+    place = make_splits(out, uri, table.source, table.held_out, device, table.imbalance)
     rows = rows_of(table, place)
     stages = stages_of(rows)
     if plan:

@@ -6,6 +6,7 @@ differ in the images alone: they have no field for labels or students. Every gro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from wmdd_ray.errors import ConfigError
 from wmdd_ray.recipes import recipe_of
 
 Kind = Literal["random", "nearest", "herding", "mosaic", "recover", "full"]
-TableName = Literal["main", "cross", "digits", "ablation"]
+TableName = Literal["main", "cross", "digits", "ablation", "longtail"]
 
 RANDOM, FULL = "random_real", "full_data"
 _TILED: tuple[Kind, ...] = ("random", "nearest", "mosaic")
@@ -104,13 +105,18 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table: its data set and its groups. `held_out` training images are `val` (0: the last tenth of each class)."""
+    """A table: its data set and its groups.
+
+    `held_out` training images are `val` (0: the last tenth of each class); of what is left the first class has `imbalance`
+    times the images of the last.
+    """
 
     name: TableName
     dataset: str
     source: SourceConfig
     held_out: int
     groups: tuple[Group, ...]
+    imbalance: float = 1.0
 
 
 def table_of(name: TableName, options: Options) -> Table:
@@ -119,11 +125,16 @@ def table_of(name: TableName, options: Options) -> Table:
     Raises:
         ConfigError: Rows of a group would have different budgets, or there is no such row.
     """
-    dataset = "digits" if name == "digits" else "fashion_mnist"
-    default = {"main": (1, 10, 50), "digits": (1, 5, 10), "cross": (10,), "ablation": (10,)}[name]
-    ipcs = options.ipc or default
-    make = {"main": _main, "digits": _main, "cross": _cross, "ablation": _ablation}[name]
-    groups = make(dataset, ipcs, options)
+    dataset = "digits" if name in ("digits", "longtail") else "fashion_mnist"
+    makers: dict[TableName, tuple[_Maker, tuple[int, ...]]] = {
+        "main": (_main, (1, 10, 50)),
+        "digits": (_main, (1, 5, 10)),
+        "cross": (_cross, (10,)),
+        "ablation": (_ablation, (10,)),
+        "longtail": (_longtail, (1, 5)),
+    }
+    make, ipcs = makers[name]
+    groups = make(dataset, options.ipc or ipcs, options)
     if options.rows:
         there = {row.name for group in groups for row in group.rows}
         unknown = sorted(set(options.rows) - there)
@@ -140,6 +151,7 @@ def table_of(name: TableName, options: Options) -> Table:
         source=recipe_of(dataset, 1).source,
         held_out=5000 if dataset == "fashion_mnist" else 0,
         groups=tuple(groups),
+        imbalance=_IMBALANCE if name == "longtail" else 1.0,
     )
 
 
@@ -258,6 +270,12 @@ _NO_CHOICE = {"network", "num_seeds", "baselines", "all_real_epochs"} | {
 
 # Tables -----------------------------------------------------------------------------------------
 
+_Maker = Callable[[str, tuple[int, ...], Options], list[Group]]
+
+# The smallest class of the long-tailed digits keeps 11 images to train on.
+_IMBALANCE = 12.0
+_LABEL_WEIGHTS = (0.1, 1.0, 10.0)
+
 
 def _recovered(name: str, title: str, recipe: DistillConfig, **changes: Any) -> Row:
     return Row(
@@ -366,6 +384,7 @@ def _ablation(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Gro
                 changed = replace(best, **{part: replace(getattr(best, part), **changes)})
                 title = f"`best` with {name} {value}"
                 rows.append(_recovered(f"without_{name}", title, changed))
+        rows += _proposed(best)
         groups.append(_group(f"images, ipc {ipc}", ipc, best, tuple(rows), options))
         for part in ("relabel", "evaluate"):
             for name, value in _differences(getattr(best, part), getattr(paper, part)).items():
@@ -381,6 +400,35 @@ def _ablation(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Gro
             )
             title = f"evaluate with epochs {student.epochs}, ipc {ipc}"
             groups.append(_group(title, ipc, changed, (random, ours), options))
+    return groups
+
+
+def _proposed(best: DistillConfig) -> list[Row]:
+    """Return `best` with what else was proposed for its barycenter and its feature term."""
+    sliced = replace(best, barycenters=replace(best.barycenters, solver="sliced"))
+    terms = {"rbf_mmd": "RBF MMD", "mean": "mean matching", "none": "no feature term"}
+    return [
+        _recovered("sliced", "`best` with a sliced Wasserstein barycenter", sliced),
+        *(
+            _recovered(f"with_{term}", f"`best` with {title} for the Wasserstein term", best, feature_term=term)
+            for term, title in terms.items()
+        ),
+    ]  # fmt: skip
+
+
+def _longtail(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Group]:
+    """Return barycenters class by class against those of images and labels together, at several weights of the labels."""
+    groups = []
+    for ipc in ipcs:
+        paper, best = variants(dataset, ipc, options)
+        keep = {RANDOM, "nearest_real", "best"}
+        rows = [row for row in _main_rows(paper, best) if row.name in keep]
+        for weight in _LABEL_WEIGHTS:
+            barycenters = replace(best.barycenters, label_weight=weight)
+            title = f"`best`, images and labels together, label weight {weight:g}"
+            changed = replace(best, barycenters=barycenters)
+            rows.append(_recovered(f"joint_{weight:g}", title, changed))
+        groups.append(_group(f"ipc {ipc}", ipc, best, tuple(rows), options))
     return groups
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from torch import nn
@@ -15,6 +16,7 @@ from jobs.benches.accuracy.splits import Workplace
 from jobs.benches.accuracy.units import FeaturesUnit, ImagesUnit, network_at
 from wmdd_ray.core.barycenter import nearest_images
 from wmdd_ray.core.crops import easiest_crops
+from wmdd_ray.core.joint import solve_joint
 from wmdd_ray.core.moments import variance_S
 from wmdd_ray.core.networks import last_linear
 from wmdd_ray.core.selection import herding, margin_of, solve_with_margin
@@ -176,18 +178,38 @@ class _Maker:
 
     def _solve(self, features: FeaturesUnit, features_ND: np.ndarray, label: int) -> Barycenter:
         config, margin_N = self.unit.barycenters, np.zeros(len(features_ND))
+        if config.label_weight is not None:
+            return self._joint[label]
         if config.margin_fraction > 0:
-            linear = last_linear(network_at(self.place, features.teacher))
-            weight_YD, bias_Y = (p.detach().cpu().numpy() for p in (linear.weight, linear.bias))
-            margin_N = margin_of(features_ND, weight_YD, bias_Y, label)
+            margin_N = margin_of(features_ND, *self._last_layer(features), label)
         return solve_with_margin(
             features_ND,
             margin_N,
             self.count,
             config,
-            seed=unit_seed(self.unit.seed, "barycenters", str(label)),
+            seed=self._seed(label),
             where=self._where(label),
         )
+
+    @cached_property
+    def _joint(self) -> tuple[Barycenter, ...]:
+        """The barycenters of images and labels together, of all classes."""
+        first, labels = self.unit.features[0], range(len(self.place.class_names))
+        return solve_joint(
+            [first.of_class(self.place, label).features_ND for label in labels],
+            self._last_layer(first)[0],
+            self.count,
+            self.unit.barycenters,
+            seeds=[self._seed(label) for label in labels],
+            where=[self._where(label) for label in labels],
+        )
+
+    def _last_layer(self, features: FeaturesUnit) -> tuple[np.ndarray, np.ndarray]:
+        linear = last_linear(network_at(self.place, features.teacher))
+        return linear.weight.detach().cpu().numpy(), linear.bias.detach().cpu().numpy()
+
+    def _seed(self, label: int) -> int:
+        return unit_seed(self.unit.seed, "barycenters", str(label))
 
     def _crops(self, label: int) -> np.ndarray:
         """Return the easiest crops of a class: one a tile, and without tiles 2 x 2 in each image, as RDED stores them."""

@@ -78,7 +78,9 @@ class Workplace:
         return {k: v for k, v in self.__dict__.items() if k not in ("train", "val")}
 
 
-def make_splits(out: str, uri: str, config: SourceConfig, held_out: int, device: str) -> Workplace:
+def make_splits(
+    out: str, uri: str, config: SourceConfig, held_out: int, device: str, imbalance: float = 1.0
+) -> Workplace:
     """Store `train` and `val` of a source's training images under `out`, and return the place to work at.
 
     Args:
@@ -87,19 +89,26 @@ def make_splits(out: str, uri: str, config: SourceConfig, held_out: int, device:
         config: How they are read.
         held_out: Training images that become `val`: the last of the file; 0 takes the last tenth of every class.
         device: Torch device that everything is computed on.
+        imbalance: Images of the first class of `train` over those of the last; between them the counts fall geometrically
+            (the long-tailed profile of Cao et al. 2019). `val` is as it was.
     """
     source = open_source(uri, config, split="train")
     room = Room(Store(out), "splits", "accuracy")
     unit = f"{source.fingerprint()[:12]}-{config.image_size}px-{held_out}"
+    if imbalance != 1:
+        unit += f"-{imbalance:g}to1"
     if unit not in room.finished():
         whole = load_split(uri, config, "train")
         is_val_N = _val_rows(whole.labels_N, held_out)
-        parts = {"train": ~is_val_N, "val": is_val_N}
+        rows_N = np.flatnonzero(~is_val_N)
+        if imbalance != 1:
+            rows_N = rows_N[long_tailed(whole.labels_N[rows_N], imbalance)]
+        parts = {"train": rows_N, "val": np.flatnonzero(is_val_N)}
         content = {}
         for part, rows_N in parts.items():
             content[_array_key(unit, part, "images")] = _npy(whole.images_NHWC[rows_N])
             content[_array_key(unit, part, "labels")] = _npy(whole.labels_N[rows_N])
-        counts = {part: int(rows_N.sum()) for part, rows_N in parts.items()}
+        counts = {part: len(rows_N) for part, rows_N in parts.items()}
         room.commit_unit(unit, content, attempt=room.begin_unit(unit) or 1, metrics=counts)
     marker = room.read_unit(unit)
     for entry in marker.files:
@@ -140,6 +149,20 @@ def _val_rows(labels_N: np.ndarray, held_out: int) -> np.ndarray:
         rows = np.flatnonzero(labels_N == label)
         is_val_N[rows[len(rows) - len(rows) // 10 :]] = True
     return is_val_N
+
+
+def long_tailed(labels_N: np.ndarray, imbalance: float) -> np.ndarray:
+    """Return the rows that stay, ascending, when class c of Y may have `imbalance`^(-c / (Y - 1)) times the images of the first.
+
+    A class keeps the first of its images, and all of them where it has fewer.
+    """
+    counts_Y = np.bincount(labels_N)
+    last = max(1, len(counts_Y) - 1)
+    shares = [
+        np.flatnonzero(labels_N == label)[: max(1, round(counts_Y[0] * imbalance ** (-label / last)))]
+        for label in range(len(counts_Y))
+    ]  # fmt: skip
+    return np.sort(np.concatenate(shares))
 
 
 def _array_key(unit: str, part: str, kind: str) -> str:
