@@ -27,11 +27,14 @@ _POOL = 300
 
 def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that the barycenters depend on."""
+    solved = asdict(config.barycenters)
+    if config.barycenters.label_weight is None:
+        del solved["label_weight"]  # each class by itself, as before there was a choice
     return {
         "ipc": config.ipc,
         "num_atoms": config.num_atoms,
         "seed": config.seed,
-        "barycenters": asdict(config.barycenters),
+        "barycenters": solved,
     }
 
 
