@@ -120,17 +120,23 @@ def _new_bucket(endpoint: str) -> str:
 
 @pytest.fixture(scope="session")
 def ray_local(s3_endpoint: str) -> Iterator[None]:
-    """One Ray for the session, on 127.0.0.1 only; its workers know the S3 server, whether it runs yet or not."""
+    """One Ray for the session, on 127.0.0.1 only; its workers know the S3 server, whether it runs yet or not.
+
+    What its workers free goes back to the system, so that their memory is what they hold. By itself glibc raises the
+    size above which it does so with every block that is freed, and keeps up to 200 MiB of holes, at random.
+    """
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=300_000_000,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MALLOC_MMAP_THRESHOLD_", str(128 << 10))  # where glibc begins
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=300_000_000,
+            log_to_driver=False,
+            _node_ip_address="127.0.0.1",
+        )
     yield
     ray.shutdown()
 

@@ -6,6 +6,7 @@ images room for relabel.
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import tarfile
@@ -24,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from jobs.benches.classes import class_record
-from jobs.benches.processes import Peaks, local_ray, watched
+from jobs.benches.processes import Peaks, descendants, local_ray, watched
 from jobs.benches.reporting import Row
 from wmdd_ray.config import (
     DistillConfig,
@@ -44,6 +45,8 @@ from wmdd_ray.store.sources import open_source
 _NUM_CLASSES = 10
 _IPC = 10
 _NETWORK = NetworkConfig(arch="convnet3", width=8)
+_ACTORS = ("ray::MapWorker", "ray::BarycenterActor")
+"""Titles of what holds a stage's data."""
 _CONFIG = DistillConfig(
     ipc=_IPC,
     source=SourceConfig(format="webdataset", image_size=64, resize=64),
@@ -196,9 +199,19 @@ def stage_peaks(
         connect=lambda: None,
     )
     run_pipeline(run, stages, last=stages[-2].name)
+    _wait_for_end_of_actors()
     with watched() as peaks:
         run_pipeline(run, stages)
     return peaks
+
+
+def _wait_for_end_of_actors(timeout_s: float = 60.0) -> None:
+    """Wait until the actors of a stage before, which end a moment after it, are gone: their peak is not this stage's."""
+    deadline = time.monotonic() + timeout_s
+    gc.collect()
+    while any(title.startswith(_ACTORS) for title in descendants(os.getpid()).values()):
+        assert time.monotonic() < deadline, f"actors of another stage: {descendants(os.getpid())}"
+        time.sleep(0.1)
 
 
 def commit_untrained(stage: StageRun) -> dict[str, Any]:

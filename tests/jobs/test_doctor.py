@@ -1,9 +1,8 @@
-"""The doctor in worlds that are broken for real, and in two that are not."""
+"""The doctor in worlds that are broken for real, and in two that are not. On clusters: test_job_submit.py."""
 
 from __future__ import annotations
 
 import contextlib
-import secrets
 import shutil
 import subprocess
 import urllib.request
@@ -11,14 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import ray
 import s3fs
 from safetensors.numpy import save
 
 from jobs import doctor
-from jobs.checks.cluster import authentication
 from tests.conftest import S3Uri, free_port
-from tests.jobs.test_job_submit import RAY, head_node
 from tests.stages import tiny
 from tests.stages.tiny import FinishedRun
 from tests.store.faulty_s3 import FaultyS3
@@ -335,38 +331,4 @@ def test_the_versions_below_the_bounds_fail(
     assert (code, failures(report)) == (2, ["versions"])
     assert (
         "FAIL ray 2.54.0 (needs >=2.55) -> pip install -r requirements.txt" in report["versions"][0]
-    )
-
-
-@pytest.mark.slow  # a head node of its own: 20 s
-def test_a_submitted_doctor_warns_of_a_cluster_that_is_open(tmp_path: Path) -> None:
-    with head_node(RAY_AUTH_MODE="disabled") as head:
-        submit = [RAY, "job", "submit", "--address", head.address, "--working-dir", ".", "--"]
-        done = subprocess.run(
-            [*submit, "python", "jobs/doctor.py", "--out", str(tmp_path / "run")],
-            cwd=tiny.ROOT,
-            env=head.environment,
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = report_of(done.stdout)
-    assert failures(report) == []
-    assert report["cluster"][0].startswith(f"ok Ray {ray.__version__} at 127.0.0.1:")
-    assert report["cluster"][1] == "ok stages work in this process; no autoscaler is seen"
-    assert report["cluster"][2].startswith(
-        f"warning {head.address}/api/jobs/ runs commands of anybody, without a token -> "
-    )
-    assert report["nodes"][0].startswith("ok 1 node ")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow  # a head node of its own: 8 s
-def test_a_job_api_that_asks_for_a_token_is_fine() -> None:
-    with head_node(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32)) as head:
-        found = authentication(head.address.removeprefix("http://"))
-    assert (found.mark, found.found) == (
-        "ok",
-        f"{head.address}/api/jobs/ answers 401 to who has no token",
     )

@@ -1,10 +1,14 @@
-"""The job on clusters that others started: `ray job submit`, with and without a token, and two nodes."""
+"""Jobs on clusters that others started: `ray job submit` and `ray job stop`, with and without a token.
+
+Two heads are started for all of them: an open one, where the image's pods start theirs, and one that asks for a token.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import secrets
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,12 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import ray  # noqa: F401 - puts the psutil that Ray brings on the path
+import ray
+from ray.job_submission import JobStatus, JobSubmissionClient
 
+from jobs.checks.cluster import authentication
 from tests.conftest import free_port
+from tests.jobs.test_doctor import failures, report_of
 from tests.stages import tiny
+from tests.stages.tiny import FinishedRun
+from tests.test_cluster import copy_image
 
-import psutil  # isort: skip
+import psutil  # isort: skip - Ray puts its own on the path
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +75,7 @@ def ended_with_its_children(process: subprocess.Popen[str]) -> Iterator[None]:
 
 
 @contextmanager
-def head_node(**auth: str) -> Iterator[Head]:
+def head_node(working_directory: Path | None = None, **variables: str) -> Iterator[Head]:
     """Start a head node on 127.0.0.1, with ports and a folder of its own."""
     # Not under pytest's folder: the path of a socket has at most 107 characters.
     folder = tempfile.mkdtemp(prefix="wmdd-")
@@ -87,11 +96,12 @@ def head_node(**auth: str) -> Iterator[Head]:
             start,
             stdout=log,
             stderr=log,
-            env=environment(**auth),
+            cwd=working_directory,
+            env=environment(**variables),
             text=True,
             start_new_session=True,
         )
-    head = Head(f"http://127.0.0.1:{dashboard}", environment(**auth))
+    head = Head(f"http://127.0.0.1:{dashboard}", environment(**variables))
     try:
         with ended_with_its_children(process):
             wait_for(f"{head.address}/api/version", process, Path(folder) / "log")
@@ -115,14 +125,33 @@ def wait_for(url: str, process: subprocess.Popen[str], log: Path) -> None:
         time.sleep(0.3)
 
 
+@pytest.fixture(scope="module")
+def open_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """A head that asks for no token, started in a folder with the files of the image and no others."""
+    image = copy_image(tmp_path_factory.mktemp("open") / "image")
+    with head_node(image, RAY_AUTH_MODE="disabled", PYTHONPATH=str(image)) as head:
+        yield head
+
+
+@pytest.fixture(scope="module")
+def token_head() -> Iterator[Head]:
+    """A head that asks for a token."""
+    token = secrets.token_hex(32)
+    with head_node(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token) as head:
+        yield head
+
+
 def submit(
-    head: Head, out: Path, *options: str, env: dict[str, str] | None = None
+    head: Head,
+    *job: str,
+    options: tuple[str, ...] = ("--working-dir", "."),
+    cwd: Path = tiny.ROOT,
+    env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    job = ["python", *tiny.command(out, *options)[1:]]
-    command = [RAY, "job", "submit", "--address", head.address, "--working-dir", ".", "--", *job]
+    """Type `ray job submit`, in the checkout and uploading it unless told otherwise."""
     return subprocess.run(
-        command,
-        cwd=tiny.ROOT,
+        [RAY, "job", "submit", "--address", head.address, *options, "--", "python", *job],
+        cwd=cwd,
         env=env or head.environment,
         capture_output=True,
         text=True,
@@ -130,64 +159,98 @@ def submit(
     )
 
 
-def test_a_cluster_with_a_token_runs_the_submitted_job_of_who_has_it_only(tmp_path: Path) -> None:
-    token = secrets.token_hex(32)
-    with head_node(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token) as head:
-        stranger = environment(RAY_AUTH_MODE="disabled")
-        refused = submit(head, tmp_path / "refused", "--until", "squeeze", env=stranger)
-        assert refused.returncode != 0
-        assert "authentication" in (refused.stdout + refused.stderr).lower()
-        assert not (tmp_path / "refused").exists()
+def test_a_cluster_with_a_token_runs_the_submitted_job_of_who_has_it_only(
+    token_head: Head, tmp_path: Path
+) -> None:
+    stranger = environment(RAY_AUTH_MODE="disabled")
+    job = tiny.command(tmp_path / "refused", "--until", "squeeze")[1:]
+    refused = submit(token_head, *job, env=stranger)
+    assert refused.returncode != 0
+    assert "authentication" in (refused.stdout + refused.stderr).lower()
+    assert not (tmp_path / "refused").exists()
 
-        done = submit(head, tmp_path / "run")
-        said = done.stdout + done.stderr
-        assert done.returncode == 0, said
-        assert "succeeded" in said
-        assert "features    20/20 done" in said
-        assert "(d) all real images | 1437 | 1 |" in said
-        assert token not in said
+    done = submit(token_head, *tiny.command(tmp_path / "run")[1:])
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "succeeded" in said
+    assert "features    20/20 done" in said
+    assert "(d) all real images | 1437 | 1 |" in said
+    assert token_head.environment["RAY_AUTH_TOKEN"] not in said
     commits = [
         json.loads((tmp_path / "run" / room / "stage.json").read_text()) for room in tiny.ROOMS
     ]
     assert {commit["stage"]: len(commit["units"]) for commit in commits} == tiny.UNITS
 
 
-def test_a_cluster_without_authentication_runs_the_submitted_job(tmp_path: Path) -> None:
-    with head_node(RAY_AUTH_MODE="disabled") as head:
-        done = submit(head, tmp_path / "run", "--until", "squeeze")
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "run/teacher/stage.json").exists()
-
-
-TWO_NODES = """
-import os, sys
-import ray
-from ray.cluster_utils import Cluster
-node = dict(num_cpus=1, node_ip_address="127.0.0.1", object_store_memory=80 << 20)
-cluster = Cluster(initialize_head=True, head_node_args=node | dict(include_dashboard=False))
-cluster.add_node(**node)
-os.environ["RAY_ADDRESS"] = cluster.address
-from jobs import distill
-code = distill.main(sys.argv[1:])
-ray.shutdown()
-cluster.shutdown()
-sys.exit(code)
-"""
-
-
-def test_two_nodes_refuse_an_output_folder_of_one_of_them(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-c", TWO_NODES, *tiny.command(out)[2:]],
-        cwd=tiny.ROOT,
-        env=environment(RAY_AUTH_MODE="disabled", PYTHONPATH=str(tiny.ROOT)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+def test_a_job_api_that_asks_for_a_token_is_fine(token_head: Head) -> None:
+    found = authentication(token_head.address.removeprefix("http://"))
+    assert (found.mark, found.found) == (
+        "ok",
+        f"{token_head.address}/api/jobs/ answers 401 to who has no token",
     )
-    with ended_with_its_children(process):
-        _, errors = process.communicate(timeout=150)
-    assert process.returncode == 2, errors
-    assert f"error: --out {out}: expected a URI that all 2 nodes of the cluster see" in errors
-    assert not (out / "teacher/stage.json").exists()
+
+
+def test_the_submitted_command_finds_the_job_in_the_image_with_nothing_uploaded(
+    open_head: Head, tmp_path: Path
+) -> None:
+    job = ("jobs/distill.py", "--ipc", "100", "--dry-run")
+    done = submit(open_head, *job, options=(), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "wmdd_ray_runs/digits-ipc100" in done.stdout
+    assert "succeeded" in done.stdout
+
+
+def test_a_submitted_doctor_warns_of_a_cluster_that_is_open(
+    open_head: Head, tmp_path: Path
+) -> None:
+    done = submit(open_head, "jobs/doctor.py", "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = report_of(done.stdout)
+    assert failures(report) == []
+    assert report["cluster"][0].startswith(f"ok Ray {ray.__version__} at 127.0.0.1:")
+    assert report["cluster"][1] == "ok stages work in this process; no autoscaler is seen"
+    assert report["cluster"][2].startswith(
+        f"warning {open_head.address}/api/jobs/ runs commands of anybody, without a token -> "
+    )
+    assert report["nodes"][0].startswith("ok 1 node ")
+    assert list(tmp_path.iterdir()) == []
+
+
+ENDED = (JobStatus.STOPPED, JobStatus.SUCCEEDED, JobStatus.FAILED)
+
+
+def wait_until_ended(client: JobSubmissionClient, job: str) -> JobStatus:
+    deadline = time.monotonic() + 150
+    while (status := client.get_job_status(job)) not in ENDED:
+        assert time.monotonic() < deadline, f"{status}; {client.get_job_logs(job)}"
+        time.sleep(0.2)
+    return status
+
+
+# `ray job stop` gives a job three seconds.
+@pytest.mark.chaos
+def test_a_stopped_job_says_so_keeps_its_units_and_goes_on_when_submitted_again_without_a_token(
+    open_head: Head, finished_run: FinishedRun, tmp_path: Path
+) -> None:
+    out = tiny.copy_rooms(finished_run.out, tmp_path / "run", "teacher")
+    command = ["python", *tiny.command(out, "--until", "features")[1:]]
+    client = JobSubmissionClient(open_head.address)
+    uploaded = {"working_dir": str(tiny.ROOT)}
+    job = client.submit_job(entrypoint=shlex.join(command), runtime_env=uploaded)
+    deadline = time.monotonic() + 150
+    while not (before := tiny.markers(out, "features")):
+        assert time.monotonic() < deadline, client.get_job_logs(job)
+        time.sleep(0.05)
+    stopped = time.monotonic()
+    assert client.stop_job(job)
+    assert wait_until_ended(client, job) == JobStatus.STOPPED
+    assert time.monotonic() - stopped < 20
+    # It was not killed in the end, it ended.
+    assert "terminated; finished units are kept" in client.get_job_logs(job)
+    assert not (out / "features/stage.json").exists()
+
+    again = submit(open_head, *command[1:])
+    assert again.returncode == 0, again.stdout + again.stderr
+    after = tiny.markers(out)
+    assert {key: after[key] for key in before} == before
+    tiny.assert_same_payloads(out, finished_run.payloads, "teacher", "features")

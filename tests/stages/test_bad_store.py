@@ -30,7 +30,7 @@ def faulty(
 ) -> Iterator[FaultyS3]:
     """The proxy, which is the endpoint of every process that the test starts; this one goes past it."""
     server = FaultyS3(s3_endpoint)
-    server.drip_s = 0.01
+    server.drip_s, server.hang_s = 0.001, 0.2
     yield server
     server.shutdown()
     server.server_close()
@@ -68,7 +68,9 @@ def test_faults_that_pass_at_one_request_in_twenty_leave_no_trace(
     out = s3_server()
     faulty.choose = choose
     typed = through(faulty, out)
-    print(f"seed {SEED}: {len(met)} of {len(faulty.requests)} requests met one of {set(met)}")
+    print(
+        f"seed {SEED}: {len(met)} of {len(faulty.requests)} requests met one of {set(met)}, {typed.seconds:.0f} s"
+    )
     assert typed.exit_code == 0, typed.stderr
     assert set(met) > set(PASSING)
     tiny.assert_same_payloads(out, finished_run.payloads)

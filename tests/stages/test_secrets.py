@@ -1,4 +1,4 @@
-"""Credentials stay where they are: canaries in the environment and in a file, looked for in everything that a run leaves."""
+"""A run on S3 of images on S3. Credentials stay where they are: canaries are looked for in everything that it leaves."""
 
 from __future__ import annotations
 
@@ -19,17 +19,24 @@ from pathlib import Path
 import pytest
 import s3fs
 from packaging.requirements import Requirement
+from torch.utils.data import DataLoader
 
 from jobs import distill
 from tests.conftest import ROOT, S3Uri
 from tests.stages import tiny
+from tests.store.written_sources import parquet_of
+from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.images import encode_png
+from wmdd_ray.store.sources import open_source
 
 SHORT = (
-    "--squeeze.epochs", "1", "--squeeze.min-top1", "0.01", "--recover.iterations", "2",
-    "--relabel.epochs", "2", "--evaluate.num-seeds", "1", "--evaluate.baselines", "random_real",
+    "--source.format", "auto", "--squeeze.epochs", "1", "--squeeze.min-top1", "0.01",
+    "--recover.iterations", "2", "--relabel.epochs", "2", "--evaluate.num-seeds", "1",
+    "--evaluate.baselines", "all_real",
 )  # fmt: skip
+NAMES = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 
 
 def canary(prefix: str = "") -> str:
@@ -59,17 +66,6 @@ class CommandLines:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
-
-
-@pytest.fixture
-def ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of a Ray of its own. Not under pytest's: the path of a socket has at most 107 characters."""
-    folder = Path(tempfile.mkdtemp(prefix="wmdd-"))
-    monkeypatch.setenv("RAY_TMPDIR", str(folder))
-    # What a user has; the suite's own setting is `disabled`.
-    monkeypatch.delenv("RAY_AUTH_MODE")
-    yield folder
-    shutil.rmtree(folder)
 
 
 def written(folder: Path) -> dict[str, bytes]:
@@ -103,42 +99,92 @@ class Left:
 
     exit_code: int
     said: str
+    stdout: str
     found: dict[str, bytes]
 
 
-def run_and_collect(out: str, ray_folder: Path, *options: str) -> Left:
+@contextlib.contextmanager
+def ray_of_its_own() -> Iterator[Path]:
+    """Yield the folder of a Ray that is still to be started, as a user has it."""
+    # Not under pytest's folder: the path of a socket has at most 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="wmdd-"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", str(folder))
+        patch.delenv("RAY_AUTH_MODE")  # the suite's own setting is `disabled`
+        yield folder
+    shutil.rmtree(folder)
+
+
+def run_and_collect(data: str, out: str, variables: dict[str, str]) -> Left:
     """Type the command, and collect its output, objects, Ray's folder and all command lines meanwhile."""
-    with CommandLines() as lines:
-        typed = tiny.typed(out, "--verbose", *options)
+    with ray_of_its_own() as folder, pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        for name in NAMES:
+            if name.upper() not in variables:
+                patch.delenv(name.upper(), raising=False)
+        with CommandLines() as lines:
+            typed = tiny.typed(out, "--verbose", "--data", data, *SHORT)
+        found = written(folder)
     said = {"stdout": typed.stdout.encode(), "stderr": typed.stderr.encode()}
-    found = objects(out) | written(ray_folder) | said
+    found |= objects(out) | said
     # As a check of the check: the collections hold what they should.
     assert any(b"jobs/distill.py" in line for line in lines.seen)
     assert any(b"raylet" in line for line in lines.seen)
     assert any(name.endswith("/logs/raylet.out") for name in found)
     assert "run.json" in found and "teacher/plan.json" in found
     found |= {f"command line {line!r}": line for line in lines.seen}
-    return Left(typed.exit_code, typed.stdout + typed.stderr, found)
+    return Left(typed.exit_code, typed.stdout + typed.stderr, typed.stdout, found)
 
 
-@pytest.mark.slow  # two runs: 40 s
-def test_credentials_appear_in_nothing_that_a_run_leaves_whether_it_ends_well_or_not(
-    s3_server: S3Uri, ray_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = s3_server()
+@dataclass(frozen=True)
+class Distilled:
+    """A run on S3 of images on S3, with canaries in the environment."""
+
+    data: str
+    out: str
+    canaries: list[str]
+    left: Left
+
+
+@pytest.fixture(scope="module")
+def distilled(s3_server: S3Uri) -> Distilled:
+    """The command, typed by a user whose credentials and images are known to nobody else."""
+    data, out = Store(s3_server()).child("digits"), s3_server()
+    for split, name in (("train", "train"), ("val", "validation")):
+        source = open_source("digits", tiny.config().source, split=split)
+        raws = [raw for shard in source.shards(500) for raw in source.read_shard(shard)]
+        pngs = [encode_png(raw.content[:, :, None]) for raw in raws]
+        content = parquet_of(pngs, [raw.label for raw in raws], source.class_names)
+        data.put(f"data/{name}-00000-of-00001.parquet", content)
     canaries = [canary("AKIA"), canary(), canary()]
-    names = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
-    store = Store(out)
-    with monkeypatch.context() as patch:
-        for name, value in zip(names, canaries, strict=True):
-            patch.setenv(name.upper(), value)
-        well = run_and_collect(out, ray_folder, *SHORT)
+    variables = dict(zip([name.upper() for name in NAMES], canaries, strict=True))
+    return Distilled(data.uri, out, canaries, run_and_collect(data.uri, out, variables))
+
+
+@pytest.mark.slow
+def test_the_command_distills_images_that_lie_on_s3_into_a_run_on_s3(distilled: Distilled) -> None:
+    assert distilled.left.exit_code == 0, distilled.left.said
+    assert "(d) all real images | 1437 | 1 |" in distilled.left.stdout
+    dataset = DistilledDataset(f"{distilled.out}/dataset")
+    assert dataset.manifest["source"]["num_images"] == 1437
+    assert dataset.images.shape == (40, 16, 16, 1)
+    views, logits, weights = next(iter(DataLoader(dataset, batch_size=7, num_workers=1)))
+    assert (views.shape, logits.shape, weights.shape) == ((7, 1, 16, 16), (7, 10), (7,))
+
+
+@pytest.mark.slow
+def test_credentials_appear_in_nothing_that_a_run_leaves_whether_it_ends_well_or_not(
+    distilled: Distilled, tmp_path: Path
+) -> None:
+    out, well = distilled.out, distilled.left
     assert well.exit_code == 0, well.said
     assert {"dataset/manifest.json", "dataset/README.md"} < well.found.keys()
     assert any(name.startswith("events/") for name in well.found)
-    assert places_of(canaries, well.found) == []
+    assert places_of(distilled.canaries, well.found) == []
 
     # From a file now, and an actor meets an object with a changed byte.
+    store = Store(out)
     chunk = next(iter(store.list("features/chunks")))
     content = bytearray(store.get(chunk))
     content[-1] ^= 1
@@ -146,13 +192,10 @@ def test_credentials_appear_in_nothing_that_a_run_leaves_whether_it_ends_well_or
     store.delete("barycenters")
     canaries = [canary("AKIA"), canary(), canary()]
     file = tmp_path / "credentials"
-    pairs = zip(names, canaries, strict=True)
+    pairs = zip(NAMES, canaries, strict=True)
     file.write_text("[spot]\n" + "".join(f"{name} = {value}\n" for name, value in pairs))
-    for name in names:
-        monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
-    monkeypatch.setenv("AWS_PROFILE", "spot")
-    badly = run_and_collect(out, ray_folder, *SHORT)
+    variables = {"AWS_SHARED_CREDENTIALS_FILE": str(file), "AWS_PROFILE": "spot"}
+    badly = run_and_collect(distilled.data, out, variables)
     assert badly.exit_code == 5, badly.said
     assert f"{out}/{chunk}: expected {len(content)} bytes" in badly.said
     assert "Traceback" in badly.said

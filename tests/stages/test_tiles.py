@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.stages import tiny
+from tests.stages.tiny import FinishedRun
 from wmdd_ray.core.tiles import tile
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.store import codecs
@@ -26,8 +27,10 @@ TILED = (
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("tiled") / "run"
+def out(finished_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # Teacher and features know nothing of tiles.
+    folder = tmp_path_factory.mktemp("tiled") / "run"
+    out = tiny.copy_rooms(finished_run.out, folder, "teacher", "features")
     assert tiny.job(out, *TILED) == 0
     return out
 

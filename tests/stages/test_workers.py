@@ -24,6 +24,7 @@ from wmdd_ray.store.filesystem import Store
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
 
 
+@pytest.mark.chaos_long  # two do below, of which one is killed
 def test_one_worker_recovers_the_same_bytes_as_the_driver(
     finished_run: FinishedRun, tmp_path: Path
 ) -> None:

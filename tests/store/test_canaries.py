@@ -38,6 +38,7 @@ from tests.store.written_sources import (
     PNGS,
     WRITERS,
     parquet_of,
+    read_all,
     tar_of,
 )
 from wmdd_ray.core.checkpoints import read_checkpoint
@@ -45,7 +46,7 @@ from wmdd_ray.errors import ArtifactError, DataError
 from wmdd_ray.store import codecs, documents
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.images import encode_png
-from wmdd_ray.store.sources import DecodedChunk, decoded_chunks, open_source
+from wmdd_ray.store.sources import open_source
 from wmdd_ray.store.sources.listing import list_files
 
 
@@ -73,17 +74,6 @@ def bird(tmp_path: Path) -> Iterator[bytes]:
     assert not sung.exists(), "code in the data was run"
     pickle.loads(content)
     assert sung.exists(), "the canary itself must sing"
-
-
-def read_all(store: Store, **options: Any) -> list[DecodedChunk]:
-    source = open_source(store.uri, CONFIG, split="train", **options)
-    chunks = [
-        chunk
-        for shard in source.shards(100)
-        for chunk in decoded_chunks(source, shard, CONFIG, 100)
-    ]
-    source.read_keys([key for chunk in chunks for key in chunk.keys])
-    return chunks
 
 
 def object_array(content: bytes) -> bytes:
@@ -165,7 +155,7 @@ def test_extension_types_and_object_columns_of_parquet_are_not_unpickled(
 def read_in_child(store: Store, imports: str) -> subprocess.CompletedProcess[str]:
     script = (
         f"import sys{imports}\n"
-        "from tests.store.test_canaries import read_all, Store\n"
+        "from tests.store.written_sources import read_all, Store\n"
         "chunks = read_all(Store(sys.argv[1]))\n"
         "print(len(chunks), len(chunks[0].keys))\n"
     )

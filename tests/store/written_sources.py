@@ -8,6 +8,7 @@ import json
 import struct
 import tarfile
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.images import encode_png
+from wmdd_ray.store.sources import DecodedChunk, decoded_chunks, open_source
 
 CONFIG = SourceConfig(image_size=8, resize=8, channels=1, mean=(0.5,), std=(0.5,))
 NAMES = ("ant", "bee", "cat")
@@ -102,3 +104,14 @@ WRITERS: dict[str, Callable[..., None]] = {
     "parquet": write_parquet,
     "idx": write_idx,
 }
+
+
+def read_all(store: Store, **options: Any) -> list[DecodedChunk]:
+    source = open_source(store.uri, CONFIG, split="train", **options)
+    chunks = [
+        chunk
+        for shard in source.shards(100)
+        for chunk in decoded_chunks(source, shard, CONFIG, 100)
+    ]
+    source.read_keys([key for chunk in chunks for key in chunk.keys])
+    return chunks
