@@ -10,24 +10,21 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
-import threading
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
+from jobs import endings
 from wmdd_ray.card import results_table, size
 from wmdd_ray.config import DistillConfig, Reporting, Resources, StageName, refuse_secrets
-from wmdd_ray.errors import WmddError
-from wmdd_ray.progress import AboveTheBar, StageLine, duration
+from wmdd_ray.progress import StageLine, duration
 from wmdd_ray.provenance import hardware, versions
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.rooms import StageCommit
@@ -36,9 +33,6 @@ from wmdd_ray.store.documents import dump_json
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
 from wmdd_ray.tracking import TrackedRun, trackers_of
-
-_GRACE_S = 10.0
-_RESUME = "finished units are kept: run the same command again to go on"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,24 +64,13 @@ class Job:
 
 def main(arguments: list[str]) -> int:
     """Run the job and return its exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
+
+    def work() -> int:
         job = parse(arguments)
-        logging.basicConfig(
-            level=logging.INFO if job.verbose else logging.WARNING,
-            format="%(name)s: %(message)s",
-            handlers=[AboveTheBar()],
-        )
+        endings.log_above_the_bar(verbose=job.verbose)
         return distill(job)
-    except BaseException as error:
-        if isinstance(error, Exception) and "--verbose" in arguments:
-            logging.exception("the job ends here")
-        ending = _ending_of(error)
-        if ending is None:
-            raise
-        code, text = ending
-        print(f"\n{text}", file=sys.stderr)
-        return code
+
+    return endings.exit_code_of(arguments, work)
 
 
 def parse(arguments: list[str]) -> Job:
@@ -109,6 +92,7 @@ def distill(job: Job) -> int:
     tracked = tracked_run(run)
     trackers = [] if job.dry_run else trackers_of(job.reporting, tracked)
     # Imported here: stages load torch and Ray, which a wrong option should not have to wait for.
+    from wmdd_ray.stages import recover
     from wmdd_ray.stages.metrics import LiveWatch
     from wmdd_ray.stages.pipeline import PIPELINE
     from wmdd_ray.stages.train_groups import sweep_notes
@@ -117,18 +101,14 @@ def distill(job: Job) -> int:
         print_plan(run, PIPELINE)
         return 0
     run.watch = LiveWatch(tracked, trackers)
-    code = 1
-    try:
+    with endings.ended(run):
+        if run.config.recover.method == "diffusion":
+            # A wrong name is better told before the teacher is trained.
+            recover.check_model(run.config, run.source("train").class_names)
         commits = run_pipeline(
             run, PIPELINE, first=job.first, last=job.last, overwrite=job.overwrite
         )
         sweep_notes(run)
-        code = 0
-    except BaseException as error:
-        code, _ = _ending_of(error) or (1, "")
-        raise
-    finally:
-        run.end(code)
     if "evaluation" in commits:
         from wmdd_ray.stages.assemble import write_card
 
@@ -159,14 +139,7 @@ def open_run(job: Job) -> Run:
         )
 
     def connect() -> None:
-        from wmdd_ray.stages.cluster import connect
-
-        try:
-            connect(out, verbose=job.verbose)
-        except SystemExit as ended:  # by the handler that Ray has put in, and only while it joins
-            raise _Terminated from ended
-        # ray.init() puts a handler of its own in the place of ours, and that one exits with 15.
-        signal.signal(signal.SIGTERM, _terminate)
+        endings.join_cluster(out, verbose=job.verbose)
         # Only now: a run that was refused, or had nothing to do, is not what made the rooms.
         write_run_record(run)
 
@@ -291,44 +264,6 @@ def write_report(run: Run) -> str | None:
         )
         return None
     return run.store.url(REPORT_KEY)
-
-
-def _ending_of(error: BaseException) -> tuple[int, str] | None:
-    """Return (exit code, what to tell) of an end that is no fault of this program's, else None."""
-    inner: BaseException | None = error
-    seen: set[int] = set()
-    while inner is not None and id(inner) not in seen:
-        seen.add(id(inner))
-        # A signal that comes while Ray's own code runs arrives as a SystemError that was caused by it.
-        if isinstance(inner, KeyboardInterrupt):
-            return 128 + signal.SIGINT, f"interrupted; {_RESUME}"
-        if isinstance(inner, _Terminated):
-            return 128 + signal.SIGTERM, f"terminated; {_RESUME}"
-        inner = inner.__cause__ or inner.__context__
-    if isinstance(error, WmddError):
-        return error.exit_code, f"error: {error}"
-    if type(error).__module__.startswith("ray."):
-        lines = str(error).strip().splitlines() or [""]
-        told = f"{type(error).__name__}: {lines[-1].strip()}"
-        return WmddError.exit_code, f"error: the cluster failed: {told}; {_RESUME}"
-    return None
-
-
-class _Terminated(BaseException):
-    """A request to terminate came. Not an Exception: nothing on its way up shall take it for a failure of its own."""
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the way out takes its time
-    threading.Thread(target=_leave, daemon=True).start()
-    raise _Terminated
-
-
-def _leave() -> None:
-    """End the process when it has not ended by itself: an exception can get lost in a callback of Ray's, or Ray hang."""
-    time.sleep(_GRACE_S)
-    print(f"\nterminated; {_RESUME}", file=sys.stderr, flush=True)
-    os._exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

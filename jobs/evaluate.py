@@ -14,9 +14,7 @@ attacks can be added, and results.json holds all of them, sealed. Exit codes are
 from __future__ import annotations
 
 import argparse
-import logging
 import re
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -28,9 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
-from jobs import distill
-from jobs.checks.report import many
-from wmdd_ray.card import ROW_NAMES, results_table
+from jobs import distill, endings
+from jobs.results import print_summary, write_results
 from wmdd_ray.config import (
     Arch,
     AttackConfig,
@@ -46,17 +43,15 @@ from wmdd_ray.config import (
     refuse_secrets,
 )
 from wmdd_ray.errors import ConfigError, DataError
-from wmdd_ray.progress import StageLine, duration
+from wmdd_ray.progress import StageLine
 from wmdd_ray.recipes import RECIPES, recipe_of
-from wmdd_ray.rooms import Room, StageCommit
+from wmdd_ray.rooms import Room
 from wmdd_ray.run import Run, run_pipeline
 from wmdd_ray.store import codecs
-from wmdd_ray.store.documents import seal
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
 from wmdd_ray.store.sources.listing import NothingThereError, list_files
 
-RESULTS_KEY = "results.json"
 # Larger images have strided stems, in the literature as in torchvision.
 _SMALL_PIXELS = 64
 _BASELINES = ("random_real", "all_real")
@@ -134,23 +129,13 @@ class Asked:
 
 def main(arguments: list[str]) -> int:
     """Run the job and return its exit code."""
-    signal.signal(signal.SIGTERM, distill._terminate)
-    try:
+
+    def work() -> int:
         asked = parse(arguments)
-        logging.basicConfig(
-            level=logging.INFO if asked.job.verbose else logging.WARNING,
-            format="%(name)s: %(message)s",
-        )
+        endings.log_above_the_bar(verbose=asked.job.verbose)
         return evaluate(asked)
-    except BaseException as error:
-        if isinstance(error, Exception) and "--verbose" in arguments:
-            logging.exception("the job ends here")
-        ending = distill._ending_of(error)
-        if ending is None:
-            raise
-        code, text = ending
-        print(f"\n{text}", file=sys.stderr)
-        return code
+
+    return endings.exit_code_of(arguments, work)
 
 
 def parse(arguments: list[str]) -> Asked:
@@ -351,6 +336,7 @@ def evaluate(asked: Asked) -> int:
     from wmdd_ray.attacks import require_libraries
     from wmdd_ray.stages import attack
     from wmdd_ray.stages.given_set import config_of, stages
+    from wmdd_ray.stages.metrics import LiveWatch
     from wmdd_ray.stages.train_groups import sweep_notes
 
     run = open_run(asked)
@@ -358,8 +344,8 @@ def evaluate(asked: Asked) -> int:
     if asked.attack.names:
         require_libraries(asked.attack.names, len(run.source("train").class_names))
     real = run.source("real").fingerprint() if asked.config.evaluate.baselines else None
-    code = 1
-    try:
+    run.watch = LiveWatch(distill.tracked_run(run), [])
+    with endings.ended(run):
         work = stages(asked.config, asked.students, real)
         if asked.attack.names:
             work += (attack.sample_stage(asked.config, asked.attack),)
@@ -367,12 +353,6 @@ def evaluate(asked: Asked) -> int:
                 work += attack.stages(own, student, asked.attack)
         commits = run_pipeline(run, work, overwrite=asked.job.overwrite)
         sweep_notes(run)
-        code = 0
-    except BaseException as error:
-        code, _ = distill._ending_of(error) or (1, "")
-        raise
-    finally:
-        run.end(code)
     table = [
         {"student": student, **row}
         for student in asked.students
@@ -416,15 +396,6 @@ def open_run(asked: Asked) -> Run:
             dedicated=config.val_data is not None,
         )
 
-    def connect() -> None:
-        from wmdd_ray.stages.cluster import connect
-
-        try:
-            connect(asked.out, verbose=job.verbose)
-        except SystemExit as ended:  # by the handler that Ray has put in, and only while it joins
-            raise distill._Terminated from ended
-        signal.signal(signal.SIGTERM, distill._terminate)
-
     width = 13 + (16 if asked.attack.names else 0)
     run = Run(
         store=Store(asked.out),
@@ -433,7 +404,7 @@ def open_run(asked: Asked) -> Run:
         open_source=open_split,
         # The longest name of an architecture would touch the numbers.
         progress=lambda name: StageLine(f"{name:<{width}}"),
-        connect=connect,
+        connect=lambda: endings.join_cluster(asked.out, verbose=job.verbose),
         unsafe_commits=job.allow_unsafe_commits,
     )
     return run
@@ -452,106 +423,6 @@ def foreign_set(asked: Asked, names: tuple[str, ...]) -> Source:
         )
     found.class_names = names
     return found
-
-
-def write_results(
-    run: Run,
-    asked: Asked,
-    commits: dict[str, StageCommit],
-    table: list[dict[str, Any]],
-    attacked: dict[str, Any] | None,
-) -> None:
-    """Store all results as one sealed document."""
-    given, teacher = run.source("train"), commits.get("teacher")
-    document = {
-        "set": {
-            "uri": asked.own.uri if asked.own is not None else asked.job.uri,
-            "fingerprint": given.fingerprint(),
-            "ours": asked.own is not None,
-            "class_names": list(given.class_names),
-        },
-        "held_out": {
-            "uri": asked.config.val_data or asked.config.data,
-            "fingerprint": run.source("val").fingerprint(),
-        },
-        "teacher": teacher_told(asked, teacher),
-        "seeds": list(range(asked.config.evaluate.num_seeds)),
-        "students": {
-            student: {
-                name: commits[student].metrics[name]
-                for name in ("student", "hardware", "versions", "git_revision")
-            }
-            | {"fingerprint": commits[student].fingerprint, "options": commits[student].options}
-            for student in asked.students
-        },
-        "table": table,
-    }
-    if attacked is not None:
-        document["attacks"] = attacked
-    run.store.put(RESULTS_KEY, seal(document))
-
-
-def teacher_told(asked: Asked, teacher: StageCommit | None) -> dict[str, Any] | None:
-    """Return whose soft labels they are, and its top-1 on held-out images."""
-    if asked.own is not None:
-        return {"uri": asked.own.uri, "top1": asked.own.meta["teacher_top1"]}
-    if teacher is None:
-        return None
-    return {
-        "uri": asked.job.teacher,
-        "top1": teacher.metrics["top1"],
-        "sha256": teacher.file("teacher.safetensors").sha256,
-    }
-
-
-def print_summary(
-    run: Run,
-    asked: Asked,
-    commits: dict[str, StageCommit],
-    table: list[dict[str, Any]],
-    attacked: dict[str, Any] | None,
-    seconds: float,
-) -> None:
-    """Print what was tested, the table, and where it lies."""
-    teacher = teacher_told(asked, commits.get("teacher"))
-    recipe = asked.config.evaluate
-    uri = asked.own.uri if asked.own is not None else asked.job.uri
-    print()
-    print(f"set             {uri}")
-    if teacher is not None:
-        print(f"teacher         top-1 {100 * teacher['top1']:.1f} % ({teacher['uri']})")
-    print(
-        f"students        from scratch, {recipe.optimizer} at {recipe.learning_rate:g}, batches of {recipe.batch_size}; tested on "
-        f"held-out images after the last epoch; mean ± standard deviation over {many(recipe.num_seeds, 'seed')}\n"
-    )
-    print(results_table(table))
-    if attacked is not None:
-        print_attacks(attacked)
-    print(f"\nresults         {run.store.uri}/{RESULTS_KEY}")
-    print(f"this run took   {duration(seconds)}")
-
-
-def print_attacks(attacked: dict[str, Any]) -> None:
-    """Print the accuracies under attack, and what in them cannot be."""
-    from wmdd_ray.stages.attack import markdown
-
-    print(
-        f"\nunder attack    top-1 %, {attacked['images']} held-out images, as many of each class; eps is the largest change of a "
-        "pixel in [0, 1];\n                worst case: an image counts where no attack up to eps but CW has made it fall\n"
-    )
-    print(markdown(attacked, ROW_NAMES))
-    for item in attacked["contradictions"]:
-        mark = "! " if item["suspect"] else "  "
-        print(
-            f"\n{mark}{item['what']} at eps {item['eps']} in {item['images']} images ({100 * item['share']:.1f} %) of "
-            f"{item['student']}, {item['row']}, {item['labels']} labels, seed {item['seed']}",
-            end="",
-        )
-    if attacked["contradictions"]:
-        print(
-            "\n\nAutoAttack, PGD and Square search at random, so single images contradict; more than 1 % (!) mean gradients that "
-            "mislead them: believe the worst case"
-        )
 
 
 if __name__ == "__main__":

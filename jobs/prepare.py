@@ -10,9 +10,7 @@ Exit codes: 0 done, 1 workers lost, 2 configuration, 3 lost a race for --out, 4 
 
 from __future__ import annotations
 
-import logging
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -24,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
+from jobs import endings
 from jobs.checks.report import many
-from jobs.distill import _ending_of, _terminate, _Terminated
+from jobs.distill import tracked_run
 from wmdd_ray.card import size
 from wmdd_ray.config import DistillConfig, Resources, refuse_secrets
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError, LostRaceError
@@ -77,22 +76,15 @@ class Job:
 
 def main(arguments: list[str]) -> int:
     """Run the job and return its exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
+
+    def work() -> int:
         job = tyro.cli(Job, args=arguments, description=__doc__)
-        logging.basicConfig(
-            level=logging.INFO if job.verbose else logging.WARNING, format="%(name)s: %(message)s"
-        )
+        endings.log_above_the_bar(verbose=job.verbose)
         return prepare(job)
-    except BaseException as error:
-        if isinstance(error, Exception) and "--verbose" in arguments:
-            logging.exception("the job ends here")
-        ending = _ending_of(error)
-        if ending is None:
-            raise
-        code, text = ending
-        print(f"\n{_in_our_words(text, '--classes' in arguments)}", file=sys.stderr)
-        return code
+
+    return endings.exit_code_of(
+        arguments, work, told=lambda text: _in_our_words(text, "--classes" in arguments)
+    )
 
 
 def prepare(job: Job) -> int:
@@ -100,6 +92,7 @@ def prepare(job: Job) -> int:
     started = time.monotonic()
     run = open_run(job)
     # Imported here: Ray, which a wrong option should not have to wait for.
+    from wmdd_ray.stages.metrics import LiveWatch
     from wmdd_ray.stages.prepare import SCAN, WRITE, delete_parts
 
     plans = {"scan": expected_plan(run, SCAN, {})}
@@ -115,15 +108,9 @@ def prepare(job: Job) -> int:
             f"(chance {100 / len(images.class_names):.1f} %)"
         )
     if found is None:
-        code = 1
-        try:
+        run.watch = LiveWatch(tracked_run(run), [])
+        with endings.ended(run):
             commits = run_pipeline(run, (SCAN, WRITE), overwrite=job.overwrite)
-            code = 0
-        except BaseException as error:
-            code, _ = _ending_of(error) or (1, "")
-            raise
-        finally:
-            run.end(code)
         made = commits[WRITE.room]
         files = [
             replace(entry, key=f"{WRITE.room}/{entry.key}")
@@ -150,15 +137,6 @@ def open_run(job: Job) -> Run:
             return source
         return _open_held_out(job, run.source("train"))
 
-    def connect() -> None:
-        from wmdd_ray.stages.cluster import connect
-
-        try:
-            connect(job.out, verbose=job.verbose)
-        except SystemExit as ended:  # by the handler that Ray has put in, and only while it joins
-            raise _Terminated from ended
-        signal.signal(signal.SIGTERM, _terminate)  # Ray has put its own in the place of ours
-
     run = Run(
         store=Store(job.out),
         # The spine hands the options on and reads none of them.
@@ -166,7 +144,7 @@ def open_run(job: Job) -> Run:
         resources=Resources(),
         open_source=open_split,
         progress=StageLine,
-        connect=connect,
+        connect=lambda: endings.join_cluster(job.out, verbose=job.verbose),
         unsafe_commits=job.allow_unsafe_commits,
     )
     return run

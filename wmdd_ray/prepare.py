@@ -35,7 +35,7 @@ class PrepareConfig:
     """Largest shorter side, pixels; larger images are resized to it (antialiased; JPEG stays JPEG at quality 95, others become
     PNG), all others keep every byte. 256 is what ImageNet's recipes resize to."""
     shard_mb: int = 64
-    """Most bytes of a Parquet file, MiB. A worker holds about five times as much beside its own 170 MiB (measured at 32)."""
+    """Most bytes of a Parquet file, MiB. A worker holds four to eight times as much beside its own 170 MiB (measured at 64)."""
     seed: int = 0
     """Seed of the held-out split."""
     format: Format = "auto"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -15,42 +17,57 @@ from jobs.benches.reporting import Row, report, write
 from wmdd_ray.config import RelabelConfig
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.records import SoftLabelBlock, Teacher, ViewDraw, Views
+from wmdd_ray.run import fingerprint
+from wmdd_ray.store import codecs
 
 if TYPE_CHECKING:
     import torch
 
+    from jobs.benches.accuracy.splits import Labeled, Workplace
     from wmdd_ray.config import DistillConfig
 
 # Logits of the synthetic set: spread of the others, and how far the true class and the mixed-in one stand out.
 _SPREAD, _PEAK = 2.5, 8.0
+_BATCH_IMAGES = 256
 _SYNTHETIC_CLASSES, _SYNTHETIC_VIEWS, _SYNTHETIC_EPOCHS = 1000, 8192, 300
 
 
+Split = Literal["val", "test"]
 Trained = Literal["fkd", "fine", "coarse", "shared", "lpld"]
 
 
 @dataclass(frozen=True)
 class Option:
-    """A way to store labels: what `relabel` is told, whose students it has, how many of a student's epochs share a label epoch."""
+    """A way to store labels: what `relabel` is told, the kind of its students, how many epochs of a student share a label epoch."""
 
     name: str
     relabel: RelabelConfig
     students: Trained
     shared: int = 1
 
+    @property
+    def key(self) -> str:
+        """Name of the option's students: those of equal labels are the same."""
+        step = f"-{self.relabel.step:g}" if self.students in ("coarse", "shared") else ""
+        return f"{self.students}{step}" + (f"-{self.shared}" if self.shared > 1 else "")
 
-def _options(full: RelabelConfig, shared: int) -> list[Option]:
+
+def _options(
+    full: RelabelConfig, steps: tuple[float, ...], shared: tuple[int, ...], alone: int
+) -> list[Option]:
     """Return FKD's labels first, then ever smaller ones."""
     seed = replace(full, stored_views="seed")
     fine = replace(seed, precision="int8")
-    coarse = replace(fine, step=1.0)
-    alone = 10 * shared
+    stepped = [replace(fine, step=step) for step in steps]
     return [
         Option("fp16, views stored (FKD)", full, "fkd"),
         Option("fp16, views by seed", seed, "fkd"),
         Option("int8, steps of 1/8", fine, "fine"),
-        Option("int8, steps of 1", coarse, "coarse"),
-        Option(f"int8, steps of 1, 1/{shared} of the epochs", coarse, "shared", shared),
+        *(Option(f"int8, steps of {one.step:g}", one, "coarse") for one in stepped),
+        *(
+            Option(f"int8, steps of {one.step:g}, 1/{n} of the epochs", one, "shared", n)
+            for one, n in product(stepped, shared)
+        ),
         Option(f"fp16, views stored, 1/{alone} of the epochs (LPLD alone)", full, "lpld", alone),
         Option("online: the teacher only", replace(seed, labels="online"), "fkd"),
     ]
@@ -59,51 +76,76 @@ def _options(full: RelabelConfig, shared: int) -> list[Option]:
 def labels(
     teacher: str,
     data: str,
+    split: Split = "val",
     ipc: tuple[int, ...] = (10, 50),
-    seeds: tuple[int, ...] = (4, 3),
+    seeds: tuple[int, ...] = (3, 3),
+    steps: tuple[float, ...] = (1.0,),
+    shared: tuple[int, ...] = (5,),
+    alone: int = 50,
+    held_out: int = 5000,
     images: str | None = None,
     epochs: int = 300,
-    shared: int = 5,
     width: int = 32,
     mixed_precision: bool = True,
     trained: tuple[Trained, ...] = ("fkd", "coarse", "shared", "lpld"),
+    folder: str = "runs/labels",
     out: str | None = None,
+    plan: bool = False,
 ) -> None:
-    """Bytes of soft labels against student accuracy on Fashion-MNIST, and the bytes for 1000 synthetic classes.
+    """Bytes of soft labels against student accuracy on Fashion-MNIST, and the bytes for 1000 synthetic classes. Resumable.
 
     Every option stores the very same views and logits of the teacher; students learn from what is read back of the files, by
     the recipe of `fashion_mnist`. Views by seed read back to FKD's labels, so they share its students; so does `online`, whose
-    labels differ from FKD's by float16's rounding alone. The JSON file is written again after every student: a benchmark that
-    is stopped leaves what it has.
+    labels differ from FKD's by float16's rounding alone.
+
+    Choose `--steps` and `--shared` with `--split val`: students are scored on training images that were held out from what is
+    labeled (the teacher has seen them, for every option alike). The same command with `--split test` finds the students and
+    scores them on the test images: pass the chosen options only.
 
     Args:
         teacher: A run whose teacher labels; `python jobs/distill.py --recipe fashion_mnist` makes one.
         data: Folder of IDX files (Fashion-MNIST).
+        split: Images that students are scored on.
         ipc: Images a class.
         seeds: Students of every option, for each ipc.
+        steps: Steps of int8 logits that are compared.
+        shared: Where epochs share labels, they are this many times the label epochs.
+        alone: The same, for float16 logits.
+        held_out: Training images that become `val`: the last of the file; 0 takes the last tenth of every class.
         images: A run whose distilled images are labeled where it has that ipc; otherwise real images nearest to the atoms.
         epochs: Passes of a student over the images, and FKD's label epochs.
-        shared: The epochs are this many times the label epochs where they are shared.
         width: Channels of a student's ConvNet-3 block.
         mixed_precision: Students compute in bfloat16.
         trained: Options that get students of their own; the others show their bytes alone.
-        out: JSON file to write.
+        folder: Where students are kept; what is there already is not trained again.
+        out: JSON file to write, again after every student.
+        plan: Print how many students are missing and about how long they take, and stop.
     """
     import torch
 
+    from jobs.benches.accuracy.splits import load_split, make_splits
+    from jobs.benches.accuracy.work import duration, speed_on
     from wmdd_ray.rooms import Room
     from wmdd_ray.stages.teacher import read_teacher
     from wmdd_ray.store.filesystem import Store
 
     torch.set_num_threads(1)
-    if len(ipc) != len(seeds) or epochs < 10 * shared:
+    if len(ipc) != len(seeds) or epochs < max(*shared, alone):
         raise SystemExit(
-            f"expected a number of seeds for every ipc, got {seeds} for {ipc}; and at least 10 x {shared} epochs, got {epochs}"
+            f"expected a number of seeds for every ipc, got {seeds} for {ipc}; and at least {max(*shared, alone)} epochs "
+            f"(--shared, --alone), got {epochs}"
         )
     given = read_teacher(Room(Store(teacher), "teacher", "bench"))
-    settings = {"teacher_top1": given.top1, "epochs": epochs, "images": images or "nearest real"}
-    settings |= {"seeds": dict(zip(ipc, seeds, strict=True))}
-    rows: list[Row] = synthetic_rows(shared)
+    place = make_splits(folder, data, recipe_of("fashion_mnist", 1).source, held_out, "cpu")
+    settings: dict[str, Any] = {
+        "split": split,
+        "held_out": len(place.val.labels_N),
+        "teacher_top1": given.top1,
+        "epochs": epochs,
+        "images": images or "nearest real",
+        "seeds": dict(zip(ipc, seeds, strict=True)),
+    }
+    comparisons: list[tuple[_Comparison, int]] = []
     for one, num_seeds in zip(ipc, seeds, strict=True):
         recipe = recipe_of("fashion_mnist", one)
         student = replace(
@@ -113,14 +155,35 @@ def labels(
             network=replace(recipe.evaluate.network, width=width),
         )
         stored = replace(recipe.relabel, epochs=epochs, stored_views="rows")
-        config = replace(recipe, data=data, relabel=stored, evaluate=student)
         settings["student"] = asdict(student)
-        comparison = _Comparison(config, given, images, shared)
+        config = replace(recipe, data=data, relabel=stored, evaluate=student)
+        options = _options(stored, steps, shared, alone)
+        comparisons.append((_Comparison(config, given, images, options, place), num_seeds))
+    # A kind of labels that several options have has its students once.
+    missing = {
+        (comparison.unit(option, seed), comparison.num_images)
+        for comparison, num_seeds in comparisons
+        for option, seed in product(comparison.options, range(num_seeds))
+        if option.students in trained
+        and comparison.unit(option, seed) not in place.room("students").finished()
+    }
+    views = sum(num_images * epochs for _, num_images in missing)
+    each = speed_on(place)(comparisons[0][0].student.network, mixed_precision) if views else 0.0
+    told = f"{len(missing)} students to train, about {duration(views * each)} on one thread"
+    print(told, file=sys.stderr, flush=True)
+    if plan:
+        return
+    scored = (
+        place.val if split == "val" else load_split(data, place.source, "val", place.class_names)
+    )
+    rows: list[Row] = synthetic_rows(steps[0], shared[0])
+    for comparison, num_seeds in comparisons:
         before = rows
+        comparison.label()
         rows = before + comparison.rows()
         # Seed by seed: what is compared takes turns.
         for seed, option in product(range(num_seeds), comparison.options):
-            if option.students not in trained or not comparison.train(option, seed):
+            if option.students not in trained or not comparison.score(option, seed, scored):
                 continue
             rows = before + comparison.rows()
             if out is not None:
@@ -132,33 +195,53 @@ class _Comparison:
     """The options at one ipc."""
 
     def __init__(
-        self, config: DistillConfig, teacher: Teacher, images: str | None, shared: int
+        self,
+        config: DistillConfig,
+        teacher: Teacher,
+        images: str | None,
+        options: list[Option],
+        place: Workplace,
     ) -> None:
         import torch
 
         from wmdd_ray.core.networks import network_of
         from wmdd_ray.core.views import StoredImages
-        from wmdd_ray.stages.held_out import HeldOut, Listed
-        from wmdd_ray.store.sources import open_source
 
-        self._config, self._teacher = config, teacher
-        self.options = _options(config.relabel, shared)
-        self._device = torch.device("cpu")
-        network = network_of(teacher, self._device)
+        self._config, self._teacher, self._place = config, teacher, place
+        self.options, self.student = options, config.evaluate
+        self._network = network_of(teacher, torch.device("cpu"))
         pixels = _distilled(images, config, teacher.num_classes) if images else None
         self._kind = "distilled" if pixels is not None else "nearest real"
         if pixels is None:
-            pixels = nearest_pixels(config, teacher, network)
+            pixels = nearest_pixels(config, teacher, self._network, place.train)
         self._images = StoredImages(pixels, teacher.mean_C, teacher.std_C)
-        val = open_source(config.data, config.source, split="val")
-        self._val = HeldOut(
-            Listed.of(val, config.source), teacher.mean_C, teacher.std_C, self._device
-        )
-        self._label(network)
-        self._stored = {option.name: self._store(option) for option in self.options}
+        self.num_images = len(pixels)
+        self._labeled_by = {
+            "teacher": hashlib.sha256(codecs.encode_teacher(teacher)).hexdigest(),
+            "pixels": hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest(),
+        }
         self._top1: dict[str, dict[int, float]] = {}
 
-    def _label(self, network: torch.nn.Module) -> None:
+    def unit(self, option: Option, seed: int) -> str:
+        """Return the id of a student: what it is in words, and the fingerprint of all that its weights depend on."""
+        about = {
+            **self._labeled_by,
+            "relabel": asdict(option.relabel),
+            "shared": option.shared,
+            # What a student of soft labels does not depend on is set to one value.
+            "student": asdict(replace(self.student, num_seeds=1, baselines=(), all_real_epochs=1)),
+            "seeds": [self._config.seed, seed],
+        }
+        if option.students == "fkd":  # three options have these labels
+            about["relabel"] = asdict(self.options[0].relabel)
+        return f"i{self._config.ipc:03d}-{option.key}-s{seed}-{fingerprint(about)[:10]}"
+
+    def label(self) -> None:
+        """Draw all views, ask the teacher, and store the labels of every option."""
+        self._ask()
+        self._stored = {option.name: self._store(option) for option in self.options}
+
+    def _ask(self) -> None:
         """Draw all views and ask the teacher, once for all options."""
         from wmdd_ray.core.soft_labels import label_views
         from wmdd_ray.core.views import draw_block
@@ -172,7 +255,9 @@ class _Comparison:
         for epoch in range(relabel.epochs):
             views = draw_block(self._draw, range(epoch, epoch + 1))
             self._views.append(views)
-            self._logits.append(label_views(network, self._images, views, size, relabel.batch_size))
+            self._logits.append(
+                label_views(self._network, self._images, views, size, relabel.batch_size)
+            )
 
     def rows(self) -> list[Row]:
         """Return a row an option, with the students so far."""
@@ -190,7 +275,7 @@ class _Comparison:
             row["times_smaller"] = round((found[0] if found else row)["bytes"] / size_bytes, 1)
             if option.relabel.labels == "online":
                 row["with_teacher"] = size_bytes + self._teacher_bytes()
-            top1, fkd = (self._top1.get(name, {}) for name in (option.students, "fkd"))
+            top1, fkd = (self._top1.get(name, {}) for name in (option.key, "fkd"))
             if top1:
                 percent = [100 * value for value in top1.values()]
                 row["top1"] = round(statistics.mean(percent), 2)
@@ -202,8 +287,6 @@ class _Comparison:
         return found
 
     def _teacher_bytes(self) -> int:
-        from wmdd_ray.store import codecs
-
         return len(codecs.encode_teacher(self._teacher))
 
     def _store(self, option: Option) -> tuple[int, Callable[[int], tuple[Views, np.ndarray]]]:
@@ -211,7 +294,6 @@ class _Comparison:
         from wmdd_ray.core.soft_labels import decompress
         from wmdd_ray.core.views import draw_block
         from wmdd_ray.dataset import cycled
-        from wmdd_ray.store import codecs
 
         relabel, stored = option.relabel, self._config.relabel.epochs // option.shared
         size_bytes, blocks = 0, []
@@ -250,38 +332,72 @@ class _Comparison:
             draw=draw,
         )
 
-    def train(self, option: Option, seed: int) -> bool:
-        """Train an option's student from scratch and keep its top-1 on held-out images, after the last epoch; once."""
+    def score(self, option: Option, seed: int, scored: Labeled) -> bool:
+        """Keep the top-1 of an option's student, which is trained where it is not there yet; False when it was kept before."""
+        import torch
+
+        from wmdd_ray.core.batches import eval_batches
+        from wmdd_ray.core.networks import load_weights
+        from wmdd_ray.core.training import accuracy
+
+        top1_of = self._top1.setdefault(option.key, {})
+        if seed in top1_of:
+            return False
+        network, unit, room = self._new(seed), self.unit(option, seed), self._place.room("students")
+        attempt = room.begin_unit(unit) if unit not in room.finished() else None
+        if attempt is not None:
+            self._train(network, option, seed, unit, attempt)
+        state = codecs.decode_state(room.read(room.read_unit(unit).files[0]))
+        load_weights(network, {k: torch.tensor(v) for k, v in state.items()}, f"student {unit}")
+        batches = eval_batches(
+            scored.images_NHWC,
+            scored.labels_N,
+            mean_C=self._teacher.mean_C,
+            std_C=self._teacher.std_C,
+            batch_size=_BATCH_IMAGES,
+        )
+        top1_of[seed], _ = accuracy(network.eval(), batches)
+        told = f"ipc {self._config.ipc}, {option.name}, seed {seed}: {100 * top1_of[seed]:.2f}"
+        print(told, file=sys.stderr, flush=True)
+        return True
+
+    def _new(self, seed: int) -> torch.nn.Module:
         import torch
 
         from wmdd_ray.core.networks import build_network
-        from wmdd_ray.core.training import accuracy, train_student
 
-        config, teacher = self._config, self._teacher
-        top1_of = self._top1.setdefault(option.students, {})
-        if seed in top1_of:
-            return False
         torch.manual_seed(seed)
-        network = build_network(
-            config.evaluate.network,
-            num_classes=teacher.num_classes,
-            channels=teacher.channels,
-            image_size=teacher.image_size,
+        return build_network(
+            self.student.network,
+            num_classes=self._teacher.num_classes,
+            channels=self._teacher.channels,
+            image_size=self._teacher.image_size,
         )
+
+    def _train(
+        self, network: torch.nn.Module, option: Option, seed: int, unit: str, attempt: int
+    ) -> None:
+        """Train a student from scratch and commit its weights, those after the last epoch."""
+        from wmdd_ray.core.networks import weights_of
+        from wmdd_ray.core.training import train_student
+
+        started = time.perf_counter()
         train_student(
             network,
             self._images,
             self._stored[option.name][1],
             None,
-            config.evaluate,
-            epochs=config.evaluate.epochs,
-            image_size=teacher.image_size,
+            self.student,
+            epochs=self.student.epochs,
+            image_size=self._teacher.image_size,
             seed=seed,
         )
-        top1_of[seed], _ = accuracy(network, self._val)
-        told = f"ipc {config.ipc}, {option.name}, seed {seed}: {100 * top1_of[seed]:.2f}"
-        print(told, file=sys.stderr, flush=True)
-        return True
+        self._place.room("students").commit_unit(
+            unit,
+            {f"{unit}.safetensors": codecs.encode_state(weights_of(network))},
+            attempt=attempt,
+            seconds=time.perf_counter() - started,
+        )
 
 
 def _distilled(run: str, config: DistillConfig, num_classes: int) -> np.ndarray | None:
@@ -296,37 +412,39 @@ def _distilled(run: str, config: DistillConfig, num_classes: int) -> np.ndarray 
     return np.concatenate([found.images_KHWC for found in classes])
 
 
-def nearest_pixels(config: DistillConfig, teacher: Teacher, network: torch.nn.Module) -> np.ndarray:
-    """Return the real training images nearest to the barycenters' atoms, class by class, uint8 NHWC."""
+def nearest_pixels(
+    config: DistillConfig, teacher: Teacher, network: torch.nn.Module, train: Labeled
+) -> np.ndarray:
+    """Return the real images of `train` nearest to the barycenters' atoms, class by class, uint8 NHWC."""
     from wmdd_ray.core.barycenter import nearest_images, solve_barycenter
+    from wmdd_ray.core.batches import eval_batches
     from wmdd_ray.core.embedding import features_and_moments
-    from wmdd_ray.core.views import to_input
-    from wmdd_ray.store.sources import decoded_chunks, open_source
 
-    source = open_source(config.data, config.source, split="train")
-    pixels, features, labels_N = [], [], []
-    for shard in source.shards(config.features.chunk_images):
-        for chunk in decoded_chunks(source, shard, config.source, config.features.chunk_images):
-            images = to_input(chunk.images_NHWC, teacher.mean_C, teacher.std_C)
-            found, _ = features_and_moments(
-                network, images, chunk.labels_N, batch_size=config.features.batch_size
+    features_ND = np.concatenate(
+        [
+            features_and_moments(
+                network, images, labels_B.numpy(), batch_size=config.features.batch_size
+            )[0]
+            for images, labels_B in eval_batches(
+                train.images_NHWC,
+                train.labels_N,
+                mean_C=teacher.mean_C,
+                std_C=teacher.std_C,
+                batch_size=config.features.chunk_images,
             )
-            pixels.append(chunk.images_NHWC)
-            features.append(found)
-            labels_N.append(chunk.labels_N)
-    pixels_NHWC, features_ND = np.concatenate(pixels), np.concatenate(features)
-    label_N = np.concatenate(labels_N)
+        ]
+    )
     chosen = []
     for label in range(teacher.num_classes):
-        members = np.flatnonzero(label_N == label)
+        members = train.of_class(label)
         atoms = solve_barycenter(
             features_ND[members], config.ipc, config.barycenters, seed=label, where=str(label)
         ).atoms_KD
         chosen.append(members[nearest_images(atoms, features_ND[members])])
-    return pixels_NHWC[np.concatenate(chosen)]
+    return np.asarray(train.images_NHWC[np.concatenate(chosen)])
 
 
-def synthetic_rows(shared: int, num_views: int = _SYNTHETIC_VIEWS) -> list[Row]:
+def synthetic_rows(step: float, shared: int, num_views: int = _SYNTHETIC_VIEWS) -> list[Row]:
     """Return the bytes of labels of 1000 classes at 10 images a class and 300 epochs, from a sample of the views.
 
     The logits are not a network's: normal, with a peak for the view's class and up to as high a one for its partner's.
@@ -334,7 +452,6 @@ def synthetic_rows(shared: int, num_views: int = _SYNTHETIC_VIEWS) -> list[Row]:
     from wmdd_ray.config import ViewConfig
     from wmdd_ray.core.soft_labels import compress
     from wmdd_ray.core.views import draw_block
-    from wmdd_ray.store import codecs
 
     classes = _SYNTHETIC_CLASSES
     rng = np.random.default_rng(0)
@@ -355,13 +472,14 @@ def synthetic_rows(shared: int, num_views: int = _SYNTHETIC_VIEWS) -> list[Row]:
     logits_VY[view_V, drawn.partner_V % classes] += _PEAK * (1 - drawn.share_V)
     full = RelabelConfig(stored_views="rows")
     top = replace(full, compression="top_k", top_k=10, stored_views="seed")
+    stepped = replace(top, precision="int8", step=step)
     options = [
-        *_options(full, shared)[:4],
+        *_options(full, (step,), (), 1)[:4],
         Option("top 10, fp16", top, "fkd"),
-        Option("top 10, int8, steps of 1", replace(top, precision="int8", step=1.0), "coarse"),
+        Option(f"top 10, int8, steps of {step:g}", stepped, "coarse"),
         Option(
-            f"top 10, int8, steps of 1, 1/{shared} of the epochs",
-            replace(top, precision="int8", step=1.0),
+            f"top 10, int8, steps of {step:g}, 1/{shared} of the epochs",
+            stepped,
             "shared",
             shared,
         ),

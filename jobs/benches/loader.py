@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jobs.benches.reporting import Row, report, spread
+from jobs.benches.rooms import s3_server
 from wmdd_ray.config import NetworkConfig, RelabelConfig
 from wmdd_ray.records import SoftLabelBlock, Teacher, ViewDraw
+from wmdd_ray.store.filesystem import Store
 
 if TYPE_CHECKING:
     from wmdd_ray.dataset import DistilledDataset
@@ -26,23 +31,27 @@ def loader(
     dataset: str | None = None,
     workers: tuple[int, ...] = (0, 1, 2),
     widths: tuple[int, ...] = (32, 128),
+    s3: bool = True,
     batch_size: int = 25,
     seconds: float = 4.0,
     repeats: int = 3,
     threads: int = 1,
     out: str | None = None,
 ) -> None:
-    """Images a second of rendering alone, of a plain DataLoader, and of a ConvNet-3 that trains from it.
+    """Images a second of rendering alone, of a plain DataLoader, and of a ConvNet-3 that trains from it; how long it waits.
 
     The in-memory loop trains on the same batches, rendered and stacked before the clock starts: the most that any loader
-    can reach. What is compared takes turns. Wall-clock rates suffer from other work on the machine; the last column compares
-    images a processor second of the training process, so it says what a loader takes from training (with workers, what is
-    left of it in that process), and the DataLoader's own rate says whether workers keep up.
+    can reach. What is compared takes turns. `waiting` is the share of the training loop's wall-clock time that it waits for a
+    batch; `first_batch_s` is the time from opening the data set to the first batch, with the start of the workers and the
+    first reading of label files. Wall-clock numbers suffer from other work on the machine; `of_in_memory` compares images a
+    processor second of the training process, so it says what a loader takes from training (with workers, what is left of it
+    in that process).
 
     Args:
         dataset: A distilled set; without it, a random one of 100 gray images of 28 pixels and 300 label epochs is made.
         workers: Worker processes of the DataLoader; 0 loads in the training process.
         widths: Channels of a ConvNet-3 block.
+        s3: Train from a copy of the set on an S3 server (moto) on this machine too.
         batch_size: Images of a batch.
         seconds: How long each rate is measured.
         repeats: Turns.
@@ -55,40 +64,52 @@ def loader(
     from wmdd_ray.dataset import DistilledDataset
 
     torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory() as folder:
-        opened = DistilledDataset(dataset or write_random_set(folder))
+    with contextlib.ExitStack() as stack:
+        uri = dataset or write_random_set(stack.enter_context(tempfile.TemporaryDirectory()))
+        opened = DistilledDataset(uri)
+        places = {"": uri}
+        if s3:
+            places[" from s3://"] = _copy(uri, stack.enter_context(s3_server()))
         views, _ = opened.label_epoch(0)
         stored = opened.stored_images()
         in_memory = [_batch(opened, batch_size, i) for i in range(40)]
 
         def render() -> Iterator[Any]:
             while True:
-                yield render_views(stored, views, opened.image_size), len(views)
+                yield [render_views(stored, views, opened.image_size)]
 
-        sources: dict[str, Callable[[], Iterator[tuple[Any, int]]]] = {"rendering alone": render}
+        sources: dict[str, tuple[int | None, Callable[[], Iterator[Any]]]] = {
+            "rendering alone": (None, render)
+        }
         for width in (None, *widths):
             steps = "" if width is None else f" -> ConvNet-3, width {width}"
             if width is not None:
-                sources[f"tensors in memory{steps}"] = partial(
-                    _train, opened, width, _cycle(in_memory)
-                )
-            for n in workers:
-                sources[f"DataLoader, {n} workers{steps}"] = partial(
-                    _train, opened, width, _loaded(opened, batch_size, n)
-                )
-        rates: dict[str, list[tuple[float, float]]] = {name: [] for name in sources}
+                sources[f"tensors in memory{steps}"] = width, partial(itertools.cycle, in_memory)
+            for (place, at), n in itertools.product(places.items(), workers):
+                if place and width is None:
+                    continue
+                sources[f"DataLoader{place}, {n} workers{steps}"] = (
+                    width, partial(_loaded, at, batch_size, n),
+                )  # fmt: skip
+        found: dict[str, list[_Measured]] = {name: [] for name in sources}
         for _ in range(repeats):
-            for name, source in sources.items():
-                rates[name].append(_rates(source(), seconds))
+            for name, (width, batches) in sources.items():
+                found[name].append(_measured(opened, width, batches, seconds))
     rows: list[Row] = []
     base = 0.0
-    for name, found in rates.items():
-        wall, cpu = (list(column) for column in zip(*found, strict=True))
-        row: Row = {"what": name, "images_per_s": spread(wall), "images_per_cpu_s": spread(cpu)}
+    for name, turns in found.items():
+        row: Row = {
+            "what": name,
+            "images_per_s": spread([turn.images_per_s for turn in turns]),
+            "images_per_cpu_s": spread([turn.images_per_cpu_s for turn in turns]),
+        }
+        if name.startswith("DataLoader"):
+            row["first_batch_s"] = spread([turn.first_batch_s for turn in turns])
         if name.startswith("tensors"):
-            base = float(np.median(cpu))
+            base = row["images_per_cpu_s"]["median"]
         if "->" in name:
-            row["of_in_memory"] = float(np.median(cpu)) / base
+            row["waiting"] = spread([turn.waiting for turn in turns])
+            row["of_in_memory"] = row["images_per_cpu_s"]["median"] / base
         rows.append(row)
     settings = {
         "num_images": opened.num_images,
@@ -100,6 +121,24 @@ def loader(
     report(rows, settings, out)
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """A turn: images by the wall clock and by this process's time, seconds to the first batch, share of time spent waiting."""
+
+    images_per_s: float
+    images_per_cpu_s: float
+    first_batch_s: float
+    waiting: float
+
+
+def _copy(uri: str, to: str) -> str:
+    """Copy a distilled set and return where it is."""
+    source, sink = Store(uri), Store(to)
+    for key in source.list():
+        sink.put(key, source.get(key))
+    return to
+
+
 def _batch(dataset: DistilledDataset, batch_size: int, number: int) -> Any:
     import torch
 
@@ -108,28 +147,24 @@ def _batch(dataset: DistilledDataset, batch_size: int, number: int) -> Any:
     return [torch.stack(column) for column in zip(*items, strict=True)]
 
 
-def _cycle(batches: list[Any]) -> Iterator[Any]:
-    while True:
-        yield from batches
-
-
-def _loaded(dataset: DistilledDataset, batch_size: int, workers: int) -> Iterator[Any]:
-    """Yield the batches of a plain DataLoader in random order over all label epochs, for ever."""
+def _loaded(uri: str, batch_size: int, workers: int) -> Iterator[Any]:
+    """Open a set and yield the batches of a plain DataLoader, in random order over all label epochs, for ever."""
     from torch.utils.data import DataLoader
 
+    from wmdd_ray.dataset import DistilledDataset
+
     # 30,000 items and more: the workers start once, in the warm-up.
-    loader = DataLoader(dataset, batch_size=batch_size, shuffle=True, num_workers=workers)
+    loader = DataLoader(
+        DistilledDataset(uri), batch_size=batch_size, shuffle=True, num_workers=workers
+    )
     while True:
         yield from loader
 
 
-def _train(
-    dataset: DistilledDataset, width: int | None, batches: Iterable[Any]
-) -> Iterator[tuple[Any, int]]:
-    """Yield after every step of a ConvNet-3 on the batches; without a width, after every batch."""
+def _step(dataset: DistilledDataset, width: int | None) -> Callable[[Any], None]:
+    """Return a training step of a ConvNet-3 on a batch; without a width, one that does nothing."""
     if width is None:
-        yield from ((batch, len(batch[0])) for batch in batches)
-        return
+        return lambda batch: None
     import torch
 
     from wmdd_ray.core.networks import build_network
@@ -143,22 +178,38 @@ def _train(
     )
     network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters())
-    for views, logits, _ in batches:
+
+    def step(batch: Any) -> None:
+        views, logits, _ = batch
         loss = soft_label_loss(network(views), logits, 20)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        yield None, len(views)
+
+    return step
 
 
-def _rates(source: Iterator[tuple[Any, int]], seconds: float) -> tuple[float, float]:
-    """Return items a wall-clock second, and a processor second of this process, of a source that never ends."""
+def _measured(
+    dataset: DistilledDataset,
+    width: int | None,
+    source: Callable[[], Iterator[Any]],
+    seconds: float,
+) -> _Measured:
+    """Train on batches that never end, and return how fast it went after the warm-up."""
+    step, began = _step(dataset, width), time.perf_counter()
+    batches = source()
+    step(next(batches))
+    first_batch_s = time.perf_counter() - began
     for _ in range(_WARM_UP):
-        next(source)
-    started, cpu, count = time.perf_counter(), time.process_time(), 0
-    while time.perf_counter() - started < seconds:
-        count += next(source)[1]
-    return count / (time.perf_counter() - started), count / (time.process_time() - cpu)
+        step(next(batches))
+    started, cpu, count, waited = time.perf_counter(), time.process_time(), 0, 0.0
+    while (now := time.perf_counter()) - started < seconds:
+        batch = next(batches)
+        waited += time.perf_counter() - now
+        step(batch)
+        count += len(batch[0])
+    spent, computed = time.perf_counter() - started, time.process_time() - cpu
+    return _Measured(count / spent, count / computed, first_batch_s, waited / spent)
 
 
 def write_random_set(folder: str, ipc: int = 10, size: int = 28, epochs: int = 300) -> str:
@@ -167,7 +218,6 @@ def write_random_set(folder: str, ipc: int = 10, size: int = 28, epochs: int = 3
     from wmdd_ray.core.soft_labels import compress
     from wmdd_ray.core.views import draw_block
     from wmdd_ray.store import codecs, documents
-    from wmdd_ray.store.filesystem import Store
 
     rng, num_images = np.random.default_rng(0), _CLASSES * ipc
     names = tuple(f"class {label}" for label in range(_CLASSES))

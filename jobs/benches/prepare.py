@@ -27,9 +27,9 @@ _PICTURES = 20
 
 def prepare(
     times: int = 8,
-    shards: int = 4,
-    shard_images: int = 500,
-    shard_mb: int = 4,
+    shards: int = 2,
+    shard_images: int = 8000,
+    shard_mb: int = 64,
     out: str | None = None,
 ) -> None:
     """Peak memory of driver and workers of jobs/prepare.py at 1 and at `times` times the images, and images a second.
@@ -37,8 +37,9 @@ def prepare(
     Args:
         times: How much more data.
         shards: Tar shards, at both sizes: what grows is each of them.
-        shard_images: Images of a shard at 1, JPEGs of 128 x 128 noise, about 15 KB each, of which a class is a tenth.
-        shard_mb: Size of the Parquet files, MiB.
+        shard_images: Images of a shard at 1, JPEGs of 128 x 128 noise, 10 KB each, of which a class is a tenth. They fill
+            more than one Parquet file, or the peak at 1 would be that of a smaller one.
+        shard_mb: Size of the Parquet files, MiB; 64 is the job's default.
         out: JSON file to write.
     """
     rows: list[Row] = []

@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from unittest import mock
 
+import fsspec
+
 from jobs.benches.reporting import Row
 from wmdd_ray.rooms import Room, StageCommit
 from wmdd_ray.store.documents import seal
@@ -87,10 +89,17 @@ def s3_server() -> Iterator[str]:
         request = urllib.request.Request(f"{endpoint}/bench", method="PUT")
         urllib.request.urlopen(request, timeout=30).close()
         with mock.patch.dict(os.environ, environment):
+            _forget_connections()
             yield "s3://bench/run"
     finally:
+        _forget_connections()
         server.kill()
         server.wait()
+
+
+def _forget_connections() -> None:
+    """Drop what fsspec keeps for s3://: the endpoint, which comes from the environment, is not among what it is kept by."""
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 def _wait_for(server: subprocess.Popen[bytes], endpoint: str) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from ray.exceptions import RayError
 
 from jobs import distill
+from jobs.endings import Terminated
 from tests.stages import tiny
 from tests.stages.tiny import ROOMS, FinishedRun
 from wmdd_ray.errors import LostRaceError
@@ -189,9 +190,9 @@ def caused_by(cause: BaseException) -> SystemError:
     [
         (LostRaceError("another run"), 3, "error: another run"),
         (KeyboardInterrupt(), 130, "interrupted; finished units are kept"),
-        (distill._Terminated(), 143, "terminated; finished units are kept"),
+        (Terminated(), 143, "terminated; finished units are kept"),
         # What Ray makes of a signal that comes inside its own code.
-        (caused_by(distill._Terminated()), 143, "terminated; finished units are kept"),
+        (caused_by(Terminated()), 143, "terminated; finished units are kept"),
         (caused_by(KeyboardInterrupt()), 130, "interrupted; finished units are kept"),
         (RayError("it died\nof this"), 1, "error: the cluster failed: RayError: of this; finished"),
     ],

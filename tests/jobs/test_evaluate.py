@@ -8,6 +8,7 @@ import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,12 +26,14 @@ from wmdd_ray.export import export
 from wmdd_ray.stages import attack
 from wmdd_ray.stages.given_set import Given, GivenSets
 from wmdd_ray.stages.held_out import Listed
+from wmdd_ray.stages.metrics import RayMetrics
 from wmdd_ray.stages.real_images import random_real
 from wmdd_ray.stages.training_sets import Input
 from wmdd_ray.store import documents
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.images import encode_png
 from wmdd_ray.store.sources import load_images, open_source
+from wmdd_ray.tracking import Number
 
 # The student of the tiny run, in the driver.
 STUDENT = (
@@ -59,14 +62,31 @@ def of_run(finished_run: FinishedRun, row: str) -> list[float]:
 
 
 @pytest.fixture(scope="module")
+def told() -> list[Number]:
+    """What Ray's metrics are told while the set of `ours` is tested."""
+    return []
+
+
+@pytest.fixture(scope="module")
 def ours(
-    finished_run: FinishedRun, ray_local: None, tmp_path_factory: pytest.TempPathFactory
+    finished_run: FinishedRun,
+    ray_local: None,
+    tmp_path_factory: pytest.TempPathFactory,
+    told: list[Number],
 ) -> Path:
     """The tiny run's set, tested with every row."""
     out = tmp_path_factory.mktemp("ours") / "out"
     rows = ("--seeds", "2", "--labels", "soft,hard", "--baselines", "random_real,all_real")
-    assert typed(finished_run.out, out, *rows) == 0
+    with mock.patch.object(RayMetrics, "log", lambda self, numbers: told.extend(numbers)):
+        assert typed(finished_run.out, out, *rows) == 0
     return out
+
+
+@pytest.mark.slow
+def test_ray_s_metrics_are_told_how_far_a_test_is(ours: Path, told: list[Number]) -> None:
+    done = [number.value for number in told if number.metric == "units_done"]
+    assert done == sorted(done) and done[-1] == 2 * 2 * 3
+    assert {number.stage for number in told} == {"convnet3"}
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jobs.benches import labels as bench
+from jobs.benches.accuracy.splits import load_split, make_splits
 from jobs.benches.loader import loader, write_random_set
 from tests.store.written_sources import idx_of
 from wmdd_ray.dataset import DistilledDataset
@@ -19,7 +20,7 @@ from wmdd_ray.store.filesystem import Store
 
 
 def test_thousand_classes_shrink_by_steps_by_the_largest_and_by_shared_epochs() -> None:
-    rows = bench.synthetic_rows(5, num_views=1000)
+    rows = bench.synthetic_rows(1.0, 5, num_views=1000)
     size = {row["labels"]: row["bytes"] for row in rows}
     names = list(size)
     assert names[0].endswith("(FKD)") and len(size) == 7
@@ -40,7 +41,7 @@ def tiny_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         Store(str(folder)).put(f"{prefix}-labels-idx1-ubyte", idx_of(np.arange(60) % 10))
     teacher = DistilledDataset(write_random_set(str(tmp_path / "set"), epochs=1)).teacher()
     # Logits some steps apart.
-    weights = {name: 100 * w if w.ndim == 2 else w for name, w in teacher.weights.items()}
+    weights = {name: 300 * w if w.ndim == 2 else w for name, w in teacher.weights.items()}
     teacher = replace(teacher, weights=weights)
     few = partial(bench.synthetic_rows, num_views=100)
     monkeypatch.setattr(bench, "synthetic_rows", few)
@@ -48,17 +49,27 @@ def tiny_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [str(tmp_path / "teacher"), str(folder)]
 
 
+def measure(tiny_bench: list[str], tmp_path: Path, **options: Any) -> None:
+    asked = {"ipc": (2,), "seeds": (2,), "steps": (1.0,), "shared": (1,), "alone": 10} | options
+    bench.labels(
+        *tiny_bench,
+        epochs=10,
+        width=4,
+        held_out=10,
+        mixed_precision=False,
+        folder=str(tmp_path / "folder"),
+        **asked,
+    )  # type: ignore[arg-type]
+
+
 def test_a_table_of_bytes_and_accuracy_has_students_of_every_option(
     tiny_bench: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    teacher, data = tiny_bench
     out = tmp_path / "labels.json"
-    bench.labels(
-        teacher, data, ipc=(2,), seeds=(2,), epochs=10, shared=1, width=4,
-        mixed_precision=False, out=str(out),
-    )  # fmt: skip
+    measure(tiny_bench, tmp_path, out=str(out))
     record: dict[str, Any] = json.loads(out.read_text())
     assert record["hardware"] and record["versions"] and record["settings"]["seeds"] == {"2": 2}
+    assert (record["settings"]["split"], record["settings"]["held_out"]) == ("val", 10)
     rows = [row for row in record["rows"] if row["ipc"] == 2]
     by_name = {row["labels"]: row for row in rows}
     assert len(by_name) == 7
@@ -76,11 +87,44 @@ def test_a_table_of_bytes_and_accuracy_has_students_of_every_option(
             assert row["difference"] == pytest.approx(expected, abs=0.011)
     assert "times_smaller" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="number of seeds for every ipc"):
-        bench.labels(teacher, data, ipc=(2, 3), seeds=(1,))
+        bench.labels(*tiny_bench, ipc=(2, 3), seeds=(1,))
+
+
+def test_the_same_command_again_trains_nobody_and_the_test_split_finds_the_same_students(
+    tiny_bench: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first, again, tested = (tmp_path / f"{name}.json" for name in ("first", "again", "tested"))
+    measure(tiny_bench, tmp_path, seeds=(1,), out=str(first))
+    assert "4 students to train, about" in capsys.readouterr().err
+
+    def train(*args: Any, **options: Any) -> None:
+        raise AssertionError("somebody was trained again")
+
+    monkeypatch.setattr("wmdd_ray.core.training.train_student", train)
+    monkeypatch.setattr("jobs.benches.accuracy.work.speed_on", train)
+    measure(tiny_bench, tmp_path, seeds=(1,), out=str(again))
+    assert "0 students to train" in capsys.readouterr().err
+    assert json.loads(again.read_text())["rows"] == json.loads(first.read_text())["rows"]
+    opened: list[str] = []
+    monkeypatch.setattr(
+        "jobs.benches.accuracy.splits.load_split",
+        lambda uri, config, split, names: (
+            opened.append(split) or load_split(uri, config, split, names)
+        ),
+    )
+    measure(tiny_bench, tmp_path, seeds=(1,), out=str(tested), split="test")
+    assert opened == ["val"]  # the source's own held-out part, which the first two did not open
+    assert json.loads(tested.read_text())["settings"]["split"] == "test"
+    # Another step is another student.
+    with pytest.raises(AssertionError, match="trained again"):
+        measure(tiny_bench, tmp_path, seeds=(1,), steps=(0.25,))
 
 
 def test_what_a_student_learns_from_is_what_the_file_holds(
-    tiny_bench: list[str],
+    tiny_bench: list[str], tmp_path: Path
 ) -> None:
     from wmdd_ray.recipes import recipe_of
     from wmdd_ray.stages.teacher import read_teacher
@@ -89,7 +133,10 @@ def test_what_a_student_learns_from_is_what_the_file_holds(
     recipe = recipe_of("fashion_mnist", 1)
     stored = replace(recipe.relabel, epochs=20, stored_views="rows", epochs_per_unit=4)
     config = replace(recipe, data=data, relabel=stored)
-    comparison = bench._Comparison(config, read_teacher(None), None, 2)  # type: ignore[arg-type]
+    options = bench._options(stored, (1.0,), (2,), 20)
+    place = make_splits(str(tmp_path / "folder"), data, config.source, 0, "cpu")
+    comparison = bench._Comparison(config, read_teacher(None), None, options, place)  # type: ignore[arg-type]
+    comparison.label()
     exact, coarse, shared = (
         next(comparison._stored[o.name][1] for o in comparison.options if o.students == students)
         for students in ("fkd", "coarse", "shared")
@@ -113,8 +160,13 @@ def test_rates_of_the_loader_are_compared_with_tensors_in_memory(tmp_path: Path)
         "DataLoader, 0 workers",
         "tensors in memory -> ConvNet-3, width 4",
         "DataLoader, 0 workers -> ConvNet-3, width 4",
+        "DataLoader from s3://, 0 workers -> ConvNet-3, width 4",
     ]
     assert all(row["images_per_s"]["n"] == 2 for row in rows.values())
-    assert rows["tensors in memory -> ConvNet-3, width 4"]["of_in_memory"] == 1
-    trained = rows["DataLoader, 0 workers -> ConvNet-3, width 4"]["images_per_cpu_s"]["median"]
-    assert trained < rows["DataLoader, 0 workers"]["images_per_cpu_s"]["median"]
+    in_memory, local, remote = (row for name, row in rows.items() if "->" in name)
+    assert in_memory["of_in_memory"] == 1
+    rendered = rows["DataLoader, 0 workers"]["images_per_cpu_s"]["median"]
+    assert local["images_per_cpu_s"]["median"] < rendered
+    # Without workers all rendering is waiting.
+    assert in_memory["waiting"]["max"] < local["waiting"]["min"] < 1
+    assert "first_batch_s" not in in_memory and remote["first_batch_s"]["min"] > 0

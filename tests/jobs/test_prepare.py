@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import multiprocessing
@@ -11,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,7 +41,8 @@ from tests.store.written_sources import (
 from wmdd_ray.prepare import PrepareConfig, check_class_names, held_out, output_files
 from wmdd_ray.progress import StageLine
 from wmdd_ray.recipes import recipe_of
-from wmdd_ray.rooms import Room
+from wmdd_ray.rooms import Room, UnitMarker
+from wmdd_ray.stages import prepare as stage
 from wmdd_ray.store import codecs, parts
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.shrink import kept_image
@@ -130,6 +133,19 @@ def test_files_hold_whole_runs_of_classes_below_their_size(data: Path, prepared:
     assert counts == {names.index("ant eater"): 5, names.index("пчела"): 2}
 
 
+def events_of(out: Path, name: str) -> list[dict[str, Any]]:
+    lines = [
+        line for file in (out / "events").glob("*.jsonl") for line in file.read_text().splitlines()
+    ]
+    return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
+def test_the_event_log_has_both_passes_with_ray_data_s_statistics(prepared: Path) -> None:
+    assert [event["stage"] for event in events_of(prepared, "stage_committed")] == ["scan", "write"]
+    texts = [event["text"] for event in events_of(prepared, "data_statistics")]
+    assert len(texts) == 2 and all("tasks executed" in text for text in texts)
+
+
 def test_bad_images_are_named_with_their_reasons(prepared: Path) -> None:
     lines = map(json.loads, (prepared / "bad_images.jsonl").read_text().splitlines())
     bad = {line["key"]: line["reason"] for line in lines}
@@ -196,13 +212,13 @@ def test_running_again_changes_nothing_and_says_what_to_type(
     assert distill.parse(command).config.source.mean == tuple(round(v, 4) for v in manifest["mean"])
 
 
-def _killed_driver(arguments: list[str], address: str, stage: str) -> None:
+def _killed_driver(arguments: list[str], address: str, deadly: str) -> None:
     os.environ["RAY_ADDRESS"] = address
 
     class DeadlyLine(StageLine):
         def update(self, done: float, note: str = "") -> None:
             super().update(done, note)
-            if self._name == stage:
+            if self._name == deadly:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     mock.patch.object(prepare, "StageLine", DeadlyLine).start()
@@ -222,8 +238,8 @@ def test_a_run_killed_in_both_passes_goes_on_and_ends_with_the_same_bytes(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jobs.prepare", "wmdd_ray.stages.prepare"])
     units: dict[Path, int] = {}
-    for stage, room in (("scan", ".scan"), ("write", "data")):
-        process = context.Process(target=_killed_driver, args=(arguments, address, stage))
+    for deadly, room in (("scan", ".scan"), ("write", "data")):
+        process = context.Process(target=_killed_driver, args=(arguments, address, deadly))
         process.start()
         process.join(120)
         assert process.exitcode == -signal.SIGKILL
@@ -240,12 +256,55 @@ def test_a_run_killed_in_both_passes_goes_on_and_ends_with_the_same_bytes(
     assert not (out / ".scan").exists(), "parts are superfluous now"
 
 
+class _Dying:
+    """Kills its process by SIGKILL, once."""
+
+    def __init__(self, died: str, *args: Any) -> None:
+        super().__init__(*args)
+        self._died = died
+
+    def _die(self) -> None:
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(self._died, os.O_CREAT | os.O_EXCL))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _DyingScan(_Dying, stage._Scan):
+    def _commit(self, *args: Any, **options: Any) -> UnitMarker:
+        marker = super()._commit(*args, **options)
+        self._die()  # a part is committed, and nobody was told
+        return marker
+
+
+class _DyingWrite(_Dying, stage._Write):
+    def _table(self, rows_N: np.ndarray) -> tuple[bytes, dict[str, Any]]:
+        made = super()._table(rows_N)
+        self._die()  # a file is made and not stored
+        return made
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+def test_a_worker_that_is_killed_in_either_pass_is_replaced_and_the_bytes_are_the_same(
+    data: Path,
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(stage, "_Scan", partial(_DyingScan, str(tmp_path / "scan")))
+    monkeypatch.setattr(stage, "_Write", partial(_DyingWrite, str(tmp_path / "write")))
+    assert prepare.main([str(data), "--out", str(out), *OPTIONS]) == 0, capsys.readouterr().err
+    assert (tmp_path / "scan").exists() and (tmp_path / "write").exists()
+    assert payloads(out) == payloads(prepared)
+    assert {event["stage"] for event in events_of(out, "unit_retried")} == {"scan", "write"}
+
+
 @pytest.mark.parametrize("driver_knows", [False, True])
 def test_a_shard_whose_reader_died_goes_on_after_its_last_part(
     driver_knows: bool, data: Path, tmp_path: Path
 ) -> None:
-    from wmdd_ray.stages.prepare import _Scan
-
     config = PrepareConfig(shard_mb=1, max_side=64)
     source = open_source(str(data), config.source, split="train")
     (shard, *_) = source.shards(2048)
@@ -253,7 +312,7 @@ def test_a_shard_whose_reader_died_goes_on_after_its_last_part(
 
     def begun(name: str, row: dict[str, Any]) -> tuple[Store, Iterator[pa.Table]]:
         room = Room(Store(str(tmp_path)), name, run="r")
-        return room.store, _Scan(room, {"train": source}, config)(pa.table(row))
+        return room.store, stage._Scan(room, {"train": source}, config)(pa.table(row))
 
     whole, undisturbed = begun("whole", row)
     assert len(list(undisturbed)) >= 2

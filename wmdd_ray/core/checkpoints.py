@@ -12,7 +12,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torchvision
 from torch import Tensor
 
 from wmdd_ray.config import Arch
@@ -113,9 +112,11 @@ def torchvision_weights(
         ConfigError: torchvision has no such weights, or the architecture is none of ours.
         DataError: the weights cannot be downloaded, or arrive damaged.
     """
+    from torchvision import models
+
     entries: dict[str, tuple[Arch, Any]] = {}
     for arch in _TORCHVISION_ARCHS:
-        family: Any = torchvision.models.get_model_weights(arch)
+        family: Any = models.get_model_weights(arch)
         entries[arch] = (arch, family.DEFAULT)
         entries.update({str(entry): (arch, entry) for entry in family})
     if name not in entries:

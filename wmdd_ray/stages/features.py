@@ -139,7 +139,7 @@ def _stream(stage: StageRun, source: Source, left: dict[int, frozenset[int]]) ->
     block_bytes, context.target_max_block_size = context.target_max_block_size, 1 << 20
     shards = source.shards(config.features.chunk_images)
     rows = [
-        {"shard": json.dumps(asdict(shards[position])), "skip": sorted(skip)}
+        {"shard": shards[position].written(), "skip": sorted(skip)}
         for position, skip in left.items()
     ]
     decode = _Decode(stage.room, source, config.source, config.features.chunk_images)
@@ -177,7 +177,7 @@ class _Decode:
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         row = batch.to_pylist()[0]
-        shard = shard_of(json.loads(row["shard"]))
+        shard = Shard.read(row["shard"])
         skip = self._begin(shard, frozenset(row["skip"]))
         chunks = decoded_chunks(self._source, shard, self._config, self._chunk_images, skip)
         for chunk in chunks:
@@ -201,13 +201,6 @@ class _Decode:
             skip |= {int(chunk) for of, _, chunk in ids if of == shard.id}
         self._room.begin_unit(key, point=len(skip))
         return skip
-
-
-def shard_of(found: dict[str, Any]) -> Shard:
-    """Return the shard that travelled as a JSON row."""
-    labels = found.pop("labels")
-    keys = tuple(found.pop("keys"))
-    return Shard(keys=keys, labels=None if labels is None else tuple(labels), **found)
 
 
 class Embedder:

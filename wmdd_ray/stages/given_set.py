@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from wmdd_ray.config import Arch, DistillConfig, LabelKind
-from wmdd_ray.core.networks import network_of
+from wmdd_ray.core.networks import labeler_of
 from wmdd_ray.core.soft_labels import compress, decompress
 from wmdd_ray.core.views import StoredImages, draw_views, take
 from wmdd_ray.dataset import DistilledDataset
@@ -188,7 +188,7 @@ def open_given(
                 label_epochs=dataset.label_epochs,
             ),
             Input.of(dataset.teacher()),
-            dataset.teacher(),
+            dataset.teachers(),
             real,
             config,
             device,
@@ -219,7 +219,7 @@ def open_given(
             label_epochs=config.relabel.epochs,
         ),
         shown,
-        None if teacher_room is None else read_teacher(teacher_room),
+        () if teacher_room is None else (read_teacher(teacher_room),),
         real,
         config,
         device,
@@ -238,32 +238,25 @@ class Given:
     label_epochs: int
 
 
-class GivenSets:
-    """Makes the training set of a row; keeps the last one for the next seed."""
+class GivenSets(Sets):
+    """The given set (`distilled`), and `random_real` and `all_real` images beside it."""
 
     def __init__(
         self,
         given: Given,
         shown: Input,
-        teacher: Teacher | None,
+        teachers: Sequence[Teacher],
         real: Listed | None,
         config: DistillConfig,
         device: torch.device,
     ) -> None:
-        self._given, self._input, self._teacher = given, shown, teacher
+        super().__init__()
+        self._given, self._input, self._teachers = given, shown, teachers
         self._real, self._config, self._device = real, config, device
-        self._held: dict[tuple[str, LabelKind], TrainingSet] = {}
 
     @property
     def input(self) -> Input:
         return self._input
-
-    def get(self, row: str, labels: LabelKind) -> TrainingSet:
-        """Return the training set of `distilled`, `random_real` or `all_real`."""
-        if (row, labels) not in self._held:
-            self._held.clear()
-            self._held[row, labels] = self._make(row, labels)
-        return self._held[row, labels]
 
     def _make(self, row: str, labels: LabelKind) -> TrainingSet:
         given, config, shown = self._given, self._config, self._input
@@ -286,9 +279,9 @@ class GivenSets:
         elif row == "distilled" and given.stored is not None:
             label_epoch = given.stored
         else:
-            assert self._teacher is not None, "soft labels need a teacher"
+            assert self._teachers, "soft labels need a teacher"
             label_epoch = (
-                fresh_labels(pixels, self._teacher, config, self._device)
+                fresh_labels(pixels, self._teachers, config, self._device)
                 if row == "all_real"
                 else self._labeled(pixels)
             )
@@ -315,10 +308,9 @@ class GivenSets:
         )
 
     def _labeled(self, pixels_NHWC: np.ndarray) -> LabelEpoch:
-        """Return epoch -> the set's views and the teacher's logits on these images, kept where they are small."""
-        assert self._teacher is not None
-        teacher, config = self._teacher, self._config
-        network = network_of(teacher, self._device)
+        """Return epoch -> the set's views and the teachers' logits on these images, kept where they are small."""
+        teacher, config = self._teachers[0], self._config
+        network = labeler_of(self._teachers, self._device)
         images = StoredImages(pixels_NHWC, teacher.mean_C, teacher.std_C, self._device)
         period = self._given.label_epochs * self._given.tiles**2
         keep = len(images) * period * teacher.num_classes <= KEPT_LOGITS

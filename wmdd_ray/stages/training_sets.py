@@ -1,16 +1,16 @@
-"""What students are trained on: the distilled set, and real images with labels from the same teacher on the same views."""
+"""What students are trained on: the distilled set, and real images with labels from the same teachers on the same views."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import abc
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from wmdd_ray.config import DistillConfig, LabelKind
-from wmdd_ray.core.networks import network_of
+from wmdd_ray.core.networks import labeler_of
 from wmdd_ray.core.soft_labels import compress, decompress, label_views
 from wmdd_ray.core.tiles import shrink, tile_side
 from wmdd_ray.core.views import StoredImages, concatenate_views, draw_views
@@ -68,15 +68,27 @@ class Input:
         )
 
 
-class Sets(Protocol):
-    """What students are trained on, by the row of the table."""
+class Sets(abc.ABC):
+    """What students are trained on, by the row of the table; keeps the last set for the next seed."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, LabelKind], TrainingSet] = {}
 
     @property
+    @abc.abstractmethod
     def input(self) -> Input:
         """What they are shown."""
 
     def get(self, row: str, labels: LabelKind) -> TrainingSet:
         """Return the training set of a row."""
+        if (row, labels) not in self._held:
+            self._held.clear()
+            self._held[row, labels] = self._make(row, labels)
+        return self._held[row, labels]
+
+    @abc.abstractmethod
+    def _make(self, row: str, labels: LabelKind) -> TrainingSet:
+        """Return the training set of a row, made anew."""
 
 
 OpenSets = Callable[[torch.device], Sets]
@@ -94,40 +106,34 @@ def open_sets(
 ) -> Sets:
     """Open a run's distilled set and its baselines."""
     dataset = DistilledDataset(dataset_uri)
-    return TrainingSets(dataset, dataset.teacher(), barycenter_room, source, train, config, device)
+    return TrainingSets(dataset, dataset.teachers(), barycenter_room, source, train, config, device)
 
 
-class TrainingSets:
-    """Makes the training set of a row of a run's table; keeps the last one for the next seed."""
+class TrainingSets(Sets):
+    """A run's distilled set (`distilled`), and its baselines (`EvaluateConfig.baselines`)."""
 
     def __init__(
         self,
         dataset: DistilledDataset,
-        teacher: Teacher,
+        teachers: Sequence[Teacher],
         barycenter_room: Room,
         source: Source,
         train: Listed | None,
         config: DistillConfig,
         device: torch.device,
     ) -> None:
-        self._dataset, self._teacher = dataset, teacher
+        super().__init__()
+        self._dataset, self._teachers = dataset, teachers
         self._barycenter_room, self._source, self._train = barycenter_room, source, train
         self._config, self._device = config, device
-        self._held: dict[tuple[str, LabelKind], TrainingSet] = {}
 
     @property
     def input(self) -> Input:
-        return Input.of(self._teacher)
-
-    def get(self, row: str, labels: LabelKind) -> TrainingSet:
-        """Return the training set of `distilled` or of a baseline (`EvaluateConfig.baselines`)."""
-        if (row, labels) not in self._held:
-            self._held.clear()
-            self._held[row, labels] = self._make(row, labels)
-        return self._held[row, labels]
+        return Input.of(self._teachers[0])
 
     def _make(self, row: str, labels: LabelKind) -> TrainingSet:
-        config, teacher, device = self._config, self._teacher, self._device
+        config, teachers, device = self._config, self._teachers, self._device
+        teacher = teachers[0]
         epochs = config.evaluate.epochs
         weights_N = None
         if row == "distilled":
@@ -140,7 +146,7 @@ class TrainingSets:
                 load_all_real(self._train),
                 config.evaluate.all_real_epochs,
             )
-            label_epoch = fresh_labels(pixels, teacher, config, device)
+            label_epoch = fresh_labels(pixels, teachers, config, device)
         else:
             # Whole images are fewer than tiles: as many more label epochs make as many views, labels and steps.
             tiles = config.recover.tiles if row in TILED else 1
@@ -156,7 +162,7 @@ class TrainingSets:
                 row, self._barycenter_room, self._source, own, teacher.num_classes
             )
             classes_N = np.repeat(np.arange(teacher.num_classes), own.num_atoms)
-            label_epoch = _stored_labels(pixels, teacher, own, device)
+            label_epoch = _stored_labels(pixels, teachers, own, device)
         if weights_N is None:
             weights_N = np.ones(len(pixels))
         if labels == "hard":
@@ -166,7 +172,11 @@ class TrainingSets:
 
 
 def cycled(dataset: DistilledDataset) -> LabelEpoch:
-    """Return epoch -> the stored views and labels of a distilled set, again from the first after the last."""
+    """Return epoch -> the stored views and labels of a distilled set, again from the first after the last.
+
+    In the same order each time: `train_student` shuffles every epoch anew, and another order of the label epochs changed
+    nothing (digits, 5 label epochs used 40 times: top-1 98.9 +- 0.2 either way, and with 200; 6 students each).
+    """
     return lambda epoch: dataset.label_epoch(epoch % dataset.label_epochs)
 
 
@@ -215,7 +225,7 @@ def logits_of(
     teacher: Teacher,
     config: DistillConfig,
 ) -> np.ndarray:
-    """Return the teacher's logits as `relabel` computes them."""
+    """Return the logits of a labeler as `relabel` computes them."""
     relabel = config.relabel
     return label_views(
         network,
@@ -228,10 +238,13 @@ def logits_of(
 
 
 def fresh_labels(
-    pixels_NHWC: np.ndarray, teacher: Teacher, config: DistillConfig, device: torch.device
+    pixels_NHWC: np.ndarray,
+    teachers: Sequence[Teacher],
+    config: DistillConfig,
+    device: torch.device,
 ) -> LabelEpoch:
-    """Return epoch -> new views of all images and the teacher's logits, made when asked for."""
-    network = network_of(teacher, device)
+    """Return epoch -> new views of all images and the teachers' logits, made when asked for."""
+    network, teacher = labeler_of(teachers, device), teachers[0]
     images = StoredImages(pixels_NHWC, teacher.mean_C, teacher.std_C, device)
     seed = unit_seed(config.seed, "relabel", "all_real")
 
@@ -245,10 +258,13 @@ def fresh_labels(
 
 
 def _stored_labels(
-    pixels_NHWC: np.ndarray, teacher: Teacher, config: DistillConfig, device: torch.device
+    pixels_NHWC: np.ndarray,
+    teachers: Sequence[Teacher],
+    config: DistillConfig,
+    device: torch.device,
 ) -> LabelEpoch:
     """Return epoch -> views and labels of other images on the very views of the distilled set, compressed alike."""
-    network = network_of(teacher, device)
+    network, teacher = labeler_of(teachers, device), teachers[0]
     images = StoredImages(pixels_NHWC, teacher.mean_C, teacher.std_C, device)
     slices_of_epoch: dict[int, list[tuple[str, np.ndarray]]] = {}
     for unit, (epochs, labels) in blocks(config, teacher.num_classes).items():

@@ -12,10 +12,12 @@ and bilevel pictures are converted by Pillow.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import struct
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -82,20 +84,9 @@ def decode_image(content: bytes | np.ndarray, source: SourceConfig, where: str) 
             own limit of 179 million pixels stays in force above that. No other exception leaves
             this function for any content.
     """
-    try:
-        picture = _picture_of(content, source.max_image_pixels)
-        picture = _upright(picture)
-        picture = _gray_or_rgb(picture, source.channels)
+    with decoding(content, where):
+        picture = gray_or_rgb(upright(loaded(content, source.max_image_pixels)), source.channels)
         pixels = np.asarray(_resize_and_crop(picture, source))
-    except UnidentifiedImageError as error:
-        # Pillow's text holds a memory address, and a reason should be the same in every run.
-        start = content[:8] if isinstance(content, bytes) else b""
-        raise BadImageError(
-            f"{where}: expected a JPEG, PNG or WebP image, got {len(content)} bytes that "
-            f"start with {start!r}"
-        ) from error
-    except _DECODE_ERRORS as error:
-        raise BadImageError(f"{where}: {type(error).__name__}: {error}") from error
     return np.ascontiguousarray(
         pixels.reshape(source.image_size, source.image_size, source.channels)
     )
@@ -111,7 +102,23 @@ def encode_png(image_HWC: np.ndarray) -> bytes:
     return sink.getvalue()
 
 
-def _picture_of(content: bytes | np.ndarray, max_pixels: int) -> Image.Image:
+@contextlib.contextmanager
+def decoding(content: bytes | np.ndarray, where: str) -> Iterator[None]:
+    """Turn what Pillow raises for malformed content into a BadImageError; `where` names the image."""
+    try:
+        yield
+    except UnidentifiedImageError as error:
+        # Pillow's text holds a memory address, and a reason should be the same in every run.
+        start = content[:8] if isinstance(content, bytes) else b""
+        raise BadImageError(
+            f"{where}: expected a JPEG, PNG or WebP image, got {len(content)} bytes that "
+            f"start with {start!r}"
+        ) from error
+    except _DECODE_ERRORS as error:
+        raise BadImageError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def loaded(content: bytes | np.ndarray, max_pixels: int) -> Image.Image:
     """Return the loaded picture; the header alone decides whether it is loaded at all."""
     if isinstance(content, np.ndarray):
         plain = content[:, :, 0] if content.ndim == 3 and content.shape[2] == 1 else content
@@ -143,7 +150,7 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         )
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def upright(picture: Image.Image) -> Image.Image:
     """Apply the EXIF orientation; broken EXIF counts as none, as the pixels may well be good."""
     try:
         orientation = picture.getexif().get(_ORIENTATION)
@@ -153,7 +160,7 @@ def _upright(picture: Image.Image) -> Image.Image:
     return picture if transposition is None else picture.transpose(transposition)
 
 
-def _gray_or_rgb(picture: Image.Image, channels: int) -> Image.Image:
+def gray_or_rgb(picture: Image.Image, channels: int) -> Image.Image:
     """Return the picture in mode L (1 channel) or RGB (3 channels)."""
     if picture.mode == "I" or picture.mode.startswith("I;16"):
         high_byte = np.clip(np.asarray(picture).astype(np.int32) >> 8, 0, 255)

@@ -6,9 +6,8 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from wmdd_ray.errors import BadImageError
 from wmdd_ray.store import images
 
 # Visually lossless, without chroma subsampling: what is distilled from it has been through JPEG twice.
@@ -47,11 +46,11 @@ def kept_image(
     Raises:
         BadImageError: As `images.decode_image`.
     """
-    try:
-        picture = images._picture_of(content, max_pixels)
+    with images.decoding(content, where):
+        picture = images.loaded(content, max_pixels)
         kind = picture.format
         is_gray = picture.mode in _GRAY_MODES or picture.mode.startswith("I;16")
-        plain = images._gray_or_rgb(images._upright(picture), 1 if is_gray else 3)
+        plain = images.gray_or_rgb(images.upright(picture), 1 if is_gray else 3)
         size = _smaller(plain.size, max_side)
         if size != plain.size:
             plain = plain.resize(size, Image.Resampling.BILINEAR)
@@ -59,13 +58,6 @@ def kept_image(
         elif isinstance(content, np.ndarray):
             content = _encoded(plain, "PNG")
         pixels_PC = np.asarray(plain).reshape(-1, 1 if is_gray else 3)
-    except UnidentifiedImageError as error:
-        start = content[:8] if isinstance(content, bytes) else b""
-        raise BadImageError(
-            f"{where}: expected a JPEG, PNG or WebP image, got {len(content)} bytes that start with {start!r}"
-        ) from error
-    except images._DECODE_ERRORS as error:
-        raise BadImageError(f"{where}: {type(error).__name__}: {error}") from error
     counts_CV = [np.bincount(pixels_PC[:, c], minlength=256) for c in range(pixels_PC.shape[1])]
     values_V, num_pixels = np.arange(256), len(pixels_PC)
     # Whole numbers up to the division: the same on every machine.

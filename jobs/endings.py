@@ -1,0 +1,124 @@
+"""How a job ends: every end that is no fault of the program has one line and an exit code; a request to terminate is heard.
+
+Exit codes: 0 done, 1 workers lost, 2 configuration, 3 lost a race for --out, 4 input, 5 storage, 130 interrupted, 143 terminated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+
+from wmdd_ray.errors import WmddError
+from wmdd_ray.progress import AboveTheBar
+from wmdd_ray.run import Run
+
+_GRACE_S = 10.0
+_RESUME = "finished units are kept: run the same command again to go on"
+
+
+class Terminated(BaseException):
+    """A request to terminate came. Not an Exception: nothing on its way up shall take it for a failure of its own."""
+
+
+def exit_code_of(
+    arguments: Sequence[str], work: Callable[[], int], *, told: Callable[[str], str] = str
+) -> int:
+    """Do `work`, and return its exit code or, after a line on standard error, that of its end.
+
+    Args:
+        arguments: Command line; with `--verbose` the traceback of an error is logged.
+        work: Parses and does the job.
+        told: Puts the line into the job's own words.
+    """
+    _heed_requests_to_terminate()
+    try:
+        return work()
+    except BaseException as error:
+        if isinstance(error, Exception) and "--verbose" in arguments:
+            logging.exception("the job ends here")
+        ending = _ending_of(error)
+        if ending is None:
+            raise
+        code, text = ending
+        print(f"\n{told(text)}", file=sys.stderr)
+        return code
+
+
+def log_above_the_bar(*, verbose: bool) -> None:
+    """Write log lines where the bar of a stage may stand; with `verbose` all of them."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(name)s: %(message)s",
+        handlers=[AboveTheBar()],
+    )
+
+
+def join_cluster(out: str, *, verbose: bool) -> None:
+    """Join or start the cluster for a run under `out`, and go on hearing requests to terminate."""
+    from wmdd_ray.stages.cluster import connect
+
+    try:
+        connect(out, verbose=verbose)
+    except SystemExit as ended:  # by the handler that Ray has put in, and only while it joins
+        raise Terminated from ended
+    # ray.init() puts a handler of its own in the place of ours, and that one exits with 15.
+    _heed_requests_to_terminate()
+
+
+@contextlib.contextmanager
+def ended(run: Run) -> Iterator[None]:
+    """End a run with the exit code of what is done inside."""
+    code = 1
+    try:
+        yield
+        code = 0
+    except BaseException as error:
+        code, _ = _ending_of(error) or (1, "")
+        raise
+    finally:
+        run.end(code)
+
+
+def _ending_of(error: BaseException) -> tuple[int, str] | None:
+    """Return (exit code, what to tell) of an end that is no fault of this program's, else None."""
+    inner: BaseException | None = error
+    seen: set[int] = set()
+    while inner is not None and id(inner) not in seen:
+        seen.add(id(inner))
+        # A signal that comes while Ray's own code runs arrives as a SystemError that was caused by it.
+        if isinstance(inner, KeyboardInterrupt):
+            return 128 + signal.SIGINT, f"interrupted; {_RESUME}"
+        if isinstance(inner, Terminated):
+            return 128 + signal.SIGTERM, f"terminated; {_RESUME}"
+        inner = inner.__cause__ or inner.__context__
+    if isinstance(error, WmddError):
+        return error.exit_code, f"error: {error}"
+    if type(error).__module__.startswith("ray."):
+        lines = str(error).strip().splitlines() or [""]
+        told = f"{type(error).__name__}: {lines[-1].strip()}"
+        return WmddError.exit_code, f"error: the cluster failed: {told}; {_RESUME}"
+    return None
+
+
+def _heed_requests_to_terminate() -> None:
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the way out takes its time
+    threading.Thread(target=_leave, daemon=True).start()
+    raise Terminated
+
+
+def _leave() -> None:
+    """End the process when it has not ended by itself: an exception can get lost in a callback of Ray's, or Ray hang."""
+    time.sleep(_GRACE_S)
+    print(f"\nterminated; {_RESUME}", file=sys.stderr, flush=True)
+    os._exit(128 + signal.SIGTERM)
