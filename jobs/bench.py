@@ -1,7 +1,7 @@
 """Measure this machine: `python jobs/bench.py NAME [--out FILE.json]`.
 
-NAME is barycenter, recover, features, labels, loader, orchestration, prepare, scale, accuracy or robustness. Each benchmark
-prints a table and writes the same numbers with hardware, versions, settings, n, min, median and max. What is compared is
+NAME is barycenter, recover, features, labels, loader, orchestration, prepare, scale, accuracy, robustness, otg or otm. Each
+benchmark prints a table and writes the same numbers with hardware, versions, settings, n, min, median and max. What is compared is
 measured in the same run, taking turns. With one computing thread processor seconds are counted, which other work on the
 machine changes least; otherwise wall-clock seconds.
 """
@@ -23,6 +23,8 @@ from jobs.benches.features import features
 from jobs.benches.labels import labels
 from jobs.benches.loader import loader
 from jobs.benches.orchestration import orchestration
+from jobs.benches.otg import otg
+from jobs.benches.otm import otm
 from jobs.benches.prepare import prepare
 from jobs.benches.recover import recover
 from jobs.benches.robustness import robustness
@@ -44,6 +46,8 @@ def main(arguments: list[str]) -> None:
             scale,
             accuracy,
             robustness,
+            otg,
+            otm,
         )
     }
     tyro.extras.subcommand_cli_from_dict(

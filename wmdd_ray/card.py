@@ -373,10 +373,21 @@ images that start from real ones can look like them.
 ## Provenance
 
 - Source: `{real["uri"]}`, {real["num_images"]} images, {real["bad_images"]} unreadable ones left out.
-- Teacher: top-1 {100 * meta["teacher_top1"]:.1f} % on held-out real images{sha}.
+- Teacher: top-1 {100 * meta["teacher_top1"]:.1f} % on held-out real images{sha}.{_labelers(meta)}
 - Recipe `{provenance["recipe"]}`{variant}, seed {provenance["seed"]}, wmdd_ray revision {provenance["git_revision"]}.
 - {packages}.{told}
 """
+
+
+def _labelers(meta: dict[str, Any]) -> str:
+    """Return what is to say of several teachers that label."""
+    top1 = meta.get("teachers_top1")
+    if not top1:
+        return ""
+    others = ", ".join(f"{100 * one:.1f}" for one in top1[1:])
+    return (
+        f" The soft labels are the mean logits of it and {len(top1) - 1} more (top-1 {others} %)."
+    )
 
 
 def _share(num_bytes: float, real_bytes: float) -> str:

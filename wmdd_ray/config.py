@@ -272,9 +272,73 @@ class BarycenterConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RecoverConfig:
-    """Optimization of the synthetic images against the teacher's features and BatchNorm moments."""
+class DiffusionConfig:
+    """Images sampled from a diffusion model, one after another, led to what the class's earlier images left out (OTG)."""
 
+    model: str = ""
+    """A diffusers pipeline (DiT, or UNet2DModel in pixel space) with safetensors weights: a folder, a URI, the --out of
+    jobs/train_diffusion.py, or the name of a repository on the Hugging Face hub, such as facebook/DiT-XL-2-256."""
+    class_ids: tuple[int, ...] = ()
+    """The model's class of each class of the data, in its order; needed where the model's class names do not tell."""
+    steps: int = 50
+    """Denoising steps of an image (50 in IGD)."""
+    eta: float = 1.0
+    """Noise of a step: 1 is DDPM's, 0 is DDIM's deterministic path."""
+    guidance_scale: float = 4.0
+    """Classifier-free guidance: how far the conditional prediction is extrapolated (4 in IGD); 1 is none."""
+    window: tuple[float, float] = (0.1, 0.4)
+    """Part of the denoising in which images are guided, from noise (0) to image (1): IGD's steps 45 to 30 of 50."""
+    ot_weight: float = 0.0
+    """beta1 of OTG: the most that a guided step changes a value of the latent (or of a pixel in [-1, 1]) along the gradient of
+    the transport distance between the class's images so far and its real ones. 0 samples the model as it is."""
+    regularization: float = 0.1
+    """Entropic regularization of that distance, a share of the mean distance between real latents of the class."""
+    sinkhorn_iterations: int = 50
+    """Sinkhorn iterations of a guided step."""
+    real_per_step: int = 64
+    """Real latents of the class that a guided step compares with, drawn anew from at most a few hundred kept."""
+    diversity_weight: float = 0.0
+    """Root mean square change of a value of the latent, at most, that a guided step makes away from the nearest earlier image of
+    the class by cosine similarity (IGD's deviation term). 0 leaves it out."""
+
+    def __post_init__(self) -> None:
+        refuse_secrets("recover.diffusion.model", self.model)
+        for name in ("steps", "sinkhorn_iterations", "real_per_step"):
+            value = getattr(self, name)
+            _require(value >= 1, f"recover.diffusion.{name.replace('_', '-')}", ">= 1", value)
+        _require(0 <= self.eta <= 1, "recover.diffusion.eta", "in [0, 1]", self.eta)
+        begin, end = self.window
+        _require(
+            0 <= begin < end <= 1,
+            "recover.diffusion.window",
+            "two ascending numbers in [0, 1]",
+            self.window,
+        )
+        for name in ("guidance_scale", "ot_weight", "diversity_weight"):
+            value = getattr(self, name)
+            option = f"recover.diffusion.{name.replace('_', '-')}"
+            _require(0 <= value < float("inf"), option, "a finite number >= 0", value)
+        reg = self.regularization
+        option = "recover.diffusion.regularization"
+        _require(0 < reg < float("inf"), option, "a finite number > 0", reg)
+        ids = self.class_ids
+        _require(
+            len(set(ids)) == len(ids) and min(ids, default=0) >= 0,
+            "recover.diffusion.class-ids",
+            "different numbers >= 0, one a class of the data",
+            ids,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecoverConfig:
+    """Making of the distilled images: by default, optimized against the teacher's features and BatchNorm moments."""
+
+    method: Literal["inversion", "diffusion"] = "inversion"
+    """`inversion` optimizes pixels against the teacher (WMDD); `diffusion` samples a diffusion model that `diffusion.model` names,
+    and of the options below uses images_per_group, tiles, mixed_precision and checkpoint_s alone."""
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    """Options of `method diffusion`."""
     iterations: int = 2000
     """Adam steps (2000 in WMDD)."""
     learning_rate: float = 0.25
@@ -317,6 +381,14 @@ class RecoverConfig:
     """A group that runs longer than this stores its state in the room, and resumes from there after a kill, seconds."""
 
     def __post_init__(self) -> None:
+        methods = ("inversion", "diffusion")
+        _require(self.method in methods, "recover.method", "inversion or diffusion", self.method)
+        _require(
+            self.method == "inversion" or self.diffusion.model.strip() != "",
+            "recover.diffusion.model",
+            "a folder, URI or hub name of a diffusers pipeline for --recover.method diffusion (jobs/train_diffusion.py makes one)",
+            self.diffusion.model,
+        )
         _require(self.iterations >= 0, "recover.iterations", ">= 0", self.iterations)
         _require(self.learning_rate > 0, "recover.learning-rate", "> 0", self.learning_rate)
         for name in ("beta1", "beta2", "ema_statistics"):
@@ -410,11 +482,31 @@ class RelabelConfig:
     """Images (whole classes) that one unit holds in memory and mixes among themselves, drawn anew every unit."""
     epochs_per_unit: int = 25
     """Label epochs that make one unit of work and one file."""
+    teachers: int = 1
+    """Teachers whose mean logits are the labels: the one that images are made for, and more of the same training from other random
+    starts. With --teacher they are taken from that run. One, as in WMDD; the mean of several, as in CV-DD and LIA."""
+    teacher_schedule: tuple[tuple[int, int], ...] = ()
+    """Teachers by ipc, as LIA has few at small ipc and more at large: (ipc, teachers) pairs of rising ipc, of which the last one
+    not above --ipc counts; below the first, `teachers`. `10 2 50 4` is 2 from 10 images a class on, and 4 from 50."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "top_k", "batch_size", "slice_images", "epochs_per_unit"):
+        for name in (
+            "epochs",
+            "top_k",
+            "batch_size",
+            "slice_images",
+            "epochs_per_unit",
+            "teachers",
+        ):
             value = getattr(self, name)
             _require(value >= 1, f"relabel.{name.replace('_', '-')}", ">= 1", value)
+        ipcs = [ipc for ipc, _ in self.teacher_schedule]
+        _require(
+            ipcs == sorted(set(ipcs)) and all(min(pair) >= 1 for pair in self.teacher_schedule),
+            "relabel.teacher-schedule",
+            "(ipc, teachers) pairs of rising ipc, both >= 1",
+            self.teacher_schedule,
+        )
         # Half precision holds steps from 2^-14 with all their bits.
         _require(2**-14 <= self.step <= 1000, "relabel.step", "in [2^-14, 1000]", self.step)
         for option in ("precision", "stored_views", "labels", "compression"):
@@ -437,6 +529,11 @@ class RelabelConfig:
             "stored with --relabel.batch-statistics, whose labels depend on their batch, which is another in every loader",
             self.labels,
         )
+
+    def teachers_at(self, ipc: int) -> int:
+        """Return the number of teachers at `ipc`."""
+        reached = [teachers for first, teachers in self.teacher_schedule if first <= ipc]
+        return reached[-1] if reached else self.teachers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -504,6 +601,15 @@ class EvaluateConfig:
     """Temperature of the KL divergence to the soft labels (20 in FKD); `mse` has none."""
     ce_weight: float = 0.0
     """Coefficient of the cross-entropy to the hard label, mixed as the view is, on top of the soft labels' loss (0.025 in EDC)."""
+    sinkhorn_weight: float = 0.0
+    """Coefficient of the entropic optimal-transport distance between a batch of the student's outputs and the teacher's of the same
+    views, on top of the soft labels' loss (OTM; its kappa1 is `ce_weight`, its kappa2 the 1 of `loss mse`; its own weight is not
+    published). With `mse`, 0.1 and 1 made no measurable difference on Fashion-MNIST at ipc 10; beside the small gradients of `kl`
+    0.01 cost 2 points. 0 leaves it out."""
+    sinkhorn_regularization: float = 0.1
+    """Entropic regularization of that distance, a share of the mean cost in the batch (0.1 in SinKD)."""
+    sinkhorn_iterations: int = 10
+    """Sinkhorn iterations a step."""
     ema_decay: float = 0.0
     """Decay a step of the weights' moving average, which is what is tested (0.99 in EDC); bias-corrected as Adam's moments are,
     so that the random start has no part in it; 0 tests the last weights."""
@@ -537,6 +643,15 @@ class EvaluateConfig:
         _require(self.temperature > 0, "evaluate.temperature", "> 0", self.temperature)
         _require(self.ce_weight >= 0, "evaluate.ce-weight", ">= 0", self.ce_weight)
         _require(0 <= self.ema_decay < 1, "evaluate.ema-decay", "in [0, 1)", self.ema_decay)
+        weight, reg = self.sinkhorn_weight, self.sinkhorn_regularization
+        _require(0 <= weight < float("inf"), "evaluate.sinkhorn-weight", "finite, >= 0", weight)
+        _require(0 < reg < float("inf"), "evaluate.sinkhorn-regularization", "finite, > 0", reg)
+        _require(
+            self.sinkhorn_iterations >= 1,
+            "evaluate.sinkhorn-iterations",
+            ">= 1",
+            self.sinkhorn_iterations,
+        )
         for name, kind in (
             ("optimizer", OptimizerName),
             ("schedule", Schedule),
@@ -628,6 +743,11 @@ class DistillConfig:
             f"at most the {stored} stored label epochs (--relabel.epochs) or a multiple of them",
             used,
         )
+
+    @property
+    def num_teachers(self) -> int:
+        """Teachers that label this run's images; the first of them is the one that the images are made for."""
+        return self.relabel.teachers_at(self.ipc)
 
     @property
     def num_atoms(self) -> int:

@@ -28,7 +28,7 @@ import torch
 from torch.utils.data import Dataset, Sampler, Subset
 
 from wmdd_ray.core.batches import order_of
-from wmdd_ray.core.networks import network_of
+from wmdd_ray.core.networks import labeler_of
 from wmdd_ray.core.soft_labels import concatenate_labels, decompress, label_views, take_labels
 from wmdd_ray.core.tiles import untile
 from wmdd_ray.core.views import (
@@ -51,6 +51,7 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 # First and last label epoch of a file; several files of the same epochs hold slices of the images.
 # labels/epochs-00000-00024.parquet or labels/e00000-00024-s0000.parquet
+_TEACHER_KEY = re.compile(r"teacher-(\d+)\.safetensors")
 _LABEL_KEY = re.compile(r"labels/e(?:pochs-)?(\d+)-(\d+)[^/]*\.parquet")
 _READ_THREADS = 8
 
@@ -180,6 +181,15 @@ class DistilledDataset(Dataset[Item]):
         """Return the teacher; `core.networks.network_of` makes a network of it."""
         return codecs.decode_teacher(self._read("teacher.safetensors"))
 
+    def teachers(self) -> tuple[Teacher, ...]:
+        """Return the teachers that gave the labels, the first of them the one that the images were made for.
+
+        `core.networks.labeler_of` makes a network of them.
+        """
+        numbers = [int(m[1]) for f in self._files if (m := _TEACHER_KEY.fullmatch(f.key))]
+        keys = [f"teacher-{number}.safetensors" for number in sorted(numbers)]
+        return (self.teacher(), *(codecs.decode_teacher(self._read(key)) for key in keys))
+
     def epoch(self, epoch: int) -> Subset[Item]:
         """Return the N items of one pass over the images.
 
@@ -227,7 +237,7 @@ class DistilledDataset(Dataset[Item]):
 
     def _teacher_network(self) -> torch.nn.Module:
         if self._network is None:
-            self._network = network_of(self.teacher(), torch.device(self._teacher_device))
+            self._network = labeler_of(self.teachers(), torch.device(self._teacher_device))
         return self._network
 
     def _logits_of(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -24,11 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from torch import nn
 
 from wmdd_ray.card import export_card
 from wmdd_ray.config import LabelKind
-from wmdd_ray.core.networks import network_of
+from wmdd_ray.core.networks import labeler_of
 from wmdd_ray.core.tiles import untile
 from wmdd_ray.core.views import crop, to_input
 from wmdd_ray.errors import ArtifactError, ConfigError
@@ -53,6 +52,7 @@ Format = Literal["imagefolder", "webdataset", "huggingface"]
 EXPORT_KEY = "export.json"
 _EXPORT_VERSION = 1
 _TEACHER_KEY = "teacher.safetensors"
+_TEACHER_KEYS = re.compile(r"teacher(-\d+)?\.safetensors")
 _PREVIEW_KEY = "preview.png"
 _WRITE_THREADS = 8
 _TEACHER_BATCH = 256
@@ -290,7 +290,8 @@ def _write_images(
             raise ConfigError(
                 f"--labels soft: {source.uri} holds no teacher; export it with --labels hard"
             )
-        label_rows = _labeler(codecs.decode_teacher(read_verified(source, by_key[_TEACHER_KEY])))
+        given = [entry for entry in entries if _TEACHER_KEYS.fullmatch(entry.key)]
+        label_rows = _labeler([codecs.decode_teacher(read_verified(source, e)) for e in given])
     write = {"imagefolder": _image_folder, "webdataset": _tar_shard, "huggingface": _parquet}[
         layout
     ]
@@ -364,9 +365,9 @@ def _pixels(png: bytes) -> np.ndarray:
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
-def _labeler(teacher: Teacher) -> Callable[[list[Row]], list[Row]]:
-    """Return a function that adds the teacher's logits on whole images to rows."""
-    network: nn.Module = network_of(teacher)
+def _labeler(teachers: Sequence[Teacher]) -> Callable[[list[Row]], list[Row]]:
+    """Return a function that adds the mean of the teachers' logits on whole images to rows."""
+    network, teacher = labeler_of(teachers), teachers[0]
 
     def label_rows(rows: list[Row]) -> list[Row]:
         labeled = []

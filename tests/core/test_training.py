@@ -28,6 +28,7 @@ from wmdd_ray.core.optimizer import (
     take_step,
     training_state,
 )
+from wmdd_ray.core.sinkhorn import sinkhorn_distance
 from wmdd_ray.core.soft_labels import label_views
 from wmdd_ray.core.training import (
     accuracy,
@@ -36,6 +37,7 @@ from wmdd_ray.core.training import (
     soft_label_loss,
     train_classifier,
     train_student,
+    transport_loss,
 )
 from wmdd_ray.core.views import StoredImages, draw_views, to_input
 from wmdd_ray.errors import ConfigError
@@ -772,6 +774,9 @@ def test_cross_entropy_joins_a_loss_by_its_weight_and_reads_the_partners_class()
         ({"optimizer": "adam"}, "--evaluate.optimizer: expected one of adamw, sgd, muon"),
         ({"schedule": "half"}, "--evaluate.schedule: expected one of cosine, half_cosine"),
         ({"loss": "MSE"}, "--evaluate.loss: expected one of kl, mse, got 'MSE'"),
+        ({"sinkhorn_weight": -1.0}, "--evaluate.sinkhorn-weight: expected finite, >= 0, got -1.0"),
+        ({"sinkhorn_regularization": 0.0}, "--evaluate.sinkhorn-regularization: expected .* > 0"),
+        ({"sinkhorn_iterations": 0}, "--evaluate.sinkhorn-iterations: expected >= 1, got 0"),
     ],
 )
 def test_a_student_recipe_that_is_no_recipe_is_refused(
@@ -817,6 +822,63 @@ def test_the_loss_of_a_step_is_that_to_the_soft_labels_plus_the_weighted_cross_e
     assert abs(loss_of(0, "soft", weighted=False) / soft - 1) > 1e-4
     assert abs(loss_of(0, "hard", weighted=False) / hard - 1) > 1e-4
     np.testing.assert_allclose(loss_of(0.5, "soft"), soft + 0.5 * hard, rtol=1e-5)
+
+
+def test_transport_loss_is_the_entropic_cost_of_centered_logits_and_a_share_of_their_mean_cost() -> (
+    None
+):
+    rng = np.random.default_rng(0)
+    student, teacher = (torch.tensor(rng.normal(0, 3, (12, 10))).float() for _ in range(2))
+    options: dict[str, Any] = {"regularization": 0.1, "iterations": 20}
+    found = transport_loss(student, teacher, **options)
+    costs = torch.cdist(*(x - x.mean(dim=1, keepdim=True) for x in (student, teacher)), p=1) / 10
+    expected = sinkhorn_distance(costs, regularization=0.1 * float(costs.mean()), iterations=20)
+    torch.testing.assert_close(found, expected)
+    moved = torch.linspace(-5, 5, 12)[:, None]
+    torch.testing.assert_close(transport_loss(student + moved, teacher, **options), found)
+    # It is of batches: whose output is whose does not count.
+    torch.testing.assert_close(transport_loss(student, teacher.flip(0), **options), found)
+    scaled = transport_loss(100 * student, 100 * teacher, **options)
+    torch.testing.assert_close(scaled, 100 * found, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_transport_loss_of_a_student_that_is_its_teacher_is_finite(batch: int) -> None:
+    student = torch.zeros(batch, 10, requires_grad=True)
+    loss = transport_loss(student, torch.zeros(batch, 10), regularization=0.1, iterations=10)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-9)
+    assert student.grad is not None and not student.grad.any()
+
+
+@pytest.mark.parametrize("loss", ["kl", "mse"])
+def test_the_transport_term_joins_the_loss_to_soft_labels_by_its_weight_and_no_other(
+    loss: Any,
+) -> None:
+    images = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def loss_of(weight: float, labels: Any = "soft") -> float:
+        losses: list[float] = []
+        options = {"batch_size": 16, "learning_rate": 1e-30, "loss": loss, "ce_weight": 0.5}
+        train_student(
+            small_network(),
+            images,
+            fixed_epochs(16),
+            None,
+            EvaluateConfig(**options, sinkhorn_weight=weight),  # type: ignore[arg-type]
+            epochs=1,
+            image_size=8,
+            seed=0,
+            classes_N=np.arange(16) % 10,
+            labels=labels,
+            on_epoch=lambda _, value, get_state: losses.append(value),
+        )
+        return losses[0]
+
+    term = loss_of(1.0) - loss_of(0.0)
+    assert term > 0.1
+    assert loss_of(0.25) - loss_of(0.0) == pytest.approx(0.25 * term, rel=1e-4)
+    assert loss_of(1.0, "hard") == loss_of(0.0, "hard")
 
 
 def test_bfloat16_reaches_the_students_forward_pass_and_not_its_loss_or_weights() -> None:

@@ -10,12 +10,11 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from wmdd_ray.config import Arch, NetworkConfig
@@ -27,6 +26,7 @@ __all__ = [
     "batch_norms",
     "build_network",
     "features_and_logits",
+    "labeler_of",
     "last_linear",
     "load_weights",
     "network_of",
@@ -57,7 +57,10 @@ def build_network(
         return _convnet3(config, num_classes, channels, image_size)
     if config.arch == "vit_tiny":
         return _vit_tiny(num_classes, channels, image_size)
-    network: Any = torchvision.models.get_model(config.arch, weights=None, num_classes=num_classes)
+    # Here, because it brings the compiler: 1.8 s of every process that needs no network of its.
+    from torchvision import models
+
+    network: Any = models.get_model(config.arch, weights=None, num_classes=num_classes)
     if config.arch == "mobilenet_v2":
         stem = network.features[0]
         stem[0] = _stem(stem[0], channels, 1 if config.small_stem else 2, stem[0].kernel_size[0])
@@ -96,7 +99,9 @@ def _vit_tiny(num_classes: int, channels: int, image_size: int) -> nn.Module:
     """Return a Vision Transformer on about 7 x 7 patches: 4 x 4 px of 28, 8 x 8 of 64, 32 x 32 of 224."""
     divisors = [d for d in range(1, image_size + 1) if image_size % d == 0]
     patch = min(divisors, key=lambda d: abs(d - image_size / 7))
-    network = torchvision.models.VisionTransformer(
+    from torchvision import models
+
+    network = models.VisionTransformer(
         image_size=image_size,
         patch_size=patch,
         num_layers=4,
@@ -172,6 +177,29 @@ def network_of(teacher: Teacher, device: torch.device | str = "cpu") -> nn.Modul
     network.to_empty(device=device)
     load_weights(network, {k: torch.tensor(v) for k, v in teacher.weights.items()}, "the teacher")
     return network.eval().requires_grad_(False)
+
+
+class _MeanLogits(nn.Module):
+    """The mean of the logits of several networks."""
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        total = self.networks[0](images_BCHW).float()
+        for network in self.networks[1:]:
+            total = total + network(images_BCHW).float()
+        return cast(Tensor, total / len(self.networks))
+
+
+def labeler_of(teachers: Sequence[Teacher], device: torch.device | str = "cpu") -> nn.Module:
+    """Return a frozen network in eval mode that gives the mean of the teachers' logits; of one teacher, that teacher.
+
+    The mean of logits is the geometric mean of the teachers' probabilities.
+    """
+    networks = [network_of(teacher, device) for teacher in teachers]
+    return networks[0] if len(networks) == 1 else _MeanLogits(networks).eval()
 
 
 def weights_of(network: nn.Module) -> dict[str, np.ndarray]:

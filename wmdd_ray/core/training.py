@@ -32,6 +32,7 @@ from wmdd_ray.core.optimizer import (
     take_step,
     training_state,
 )
+from wmdd_ray.core.sinkhorn import l1_costs, sinkhorn_distance
 from wmdd_ray.core.views import Images, crop, draw_crops, render_views, take, to_input
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.records import Views
@@ -174,6 +175,32 @@ def logit_loss(
     return _mean(error_BY.square().mean(dim=1), weights_B)
 
 
+def transport_loss(
+    student_BY: torch.Tensor, teacher_BY: torch.Tensor, *, regularization: float, iterations: int
+) -> torch.Tensor:
+    """Return the entropic cost of moving the student's outputs of a batch to the teacher's, whichever view they are of.
+
+    The cost is the mean absolute difference of logits that are shifted to mean 0 in each row, as in `logit_loss`; the images'
+    weights have no part in it.
+
+    Args:
+        student_BY: student's logits.
+        teacher_BY: teacher's logits of the same views, each row up to a constant.
+        regularization: a share of the batch's mean cost.
+        iterations: of Sinkhorn's algorithm.
+
+    References:
+        Cui et al. 2025, arXiv 2512.00308 (OTM), whose coefficients are not published; 2018cx/SinKD (the share).
+    """
+    student, teacher = (
+        x.float() - x.float().mean(dim=1, keepdim=True) for x in (student_BY, teacher_BY)
+    )
+    costs_BB = l1_costs(student, teacher)
+    # Not 0 where the student is the teacher; a tensor, so that a GPU is not waited for.
+    reg = regularization * costs_BB.detach().mean().clamp_min(1e-12)
+    return sinkhorn_distance(costs_BB, regularization=reg, iterations=iterations)
+
+
 def hard_label_loss(
     student_BY: torch.Tensor,
     classes_B: torch.Tensor,
@@ -288,6 +315,13 @@ def train_student(
             soft = logit_loss(student_BY, rows.teacher_BY, weights_B)
         else:
             soft = soft_label_loss(student_BY, rows.teacher_BY, config.temperature, weights_B)
+        if config.sinkhorn_weight > 0:
+            soft = soft + config.sinkhorn_weight * transport_loss(
+                student_BY,
+                rows.teacher_BY,
+                regularization=config.sinkhorn_regularization,
+                iterations=config.sinkhorn_iterations,
+            )
         return soft if hard is None else soft + config.ce_weight * hard
 
     for epoch in range(first, epochs):

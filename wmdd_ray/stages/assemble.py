@@ -27,7 +27,7 @@ from wmdd_ray.run import StageRun, Work
 from wmdd_ray.stages import recover
 from wmdd_ray.stages.actors import fan_out
 from wmdd_ray.stages.cluster import width
-from wmdd_ray.stages.teacher import TEACHER_KEY
+from wmdd_ray.stages.teacher import TEACHER_KEY, key_of, units_of
 from wmdd_ray.store import codecs, documents
 
 # Images of one Parquet file: some 10 to 100 MB.
@@ -52,12 +52,12 @@ def image_files(config: DistillConfig, num_classes: int) -> dict[str, range]:
 
 
 def plan(stage: StageRun) -> Work:
-    """Return one unit an images file, one a labels file, and the teacher; known once the labels are."""
+    """Return one unit an images file, one a labels file, and one a teacher; known once the labels are."""
     config = stage.config
     num_classes = len(stage.run.source("train").class_names)
     commit = stage.run.room("labels").read_commit()
     size = sum(f.size_bytes for m in commit.units.values() for f in m.files) if commit else 0
-    units = [*image_files(config, num_classes), "teacher", "preview"]
+    units = [*image_files(config, num_classes), *units_of(config), "preview"]
     return Work(
         units=(*units, *(f"labels-{unit}" for unit in commit.units)) if commit else None,
         estimated_bytes=size
@@ -120,6 +120,7 @@ def _publish(
         for kind in ("data/", "labels/", "teacher")
     }
     features = stage.inputs["features"].metrics
+    several = stage.inputs["teacher"].metrics.get("teachers_top1")
     source = stage.run.source("train")
     meta = {
         "class_names": list(class_names),
@@ -139,6 +140,7 @@ def _publish(
         "label_bytes": total["labels/"],
         "teacher_bytes": total["teacher"],
         "teacher_top1": stage.inputs["teacher"].metrics["top1"],
+        **({"teachers_top1": several} if several else {}),
         "source": {
             "uri": config.data,
             "num_images": features["num_images"],
@@ -230,7 +232,7 @@ class AssembleActor:
         return entry.key, self._labels_room.read(entry)
 
     def _copy_teacher(self, unit: str) -> tuple[str, bytes]:
-        return TEACHER_KEY, self._teacher_room.read(self._teacher.file(TEACHER_KEY))
+        return key_of(unit), self._teacher_room.read(self._teacher.file(key_of(unit)))
 
     def _preview(self, unit: str) -> tuple[str, bytes]:
         shown = min(len(self._class_names), self._config.assemble.preview_classes)

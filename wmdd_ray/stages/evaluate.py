@@ -36,7 +36,12 @@ _STATE_EVERY_S = 20.0
 
 def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that the results depend on."""
-    return {"seed": config.seed, "evaluate": asdict(config.evaluate)}
+    evaluate = asdict(config.evaluate)
+    if config.evaluate.sinkhorn_weight == 0:
+        # A term that is left out is as it was when there was none.
+        for name in ("sinkhorn_weight", "sinkhorn_regularization", "sinkhorn_iterations"):
+            del evaluate[name]
+    return {"seed": config.seed, "evaluate": evaluate}
 
 
 def rows(config: DistillConfig) -> tuple[str, ...]:

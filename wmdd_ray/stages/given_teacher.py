@@ -15,21 +15,21 @@ from wmdd_ray.errors import ArtifactError, ConfigError, DataError
 from wmdd_ray.rooms import Room
 from wmdd_ray.run import StageRun
 from wmdd_ray.stages.held_out import Listed
-from wmdd_ray.stages.teacher import TEACHER_KEY, UNIT, commit_teacher, measure
+from wmdd_ray.stages.teacher import UNIT, commit_teacher, key_of, measure
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source
 
 
-def import_teacher(stage: StageRun, spec: str) -> None:
-    """Read the teacher that `spec` names, measure it on held-out images, and commit it."""
+def import_teacher(stage: StageRun, spec: str, unit: str = UNIT) -> None:
+    """Read a teacher that `spec` names, measure it on held-out images, and commit it."""
     started = time.perf_counter()
-    attempt = stage.room.begin_unit(UNIT)
+    attempt = stage.room.begin_unit(unit)
     if attempt is None:
         return
-    stage.event("unit_started", unit=UNIT, node=socket.gethostname(), attempt=attempt)
+    stage.event("unit_started", unit=unit, node=socket.gethostname(), attempt=attempt)
     source: Source = stage.run.source("train")
-    network_config, weights = given_weights(stage.config, spec, source.class_names)
+    network_config, weights = given_weights(stage.config, spec, source.class_names, unit)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = build_network(
         network_config,
@@ -51,16 +51,21 @@ def import_teacher(stage: StageRun, spec: str) -> None:
         started,
         {},
         attempt=attempt,
+        unit=unit,
     )
     seconds = round(time.perf_counter() - started, 3)
-    stage.event("unit_done", unit=UNIT, node=socket.gethostname(), attempt=attempt, seconds=seconds)
+    stage.event("unit_done", unit=unit, node=socket.gethostname(), attempt=attempt, seconds=seconds)
 
 
 def given_weights(
-    config: DistillConfig, spec: str, class_names: tuple[str, ...]
+    config: DistillConfig, spec: str, class_names: tuple[str, ...], unit: str = UNIT
 ) -> tuple[NetworkConfig, dict[str, torch.Tensor]]:
-    """Return architecture and weights of `torchvision:NAME`, a committed teacher, or a checkpoint file."""
+    """Return architecture and weights of `torchvision:NAME`, a committed teacher, or a checkpoint file.
+
+    A teacher other than the first is that of a run with as many.
+    """
     if spec.startswith("torchvision:"):
+        _require_first(config, spec, unit, "weights of one")
         arch, state, _, mean_C, std_C, resize, crop = torchvision_weights(
             spec.removeprefix("torchvision:")
         )
@@ -70,12 +75,15 @@ def given_weights(
         commit = room.read_commit()
         if commit is None:
             continue
-        teacher = codecs.decode_teacher(room.read(commit.file(TEACHER_KEY)))
+        if unit not in commit.units:
+            _require_first(config, spec, unit, f"a run with {len(commit.units)}")
+        teacher = codecs.decode_teacher(room.read(commit.file(key_of(unit))))
         check_names(teacher.class_names, class_names, spec)
         network = NetworkConfig(
             arch=cast(Arch, teacher.arch), width=teacher.width, small_stem=teacher.small_stem
         )
         return network, {name: torch.tensor(array) for name, array in teacher.weights.items()}
+    _require_first(config, spec, unit, "no run")
     folder, _, name = spec.rpartition("/")
     try:
         content = Store(folder or ".").get(name)
@@ -85,6 +93,14 @@ def given_weights(
             f"checkpoint file, found none of them ({type(error).__name__})"
         ) from error
     return config.squeeze.network, read_checkpoint(content, spec)
+
+
+def _require_first(config: DistillConfig, spec: str, unit: str, found: str) -> None:
+    if unit != UNIT:
+        raise ConfigError(
+            f"--teacher {spec}: expected a run with the {config.num_teachers} teachers that --relabel.teachers or its schedule "
+            f"asks for at ipc {config.ipc}, found {found}; give such a run, lower the number, or leave --teacher out to train them"
+        )
 
 
 def _check_preset(source: SourceConfig, preset: tuple[object, ...], spec: str) -> None:

@@ -22,7 +22,6 @@ from ray.util.metrics import Gauge
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.rooms import UnitMarker
 from wmdd_ray.run import Run, StageRun, Watch
-from wmdd_ray.stages import relabel
 from wmdd_ray.store import codecs
 from wmdd_ray.tracking import Number, Told, TrackedRun, Tracker
 
@@ -225,15 +224,17 @@ def numbers_of(stage: StageRun, marker: UnitMarker) -> list[Number]:
     if name == "squeeze":
         losses = metrics.get("losses", [])  # a given teacher has none
         numbers = [
-            Number(stage=name, metric="loss", value=loss, step=i + 1)
+            Number(stage=name, metric="loss", part=part, value=loss, step=i + 1)
             for i, loss in enumerate(losses)
         ]
-        top1 = Number(stage=name, metric="top1", part="teacher", value=metrics["top1"], step=0)
+        top1 = Number(stage=name, metric="top1", part=unit, value=metrics["top1"], step=0)
         return [*numbers, top1]
     if name == "barycenters":
         return [Number(stage=name, metric="cost", value=metrics["cost"], step=int(unit))]
     if name == "recover":
-        terms = metrics["losses"][0]
+        terms, recover = metrics["losses"][0], stage.config.recover
+        inverted = recover.method == "inversion"
+        last = recover.iterations if inverted else stage.config.num_atoms  # images sampled
         return [
             Number(
                 stage=name,
@@ -241,7 +242,7 @@ def numbers_of(stage: StageRun, marker: UnitMarker) -> list[Number]:
                 part=term,
                 detail=detail,
                 value=float(np.mean([losses[term] for losses in metrics["losses"]])),
-                step=stage.config.recover.iterations,
+                step=last,
             )
             for term in terms
         ]
@@ -291,6 +292,8 @@ def curves_of(stage: StageRun, marker: UnitMarker) -> list[Number]:
 
 @lru_cache(maxsize=1)
 def _label_blocks(config: DistillConfig, num_classes: int) -> dict[str, tuple[range, np.ndarray]]:
+    from wmdd_ray.stages import relabel  # it loads torch, which jobs/prepare.py does without
+
     return relabel.blocks(config, num_classes)
 
 
@@ -299,6 +302,8 @@ def _series(stage: str, unit: str) -> tuple[str, str]:
     if stage == "evaluate":
         part, _, seed = unit.rpartition("-")
         return part, seed
+    if stage == "squeeze" and unit != "teacher":  # one that only labels
+        return unit, ""
     return "", unit if stage == "recover" else ""
 
 

@@ -1,4 +1,4 @@
-"""relabel: the teacher's soft labels of self-contained views, stored by label epoch, on Ray Train workers.
+"""relabel: the teachers' soft labels of self-contained views, stored by label epoch, on Ray Train workers.
 
 A unit is a block of label epochs of a slice of the data set: whole classes, drawn anew every block, that fit a
 worker's memory and mix among themselves. A set of up to `slice_images` images is one slice.
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from wmdd_ray.config import DistillConfig
-from wmdd_ray.core.networks import network_of
+from wmdd_ray.core.networks import labeler_of
 from wmdd_ray.core.soft_labels import compress, concatenate_labels, label_views
 from wmdd_ray.core.views import concatenate_views, draw_block, draw_views, is_exact, to_input
 from wmdd_ray.core.views import renamed as renamed
@@ -23,7 +23,7 @@ from wmdd_ray.records import SoftLabelBlock, SoftLabels, ViewDraw
 from wmdd_ray.rooms import Room
 from wmdd_ray.run import StageRun, Work, unit_seed
 from wmdd_ray.stages.recover import read_images
-from wmdd_ray.stages.teacher import read_teacher
+from wmdd_ray.stages.teacher import read_teacher, units_of
 from wmdd_ray.stages.workers import DoUnit, Report, do_units
 from wmdd_ray.store import codecs
 
@@ -35,7 +35,12 @@ _FILE_BYTES = 2000
 
 def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that the labels depend on."""
-    return {"seed": config.seed, "relabel": asdict(config.relabel)}
+    relabel = asdict(config.relabel)
+    # How the number of teachers comes about makes no difference, and one was all that there were.
+    del relabel["teachers"], relabel["teacher_schedule"]
+    if config.num_teachers > 1:
+        relabel["teachers"] = config.num_teachers
+    return {"seed": config.seed, "relabel": relabel}
 
 
 def blocks(config: DistillConfig, num_classes: int) -> dict[str, tuple[range, np.ndarray]]:
@@ -114,9 +119,10 @@ def open_worker(
     config: DistillConfig,
     units: dict[str, tuple[range, np.ndarray]],
 ) -> DoUnit:
-    """Load the teacher and return the function that labels one block."""
-    teacher = read_teacher(teacher_room)
-    network = network_of(teacher, device)
+    """Load the teachers and return the function that labels one block."""
+    teachers = [read_teacher(teacher_room, unit) for unit in units_of(config)]
+    teacher = teachers[0]
+    network = labeler_of(teachers, device)
     held: dict[bytes, torch.Tensor] = {}
 
     def images_of(labels: np.ndarray) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""squeeze: a classifier trained on the real images with Ray Train, or one that is given.
+"""squeeze: a classifier trained on the real images with Ray Train, or one that is given; several where several label.
 
 Whichever it is, its top-1 on held-out images is measured before anything is built on it, and a teacher at chance
 level or with its classes in another order is refused.
@@ -6,7 +6,6 @@ level or with its classes in another order is refused.
 
 from __future__ import annotations
 
-import json
 import socket
 import time
 from collections.abc import Iterator
@@ -33,12 +32,12 @@ from wmdd_ray.run import StageRun, Work, unit_seed
 from wmdd_ray.stages import train_groups, workers
 from wmdd_ray.stages.checkpoints import Checkpoints
 from wmdd_ray.stages.cluster import width
-from wmdd_ray.stages.features import check_listed, shard_of
+from wmdd_ray.stages.features import check_listed
 from wmdd_ray.stages.given_teacher import import_teacher
 from wmdd_ray.stages.held_out import Listed
 from wmdd_ray.stages.queue import UnitQueue
-from wmdd_ray.stages.teacher import UNIT, commit_teacher, measure
-from wmdd_ray.store.sources import Source, decoded_chunks
+from wmdd_ray.stages.teacher import UNIT, commit_teacher, measure, units_of
+from wmdd_ray.store.sources import Shard, Source, decoded_chunks
 
 _STATE_EVERY_S = 20.0
 _STREAM_CHUNK_IMAGES = 256
@@ -46,10 +45,12 @@ _SHUFFLE_IMAGES = 4096
 
 
 def options(config: DistillConfig) -> dict[str, Any]:
-    """Return the options that the teacher depends on; a given teacher does not depend on the training's."""
+    """Return the options that the teachers depend on; given ones do not depend on the training's."""
+    several = {"teachers": config.num_teachers} if config.num_teachers > 1 else {}
     if config.teacher is not None:
         squeeze = {"network": asdict(config.squeeze.network), "min_top1": config.squeeze.min_top1}
-        return {"teacher": config.teacher, "source": asdict(config.source), "squeeze": squeeze}
+        about = {"teacher": config.teacher, "source": asdict(config.source), "squeeze": squeeze}
+        return about | several
     squeeze = asdict(config.squeeze.at_ipc(config.ipc))
     # Where the curvature's weight comes from makes no difference to the teacher, nor what it would have been.
     del squeeze["memory_limit_gib"], squeeze["curvature_ipc_power"]
@@ -60,38 +61,44 @@ def options(config: DistillConfig) -> dict[str, Any]:
         "seed": config.seed,
         "source": asdict(config.source),
         "squeeze": squeeze,
+        **several,
     }
 
 
 def plan(stage: StageRun) -> Work:
-    """Return the one unit: the teacher."""
+    """Return a unit a teacher."""
     network = build_network(
         stage.config.squeeze.network,
         num_classes=len(stage.run.source("train").class_names),
         channels=stage.config.source.channels,
         image_size=stage.config.source.image_size,
     )
-    return Work(units=(UNIT,), estimated_bytes=sum(4 * p.numel() for p in network.parameters()))
+    units, size = units_of(stage.config), sum(4 * p.numel() for p in network.parameters())
+    return Work(units=units, estimated_bytes=len(units) * size)
 
 
 def work(stage: StageRun) -> dict[str, Any]:
-    """Train or import the teacher, measure it, and commit it."""
-    done = UNIT in stage.room.finished()
-    stage.progress.start(1, int(done))
-    if not done:
+    """Train or import each teacher, measure it, and commit it."""
+    units, finished = units_of(stage.config), stage.room.finished()
+    left = [unit for unit in units if unit not in finished]
+    stage.progress.start(len(units), len(units) - len(left))
+    if left and stage.config.teacher is None:
+        source: Source = stage.run.source("train")
+        check_listed(source.shards(stage.config.features.chunk_images), source, stage.config)
+    for number, unit in enumerate(left, len(units) - len(left)):
         if stage.config.teacher is None:
-            source: Source = stage.run.source("train")
-            check_listed(source.shards(stage.config.features.chunk_images), source, stage.config)
-            _train(stage)
+            _train(stage, unit, number)
         else:
-            import_teacher(stage, stage.config.teacher)
-    marker = stage.room.read_unit(UNIT)
-    stage.progress.update(1, f"top-1 {100 * marker.metrics['top1']:.1f} %")
-    return dict(marker.metrics)
+            import_teacher(stage, stage.config.teacher, unit)
+    markers = stage.room.read_units(units)
+    top1 = [markers[unit].metrics["top1"] for unit in units]
+    stage.progress.update(len(units), f"top-1 {', '.join(f'{100 * t:.1f}' for t in top1)} %")
+    # Whatever is made of the images is made by the first; the others label.
+    return {**markers[UNIT].metrics, **({"teachers_top1": top1} if len(units) > 1 else {})}
 
 
-def _train(stage: StageRun) -> None:
-    """Train with Ray Train: DDP over the workers, or in the driver."""
+def _train(stage: StageRun, unit: str, found: int) -> None:
+    """Train a teacher with Ray Train: DDP over the workers, or in the driver; `found` of them are finished."""
     wide = width(stage.resources)
     source: Source = stage.run.source("train")
     limit = int(stage.config.squeeze.memory_limit_gib * 2**30)
@@ -103,6 +110,7 @@ def _train(stage: StageRun) -> None:
         datasets["train"] = _stream(source, stage.config.source)
     config: dict[str, Any] = {
         "room": stage.room,
+        "unit": unit,
         "config": stage.config,
         "source": source,
         "listed": Listed.of(source, stage.config.source) if in_memory else None,
@@ -122,14 +130,16 @@ def _train(stage: StageRun) -> None:
         )
 
     if wide.num_workers == 0:
-        queue = UnitQueue([UNIT], stage.progress.update, stage.event)
+        queue = UnitQueue(
+            [unit], lambda done, note: stage.progress.update(found + done, note), stage.event
+        )
         with train_groups.quiet_environment():
             trainer(queue, None).fit()
         error = queue.error()
         if error is not None:
             raise error
         return
-    with train_groups.queue_actor(stage, [UNIT], 0) as actor:
+    with train_groups.queue_actor(stage, [unit], found) as actor:
         train_groups.fit_until_done(
             stage, actor, lambda run_config: trainer(actor, run_config).fit()
         )
@@ -137,24 +147,25 @@ def _train(stage: StageRun) -> None:
 
 def _train_loop(config: dict[str, Any]) -> None:
     """Train on one worker. Rank 0 keeps the resumable state, measures the result and commits it."""
-    if UNIT in config["room"].finished():
+    if config["unit"] in config["room"].finished():
         return  # the group was started again after its last commit
     try:
         _train_on_worker(config)
     except WmddError as error:
-        workers.call(config["queue"], "fail", UNIT, error)
+        workers.call(config["queue"], "fail", config["unit"], error)
 
 
 def _train_on_worker(loop: dict[str, Any]) -> None:
     started = time.perf_counter()
     workers.keep_freed_memory()
     config: DistillConfig = loop["config"]
+    unit: str = loop["unit"]
     source: Source = loop["source"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(loop["cpus"])
     device = workers.device_of_worker()
-    seed = unit_seed(config.seed, "squeeze", UNIT)
+    seed = unit_seed(config.seed, "squeeze", unit)
     torch.manual_seed(seed)
     network = build_network(
         config.squeeze.network,
@@ -167,20 +178,22 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
     optimizer = make_optimizer(
         network, "sgd", learning_rate=squeeze.learning_rate, weight_decay=squeeze.weight_decay, momentum=squeeze.momentum
     )  # fmt: skip
-    keep = Checkpoints(loop["room"], UNIT, _STATE_EVERY_S)
+    keep = Checkpoints(loop["room"], unit, _STATE_EVERY_S)
     first, losses, curvatures = _resume(keep, network, optimizer, rank, world)
     attempt = None
     if rank == 0:
         workers.call(loop["queue"], "join", rank, world, socket.gethostname())
         workers.call(loop["queue"], "take", rank)
-        attempt = loop["room"].begin_unit(UNIT)
+        attempt = loop["room"].begin_unit(unit)
     parallel = ray.train.torch.prepare_model(network, move_to_device=False)
-    report = workers.reporter(loop["queue"], UNIT)
+    report = workers.reporter(loop["queue"], unit)
 
     def get_state(epoch: int) -> State:
         state = training_state(network, optimizer)
         state |= {"epoch": np.array(epoch), "losses": np.array(losses)}
         return state | ({"curvatures": np.array(curvatures)} if curvatures else {})
+
+    told = "" if unit == UNIT else f"{unit}, "
 
     def on_curvature(epoch: int, term: float) -> None:
         curvatures.append(round(term, 4))
@@ -191,7 +204,7 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
             bent = f", curvature {curvatures[-1]:.3f}" if curvatures else ""
             report(
                 (epoch + 1) / (squeeze.epochs + 1),
-                f"epoch {epoch + 1}/{squeeze.epochs}, loss {loss:.3f}{bent}",
+                f"{told}epoch {epoch + 1}/{squeeze.epochs}, loss {loss:.3f}{bent}",
                 epoch=epoch + 1,
                 loss=loss,
             )
@@ -213,7 +226,7 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
     )
     if attempt is not None:
         network.eval()
-        top1 = measure(network, loop["val"], config, "the trained teacher", device)
+        top1 = measure(network, loop["val"], config, f"the trained {unit}", device)
         extra: dict[str, Any] = {"losses": losses}
         if curvatures:
             extra |= {"curvatures": curvatures, "curvature_weight": squeeze.curvature_weight}
@@ -227,9 +240,10 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
             started,
             extra,
             attempt=attempt,
+            unit=unit,
         )
         keep.clear()
-        workers.call(loop["queue"], "report", UNIT, 1.0, "")
+        workers.call(loop["queue"], "report", unit, 1.0, "")
 
 
 def _resume(
@@ -288,11 +302,11 @@ def _streamed_batches(config: SourceConfig, batch_size: int, seed: int) -> Itera
 
 def _stream(source: Source, config: SourceConfig) -> ray.data.Dataset:
     """Return a Ray Data stream with an image a row; the shards come in another order every epoch."""
-    shards = [{"shard": json.dumps(asdict(s))} for s in source.shards(_STREAM_CHUNK_IMAGES)]
+    shards = [{"shard": shard.written()} for shard in source.shards(_STREAM_CHUNK_IMAGES)]
     held = ray.put(source)
 
     def decode(batch: pa.Table) -> Iterator[pa.Table]:
-        shard = shard_of(json.loads(batch["shard"][0].as_py()))
+        shard = Shard.read(batch["shard"][0].as_py())
         for chunk in decoded_chunks(ray.get(held), shard, config, _STREAM_CHUNK_IMAGES):
             pixels = [image.tobytes() for image in chunk.images_NHWC]
             yield pa.table({"pixels": pa.array(pixels, pa.binary()), "label": chunk.labels_N})

@@ -21,9 +21,19 @@ UNIT = "teacher"
 TEACHER_KEY = "teacher.safetensors"
 
 
-def read_teacher(room: Room) -> Teacher:
-    """Return the teacher of a committed room, verified."""
-    return codecs.decode_teacher(room.read(room.committed().file(TEACHER_KEY)))
+def units_of(config: DistillConfig) -> tuple[str, ...]:
+    """Return a unit a teacher of the run: the one that images are made for, then those that only label."""
+    return (UNIT, *(f"{UNIT}-{number}" for number in range(1, config.num_teachers)))
+
+
+def key_of(unit: str) -> str:
+    """Return the key of a teacher."""
+    return f"{unit}.safetensors"
+
+
+def read_teacher(room: Room, unit: str = UNIT) -> Teacher:
+    """Return a teacher of a committed room, verified."""
+    return codecs.decode_teacher(room.read(room.committed().file(key_of(unit))))
 
 
 def feature_width(config: DistillConfig, num_classes: int) -> int:
@@ -81,8 +91,9 @@ def commit_teacher(
     metrics: dict[str, Any],
     *,
     attempt: int,
+    unit: str = UNIT,
 ) -> None:
-    """Store a measured network as the teacher of this run, with everything that is needed to feed it."""
+    """Store a measured network as a teacher of this run, with everything that is needed to feed it."""
     source = config.source
     teacher = Teacher(
         arch=network_config.arch,
@@ -99,8 +110,8 @@ def commit_teacher(
     )
     seconds = time.perf_counter() - started
     room.commit_unit(
-        UNIT,
-        {TEACHER_KEY: codecs.encode_teacher(teacher)},
+        unit,
+        {key_of(unit): codecs.encode_teacher(teacher)},
         metrics={
             "top1": top1,
             "arch": network_config.arch,

@@ -41,7 +41,8 @@ def accuracy(
 
     Args:
         table: `main` (Fashion-MNIST), `digits`, `cross` (other students and teachers), `ablation` (best less one thing, or
-            with other terms), `longtail` (digits, of which the last class has a twelfth of the first's images).
+            with other terms), `longtail` (digits, of which the last class has a twelfth of the first's images), `alignment`
+            (several labeling teachers and the transport term of students) and `alignment_digits`.
         data: Real images; the recipe's by default, and for Fashion-MNIST the folder with the IDX files.
         out: Folder of the units; what is there already is not done again.
         ipc: Images a class; the table's own by default.

@@ -24,7 +24,9 @@ from wmdd_ray.errors import ConfigError
 from wmdd_ray.recipes import recipe_of
 
 Kind = Literal["random", "nearest", "herding", "mosaic", "recover", "full"]
-TableName = Literal["main", "cross", "digits", "ablation", "longtail"]
+TableName = Literal[
+    "main", "cross", "digits", "ablation", "longtail", "alignment", "alignment_digits"
+]
 
 RANDOM, FULL = "random_real", "full_data"
 _TILED: tuple[Kind, ...] = ("random", "nearest", "mosaic")
@@ -58,7 +60,7 @@ class TeacherRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Rows under one budget. The first of `teachers` labels; recovered rows use all of them.
+    """Rows under one budget. The first of `teachers` labels, or the mean of `labelers`; recovered rows use all of `teachers`.
 
     `student.epochs` and `relabel.epochs` are passes over stored images that are read as tiles x tiles small ones; a row with
     fewer small images has as many more passes.
@@ -73,6 +75,7 @@ class Group:
     rows: tuple[Row, ...]
     distill_seeds: int
     student_seeds: int
+    labelers: tuple[TeacherRecipe, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,13 +128,16 @@ def table_of(name: TableName, options: Options) -> Table:
     Raises:
         ConfigError: Rows of a group would have different budgets, or there is no such row.
     """
-    dataset = "digits" if name in ("digits", "longtail") else "fashion_mnist"
+    on_digits = name in ("digits", "longtail", "alignment_digits")
+    dataset = "digits" if on_digits else "fashion_mnist"
     makers: dict[TableName, tuple[_Maker, tuple[int, ...]]] = {
         "main": (_main, (1, 10, 50)),
         "digits": (_main, (1, 5, 10)),
         "cross": (_cross, (10,)),
         "ablation": (_ablation, (10,)),
         "longtail": (_longtail, (1, 5)),
+        "alignment": (_alignment, (1, 10, 50)),
+        "alignment_digits": (_alignment, (1, 10, 50)),
     }
     make, ipcs = makers[name]
     groups = make(dataset, options.ipc or ipcs, options)
@@ -263,7 +269,7 @@ def _group(
 
 
 # What differs between recipes without being a choice that an ablation asks about; student and label epochs go together.
-_NO_CHOICE = {"network", "num_seeds", "baselines", "all_real_epochs"} | {
+_NO_CHOICE = {"network", "num_seeds", "baselines", "all_real_epochs", "diffusion"} | {
     *("epochs", "epochs_per_unit", "slice_images")
 }
 
@@ -275,6 +281,11 @@ _Maker = Callable[[str, tuple[int, ...], Options], list[Group]]
 # The smallest class of the long-tailed digits keeps 11 images to train on.
 _IMBALANCE = 12.0
 _LABEL_WEIGHTS = (0.1, 1.0, 10.0)
+# Teachers that label in the groups of LIA, which a schedule is chosen from; the largest joins OTM.
+_LABELERS = (2, 4)
+# EDC's weight of cross-entropy beside mean squared error, and the transport term's.
+_OTM: dict[str, Any] = {"loss": "mse", "ce_weight": 0.025}
+_SINKHORN_WEIGHT = 0.1
 
 
 def _recovered(name: str, title: str, recipe: DistillConfig, **changes: Any) -> Row:
@@ -378,6 +389,8 @@ def _ablation(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Gro
         rows = [random, ours]
         for part in ("barycenters", "recover"):
             for name, value in _differences(getattr(best, part), getattr(paper, part)).items():
+                if name in _NO_CHOICE:
+                    continue
                 changes = {name: value}
                 if name == "start" and value == "noise":
                     changes["residual_blends"] = 0  # noise has nothing to go back to
@@ -429,6 +442,35 @@ def _longtail(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Gro
             changed = replace(best, barycenters=barycenters)
             rows.append(_recovered(f"joint_{weight:g}", title, changed))
         groups.append(_group(f"ipc {ipc}", ipc, best, tuple(rows), options))
+    return groups
+
+
+def _alignment(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Group]:
+    """Return `best` by one teacher and by the mean of several (LIA), with the transport term in the student's loss and without.
+
+    OTM is cross-entropy, squared error and transport together: a group without the last tells what is whose.
+    """
+    groups = []
+    for ipc in ipcs:
+        paper, best = variants(dataset, ipc, options)
+        rows = tuple(row for row in _main_rows(paper, best) if row.name in (RANDOM, "best"))
+        first = _teachers(best, options)[0]
+        others = [
+            replace(first, name=f"{first.name}-{number}", given="")
+            for number in range(1, max(_LABELERS))
+        ]
+        squared = replace(best, evaluate=replace(best.evaluate, **_OTM))
+        otm = replace(squared, evaluate=replace(squared.evaluate, sinkhorn_weight=_SINKHORN_WEIGHT))
+        settings = [
+            ("one teacher", 1, best),
+            *((f"LIA: {count} teachers", count, best) for count in _LABELERS),
+            ("one teacher, CE + MSE", 1, squared),
+            ("OTM: CE + MSE + Sinkhorn", 1, otm),
+            (f"LIA + OTM: {max(_LABELERS)} teachers", max(_LABELERS), otm),
+        ]
+        for title, count, recipe in settings:
+            group = _group(f"{title}, ipc {ipc}", ipc, recipe, rows, options, (first,))
+            groups.append(replace(group, labelers=(first, *others[: count - 1])))
     return groups
 
 

@@ -165,12 +165,16 @@ def _group_lines(group: dict[str, Any]) -> list[str]:
     for name in ("ce_weight", "ema_decay"):
         if student.get(name):
             settings.append(f"{name} {student[name]:g}")
+    if student.get("sinkhorn_weight"):
+        settings.append(f"Sinkhorn distance {student['sinkhorn_weight']:g}")
     if student.get("weighted_loss"):
         settings.append("weighted loss")
     views = group["rows"][0]["soft"]["views"]
+    others = len(group.get("labelers", [])) - 1
+    labelers = group["labeled_by"] + (f" and {others} more" if others > 0 else "")
     seeds = f"{group['distill_seeds']} sets x {group['student_seeds']} students"
     head = (
-        f"**{group['title']}**: student {arch}, {views:,} views, {', '.join(settings)}; labels by {group['labeled_by']}; "
+        f"**{group['title']}**: student {arch}, {views:,} views, {', '.join(settings)}; labels by {labelers}; "
         f"{seeds}."
     )
     table = [

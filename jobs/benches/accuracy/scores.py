@@ -70,6 +70,7 @@ def score(
             "ipc": group.ipc,
             "labeled_by": group.teachers[0].name,
             "teachers": [t.name for t in group.teachers],
+            "labelers": [t.name for t in group.labelers or group.teachers[:1]],
             "relabel": asdict(group.relabel),
             "student": asdict(group.student),
             "distill_seeds": group.distill_seeds,

@@ -66,7 +66,7 @@ class Unit(ABC):
     @property
     def id(self) -> str:
         """Readable beginning, and the fingerprint of all that the unit's bytes depend on."""
-        return f"{self.label}-{fingerprint(asdict(self))[:10]}"
+        return f"{self.label}-{fingerprint(_without_unused(asdict(self)))[:10]}"
 
     @property
     @abstractmethod
@@ -100,6 +100,21 @@ class Unit(ABC):
         seconds = time.perf_counter() - started
         metrics = {"seconds": round(seconds, 3), **metrics}
         room.commit_unit(self.id, files, metrics=metrics, attempt=attempt, seconds=seconds)
+
+
+def _without_unused(value: Any) -> Any:
+    """Return a unit's fields without options that came later and are off, so that ids are those of before.
+
+    Which teachers label is said by the units themselves.
+    """
+    if isinstance(value, list | tuple):
+        return [_without_unused(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    unused = {"teacher_schedule", "teachers"} if "teacher_schedule" in value else set()
+    if value.get("sinkhorn_weight") == 0:
+        unused |= {"sinkhorn_weight", "sinkhorn_regularization", "sinkhorn_iterations"}
+    return {name: _without_unused(item) for name, item in value.items() if name not in unused}
 
 
 # Teacher ----------------------------------------------------------------------------------------

@@ -40,6 +40,11 @@ from wmdd_ray.core.views import StoredImages, draw_views
 
 LABELS: tuple[Labels, ...] = ("soft", "hard")
 _MEASURED_IMAGES = 100
+# Options of the loss to soft labels.
+_SOFT = (
+    *("loss", "temperature", "ce_weight"),
+    *("sinkhorn_weight", "sinkhorn_regularization", "sinkhorn_iterations"),
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ def units_of_row(group: Group, row: Row, place: Workplace) -> Trained:
     """Return what a row needs; its budget is checked against what its images are."""
     teachers = tuple(teacher_unit(recipe, place) for recipe in group.teachers)
     features = tuple(FeaturesUnit(data=place.data, teacher=teacher) for teacher in teachers)
+    labelers = tuple(teacher_unit(recipe, place) for recipe in group.labelers) or teachers[:1]
     needs_teacher = row.kind not in ("random", "full")
     full = row.kind == "full"
     num_images = len(place.train.labels_N)
@@ -86,7 +92,7 @@ def units_of_row(group: Group, row: Row, place: Workplace) -> Trained:
             data=place.data,
             images=each,
             num_images=num_images,
-            teachers=teachers[:1],
+            teachers=labelers,
             relabel=replace(group.relabel, epochs=budget.label_epochs),
         )
         for each in images
@@ -97,13 +103,20 @@ def units_of_row(group: Group, row: Row, place: Workplace) -> Trained:
     )
     of_kind = {
         "soft": replace(student, hard=HardLabelConfig()),
-        "hard": student.for_labels("hard"),
+        # By any soft labels and any loss to them, so that groups that differ in those share them.
+        "hard": replace(
+            student.for_labels("hard"), **{name: getattr(EvaluateConfig(), name) for name in _SOFT}
+        ),
     }
     per_set = group.student_seeds * (group.distill_seeds if full else 1)
     students = {
         kind: tuple(
             StudentUnit(
-                data=place.data, labeled=each, student=of_kind[kind], labels=kind, seed=seed
+                data=place.data,
+                labeled=each if kind == "soft" else replace(each, teachers=teachers[:1]),
+                student=of_kind[kind],
+                labels=kind,
+                seed=seed,
             )
             for each in labeled
             for seed in range(per_set)
