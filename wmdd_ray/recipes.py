@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from wmdd_ray.config import (
     BarycenterConfig,
+    DiffusionConfig,
     DistillConfig,
     EvaluateConfig,
     FeaturesConfig,
@@ -26,6 +27,15 @@ from wmdd_ray.errors import ConfigError
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+# For --recover.method diffusion with a model of jobs/train_diffusion.py.
+_SMALL_UNET = DiffusionConfig(steps=25, guidance_scale=2.0)
+
+# DiT of ImageNet at 256 pixels, by its name on the Hugging Face hub; steps, scale and window are IGD's. Not run here.
+_DIT = DiffusionConfig(model="facebook/DiT-XL-2-256", steps=50, guidance_scale=4.0)
+# ImageNette's classes, in the order of their WordNet ids, among ImageNet's.
+_NETTE = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
 
 
 def digits(ipc: int) -> DistillConfig:
@@ -49,6 +59,7 @@ def digits(ipc: int) -> DistillConfig:
             crop_scale_min=0.7,
             flip=False,
             roll_px=1,
+            diffusion=_SMALL_UNET,
         ),
         relabel=RelabelConfig(
             epochs=200, epochs_per_unit=25, views=ViewConfig(crop_scale_min=0.5, flip=False)
@@ -75,10 +86,15 @@ def fashion_mnist(ipc: int) -> DistillConfig:
     """
     network = NetworkConfig(arch="convnet3", width=32)
     if ipc < 10:
-        recover = RecoverConfig(tiles=2, crop_scale_min=0.5, roll_px=2)
+        recover = RecoverConfig(tiles=2, crop_scale_min=0.5, roll_px=2, diffusion=_SMALL_UNET)
     else:
         recover = RecoverConfig(
-            iterations=200, learning_rate=0.02, bn_weight=1.0, crop_scale_min=0.5, roll_px=2
+            iterations=200,
+            learning_rate=0.02,
+            bn_weight=1.0,
+            crop_scale_min=0.5,
+            roll_px=2,
+            diffusion=_SMALL_UNET,
         )
     return DistillConfig(
         recipe="fashion_mnist",
@@ -181,7 +197,12 @@ def _imagenet_like(
         data=name,
         source=SourceConfig(image_size=224, resize=256, mean=_IMAGENET_MEAN, std=_IMAGENET_STD),
         squeeze=squeeze,
-        recover=replace(_TOUCHED_UP, bn_weight=bn_weight, roll_px=32),
+        recover=replace(
+            _TOUCHED_UP,
+            bn_weight=bn_weight,
+            roll_px=32,
+            diffusion=replace(_DIT, class_ids=_NETTE) if name == "imagenette" else _DIT,
+        ),
         relabel=RelabelConfig(compression="full" if name == "imagenette" else "top_k", top_k=50),
         evaluate=replace(_STUDENT, network=NetworkConfig(arch="resnet18")),
     )

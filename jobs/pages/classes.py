@@ -126,6 +126,8 @@ class _Reader:
     def _shows_start(self) -> bool:
         """Whether a start is another picture than the real image nearest to the atom, and can be had."""
         recover = self._config.recover
+        if recover.method == "diffusion":
+            return False  # it is the sampler's noise
         if recover.start == "noise":
             return True
         return self._source is not None and (recover.start != "nearest" or recover.tiles > 1)

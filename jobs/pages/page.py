@@ -132,7 +132,8 @@ def _count(number: int, what: str) -> str:
 
 def _starts_nearest(facts: RunFacts) -> bool:
     recover = facts.config.recover
-    return recover.start == "nearest" and recover.tiles == 1
+    inverted = recover.method == "inversion"
+    return inverted and recover.start == "nearest" and recover.tiles == 1
 
 
 def _absent(facts: RunFacts, stage: str) -> str:
@@ -260,6 +261,7 @@ def _one_class(facts: RunFacts, shown: list[dict[str, Any]]) -> str:
     if not shown:
         return _absent(facts, "barycenters")
     recover = facts.config.recover
+    made = "Image j was made to meet atom j."
     start = {
         "nearest": "Each image began as the real image nearest to its atom"
         + (", made small." if recover.tiles > 1 else "."),
@@ -267,8 +269,13 @@ def _one_class(facts: RunFacts, shown: list[dict[str, Any]]) -> str:
         "mosaic": "Each image began as a mosaic of crops that the teacher finds easy.",
         "noise": "Each image began as noise.",
     }[recover.start]
-    return f"""<p>An atom is a weighted point of the class's Wasserstein barycenter in the teacher's feature space; image j
-was made to meet atom j. {start} Choose a picture to enlarge it.</p>
+    if recover.method == "diffusion":
+        made, start = (
+            "The images were sampled from a diffusion model, one after another, and meet no atom.",
+            "",
+        )
+    return f"""<p>An atom is a weighted point of the class's Wasserstein barycenter in the teacher's feature space.
+{made} {start} Choose a picture to enlarge it.</p>
 <div class="bar"><label>Class <select id="picker"></select></label>
 <button id="before" type="button">‹ previous</button><button id="after" type="button">next ›</button>
 <label>Size <input id="size" type="range" min="32" max="224" value="72"></label><span class="note" id="wall-note"></span></div>

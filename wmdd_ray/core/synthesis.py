@@ -148,7 +148,7 @@ def recover_group(
         return adam.state() | last | curves.state() | averages
 
     with ExitStack() as stack:
-        stack.enter_context(_deterministic_convolutions())
+        stack.enter_context(deterministic_convolutions())
         for m, network in enumerate(networks):
             taps = stack.enter_context(tapped(network))
             objective = _Objective(network, m, taps, targets, config, device)
@@ -176,9 +176,7 @@ def recover_group(
     losses |= {name: to_array(value) for name, value in terms.items()}
     _refuse_lost(targets, adam.images_BCHW)
     pixels_BHWC = adam.pixels()
-    features_BD = _features_of(
-        networks[0], to_input(pixels_BHWC, mean_C, std_C, device), image_size
-    )
+    features_BD = features_of(networks[0], to_input(pixels_BHWC, mean_C, std_C, device), image_size)
     curve_PG = {name.removeprefix("curve_"): value for name, value in curves.state().items()}
     curve_at_P = curves.iterations(adam.iteration)
     return [
@@ -226,14 +224,14 @@ class _Curves:
 
 
 @torch.no_grad()
-def _features_of(network: nn.Module, images_BCHW: Tensor, image_size: int) -> np.ndarray:
+def features_of(network: nn.Module, images_BCHW: Tensor, image_size: int) -> np.ndarray:
     """Return features_BD, float32, of whole images; small ones are enlarged as they are for every step."""
     if images_BCHW.shape[-1] != image_size:
         whole_B4 = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(images_BCHW), 1)
         upright_B = torch.zeros(len(images_BCHW), dtype=torch.bool)
         device = images_BCHW.device
         images_BCHW = crop(images_BCHW, whole_B4.to(device), upright_B.to(device), image_size)
-    with _deterministic_convolutions():
+    with deterministic_convolutions():
         features_BD, _ = features_and_logits(network, images_BCHW)
     return to_array(features_BD.float())
 
@@ -358,7 +356,7 @@ def _refuse_lost(targets: list[ClassTarget], images_BCHW: Tensor) -> None:
 
 
 @contextmanager
-def _deterministic_convolutions() -> Iterator[None]:
+def deterministic_convolutions() -> Iterator[None]:
     """Keep cuDNN from algorithms that add in a random order; they would break the promise of equal bytes."""
     before = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True

@@ -1,4 +1,8 @@
-"""recover: the distilled images, on Ray Train workers that take groups of classes from a load-balanced stream."""
+"""recover: the distilled images, on Ray Train workers that take groups of classes from a load-balanced stream.
+
+They are optimized against the teacher (`core/synthesis.py`), or sampled from a diffusion model (`stages/diffusion.py`); whoever
+reads the room need not know.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +23,11 @@ from wmdd_ray.core.networks import network_of
 from wmdd_ray.core.optimizer import State
 from wmdd_ray.core.synthesis import ClassTarget, recover_group
 from wmdd_ray.core.tiles import shrink, tile, tile_side
+from wmdd_ray.diffusion import DiffusionModel, load_model, read_card
 from wmdd_ray.records import ClassBarycenter, ClassImages, Teacher
 from wmdd_ray.rooms import Room
 from wmdd_ray.run import StageRun, Work, unit_seed
-from wmdd_ray.stages import barycenters
+from wmdd_ray.stages import barycenters, diffusion
 from wmdd_ray.stages.checkpoints import Checkpoints
 from wmdd_ray.stages.teacher import read_teacher
 from wmdd_ray.stages.workers import DoUnit, Report, do_units
@@ -33,8 +38,11 @@ from wmdd_ray.store.sources import Source
 
 def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that the images depend on."""
+    if config.recover.method == "diffusion":
+        return {"seed": config.seed, "recover": diffusion.options(config)}
     recover = asdict(config.recover)
-    del recover["checkpoint_s"]
+    for name in ("checkpoint_s", "method", "diffusion"):
+        del recover[name]
     return {"seed": config.seed, "recover": recover}
 
 
@@ -50,10 +58,25 @@ def key_of(label: int) -> str:
     return f"classes/{label:05d}.safetensors"
 
 
+def check_model(config: DistillConfig, class_names: tuple[str, ...]) -> str:
+    """Return the identity of the diffusion model that images are sampled from, "" when they are not.
+
+    Raises:
+        ConfigError, ArtifactError: There is no such model, or it does not go with the options or the classes.
+    """
+    if config.recover.method != "diffusion":
+        return ""
+    card = read_card(config.recover.diffusion.model)
+    diffusion.checked(card, config, class_names)
+    return card.identity
+
+
 def plan(stage: StageRun) -> Work:
     """Return one unit a group of classes."""
     config = stage.config
-    num_classes = len(stage.run.source("train").class_names)
+    class_names = stage.run.source("train").class_names
+    check_model(config, class_names)
+    num_classes = len(class_names)
     image_bytes = config.source.image_size**2 * config.source.channels
     return Work(
         units=tuple(groups(config, num_classes)),
@@ -63,15 +86,18 @@ def plan(stage: StageRun) -> Work:
 
 def work(stage: StageRun) -> dict[str, Any]:
     """Recover every group that is not finished."""
-    units = groups(stage.config, len(stage.inputs["features"].metrics["class_counts"]))
+    config = stage.config
+    units = groups(config, len(stage.inputs["features"].metrics["class_counts"]))
+    identity = check_model(config, stage.run.source("train").class_names)
     worker = partial(
         open_worker,
         room=stage.room,
         teacher_room=stage.run.room("teacher"),
         barycenter_room=stage.run.room("barycenters"),
         source=stage.run.source("train"),
-        config=stage.config,
+        config=config,
         units=units,
+        model_identity=identity,
     )
     do_units(stage, list(units), worker)
     markers = stage.room.read_units(units)
@@ -91,11 +117,20 @@ def open_worker(
     source: Source,
     config: DistillConfig,
     units: dict[str, range],
+    model_identity: str = "",
 ) -> DoUnit:
-    """Load the teacher and return the function that recovers one group of classes."""
+    """Load the teacher, and the diffusion model if there is one, and return the function that makes one group of classes."""
     teacher = read_teacher(teacher_room)
     network = network_of(teacher, device)
     files = {f.key: f for m in barycenter_room.committed().units.values() for f in m.files}
+    model: DiffusionModel | None = None
+    if config.recover.method == "diffusion":
+        model = load_model(config.recover.diffusion.model, device)
+        diffusion.check_unchanged(model, model_identity)
+
+    def real_of(label: int, side: int) -> np.ndarray:
+        keys = barycenters.read_barycenter(barycenter_room, files, label).random_keys
+        return read_real(source, keys, diffusion.source_at(config, side))
 
     def target_of(label: int) -> ClassTarget:
         found = barycenters.read_barycenter(barycenter_room, files, label)
@@ -115,28 +150,43 @@ def open_worker(
         attempt = room.begin_unit(unit)
         if attempt is None:
             return
-        targets = [target_of(label) for label in units[unit]]
         keep = Checkpoints(room, unit, config.recover.checkpoint_s)
-        iterations = config.recover.iterations
+        steps = config.recover.iterations if model is None else diffusion.num_steps(config)
 
-        def on_step(iteration: int, get_state: Callable[[], State]) -> None:
+        def on_step(step: int, get_state: Callable[[], State]) -> None:
             keep.maybe(get_state)
-            report(iteration / max(1, iterations), f"step {iteration}/{iterations} of {unit}")
+            report(step / max(1, steps), f"step {step}/{steps} of {unit}")
 
-        in_core = time.perf_counter()
-        images = recover_group(
-            network,
-            targets,
-            config.recover,
-            image_size=teacher.image_size,
-            channels=teacher.channels,
-            mean_C=teacher.mean_C,
-            std_C=teacher.std_C,
-            seed=_seed(config),
-            device=device,
-            state=keep.load(),
-            on_step=on_step,
-        )
+        if model is None:
+            targets = [target_of(label) for label in units[unit]]
+            in_core = time.perf_counter()
+            images = recover_group(
+                network,
+                targets,
+                config.recover,
+                image_size=teacher.image_size,
+                channels=teacher.channels,
+                mean_C=teacher.mean_C,
+                std_C=teacher.std_C,
+                seed=_seed(config),
+                device=device,
+                state=keep.load(),
+                on_step=on_step,
+            )
+        else:
+            in_core = time.perf_counter()
+            images = diffusion.sampled(
+                units[unit],
+                model,
+                network,
+                teacher,
+                real_of,
+                config,
+                seed=_seed(config),
+                device=device,
+                state=keep.load(),
+                on_step=on_step,
+            )
         in_core = time.perf_counter() - in_core
         room.commit_unit(
             unit,

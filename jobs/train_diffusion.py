@@ -1,0 +1,306 @@
+"""Train a small class-conditional diffusion model on labelled images: `python jobs/train_diffusion.py --recipe digits`.
+
+--out gets a pipeline of diffusers (a UNet2DModel on pixels with safetensors weights, and its noise levels), classes.json
+with the class names, and preview.png. `jobs/distill.py --recover.method diffusion --recover.diffusion.model OUT` samples it.
+One process, on a GPU if there is one. Run the same command again after any interruption: it goes on from its last state.
+Exit codes: 0 done, 2 configuration, 4 input, 5 storage, 130 interrupted, 143 terminated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import tyro
+
+from jobs import endings
+from wmdd_ray.config import SourceConfig, refuse_secrets
+from wmdd_ray.errors import ConfigError, DataError
+from wmdd_ray.progress import StageLine, duration
+from wmdd_ray.provenance import hardware, versions
+from wmdd_ray.recipes import recipe_of
+from wmdd_ray.run import difference, fingerprint
+from wmdd_ray.store.documents import read_sealed, seal
+from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.sources import Source, load_images, open_source
+
+if TYPE_CHECKING:
+    from wmdd_ray.core.optimizer import State
+    from wmdd_ray.diffusion import DiffusionModel
+
+_PLAN_KEY = "training/plan.json"
+_PREVIEW_IMAGES, _PREVIEW_STEPS = 6, 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What the weights depend on, beside the images."""
+
+    widths: tuple[int, ...] = (16, 32, 64)
+    """Channels at the image's resolution, at its half, and so on; multiples of 8. The last one has attention."""
+    layers: int = 1
+    """Blocks at each resolution."""
+    epochs: int = 100
+    """Passes over the images; of Fashion-MNIST 3 are as many steps."""
+    batch_size: int = 64
+    """Images of a step."""
+    learning_rate: float = 2e-3
+    """Peak rate of AdamW; cosine to 0."""
+    ema_decay: float = 0.995
+    """Decay a step of the weights' moving average, which is what is kept."""
+    drop_class: float = 0.1
+    """Share of the labels that are left out, for --recover.diffusion.guidance-scale (0.1 in DiT)."""
+    flip: bool = False
+    """Mirror half of the images (off for digits: a mirrored digit is no digit)."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: expected >= 1, got {getattr(self, name)}"
+                )
+        if not self.widths:
+            raise ConfigError("--widths: expected at least one")
+        for name in ("ema_decay", "drop_class"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: expected in [0, 1), got {getattr(self, name)}"
+                )
+        if not 0 < self.learning_rate < float("inf"):
+            raise ConfigError(f"--learning-rate: expected > 0, got {self.learning_rate}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Options of the job."""
+
+    recipe: str = "digits"
+    """Recipe of jobs/distill.py that says how the images are read."""
+    data: str = "digits"
+    """Training images: `digits` (embedded), a path, or a URI; the recipe's by default."""
+    out: str | None = None
+    """Folder or URI of the model; runs/diffusion-RECIPE by default."""
+    checkpoint_s: float = 30.0
+    """Least seconds between two stored states."""
+    memory_limit_gib: float = 4.0
+    """Most of decoded images; they are held in memory."""
+    overwrite: bool = False
+    """Replace a model that was trained with other options or on other images."""
+    verbose: bool = False
+    """Show log lines, and whole tracebacks."""
+    training: Annotated[Training, tyro.conf.arg(name="")] = field(default_factory=Training)
+    source: SourceConfig = field(default_factory=SourceConfig)
+
+    def __post_init__(self) -> None:
+        refuse_secrets("out", self.out)
+        refuse_secrets("data", self.data)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job and return its exit code."""
+
+    def work() -> int:
+        job = parse(arguments)
+        endings.log_above_the_bar(verbose=job.verbose)
+        return train(job)
+
+    return endings.exit_code_of(arguments, work)
+
+
+def parse(arguments: list[str]) -> Job:
+    """Return the job of a command line: a recipe's values, changed by the options given."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default="digits")
+    known, _ = first.parse_known_args(arguments)
+    recipe = recipe_of(known.recipe, 1)
+    default = Job(recipe=known.recipe, data=recipe.data, source=recipe.source)
+    return tyro.cli(Job, args=arguments, default=default, description=__doc__)
+
+
+def train(job: Job) -> int:
+    """Train the model unless it is there, and print where it is."""
+    started = time.monotonic()
+    store = Store(job.out or f"runs/diffusion-{job.recipe}")
+    source = open_source(job.data, job.source, split="train")
+    plan = _plan(job, source)
+    if _claimed(store, plan, overwrite=job.overwrite):
+        print(f"found whole     {store.uri}")
+        return 0
+    from wmdd_ray.diffusion import INDEX_KEY, save_model
+
+    model, losses = _trained(job, source, store)
+    about = {
+        "data": job.data,
+        "source": asdict(job.source),
+        "training": asdict(job.training),
+        "loss": losses[-1] if losses else None,
+        "hardware": hardware(),
+        **versions(),
+    }
+    files = save_model(
+        model.network, model.scheduler, source.class_names, json.loads(json.dumps(about))
+    )
+    store.put("preview.png", _preview(model, job.training.seed))
+    for key, content in files.items():
+        store.put(key, content)
+    store.delete("partial")
+    assert store.exists(INDEX_KEY)
+    print(f"model           {store.uri}")
+    print(f"preview         {store.uri}/preview.png")
+    print(f"weights         {sum(p.numel() for p in model.network.parameters()):,}")
+    print(
+        f"sample it       python jobs/distill.py --recipe {job.recipe} --recover.method diffusion "
+        f"--recover.diffusion.model {store.uri}"
+    )
+    print(f"this run took {duration(time.monotonic() - started)}")
+    return 0
+
+
+def _plan(job: Job, source: Source) -> dict[str, Any]:
+    """Return what the weights depend on, in the form of a room's plan."""
+    options = {"source": asdict(job.source), "training": asdict(job.training)}
+    head = {
+        "version": 1,
+        "options": json.loads(json.dumps(options)),
+        "inputs": {"data": source.fingerprint()},
+    }
+    return {**head, "fingerprint": fingerprint(head)}
+
+
+def _claimed(store: Store, plan: dict[str, Any], *, overwrite: bool) -> bool:
+    """Return whether this model is there whole; else write its plan, where no other's is."""
+    from wmdd_ray.diffusion import CLASSES_KEY, INDEX_KEY
+
+    try:
+        found = read_sealed(store, _PLAN_KEY)
+    except FileNotFoundError:
+        found = None
+    if found is None and store.list():
+        raise ConfigError(
+            f"--out {store.uri}: expected an empty or new folder, or a model of this job; pass another"
+        )
+    if found is not None and found["fingerprint"] != plan["fingerprint"]:
+        if not overwrite:
+            raise ConfigError(
+                f"{store.uri} was made with {difference(found, plan)}; pass --overwrite to replace it, or another --out to keep "
+                "both"
+            )
+        # What is read first, first: nobody shall find half of a model.
+        for key in (INDEX_KEY, CLASSES_KEY, "unet", "scheduler", "preview.png", "partial"):
+            store.delete(key)
+        found = None
+    if found is None:
+        store.put(_PLAN_KEY, seal(plan))
+    return store.exists(INDEX_KEY)
+
+
+def _trained(job: Job, source: Source, store: Store) -> tuple[DiffusionModel, list[float]]:
+    """Return the trained model, and the losses of the epochs of this run."""
+    import torch
+
+    from wmdd_ray.core.denoising import train_denoiser
+    from wmdd_ray.core.synthesis import deterministic_convolutions
+    from wmdd_ray.diffusion import DiffusionModel, new_unet, trained_card
+    from wmdd_ray.rooms import Room
+    from wmdd_ray.stages.checkpoints import Checkpoints
+
+    training = job.training
+    with torch.random.fork_rng([]):
+        torch.manual_seed(training.seed)
+        network, scheduler = new_unet(
+            training.widths,
+            image_size=job.source.image_size,
+            channels=job.source.channels,
+            num_classes=len(source.class_names),
+            layers=training.layers,
+        )
+    loaded = load_images(source, job.source, int(job.memory_limit_gib * 2**30))
+    if loaded is None:
+        raise DataError(
+            f"{job.data}: expected images that take at most {job.memory_limit_gib:g} GiB decoded; this job is for small sets: "
+            "raise --memory-limit-gib, lower --source.image-size, or take a pretrained model (facebook/DiT-XL-2-256)"
+        )
+    _, labels_N, images_NHWC, _ = loaded
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # A third less time on CPU, and what tensor cores want.
+    network = network.to(device, memory_format=torch.channels_last)
+    keep = Checkpoints(Room(store, ""), "training", job.checkpoint_s)
+    state = keep.load()
+    first = 0 if state is None else int(state["epoch"]) + 1
+    line = StageLine("training")
+    line.start(training.epochs, first)
+    losses: list[float] = []
+
+    def on_epoch(epoch: int, loss: float, get_state: Callable[[], State]) -> None:
+        losses.append(loss)
+        keep.maybe(get_state)
+        line.update(epoch + 1, f"loss {loss:.4f}")
+
+    with deterministic_convolutions():
+        train_denoiser(
+            network,
+            scheduler,
+            images_NHWC,
+            labels_N,
+            null_class=len(source.class_names),
+            epochs=training.epochs,
+            batch_size=training.batch_size,
+            learning_rate=training.learning_rate,
+            ema_decay=training.ema_decay,
+            drop_class=training.drop_class,
+            flip=training.flip,
+            seed=training.seed,
+            state=state,
+            on_epoch=on_epoch,
+        )
+    line.finish()
+    keep.clear()
+    card = trained_card(network, scheduler, source.class_names, store.uri)
+    return DiffusionModel(card, network, None, scheduler), losses
+
+
+def _preview(model: DiffusionModel, seed: int) -> bytes:
+    """Return a PNG with some samples of each class, without guidance by real images."""
+    from functools import partial
+
+    from wmdd_ray.config import DiffusionConfig
+    from wmdd_ray.core.sampling import SampleTarget, sample_group
+    from wmdd_ray.pictures import preview
+
+    names = model.card.class_names[:20]
+    device = next(model.network.parameters()).device
+    config = DiffusionConfig(steps=_PREVIEW_STEPS, guidance_scale=2.0)
+    nothing = model.encode(_blank(model))
+    targets = [SampleTarget(label=i, class_id=i, real_MCHW=nothing) for i in range(len(names))]
+    found = sample_group(
+        partial(model.predict, guidance_scale=config.guidance_scale, mixed_precision=False),
+        model.scheduler,
+        targets,
+        config,
+        num_images=_PREVIEW_IMAGES,
+        shape_CHW=model.shape_CHW,
+        seed=seed,
+        device=device,
+    )
+    return preview([(i, names[i], model.decode(one.latents_KCHW)) for i, one in enumerate(found)])
+
+
+def _blank(model: DiffusionModel) -> Any:
+    import numpy as np
+
+    side = model.card.image_size
+    return np.zeros((1, side, side, model.card.channels), np.uint8)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
