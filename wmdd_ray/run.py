@@ -359,8 +359,14 @@ def difference(found: dict[str, Any], plan: dict[str, Any]) -> str:
     old, new = (flatten(p["options"]) for p in (found, plan))
     changed = [
         f"{name}={old.get(name)!r} (this run asks for {new.get(name)!r})"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
+        for name in sorted(old.keys() & new.keys())
+        if old[name] != new[name]
+    ]
+    changed += [
+        f"no {name} (this run has {new[name]!r})" for name in sorted(new.keys() - old.keys())
+    ]
+    changed += [
+        f"{name}={old[name]!r} (this run has none)" for name in sorted(old.keys() - new.keys())
     ]
     for name in sorted(found["inputs"].keys() | plan["inputs"].keys()):
         if found["inputs"].get(name) != plan["inputs"].get(name):
