@@ -58,8 +58,9 @@ LOCAL = [
         "an option that does not exist",
         "distill --recover.iteration 500",
         2,
-        "Unrecognized options Unrecognized options: --recover.iteration, 500 Perhaps you meant: --recover.iterations INT Adam steps "
-        "(2000 in WMDD). (default: 100) For full helptext, run jobs/distill.py --help",
+        "Unrecognized options Unrecognized options: --recover.iteration, 500 Perhaps you meant: "
+        "--recover.diffusion.sinkhorn-iterations INT Sinkhorn iterations of a guided step. (default: 50) "
+        "--recover.iterations INT Adam steps (2000 in WMDD). (default: 100) For full helptext, run jobs/distill.py --help",
     ),
     Mistake(
         "a recipe that does not exist",
@@ -477,7 +478,7 @@ def test_a_full_disk_is_answered_by_what_to_do(
 ) -> None:
     try:
         with scarcity.small_disk(tmp_path / "disk", size_mb=4) as disk:
-            disk.leave(8 << 10)
+            disk.leave(12 << 10)
             make(
                 Mistake(
                     "a full disk",

@@ -90,7 +90,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
 @pytest.mark.parametrize(
     ("stage", "free_kb", "num_units"),
     [
-        ("squeeze", 8, 0),
+        ("squeeze", 12, 0),
         ("features", 100, 1),
         ("barycenters", 60, 1),
         ("recover", 36, 0),  # in the first group's checkpoints
