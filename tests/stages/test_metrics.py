@@ -6,6 +6,8 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from tests.stages import tiny
 from tests.stages.tiny import FinishedRun
 from wmdd_ray.config import Resources
 from wmdd_ray.events import read_events
-from wmdd_ray.rooms import Room
+from wmdd_ray.rooms import Room, UnitMarker
 from wmdd_ray.run import Progress, Run, StageRun
 from wmdd_ray.stages import metrics
 from wmdd_ray.stages.metrics import LiveWatch
@@ -261,3 +263,31 @@ def test_a_worker_hands_on_what_its_unit_tells() -> None:
     assert [(event["unit"], event["values"]) for event in told] == [
         ("a", {"epoch": 2, "loss": 0.25})
     ]
+
+
+@pytest.mark.parametrize(
+    ("stage", "unit", "expected"),
+    [
+        ("evaluate", "distilled-soft-s002", ("distilled-soft", 2)),
+        ("mobilenet_v2", "random_real-hard-s000", ("random_real-hard", 0)),
+        ("relabel", "e00000-00024-s0000", None),
+    ],
+)
+def test_students_of_any_stage_tell_their_top1_by_row_and_seed(
+    stage: str, unit: str, expected: tuple[str, int] | None
+) -> None:
+    marker = UnitMarker(
+        unit=unit,
+        files=(),
+        metrics={"top1": 0.5},
+        seconds=1.0,
+        host="host",
+        run="run",
+        attempt=1,
+        finished="2026-01-01T00:00:00Z",
+    )
+    under_way: Any = SimpleNamespace(stage=SimpleNamespace(name=stage))
+    found = metrics.numbers_of(under_way, marker)
+    assert [(n.metric, n.part, n.step, n.value) for n in found] == (
+        [("top1", *expected, 0.5)] if expected else []
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import re
 import threading
 import time
 from collections import Counter, deque
@@ -27,6 +28,8 @@ from wmdd_ray.tracking import Number, Told, TrackedRun, Tracker
 
 logger = logging.getLogger(__name__)
 
+# A student's unit is a row, labels and a seed, in `evaluate` and in the stages of jobs/evaluate.py, one an architecture.
+_STUDENT = re.compile(r"(.+-(?:soft|hard))-(s\d+)")
 # A page with thousands of curves shows nothing, and the curves of recover come with its images.
 _SHOWN_UNITS = 20
 _RATE_OVER_S = 60.0
@@ -246,7 +249,7 @@ def numbers_of(stage: StageRun, marker: UnitMarker) -> list[Number]:
             )
             for term in terms
         ]
-    if name == "evaluate":
+    if _STUDENT.fullmatch(unit):
         top1, seed = metrics["top1"], int(detail.removeprefix("s"))
         return [Number(stage=name, metric="top1", part=part, value=top1, step=seed)]
     return []
@@ -299,9 +302,8 @@ def _label_blocks(config: DistillConfig, num_classes: int) -> dict[str, tuple[ra
 
 def _series(stage: str, unit: str) -> tuple[str, str]:
     """Return (part, detail) of the numbers of a unit."""
-    if stage == "evaluate":
-        part, _, seed = unit.rpartition("-")
-        return part, seed
+    if student := _STUDENT.fullmatch(unit):
+        return student[1], student[2]
     if stage == "squeeze" and unit != "teacher":  # one that only labels
         return unit, ""
     return "", unit if stage == "recover" else ""

@@ -28,6 +28,7 @@ from wmdd_ray.prepare import DEFAULT_VAL_FRACTION, SPLITS, PrepareConfig, held_o
 from wmdd_ray.rooms import Room, UnitMarker, marker_of
 from wmdd_ray.run import Stage, StageRun, Work
 from wmdd_ray.stages.cluster import root_cause
+from wmdd_ray.stages.heap import return_freed_memory
 from wmdd_ray.store.documents import FileEntry
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.parts import decode_frame, decode_index, encode_frame, encode_part, rank_of
@@ -196,6 +197,7 @@ class _Scan:
         self._config = config
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        return_freed_memory()
         row = batch.to_pylist()[0]
         split, shard = row["split"], Shard.read(row["shard"])
         attempt, number, skip = self._begin(split, shard, row["parts"], row["records"])
@@ -356,6 +358,7 @@ class _Write:
         self._class_names = class_names
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        return_freed_memory()
         row = batch.to_pylist()[0]
         started = time.perf_counter()
         attempt = self._room.begin_unit(row["unit"], point=0)

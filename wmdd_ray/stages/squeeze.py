@@ -34,6 +34,7 @@ from wmdd_ray.stages.checkpoints import Checkpoints
 from wmdd_ray.stages.cluster import width
 from wmdd_ray.stages.features import check_listed
 from wmdd_ray.stages.given_teacher import import_teacher
+from wmdd_ray.stages.heap import keep_freed_memory
 from wmdd_ray.stages.held_out import Listed
 from wmdd_ray.stages.queue import UnitQueue
 from wmdd_ray.stages.teacher import UNIT, commit_teacher, measure, units_of
@@ -157,7 +158,7 @@ def _train_loop(config: dict[str, Any]) -> None:
 
 def _train_on_worker(loop: dict[str, Any]) -> None:
     started = time.perf_counter()
-    workers.keep_freed_memory()
+    keep_freed_memory()
     config: DistillConfig = loop["config"]
     unit: str = loop["unit"]
     source: Source = loop["source"]

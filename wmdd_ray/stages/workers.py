@@ -11,7 +11,6 @@ A worker takes the next unit, works, commits it to storage, and asks again; ther
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import socket
 import time
@@ -29,6 +28,7 @@ from wmdd_ray.errors import WmddError
 from wmdd_ray.run import StageRun
 from wmdd_ray.stages.actors import fan_out
 from wmdd_ray.stages.cluster import Width, last_line, width
+from wmdd_ray.stages.heap import keep_freed_memory
 from wmdd_ray.stages.queue import UnitQueue
 from wmdd_ray.stages.train_groups import fit_until_done, queue_actor, quiet_environment, scaling
 
@@ -37,8 +37,6 @@ logger = logging.getLogger(__name__)
 # A larger group loses too much by its restarts, and one with few units a worker by waiting for its last, for it gives its
 # machines back together (jobs/bench.py scale simulation).
 _MAX_GROUP, _MIN_SHARE = 8, 4
-# From malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 Report = Callable[..., None]
 """report(fraction, note, **values): says which fraction of the unit under way is done, with a short note and, at the end of
@@ -186,18 +184,6 @@ def call(queue: UnitQueue | ActorHandle, method: str, *args: Any) -> Any:
     if isinstance(queue, UnitQueue):
         return getattr(queue, method)(*args)
     return ray.get(getattr(queue, method).remote(*args))
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc not to hand freed tensors back to the system.
-
-    It does so above 32 MB by default, at 10,000 to 38,000 page faults an iteration of recover: 20 to 35 % of the time
-    of a small network on CPU. Other C libraries have no such call.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _worker_loop(config: dict[str, Any]) -> None:
