@@ -33,7 +33,8 @@ def refused_namespace() -> str:
     return tried.stderr.strip() if tried.returncode else ""
 
 
-REFUSED = refused_namespace()
+# Under CI a machine that gives none fails the tests: a skip there would prove nothing, green.
+REFUSED = "" if os.environ.get("CI") else refused_namespace()
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(REFUSED), reason=f"no process namespace of our own: {REFUSED}"),

@@ -84,14 +84,14 @@ def test_separated_clusters_return_their_means_and_shares(seed: int) -> None:
     order = np.argsort(-found.weights_K)
     means = np.stack([features[label_N == k].mean(axis=0) for k in range(4)])
     assert_allclose(found.weights_K[order], SHARES, rtol=1e-12)
-    assert_allclose(found.atoms_KD[order], means, rtol=1e-4)
+    assert_allclose(found.atoms_KD[order], means, rtol=1e-5)
     assert found.converged
 
 
 def test_emd_also_finds_the_shares_of_separated_clusters() -> None:
     features, _ = clusters(0)
     found = solve(features, 4, "emd", max_iters=200)
-    assert_allclose(np.sort(found.weights_K)[::-1], SHARES, atol=0.02)
+    assert_allclose(np.sort(found.weights_K)[::-1], SHARES, atol=0.002)
 
 
 def test_uniform_splits_a_large_cluster_instead() -> None:
@@ -111,7 +111,7 @@ def test_best_of_many_starts_is_the_optimal_quantization_of_a_line() -> None:
         )
 
     best = min(cost_of(cuts) for cuts in combinations(range(1, 14), 2))
-    assert_allclose(solve(features, 3, num_starts=50).cost, best, rtol=1e-5)
+    assert_allclose(solve(features, 3, num_starts=50).cost, best, rtol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -185,9 +185,10 @@ def test_empty_cell_takes_a_feature_while_descending() -> None:
 def test_shifted_features_give_shifted_atoms(seed: int, shift: list[float]) -> None:
     features = cloud(seed, num=20, width=3).astype(np.float64)
     here, there = solve(features, 4, seed=seed), solve(features + shift, 4, seed=seed)
-    assert_allclose(there.atoms_KD, here.atoms_KD + shift, rtol=1e-6, atol=1e-4)
+    # Atoms are stored in float32, half a step of which is 3e-5 at 1000; at a mean the cost feels its square alone.
+    assert_allclose(there.atoms_KD, here.atoms_KD + shift, rtol=0, atol=1e-4)
     assert_array_equal(there.weights_K, here.weights_K)
-    assert_allclose(there.cost, here.cost, rtol=1e-3)
+    assert_allclose(there.cost, here.cost, rtol=1e-6)
 
 
 @given(seed=st.integers(0, 2**32), factor=st.floats(1e-3, 1e3))
@@ -195,9 +196,9 @@ def test_shifted_features_give_shifted_atoms(seed: int, shift: list[float]) -> N
 def test_scaled_features_scale_the_cost_by_the_square(seed: int, factor: float) -> None:
     features = cloud(seed, num=20, width=3).astype(np.float64)
     here, there = solve(features, 4, seed=seed), solve(factor * features, 4, seed=seed)
-    assert_allclose(there.atoms_KD, factor * here.atoms_KD, rtol=1e-5)
+    assert_allclose(there.atoms_KD, factor * here.atoms_KD, rtol=1e-6)
     assert_array_equal(there.weights_K, here.weights_K)
-    assert_allclose(there.cost, factor**2 * here.cost, rtol=1e-5)
+    assert_allclose(there.cost, factor**2 * here.cost, rtol=1e-6)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
