@@ -136,7 +136,8 @@ def train(job: Job) -> int:
     if _claimed(store, plan, overwrite=job.overwrite):
         print(f"found whole     {store.uri}")
         return 0
-    from wmdd_ray.diffusion import INDEX_KEY, save_model
+    from wmdd_ray.diffusion import save_model
+    from wmdd_ray.diffusion_card import INDEX_KEY
 
     model, losses = _trained(job, source, store)
     about = {
@@ -179,7 +180,7 @@ def _plan(job: Job, source: Source) -> dict[str, Any]:
 
 def _claimed(store: Store, plan: dict[str, Any], *, overwrite: bool) -> bool:
     """Return whether this model is there whole; else write its plan, where no other's is."""
-    from wmdd_ray.diffusion import CLASSES_KEY, INDEX_KEY
+    from wmdd_ray.diffusion_card import CLASSES_KEY, INDEX_KEY
 
     try:
         found = read_sealed(store, _PLAN_KEY)

@@ -14,7 +14,8 @@ from jobs import train_diffusion
 from jobs.benches.otg import markdown, otg
 from wmdd_ray.core import denoising
 from wmdd_ray.core.optimizer import State
-from wmdd_ray.diffusion import load_model, new_unet, read_card
+from wmdd_ray.diffusion import load_model, new_unet
+from wmdd_ray.diffusion_card import read_card
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.stages.checkpoints import Checkpoints
 

@@ -18,16 +18,8 @@ from tests.stages import tiny
 from tests.stages.tiny import FinishedRun
 from wmdd_ray.config import DiffusionConfig, RecoverConfig
 from wmdd_ray.core.sampling import SampleTarget, sample_group
-from wmdd_ray.diffusion import (
-    ModelCard,
-    check_card,
-    class_ids_of,
-    fit_pictures,
-    load_model,
-    new_unet,
-    read_card,
-    save_model,
-)
+from wmdd_ray.diffusion import fit_pictures, load_model, new_unet, save_model
+from wmdd_ray.diffusion_card import ModelCard, check_card, class_ids_of, read_card
 from wmdd_ray.errors import ArtifactError, ConfigError
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.stages import recover

@@ -16,14 +16,8 @@ from wmdd_ray.core.sampling import SampleTarget, sample_group
 from wmdd_ray.core.synthesis import deterministic_convolutions, features_of
 from wmdd_ray.core.tiles import shrink, tile_side
 from wmdd_ray.core.views import to_input
-from wmdd_ray.diffusion import (
-    DiffusionModel,
-    ModelCard,
-    check_card,
-    class_ids_of,
-    fit_pictures,
-    read_card,
-)
+from wmdd_ray.diffusion import DiffusionModel, fit_pictures
+from wmdd_ray.diffusion_card import ModelCard, check_card, class_ids_of, read_card
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.records import ClassImages, Teacher
 

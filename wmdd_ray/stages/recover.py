@@ -23,7 +23,8 @@ from wmdd_ray.core.networks import network_of
 from wmdd_ray.core.optimizer import State
 from wmdd_ray.core.synthesis import ClassTarget, recover_group
 from wmdd_ray.core.tiles import shrink, tile, tile_side
-from wmdd_ray.diffusion import DiffusionModel, load_model, read_card
+from wmdd_ray.diffusion import DiffusionModel, load_model
+from wmdd_ray.diffusion_card import read_card
 from wmdd_ray.records import ClassBarycenter, ClassImages, Teacher
 from wmdd_ray.rooms import Room
 from wmdd_ray.run import StageRun, Work, unit_seed
