@@ -6,6 +6,7 @@ Nothing here imports Ray before a test asks for it, so that the tests of core an
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,11 +49,22 @@ S3Uri = Callable[[], str]
 """Makes a new empty bucket; returns its URI with a prefix, such as `s3://test-5f3a/run`."""
 
 
+# Below the ports that Linux gives to outgoing connections and to whoever asks for any: a free one of those may be taken again
+# before the server that it is meant for binds it. Ray, with its many processes, takes dozens.
+_PORTS = range(20_000, 32_768)
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nobody listens on now."""
-    with closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Return a TCP port of 127.0.0.1 that nobody listens on now, and that was not returned before."""
+    while True:
+        port = secrets.choice(_PORTS)
+        if port in _given:
+            continue
+        with closing(socket.socket()) as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            _given.add(port)
+            return port
 
 
 @pytest.fixture(scope="session")

@@ -77,9 +77,36 @@ def ended_with_its_children(process: subprocess.Popen[str]) -> Iterator[None]:
 @contextmanager
 def head_node(working_directory: Path | None = None, **variables: str) -> Iterator[Head]:
     """Start a head node on 127.0.0.1, with ports and a folder of its own."""
-    # Not under pytest's folder: the path of a socket has at most 107 characters.
-    folder = tempfile.mkdtemp(prefix="wmdd-")
-    dashboard = free_port()
+    for is_last in (False, True):
+        # Not under pytest's folder: the path of a socket has at most 107 characters.
+        folder = Path(tempfile.mkdtemp(prefix="wmdd-"))
+        dashboard = free_port()
+        with open(folder / "log", "w") as log:
+            process = subprocess.Popen(
+                start_of_a_head(folder, dashboard),
+                stdout=log,
+                stderr=log,
+                cwd=working_directory,
+                env=environment(**variables),
+                text=True,
+                start_new_session=True,
+            )
+        head = Head(f"http://127.0.0.1:{dashboard}", environment(**variables))
+        try:
+            with ended_with_its_children(process):
+                try:
+                    wait_for(f"{head.address}/api/version", process, folder / "log")
+                except RuntimeError:
+                    if is_last:
+                        raise
+                    continue  # one start of Ray in hundreds fails, and how Ray starts is not tested here
+                yield head
+                return
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_of_a_head(folder: Path, dashboard: int) -> list[str]:
     start = [RAY, "start", "--head", "--block", "--num-cpus=2", "--object-store-memory=200000000"]
     start += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}"]
     start += [f"--port={free_port()}", f"--dashboard-port={dashboard}"]
@@ -90,24 +117,7 @@ def head_node(working_directory: Path | None = None, **variables: str) -> Iterat
         "metrics-export",
     )
     start += [f"--{name}-port={free_port()}" for name in names]
-    start += ["--min-worker-port=0", "--max-worker-port=0"]  # any that is free
-    with open(Path(folder) / "log", "w") as log:
-        process = subprocess.Popen(
-            start,
-            stdout=log,
-            stderr=log,
-            cwd=working_directory,
-            env=environment(**variables),
-            text=True,
-            start_new_session=True,
-        )
-    head = Head(f"http://127.0.0.1:{dashboard}", environment(**variables))
-    try:
-        with ended_with_its_children(process):
-            wait_for(f"{head.address}/api/version", process, Path(folder) / "log")
-            yield head
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    return [*start, "--min-worker-port=0", "--max-worker-port=0"]  # any that is free
 
 
 def wait_for(url: str, process: subprocess.Popen[str], log: Path) -> None:
