@@ -124,16 +124,16 @@ def test_the_label_robust_score_of_fractions_lies_between_0_and_1(
 def test_a_whole_result_is_rendered_with_everything_a_reader_would_ask_for() -> None:
     text = rendered(sealed(made_up()), "r.json")
     lines = text.splitlines()
-    full = "| the full_data | 92.0 ± 1.4 | 90.0 ± 1.4 | 2 | 35.0 KB | 1.5 MB | 3 | – |"
+    full = "| the full_data | 92.0 ± 1.4 | 90.0 ± 1.4 | 2 | 35.0 KB | 1.5 MB | 2.0 | – |"
     assert full in lines
     ours = (
-        "| the best | 80.0 ± 1.4 | 70.0 ± 1.4 | 2 | 35.0 KB | 1.5 MB | 3 | 0.238 (+0.200, +0.050) |"
+        "| the best | 80.0 ± 1.4 | 70.0 ± 1.4 | 2 | 35.0 KB | 1.5 MB | 2.0 | 0.238 (+0.200, +0.050) |"
     )
     assert ours in lines
     for fact in (
         *("Teacher convnet3 (20 epochs): top-1 92.1 %", "the 10,000 test images were opened once"),
         *("convnet3 of width 128", "1,000 views", "batch 25", "adamw at 0.001", "KL at T 20"),
-        *("1 sets x 2 students", "torch 2.15", "revision 0123456789ab", "2026-11-22"),
+        *("1 set x 2 students", "torch 2.15", "revision 0123456789ab", "2026-11-22"),
         *("| RCIG (Loo et al. 2023) | soft, learned |", "more floats than the images"),
     ):
         assert fact in text
