@@ -33,6 +33,10 @@ from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, load_images, open_source
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
     from wmdd_ray.core.optimizer import State
     from wmdd_ray.diffusion import DiffusionModel
 
@@ -209,22 +213,10 @@ def _trained(job: Job, source: Source, store: Store) -> tuple[DiffusionModel, li
     """Return the trained model, and the losses of the epochs of this run."""
     import torch
 
-    from wmdd_ray.core.denoising import train_denoiser
-    from wmdd_ray.core.synthesis import deterministic_convolutions
-    from wmdd_ray.diffusion import DiffusionModel, new_unet, trained_card
+    from wmdd_ray.diffusion import DiffusionModel, trained_card
     from wmdd_ray.rooms import Room
     from wmdd_ray.stages.checkpoints import Checkpoints
 
-    training = job.training
-    with torch.random.fork_rng([]):
-        torch.manual_seed(training.seed)
-        network, scheduler = new_unet(
-            training.widths,
-            image_size=job.source.image_size,
-            channels=job.source.channels,
-            num_classes=len(source.class_names),
-            layers=training.layers,
-        )
     loaded = load_images(source, job.source, int(job.memory_limit_gib * 2**30))
     if loaded is None:
         raise DataError(
@@ -233,13 +225,11 @@ def _trained(job: Job, source: Source, store: Store) -> tuple[DiffusionModel, li
         )
     _, labels_N, images_NHWC, _ = loaded
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # A third less time on CPU, and what tensor cores want.
-    network = network.to(device, memory_format=torch.channels_last)
     keep = Checkpoints(Room(store, ""), "training", job.checkpoint_s)
     state = keep.load()
     first = 0 if state is None else int(state["epoch"]) + 1
     line = StageLine("training")
-    line.start(training.epochs, first)
+    line.start(job.training.epochs, first)
     losses: list[float] = []
 
     def on_epoch(epoch: int, loss: float, get_state: Callable[[], State]) -> None:
@@ -247,13 +237,66 @@ def _trained(job: Job, source: Source, store: Store) -> tuple[DiffusionModel, li
         keep.maybe(get_state)
         line.update(epoch + 1, f"loss {loss:.4f}")
 
+    network, scheduler = train_unet(
+        job.training,
+        images_NHWC,
+        labels_N,
+        num_classes=len(source.class_names),
+        device=device,
+        state=state,
+        on_epoch=on_epoch,
+    )
+    line.finish()
+    keep.clear()
+    card = trained_card(network, scheduler, source.class_names, store.uri)
+    return DiffusionModel(card, network, None, scheduler), losses
+
+
+def train_unet(
+    training: Training,
+    images_NHWC: np.ndarray,
+    labels_N: np.ndarray,
+    *,
+    num_classes: int,
+    device: torch.device | str,
+    state: State | None,
+    on_epoch: Callable[[int, float, Callable[[], State]], None],
+) -> tuple[nn.Module, Any]:
+    """Return a UNet with the average of its weights, and its scheduler.
+
+    Args:
+        training: What the weights depend on, beside the images.
+        images_NHWC: uint8, square.
+        labels_N: int64.
+        num_classes: Classes; one more stands for none.
+        device: Where to train.
+        state: Resume from here: what `get_state` gave.
+        on_epoch: Called as on_epoch(epoch from 0, mean loss, get_state).
+    """
+    import torch
+
+    from wmdd_ray.core.denoising import train_denoiser
+    from wmdd_ray.core.synthesis import deterministic_convolutions
+    from wmdd_ray.diffusion import new_unet
+
+    with torch.random.fork_rng([]):
+        torch.manual_seed(training.seed)
+        network, scheduler = new_unet(
+            training.widths,
+            image_size=images_NHWC.shape[1],
+            channels=images_NHWC.shape[3],
+            num_classes=num_classes,
+            layers=training.layers,
+        )
+    # A third less time on CPU, and what tensor cores want.
+    network = network.to(device, memory_format=torch.channels_last)
     with deterministic_convolutions():
         train_denoiser(
             network,
             scheduler,
             images_NHWC,
             labels_N,
-            null_class=len(source.class_names),
+            null_class=num_classes,
             epochs=training.epochs,
             batch_size=training.batch_size,
             learning_rate=training.learning_rate,
@@ -264,10 +307,7 @@ def _trained(job: Job, source: Source, store: Store) -> tuple[DiffusionModel, li
             state=state,
             on_epoch=on_epoch,
         )
-    line.finish()
-    keep.clear()
-    card = trained_card(network, scheduler, source.class_names, store.uri)
-    return DiffusionModel(card, network, None, scheduler), losses
+    return network, scheduler
 
 
 def _preview(model: DiffusionModel, seed: int) -> bytes:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.benches.accuracy.definitions import Group, Options, Row, TeacherRecipe, variants
 from jobs.benches.accuracy.units import ImagesUnit, Labels, Speed, StudentUnit, Unit
-from jobs.train_diffusion import Training
+from jobs.train_diffusion import Training, train_unet
 from wmdd_ray.config import DiffusionConfig, DistillConfig
 from wmdd_ray.errors import WmddError
 from wmdd_ray.provenance import hardware, versions
@@ -140,21 +140,9 @@ class UnetUnit(Unit):
         return _UNET_COST * passes * speed(_any_network(place), False)
 
     def do(self, place: Workplace) -> tuple[dict[str, bytes], dict[str, Any]]:
-        import torch
-
-        from wmdd_ray.core.denoising import train_denoiser
-        from wmdd_ray.diffusion import new_unet, save_model
+        from wmdd_ray.diffusion import save_model
         from wmdd_ray.stages.checkpoints import Checkpoints
 
-        training, train, source = self.training, place.train, place.source
-        torch.manual_seed(training.seed)
-        network, scheduler = new_unet(
-            training.widths,
-            image_size=source.image_size,
-            channels=source.channels,
-            num_classes=len(place.class_names),
-            layers=training.layers,
-        )
         keep = Checkpoints(place.room(self.room), self.id, _STATE_EVERY_S)
         told: dict[str, float] = {}
 
@@ -162,19 +150,12 @@ class UnetUnit(Unit):
             told["loss"] = round(loss, 5)
             keep.maybe(get_state)
 
-        train_denoiser(
-            network.to(place.device, memory_format=torch.channels_last),
-            scheduler,
-            train.images_NHWC,
-            train.labels_N,
-            null_class=len(place.class_names),
-            epochs=training.epochs,
-            batch_size=training.batch_size,
-            learning_rate=training.learning_rate,
-            ema_decay=training.ema_decay,
-            drop_class=training.drop_class,
-            flip=training.flip,
-            seed=training.seed,
+        network, scheduler = train_unet(
+            self.training,
+            place.train.images_NHWC,
+            place.train.labels_N,
+            num_classes=len(place.class_names),
+            device=place.device,
             state=keep.load(),
             on_epoch=on_epoch,
         )
