@@ -178,14 +178,15 @@ def _group_lines(group: dict[str, Any]) -> list[str]:
         f"**{group['title']}**: student {arch}, {views:,} views, {', '.join(settings)}; labels by {labelers}; "
         f"{seeds}."
     )
-    table = [
-        "| trained on | soft labels | hard labels | students | images | labels | seconds to distil, fastest | LRS (HLR, IOR) |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    return [head, "", *table, *[_row_line(row) for row in group["rows"]]]
+    columns = "trained on|soft labels|hard labels|students|images|labels|seconds to distil, fastest"
+    titles = columns.split("|")
+    if has_scores := any("lrs" in row for row in group["rows"]):
+        titles.append("LRS (HLR, IOR)")
+    table = [_line(titles), "|---" + "|---:" * (len(titles) - 1) + "|"]
+    return [head, "", *table, *[_row_line(row, has_scores) for row in group["rows"]]]
 
 
-def _row_line(row: dict[str, Any]) -> str:
+def _row_line(row: dict[str, Any], has_scores: bool) -> str:
     soft, hard = (
         f"{100 * row[k]['mean']:.1f} ± {100 * row[k]['std']:.1f}" for k in ("soft", "hard")
     )
@@ -193,12 +194,17 @@ def _row_line(row: dict[str, Any]) -> str:
     # Other work on the machine only adds to these.
     fastest = min(row["distill_seconds"])
     seconds = f"{fastest:.1f}" if fastest < 10 else f"{fastest:.0f}"
-    score = "–"
-    if "lrs" in row:
-        parts = row["lrs"]
-        score = f"{parts['lrs']:.3f} ({parts['hlr']:+.3f}, {parts['ior']:+.3f})"
-    count = len(row["soft"]["top1"])
-    return f"| {row['title']} | {soft} | {hard} | {count} | {images} | {labels} | {seconds} | {score} |"
+    cells = [row["title"], soft, hard, str(len(row["soft"]["top1"])), images, labels, seconds]
+    if has_scores:
+        parts = row.get("lrs")
+        cells.append(
+            f"{parts['lrs']:.3f} ({parts['hlr']:+.3f}, {parts['ior']:+.3f})" if parts else "–"
+        )
+    return _line(cells)
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def size_text(size_bytes: float) -> str:
