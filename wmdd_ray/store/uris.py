@@ -1,6 +1,6 @@
 """What a URI means: a path of this machine, a filesystem of Arrow's, or one of fsspec's.
 
-Artifacts go through fsspec (s3fs has conditional writes); real images are read through Arrow's own filesystems, which
+Artifacts go through fsspec (s3fs and gcsfs have conditional writes); real images are read through Arrow's own filesystems, which
 take 2 to 6 times less CPU and whose errors Ray Data knows how to retry.
 """
 
@@ -33,6 +33,11 @@ def is_local(uri: str) -> bool:
     return "://" not in uri or uri.startswith(("file://", "local://", "memory://"))
 
 
+def is_gcs(uri: str) -> bool:
+    """Return whether `uri` lies in Google Cloud Storage, by either of fsspec's names for it."""
+    return uri.startswith(("gs://", "gcs://"))
+
+
 def local_path(uri: str) -> Path | None:
     """Return the path of a URI on the local disk, or None for any other URI."""
     if "://" not in uri:
@@ -45,7 +50,8 @@ def arrow_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """Return an Arrow filesystem for `uri` and the path inside it, without scheme.
 
     Local disk and `s3://` are native; S3 takes endpoint, region and credentials from the usual AWS variables or the
-    instance's role. Every other URI is opened by fsspec and wrapped.
+    instance's role. Every other URI is opened by fsspec and wrapped; what is wrapped for `gs://` repeats requests as the
+    two layers of S3 do.
 
     Arrow verifies no checksum of S3's: a reply that is shorter than asked for, or has a changed bit, is content to it.
     So real images rest on what their formats verify (Parquet's page checksums, PNG's CRCs) and on TLS.
@@ -67,19 +73,31 @@ def arrow_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
             retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=4),
         )
         return filesystem, uri.removeprefix("s3://").rstrip("/")
-    fs, root = fsspec_filesystem(uri)
+    fs, root = fsspec_filesystem(uri, repeats=True)
     return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), root
 
 
-def fsspec_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return an fsspec filesystem for `uri` and the path inside it; an ArtifactError when there is none for the scheme."""
-    options = _S3_OPTIONS if uri.startswith("s3://") else {}
+def fsspec_filesystem(uri: str, *, repeats: bool = False) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return an fsspec filesystem for `uri` and the path inside it.
+
+    Args:
+        uri: Any URI that fsspec has a package for.
+        repeats: Whether a client of `gs://` asks again by itself, for who does not.
+
+    Raises:
+        ArtifactError: There is none for the scheme.
+    """
     try:
-        fs, root = fsspec.core.url_to_fs(uri, **options)
+        if is_gcs(uri):
+            from wmdd_ray.store.gcs import gcs_filesystem
+
+            return gcs_filesystem(repeats=repeats), uri.partition("://")[2].rstrip("/")
+        fs, root = fsspec.core.url_to_fs(uri, **(_S3_OPTIONS if uri.startswith("s3://") else {}))
     except (ValueError, ImportError) as error:
+        install = " on every node; for this one: pip install gcsfs" if is_gcs(uri) else ""
         raise ArtifactError(
             f"cannot open {uri}: {error}; expected a local path or a URI such as s3://bucket/prefix whose "
-            "fsspec package is installed"
+            f"fsspec package is installed{install}"
         ) from error
     if uri.startswith("s3://"):
         fs.retries = 1

@@ -19,7 +19,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from wmdd_ray.errors import ArtifactError, DataError
+from wmdd_ray.store.retries import passes, remedy, status_of
 from wmdd_ray.store.sources.classes import shown
+from wmdd_ray.store.uris import is_gcs
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,8 @@ def reading(where: str, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, UnicodeError, pa.ArrowException) as error:
+        if is_gcs(where) and (status_of(error)[0] or passes(error)):
+            raise ArtifactError(f"cannot read {where}: {remedy(error, where)}") from error
         if _is_storage_fault(error):
             raise ArtifactError(f"cannot read {where}: {error}; {_remedy(str(error))}") from error
         raise DataError(
