@@ -25,10 +25,10 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from tests.conftest import S3Uri, free_port
+from tests.store import contract
 from tests.store.fake_gcs import FaultyGcs
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.store import retries
-from wmdd_ray.store.documents import entry_of, read_verified
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources.files import open_whole
 from wmdd_ray.store.sources.listing import NothingThereError, list_files
@@ -70,31 +70,7 @@ def faulty(gcs_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fault
 
 
 def test_what_is_put_is_got_listed_and_deleted_under_any_name(store: Store) -> None:
-    contents = {
-        "a": b"1",
-        "b2/c": b"22",
-        "b2/c-d": b"333",
-        "b/ä ö+ü%20&=?#'()*~/数据.bin": b"4444",
-        "b/c/d/e": bytes(range(256)) * 4000,
-    }
-    for key, content in contents.items():
-        store.put(key, content)
-    assert store.list() == {key: len(contents[key]) for key in sorted(contents)}
-    for key, content in contents.items():
-        assert store.get(key) == content
-        assert read_verified(store, entry_of(key, content)) == content
-        assert store.exists(key)
-    assert not store.exists("b")
-    assert not store.exists("nothing")
-    assert store.list("b").keys() == {key for key in contents if key.startswith("b/")}
-    for key in ("b2", "nothing"):
-        with pytest.raises(FileNotFoundError):
-            store.get(key)
-    store.put("a", b"another")
-    assert store.get("a") == b"another"
-    store.delete("b")
-    store.delete("nothing")
-    assert list(store.list()) == ["a", "b2/c", "b2/c-d"]
+    contract.assert_what_is_put_is_got_listed_and_deleted_under_any_name(store)
 
 
 def test_a_store_travels_and_has_children_and_either_scheme(store: Store) -> None:
@@ -107,12 +83,7 @@ def test_a_store_travels_and_has_children_and_either_scheme(store: Store) -> Non
 
 
 def test_a_create_is_won_once(store: Store) -> None:
-    assert store.create("commit", b"mine")
-    assert store.create("commit", b"mine"), "the same content again is our own write"
-    assert not store.create("commit", b"theirs")
-    assert store.get("commit") == b"mine"
-    store.probe()
-    assert list(store.list()) == ["commit"]
+    contract.assert_a_create_is_won_once(store)
 
 
 def test_the_server_itself_refuses_the_second_create(store: Store, gcs_endpoint: str) -> None:

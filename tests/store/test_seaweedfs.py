@@ -14,11 +14,10 @@ import boto3
 import pytest
 import s3fs
 
-from tests.store import seaweedfs
+from tests.store import contract, seaweedfs
 from tests.store.seaweedfs import SeaweedFS
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.store import retries
-from wmdd_ray.store.documents import entry_of, read_verified
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.uris import arrow_filesystem
 
@@ -46,36 +45,11 @@ def store(server: SeaweedFS) -> Store:
 
 
 def test_what_is_put_is_got_listed_and_deleted_under_any_name(store: Store) -> None:
-    contents = {
-        "a": b"1",
-        "b2/c": b"22",
-        "b2/c-d": b"333",
-        "b/ä ö+ü%20&=?#'()*~/数据.bin": b"4444",
-        "b/c/d/e": bytes(range(256)) * 4000,
-    }
-    for key, content in contents.items():
-        store.put(key, content)
-    assert store.list() == {key: len(contents[key]) for key in sorted(contents)}
-    for key, content in contents.items():
-        assert store.get(key) == content
-        assert read_verified(store, entry_of(key, content)) == content
-        assert store.exists(key)
-    assert not store.exists("b")
-    assert store.list("b").keys() == {key for key in contents if key.startswith("b/")}
-    with pytest.raises(FileNotFoundError):
-        store.get("b2")
-    store.delete("b")
-    store.delete("nothing")
-    assert list(store.list()) == ["a", "b2/c", "b2/c-d"]
+    contract.assert_what_is_put_is_got_listed_and_deleted_under_any_name(store)
 
 
 def test_a_create_is_won_once(store: Store) -> None:
-    assert store.create("commit", b"mine")
-    assert store.create("commit", b"mine"), "the same content again is our own write"
-    assert not store.create("commit", b"theirs")
-    assert store.get("commit") == b"mine"
-    store.probe()
-    assert list(store.list()) == ["commit"]
+    contract.assert_a_create_is_won_once(store)
 
 
 def test_one_of_many_processes_wins_each_key(store: Store) -> None:
