@@ -37,6 +37,7 @@ from wmdd_ray.config import (
 )
 from wmdd_ray.core.training import train_student
 from wmdd_ray.core.views import StoredImages, draw_views
+from wmdd_ray.stages.heap import keep_freed_memory
 
 LABELS: tuple[Labels, ...] = ("soft", "hard")
 _MEASURED_IMAGES = 100
@@ -252,6 +253,7 @@ def one_thread() -> Iterator[None]:
 
 def _begin(parent: int) -> None:
     """Prepare a worker process: one computing thread, and an end when the process that started it has ended."""
+    keep_freed_memory()
     torch.set_num_threads(1)
 
     def watch() -> None:
