@@ -49,8 +49,7 @@ class DiffusionModel:
 
     def __init__(self, card: ModelCard, network: nn.Module, vae: Any, scheduler: Any) -> None:
         self.card, self.network, self.vae, self.scheduler = card, network, vae, scheduler
-        config: Any = network.config
-        self.shape_CHW = (int(config.in_channels), int(config.sample_size), int(config.sample_size))
+        self.shape_CHW = card.shape_CHW
         self._device = next(network.parameters()).device
         if vae is not None:
             # Of a latent v the network sees (v - shift) * factor.
@@ -226,6 +225,7 @@ def trained_card(unet: Any, scheduler: Any, class_names: tuple[str, ...], uri: s
         kind="unet",
         image_size=int(unet.config.sample_size),
         channels=int(unet.config.in_channels),
+        shape_CHW=(int(unet.config.in_channels), *2 * (int(unet.config.sample_size),)),
         num_classes=len(class_names),
         null_class=len(class_names),
         class_names=class_names,

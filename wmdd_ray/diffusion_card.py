@@ -40,15 +40,17 @@ _CONVERT = (
 class ModelCard:
     """What a pipeline's JSON files say.
 
-    `num_classes` is None of a model that knows no classes; `null_class` is what it was trained to take for no class, None
-    where it was not. `class_names` has the names of every class, several of one separated by commas; empty where they are
-    not told. `ordered` says that they are names of a data set, in its order. `identity` changes when the model's files do.
+    `shape_CHW` is that of what is sampled: latents, or pixels. `num_classes` is None of a model that knows no classes;
+    `null_class` is what it was trained to take for no class, None where it was not. `class_names` has the names of every class,
+    several of one separated by commas; empty where they are not told. `ordered` says that they are names of a data set, in its
+    order. `identity` changes when the model's files do.
     """
 
     uri: str
     kind: str
     image_size: int
     channels: int
+    shape_CHW: tuple[int, int, int]
     num_classes: int | None
     null_class: int | None
     class_names: tuple[str, ...]
@@ -219,6 +221,7 @@ def card_of(uri: str, folder: Path, identity: str, keys: frozenset[str]) -> Mode
         kind="dit" if latent else "unet",
         image_size=image_size,
         channels=channels,
+        shape_CHW=(int(model["in_channels"]), int(model["sample_size"]), int(model["sample_size"])),
         num_classes=num_classes,
         null_class=null,
         class_names=names,

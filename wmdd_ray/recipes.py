@@ -36,6 +36,7 @@ _SMALL_UNET = DiffusionConfig(steps=25, guidance_scale=2.0)
 _DIT = DiffusionConfig(model="facebook/DiT-XL-2-256", steps=50, guidance_scale=4.0)
 # ImageNette's classes, in the order of their WordNet ids, among ImageNet's.
 _NETTE = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
+_DIT_NETTE = replace(_DIT, class_ids=_NETTE, influence_epochs=(0, 2, 11, 40))
 
 
 def digits(ipc: int) -> DistillConfig:
@@ -201,7 +202,7 @@ def _imagenet_like(
             _TOUCHED_UP,
             bn_weight=bn_weight,
             roll_px=32,
-            diffusion=replace(_DIT, class_ids=_NETTE) if name == "imagenette" else _DIT,
+            diffusion=_DIT_NETTE if name == "imagenette" else _DIT,
         ),
         relabel=RelabelConfig(compression="full" if name == "imagenette" else "top_k", top_k=50),
         evaluate=replace(_STUDENT, network=NetworkConfig(arch="resnet18")),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wmdd_ray.config import DiffusionConfig
+from wmdd_ray.core.influence import class_influence
 from wmdd_ray.core.optimizer import State
 from wmdd_ray.core.sampling import ClassSamples, SampleTarget, sample_group
 from wmdd_ray.errors import DataError
@@ -97,6 +98,28 @@ def test_no_weight_or_another_window_decides_whether_anything_is_guided(schedule
     found = sample(scheduler, deviating, range(2))
     torch.testing.assert_close(found[1].latents_KCHW[0], plain[0], rtol=0, atol=0)
     assert (found[1].latents_KCHW[1] - plain[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_an_influence_weight_leads_to_what_teaches_as_the_class_does(
+    scheduler: Any, side: float
+) -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    of = class_influence([network], torch.full((5, *SHAPE), side), 1)
+    led = [replace(target, influence=of) for target in targets(range(16))]
+
+    def first_modes(config: DiffusionConfig, of_targets: list[SampleTarget]) -> np.ndarray:
+        return modes(
+            sample_group(
+                two_modes(scheduler), scheduler, of_targets, config,
+                num_images=1, shape_CHW=SHAPE, seed=5, device="cpu",
+            )
+        )  # fmt: skip
+
+    influenced = replace(PLAIN, influence_weight=0.3, window=(0.0, 0.6))
+    assert (first_modes(influenced, led) == side).mean() >= 15 / 16
+    np.testing.assert_array_equal(first_modes(PLAIN, led), first_modes(PLAIN, targets(range(16))))
 
 
 @pytest.mark.parametrize("config", [PLAIN, replace(GUIDED, real_per_step=5)])

@@ -14,7 +14,7 @@ from jobs.benches.accuracy.command import accuracy
 from jobs.benches.accuracy.definitions import Options, TableName, table_of
 from jobs.benches.accuracy.rendering import rendered
 from jobs.benches.accuracy.splits import Workplace, make_splits
-from jobs.benches.accuracy.units import LabelsUnit, StudentUnit
+from jobs.benches.accuracy.units import ImagesUnit, LabelsUnit, StudentUnit
 from jobs.benches.otm import otm
 
 TINY: dict[str, Any] = {
@@ -71,6 +71,14 @@ def test_options_that_are_off_and_teachers_that_are_named_elsewhere_change_no_id
     assert changed(sinkhorn_iterations=3, sinkhorn_regularization=1.0) == student.id
     assert changed(sinkhorn_weight=0.1) != student.id
     assert changed(sinkhorn_weight=0.1) != changed(sinkhorn_weight=0.1, sinkhorn_iterations=3)
+    images = next(image for image in row.images if isinstance(image, ImagesUnit))
+
+    def led(**options: Any) -> str:
+        sampled = replace(images.recover.diffusion, **options)
+        return replace(images, recover=replace(images.recover, diffusion=sampled)).id
+
+    assert led(influence_epochs=(0, 1), influence_latents=5) == images.id
+    assert led(influence_weight=0.1) != images.id
     assert replace(labels, relabel=replace(labels.relabel, teachers=3)).id == labels.id
     assert replace(labels, teachers=labels.teachers * 2).id != labels.id
 

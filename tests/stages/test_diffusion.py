@@ -20,9 +20,9 @@ from wmdd_ray.config import DiffusionConfig, RecoverConfig
 from wmdd_ray.core.sampling import SampleTarget, sample_group
 from wmdd_ray.diffusion import fit_pictures, load_model, new_unet, save_model
 from wmdd_ray.diffusion_card import ModelCard, check_card, class_ids_of, read_card
-from wmdd_ray.errors import ArtifactError, ConfigError
+from wmdd_ray.errors import ArtifactError, ConfigError, WmddError
 from wmdd_ray.recipes import recipe_of
-from wmdd_ray.stages import recover
+from wmdd_ray.stages import diffusion, recover, surrogate
 from wmdd_ray.store.filesystem import Store
 
 DIGITS = tuple("0123456789")
@@ -155,6 +155,94 @@ def test_later_stages_take_sampled_images_and_another_model_of_the_same_name_is_
     saved_unet(mine, DIGITS, seed=1)
     assert tiny.job(before_recover, *whole) == 2
     assert "images was made with recover.model=" in capsys.readouterr().err
+
+
+INFLUENCE = (
+    *(
+        "--recover.diffusion.influence-weight",
+        "0.2",
+        "--recover.diffusion.influence-epochs",
+        "0",
+        "2",
+    ),
+    *("--recover.diffusion.influence-latents", "20", "--recover.checkpoint-s", "1e-9"),
+)
+
+
+@pytest.mark.slow
+def test_a_surrogate_is_a_unit_before_the_groups_and_both_go_on_where_they_were(
+    before_recover: Path, unet: Path, ray_local: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = shutil.copytree(before_recover, before_recover.with_name("whole"))
+    asked = options(unet, *INFLUENCE)
+    assert tiny.job(whole, *asked) == 0
+    assert "recover     6/6" in capsys.readouterr().err
+    commit = tiny_room(whole).committed()
+    assert sorted(commit.units) == [*(f"g{i:05d}" for i in range(5)), surrogate.UNIT]
+    assert len(commit.units[surrogate.UNIT].metrics["epoch_losses"]) == 2
+    plain = shutil.copytree(before_recover, before_recover.with_name("plain"))
+    assert tiny.job(plain, *options(unet)) == 0
+    led, unled = (recover.read_images(tiny_room(out), range(10)) for out in (whole, plain))
+    assert all((a.images_KHWC != b.images_KHWC).any() for a, b in zip(led, unled, strict=True))
+
+    begun: list[int] = []
+    train, keep = surrogate.train_surrogate, surrogate.Checkpoints.maybe
+
+    def stopped(*args: Any, on_epoch: Any, **more: Any) -> Any:
+        def stop(epoch: int, *rest: Any) -> None:
+            begun.append(epoch)
+            on_epoch(epoch, *rest)
+            if len(begun) == 1:
+                raise WmddError("stopped in the training")
+
+        return train(*args, on_epoch=stop, **more)
+
+    def at_once(self: Any, get_state: Any) -> None:
+        keep(self, get_state)
+        self._pending.result()
+
+    def not_sampled(*args: Any, **more: Any) -> None:
+        raise WmddError("stopped before the first group")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(surrogate, "train_surrogate", stopped)
+        patch.setattr(surrogate.Checkpoints, "maybe", at_once)
+        assert tiny.job(before_recover, *asked) != 0
+        assert tiny.markers(before_recover, "images") == {}
+        patch.setattr(diffusion, "sampled", not_sampled)
+        assert tiny.job(before_recover, *asked) != 0
+        assert list(tiny.markers(before_recover, "images")) == ["images/units/surrogate.json"]
+        assert begun == [1, 2]
+    said = capsys.readouterr().err
+    assert "stopped in the training" in said and "stopped before the first group" in said
+    assert tiny.job(before_recover, *asked) == 0
+    assert begun == [1, 2], "not trained again"
+    tiny.assert_same_payloads(before_recover, tiny.payloads(whole), "images")
+
+
+def test_images_without_influence_are_not_made_again_because_there_is_such_an_option(
+    unet: Path,
+) -> None:
+    def made_by(*more: str) -> Any:
+        return recover.options(tiny.config(*options(unet, *more)))["recover"]["diffusion"]
+
+    assert not [name for name in made_by() if name.startswith("influence")]
+    assert made_by(*INFLUENCE[2:]) == made_by()
+    led = made_by(*INFLUENCE)
+    assert (led["influence_weight"], led["influence_epochs"], led["influence_latents"]) == (
+        0.2,
+        (0, 2),
+        20,
+    )
+
+
+def test_latents_too_small_for_a_surrogate_are_told_before_any_work(unet: Path) -> None:
+    small = card(shape_CHW=(1, 4, 4), num_classes=10)
+    diffusion.checked(small, tiny.config(*options(unet)), DIGITS)
+    with pytest.raises(
+        ConfigError, match=r"influence-weight: expected 0 for m, whose latents are 4"
+    ):
+        diffusion.checked(small, tiny.config(*options(unet, *INFLUENCE)), DIGITS)
 
 
 def test_without_guidance_the_images_are_those_of_diffusers_own_pipeline(
@@ -322,7 +410,7 @@ def test_a_snapshot_of_the_hub_is_known_by_its_commit(
 
 def card(**changes: Any) -> ModelCard:
     plain = ModelCard(
-        uri="m", kind="unet", image_size=16, channels=1, num_classes=10, null_class=10,
+        uri="m", kind="unet", image_size=16, channels=1, shape_CHW=(1, 16, 16), num_classes=10, null_class=10,
         class_names=(), ordered=False, train_steps=1000, identity="",
     )  # fmt: skip
     return replace(plain, **changes)
@@ -393,6 +481,11 @@ def test_a_model_that_cannot_do_what_is_asked_is_refused(
         ("eta", 2.0),
         ("class_ids", (1, 1)),
         ("ot_weight", float("nan")),
+        ("influence_weight", -1.0),
+        ("influence_epochs", ()),
+        ("influence_epochs", (0, 5, 5)),
+        ("influence_epochs", (-1, 5)),
+        ("influence_latents", 0),
         ("regularization", 0.0),
         ("steps", 0),
         ("model", "s3://user:secret@bucket/m"),

@@ -291,3 +291,26 @@ def test_students_of_any_stage_tell_their_top1_by_row_and_seed(
     assert [(n.metric, n.part, n.step, n.value) for n in found] == (
         [("top1", *expected, 0.5)] if expected else []
     )
+
+
+def test_the_surrogate_of_sampled_images_tells_its_losses_by_epoch_and_no_images() -> None:
+    marker = UnitMarker(
+        unit="surrogate",
+        files=(),
+        metrics={"labels": [], "losses": [], "epoch_losses": [2.0, 1.5]},
+        seconds=1.0,
+        host="host",
+        run="run",
+        attempt=1,
+        finished="2026-01-01T00:00:00Z",
+    )
+    under_way: Any = SimpleNamespace(
+        stage=SimpleNamespace(name="recover"), config=SimpleNamespace(num_atoms=4)
+    )
+    found = metrics.numbers_of(under_way, marker)
+    assert [(n.metric, n.part, n.detail, n.step, n.value) for n in found] == [
+        ("loss", "surrogate", "", 1, 2.0),
+        ("loss", "surrogate", "", 2, 1.5),
+    ]
+    assert metrics.curves_of(under_way, marker) == []
+    assert metrics.images_of(under_way, marker) == 0

@@ -2,16 +2,16 @@
 
 Samples of a class come one after another. OT guidance measures the transport between those there are, with the current
 one among them, and real latents of the class; its gradient in the current sample points from what the earlier samples
-already cover to what they do not. The deviation term of IGD pushes the sample away from the nearest earlier one.
+already cover to what they do not. The deviation term of IGD pushes the sample away from the nearest earlier one; its
+influence term, which needs a network of its own, is in core/influence.py.
 
-Both are returned in units of their own direction, so that a weight means the same for any latent and any number of
+All are returned in units of their own direction, so that a weight means the same for any latent and any number of
 samples: the paper gives neither its weight's value nor its scale.
 
 Legend: n samples of a class so far with the current one, M real latents, D values of a latent.
 
 References:
-    Cui et al. 2025, arXiv 2512.00308 (OTG). Chen et al. 2025, Influence-Guided Diffusion (IGD; its influence term is not
-    here). Cuturi 2013, Sinkhorn Distances.
+    Cui et al. 2025, arXiv 2512.00308 (OTG). Chen et al. 2025, Influence-Guided Diffusion (IGD). Cuturi 2013, Sinkhorn Distances.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def transport_direction(
             samples_nD, real_MD, regularization=regularization, iterations=iterations
         )
 
-    return _gradient(distance, current_D) * (len(earlier_nD) + 1) * current_D.numel()
+    return gradient_at(distance, current_D) * (len(earlier_nD) + 1) * current_D.numel()
 
 
 def deviation_direction(current_D: Tensor, earlier_nD: Tensor) -> Tensor:
@@ -83,10 +83,10 @@ def deviation_direction(current_D: Tensor, earlier_nD: Tensor) -> Tensor:
         return torch.cosine_similarity(current_D[None], earlier_nD.float(), dim=1).max()
 
     length = torch.linalg.vector_norm(current_D.float())
-    return _gradient(nearest, current_D) * length * current_D.numel() ** 0.5
+    return gradient_at(nearest, current_D) * length * current_D.numel() ** 0.5
 
 
-def _gradient(function: Callable[[Tensor], Tensor], at_D: Tensor) -> Tensor:
+def gradient_at(function: Callable[[Tensor], Tensor], at_D: Tensor) -> Tensor:
     """Return the gradient of a scalar function, computed in float32 whatever the precision around it is."""
     with torch.enable_grad(), torch.autocast(at_D.device.type, enabled=False):
         at_D = at_D.detach().float().requires_grad_(True)

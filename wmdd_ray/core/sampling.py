@@ -3,8 +3,9 @@
 The loop is around a noise predictor and a DDIM scheduler of diffusers, of which only `set_timesteps`, `timesteps` and
 `step` are used. In a guided step the update is
     x_(t-1) <- step(x_t) - ot_weight * transport direction - diversity_weight * deviation direction
-with both directions (`core/guidance.py`) taken at the end that the model predicts from x_t: noise is compared with
-nothing. The model itself is not differentiated.
+                         + influence_weight * influence direction
+with the directions (`core/guidance.py`, `core/influence.py`) taken at the end that the model predicts from x_t: noise is
+compared with nothing. The model itself is not differentiated.
 
 Classes of a group go through the model together, image j of each at a time, and share nothing else: noise and real
 batches are drawn from streams of (seed, label, image).
@@ -12,7 +13,8 @@ batches are drawn from streams of (seed, label, image).
 Legend: G classes, K images of each, M real latents, D = C H W values of a latent.
 
 References:
-    Song et al. 2021, DDIM. Cui et al. 2025, arXiv 2512.00308 (OTG). Chen et al. 2025, IGD (window, steps, sequence).
+    Song et al. 2021, DDIM. Cui et al. 2025, arXiv 2512.00308 (OTG). Chen et al. 2025, IGD (window, steps, sequence,
+    deviation, influence).
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from wmdd_ray.core.guidance import (
     transport_direction,
     transport_distance,
 )
+from wmdd_ray.core.influence import ClassInfluence, influence_direction
 from wmdd_ray.core.jitter import class_generator
 from wmdd_ray.core.optimizer import State
 from wmdd_ray.core.pixel_adam import to_array
@@ -46,11 +49,15 @@ _NOISE, _REAL = 2, 3
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SampleTarget:
-    """A class to sample: its label in the data, its class in the model, and real latents of it, float32 on the device."""
+    """A class to sample: its label in the data, its class in the model, and real latents of it, float32 on the device.
+
+    `influence` is what the surrogate knows of it, needed with an influence weight.
+    """
 
     label: int
     class_id: int
     real_MCHW: Tensor
+    influence: ClassInfluence | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -147,6 +154,7 @@ def sample_group(
                             _batch(flat[g], target.label, config, seed, image, step),
                             config,
                             spacing[g],
+                            target.influence,
                         )
                         for g, target in enumerate(targets)
                     ]
@@ -177,7 +185,7 @@ def sample_group(
 
 def _guided_steps(config: DiffusionConfig, num_steps: int) -> frozenset[int]:
     """Return the steps inside the window, counted from 0 at the noise; none when nothing guides."""
-    if config.ot_weight == 0 and config.diversity_weight == 0:
+    if config.ot_weight == config.diversity_weight == config.influence_weight == 0:
         return frozenset()
     begin, end = (round(part * num_steps) for part in config.window)
     return frozenset(range(begin, max(end, begin + 1)))
@@ -189,6 +197,7 @@ def _move(
     real_MD: Tensor,
     config: DiffusionConfig,
     spacing: float,
+    influence: ClassInfluence | None,
 ) -> Tensor:
     """Return what a guided step takes from the sample, float32 (D,)."""
     move_D = torch.zeros_like(end_D, dtype=torch.float32)
@@ -203,6 +212,9 @@ def _move(
         move_D += config.ot_weight * direction_D
     if config.diversity_weight > 0:
         move_D += config.diversity_weight * deviation_direction(end_D, earlier_nD)
+    if config.influence_weight > 0:
+        assert influence is not None, "an influence weight needs a surrogate"
+        move_D -= config.influence_weight * influence_direction(end_D, influence)
     return move_D
 
 

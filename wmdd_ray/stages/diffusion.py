@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from wmdd_ray.config import DistillConfig
+from wmdd_ray.core.influence import LEAST_SIDE, class_influence
 from wmdd_ray.core.optimizer import State
 from wmdd_ray.core.sampling import SampleTarget, sample_group
 from wmdd_ray.core.synthesis import deterministic_convolutions, features_of
@@ -18,7 +19,7 @@ from wmdd_ray.core.tiles import shrink, tile_side
 from wmdd_ray.core.views import to_input
 from wmdd_ray.diffusion import DiffusionModel, fit_pictures
 from wmdd_ray.diffusion_card import ModelCard, check_card, class_ids_of, read_card
-from wmdd_ray.errors import ArtifactError
+from wmdd_ray.errors import ArtifactError, ConfigError
 from wmdd_ray.records import ClassImages, Teacher
 
 OnStep = Callable[[int, Callable[[], State]], None]
@@ -29,12 +30,16 @@ ReadReal = Callable[[int, int], np.ndarray]
 def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that sampled images depend on, and which model `model` is now."""
     recover = config.recover
+    sampling = asdict(recover.diffusion)
+    if recover.diffusion.influence_weight == 0:
+        # Images from before there was this term are the same.
+        sampling = {k: v for k, v in sampling.items() if not k.startswith("influence_")}
     return {
         "method": recover.method,
         "tiles": recover.tiles,
         "images_per_group": recover.images_per_group,
         "mixed_precision": recover.mixed_precision,
-        "diffusion": asdict(recover.diffusion),
+        "diffusion": sampling,
         "model": read_card(recover.diffusion.model).identity,
     }
 
@@ -50,6 +55,12 @@ def checked(
         steps=diffusion.steps,
         guidance_scale=diffusion.guidance_scale,
     )
+    side = card.shape_CHW[1]
+    if diffusion.influence_weight > 0 and side < LEAST_SIDE:
+        raise ConfigError(
+            f"--recover.diffusion.influence-weight: expected 0 for {card.uri}, whose latents are {side} values wide, which is too "
+            f"small for the classifier that tells the influence ({LEAST_SIDE}); got {diffusion.influence_weight:g}"
+        )
     return class_ids_of(card, class_names, diffusion.class_ids)
 
 
@@ -67,6 +78,7 @@ def sampled(
     config: DistillConfig,
     *,
     seed: int,
+    surrogate: Sequence[torch.nn.Module] = (),
     device: torch.device,
     state: State | None,
     on_step: OnStep,
@@ -74,18 +86,25 @@ def sampled(
     """Return the images of some classes, of equal weights, with what they reach in the teacher.
 
     The curve `ot` is the transport distance to the class's real images after each image, a share of their own mean
-    distance: it has no iterations, so its points are the images.
+    distance: it has no iterations, so its points are the images. With an influence weight `surrogate` is the classifier of
+    latents at its checkpoints (`stages/surrogate.py`).
     """
     card, recover = model.card, config.recover
     class_ids = checked(card, config, teacher.class_names)
-    targets = [
-        SampleTarget(
-            label=label,
-            class_id=class_ids[label],
-            real_MCHW=model.encode(read_real(label, card.image_size)),
+    most = recover.diffusion.influence_latents
+    targets = []
+    for label in labels:
+        real_MCHW = model.encode(read_real(label, card.image_size))
+        targets.append(
+            SampleTarget(
+                label=label,
+                class_id=class_ids[label],
+                real_MCHW=real_MCHW,
+                influence=class_influence(surrogate, real_MCHW[:most], label)
+                if surrogate
+                else None,
+            )
         )
-        for label in labels
-    ]
     predict = partial(
         model.predict,
         guidance_scale=recover.diffusion.guidance_scale,

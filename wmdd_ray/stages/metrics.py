@@ -234,6 +234,11 @@ def numbers_of(stage: StageRun, marker: UnitMarker) -> list[Number]:
         return [*numbers, top1]
     if name == "barycenters":
         return [Number(stage=name, metric="cost", value=metrics["cost"], step=int(unit))]
+    if name == "recover" and not metrics["labels"]:  # the surrogate
+        return [
+            Number(stage=name, metric="loss", part=part, value=loss, step=i + 1)
+            for i, loss in enumerate(metrics["epoch_losses"])
+        ]
     if name == "recover":
         terms, recover = metrics["losses"][0], stage.config.recover
         inverted = recover.method == "inversion"
@@ -272,6 +277,8 @@ def images_of(stage: StageRun, marker: UnitMarker) -> int | None:
 
 def curves_of(stage: StageRun, marker: UnitMarker) -> list[Number]:
     """Return the loss of a unit of recover by iteration, a curve a term: the mean over its classes."""
+    if not marker.metrics["labels"]:
+        return []
     classes = [codecs.decode_class_images(stage.room.read(entry)) for entry in marker.files]
     at_P = classes[0].curve_at_P
     if at_P is None:
@@ -304,7 +311,8 @@ def _series(stage: str, unit: str) -> tuple[str, str]:
     """Return (part, detail) of the numbers of a unit."""
     if student := _STUDENT.fullmatch(unit):
         return student[1], student[2]
-    if stage == "squeeze" and unit != "teacher":  # one that only labels
+    only_labels = stage == "squeeze" and unit != "teacher"
+    if only_labels or (stage == "recover" and unit == "surrogate"):
         return unit, ""
     return "", unit if stage == "recover" else ""
 

@@ -1,7 +1,8 @@
 """recover: the distilled images, on Ray Train workers that take groups of classes from a load-balanced stream.
 
 They are optimized against the teacher (`core/synthesis.py`), or sampled from a diffusion model (`stages/diffusion.py`); whoever
-reads the room need not know.
+reads the room need not know. Where samples are led by their influence, a classifier of latents is a unit before all groups
+(`stages/surrogate.py`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from wmdd_ray.diffusion_card import read_card
 from wmdd_ray.records import ClassBarycenter, ClassImages, Teacher
 from wmdd_ray.rooms import Room
 from wmdd_ray.run import StageRun, Work, unit_seed
-from wmdd_ray.stages import barycenters, diffusion
+from wmdd_ray.stages import barycenters, diffusion, surrogate
 from wmdd_ray.stages.checkpoints import Checkpoints
 from wmdd_ray.stages.teacher import read_teacher
 from wmdd_ray.stages.workers import DoUnit, Report, do_units
@@ -73,16 +74,18 @@ def check_model(config: DistillConfig, class_names: tuple[str, ...]) -> str:
 
 
 def plan(stage: StageRun) -> Work:
-    """Return one unit a group of classes."""
+    """Return one unit a group of classes, after the surrogate where there is one."""
     config = stage.config
     class_names = stage.run.source("train").class_names
     check_model(config, class_names)
     num_classes = len(class_names)
-    image_bytes = config.source.image_size**2 * config.source.channels
-    return Work(
-        units=tuple(groups(config, num_classes)),
-        estimated_bytes=num_classes * config.ipc * image_bytes,
-    )
+    size = num_classes * config.ipc * config.source.image_size**2 * config.source.channels
+    units = tuple(groups(config, num_classes))
+    if surrogate.is_needed(config):
+        card = read_card(config.recover.diffusion.model)
+        size += surrogate.size_bytes(config, card, num_classes)
+        units = (surrogate.UNIT, *units)
+    return Work(units=units, estimated_bytes=size)
 
 
 def work(stage: StageRun) -> dict[str, Any]:
@@ -100,8 +103,15 @@ def work(stage: StageRun) -> dict[str, Any]:
         units=units,
         model_identity=identity,
     )
-    do_units(stage, list(units), worker)
-    markers = stage.room.read_units(units)
+    every = list(units)
+    if surrogate.is_needed(config):
+        every = [surrogate.UNIT, *units]
+        stage.progress.start(len(every), len(stage.room.finished()))
+        do_units(stage, [surrogate.UNIT], worker, among=every)
+        do_units(stage, list(units), worker, among=every)
+    else:
+        do_units(stage, every, worker)
+    markers = stage.room.read_units(every)
     losses = [loss for marker in markers.values() for loss in marker.metrics["losses"]]
     return {
         "losses": {name: float(np.mean([loss[name] for loss in losses])) for name in losses[0]},
@@ -120,7 +130,10 @@ def open_worker(
     units: dict[str, range],
     model_identity: str = "",
 ) -> DoUnit:
-    """Load the teacher, and the diffusion model if there is one, and return the function that makes one group of classes."""
+    """Load the teacher, and the diffusion model if there is one, and return the function that makes one group of classes.
+
+    Where there is a surrogate, the function makes that too, and groups only after it.
+    """
     teacher = read_teacher(teacher_room)
     network = network_of(teacher, device)
     files = {f.key: f for m in barycenter_room.committed().units.values() for f in m.files}
@@ -129,9 +142,15 @@ def open_worker(
         model = load_model(config.recover.diffusion.model, device)
         diffusion.check_unchanged(model, model_identity)
 
-    def real_of(label: int, side: int) -> np.ndarray:
-        keys = barycenters.read_barycenter(barycenter_room, files, label).random_keys
+    def real_of(label: int, side: int, most: int | None = None) -> np.ndarray:
+        keys = barycenters.read_barycenter(barycenter_room, files, label).random_keys[:most]
         return read_real(source, keys, diffusion.source_at(config, side))
+
+    @cache
+    def surrogates() -> tuple[torch.nn.Module, ...]:
+        if model is None or not surrogate.is_needed(config):
+            return ()
+        return surrogate.read(room, model, config, num_classes=teacher.num_classes, device=device)
 
     def target_of(label: int) -> ClassTarget:
         found = barycenters.read_barycenter(barycenter_room, files, label)
@@ -147,6 +166,18 @@ def open_worker(
         )
 
     def do_unit(unit: str, report: Report) -> None:
+        if unit == surrogate.UNIT:
+            assert model is not None, "planned for a diffusion model only"
+            surrogate.make(
+                room,
+                model,
+                partial(real_of, most=config.recover.diffusion.influence_latents),
+                config,
+                num_classes=teacher.num_classes,
+                device=device,
+                report=report,
+            )
+            return
         started = time.perf_counter()
         attempt = room.begin_unit(unit)
         if attempt is None:
@@ -184,6 +215,7 @@ def open_worker(
                 real_of,
                 config,
                 seed=_seed(config),
+                surrogate=surrogates(),
                 device=device,
                 state=keep.load(),
                 on_step=on_step,

@@ -49,23 +49,33 @@ OpenWorker = Callable[[torch.device], DoUnit]
 """Loads what a worker keeps, on its device. Picklable."""
 
 
-def do_units(stage: StageRun, units: Sequence[str], open_worker: OpenWorker) -> None:
+def do_units(
+    stage: StageRun,
+    units: Sequence[str],
+    open_worker: OpenWorker,
+    *,
+    among: Sequence[str] | None = None,
+) -> None:
     """Do every unit of `units` that is not finished yet, on as many workers as the run's resources say.
 
     Args:
         stage: The stage; its progress line shows units done.
-        units: All unit ids of the stage, most expensive first.
+        units: Unit ids, most expensive first: all of the stage, or those that can be done now.
         open_worker: Picklable; called once a worker with its device, loads what the worker keeps.
+        among: All unit ids of the stage where `units` are some of them; the caller has started the progress line, for all.
 
     Raises:
         WmddError: A unit failed deliberately, or workers died too often. Finished units stay finished.
     """
     finished = stage.room.finished()
     left = [unit for unit in units if unit not in finished]
-    stage.progress.start(len(units), len(units) - len(left))
+    every = units if among is None else among
+    found = sum(unit in finished for unit in every)
+    if among is None:
+        stage.progress.start(len(units), found)
     if not left:
         return
-    wide, found = width(stage.resources), len(units) - len(left)
+    wide = width(stage.resources)
     executor = stage.resources.executor
     if executor == "auto":
         steady = wide.num_workers <= _MAX_GROUP and len(left) >= _MIN_SHARE * wide.num_workers

@@ -114,6 +114,8 @@ def _without_unused(value: Any) -> Any:
     unused = {"teacher_schedule", "teachers"} if "teacher_schedule" in value else set()
     if value.get("sinkhorn_weight") == 0:
         unused |= {"sinkhorn_weight", "sinkhorn_regularization", "sinkhorn_iterations"}
+    if value.get("influence_weight") == 0:
+        unused |= {name for name in value if name.startswith("influence_")}
     return {name: _without_unused(item) for name, item in value.items() if name not in unused}
 
 
