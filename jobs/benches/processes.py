@@ -98,6 +98,10 @@ def cpu_s(pid: int) -> float:
     return 0.0
 
 
+# How often new workers are looked for: it takes some milliseconds.
+_LOOK_S = 0.1
+
+
 @dataclass
 class Peaks:
     """Highest memory of their own that was seen, MiB: this process, what it grew by, and the largest of Ray's workers below it."""
@@ -122,7 +126,7 @@ def watched(every_s: float = 0.05) -> Iterator[Peaks]:
         workers: set[int] = set()
         looked = 0.0
         while not stop.wait(every_s):
-            if time.monotonic() - looked > 10 * every_s:
+            if time.monotonic() - looked > _LOOK_S:
                 looked = time.monotonic()
                 titles = descendants(os.getpid()).items()
                 workers |= {p for p, t in titles if t.startswith("ray::") and "::IDLE" not in t}
