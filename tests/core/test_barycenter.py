@@ -19,6 +19,8 @@ from wmdd_ray.errors import DataError
 from wmdd_ray.records import Barycenter
 
 SOLVERS = get_args(get_type_hints(BarycenterConfig)["solver"])
+# Atoms are stored in float32: a rounding of one, with a little room.
+ROUNDED = 7e-8
 SHARES = np.array([0.5, 0.3, 0.15, 0.05])
 
 
@@ -52,7 +54,8 @@ def assert_cost_is_exact(found: Barycenter, features_ND: np.ndarray) -> None:
     offsets = found.atoms_KD[:, None].astype(np.float64) - features_ND.astype(np.float64)
     uniform_N = np.full(len(features_ND), 1 / len(features_ND))
     expected = ot.emd2(found.weights_K, uniform_N, (offsets**2).sum(axis=2))
-    assert_allclose(found.cost, expected, rtol=1e-6, atol=1e-9)
+    # Float64 sums in another order; the atom of a single image costs 0.
+    assert_allclose(found.cost, expected, rtol=1e-10, atol=1e-11)
 
 
 # Known answers ----------------------------------------------------------------------------------
@@ -62,9 +65,10 @@ def assert_cost_is_exact(found: Barycenter, features_ND: np.ndarray) -> None:
 def test_barycenter_of_one_atom_is_the_mean(solver: str) -> None:
     features = cloud(0)
     found = solve(features, 1, solver)
-    assert_allclose(found.atoms_KD[0], features.mean(axis=0), rtol=1e-5)
-    assert_allclose(found.weights_K, [1.0])
-    assert_allclose(found.cost, features.astype(np.float64).var(axis=0).sum(), rtol=1e-6)
+    exact = features.astype(np.float64)
+    assert_allclose(found.atoms_KD[0], exact.mean(axis=0), rtol=ROUNDED)
+    assert_array_equal(found.weights_K, [1.0])
+    assert_allclose(found.cost, exact.var(axis=0).sum(), rtol=1e-10)
 
 
 @pytest.mark.parametrize("solver", ["lloyd", "uniform", "emd", "sliced"])
@@ -72,9 +76,9 @@ def test_as_many_atoms_as_images_are_the_images(solver: str) -> None:
     features = cloud(1, num=12)
     found = solve(features, 12, solver)
     order = np.lexsort(found.atoms_KD.T), np.lexsort(features.T)
-    assert_allclose(found.atoms_KD[order[0]], features[order[1]], rtol=1e-6)
-    assert_allclose(found.weights_K, 1 / 12)
-    assert_allclose(found.cost, 0, atol=1e-10)
+    assert_allclose(found.atoms_KD[order[0]], features[order[1]], rtol=ROUNDED)
+    assert_allclose(found.weights_K, 1 / 12, rtol=1e-12)
+    assert_allclose(found.cost, 0, atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -82,16 +86,18 @@ def test_separated_clusters_return_their_means_and_shares(seed: int) -> None:
     features, label_N = clusters(seed)
     found = solve(features, 4, seed=seed)
     order = np.argsort(-found.weights_K)
-    means = np.stack([features[label_N == k].mean(axis=0) for k in range(4)])
-    assert_allclose(found.weights_K[order], SHARES, rtol=1e-12)
-    assert_allclose(found.atoms_KD[order], means, rtol=1e-5)
+    exact = features.astype(np.float64)
+    means = np.stack([exact[label_N == k].mean(axis=0) for k in range(4)])
+    assert_array_equal(found.weights_K[order], SHARES)
+    assert_allclose(found.atoms_KD[order], means, rtol=ROUNDED)
     assert found.converged
 
 
 def test_emd_also_finds_the_shares_of_separated_clusters() -> None:
     features, _ = clusters(0)
     found = solve(features, 4, "emd", max_iters=200)
-    assert_allclose(np.sort(found.weights_K)[::-1], SHARES, atol=0.002)
+    # Its weights come by steps that shrink: after 200 they are 0.0002 off.
+    assert_allclose(np.sort(found.weights_K)[::-1], SHARES, rtol=0, atol=0.0005)
 
 
 def test_uniform_splits_a_large_cluster_instead() -> None:
@@ -111,7 +117,7 @@ def test_best_of_many_starts_is_the_optimal_quantization_of_a_line() -> None:
         )
 
     best = min(cost_of(cuts) for cuts in combinations(range(1, 14), 2))
-    assert_allclose(solve(features, 3, num_starts=50).cost, best, rtol=1e-6)
+    assert_allclose(solve(features, 3, num_starts=50).cost, best, rtol=1e-10)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -168,15 +174,15 @@ def test_atom_that_is_nearest_to_nothing_moves_to_the_farthest_feature() -> None
     found = lloyd._with_voronoi_weights(around, atoms, [], False)
     assert_array_equal(found.atoms_KD[:, 0], [0.5, 10.0, 20.0])
     assert_array_equal(found.weights_K, [0.5, 0.25, 0.25])
-    assert_allclose(found.cost, 0.125)
+    assert found.cost == 0.125
 
 
 def test_empty_cell_takes_a_feature_while_descending() -> None:
     around = lloyd.Cloud(np.array([[0.0], [1.0], [10.0], [20.0]], np.float32))
     atoms = np.array([[0.5], [10.0], [500.0]]) - around.center_D
     found, history, converged = lloyd.descend(around, atoms, 10, 0.0)
-    assert_allclose(found + around.center_D, [[0.5], [10.0], [20.0]])
-    assert_allclose(history, 0.125)
+    assert_array_equal(found + around.center_D, [[0.5], [10.0], [20.0]])
+    assert_array_equal(history, 0.125)
     assert converged
 
 
@@ -185,10 +191,10 @@ def test_empty_cell_takes_a_feature_while_descending() -> None:
 def test_shifted_features_give_shifted_atoms(seed: int, shift: list[float]) -> None:
     features = cloud(seed, num=20, width=3).astype(np.float64)
     here, there = solve(features, 4, seed=seed), solve(features + shift, 4, seed=seed)
-    # Atoms are stored in float32, half a step of which is 3e-5 at 1000; at a mean the cost feels its square alone.
-    assert_allclose(there.atoms_KD, here.atoms_KD + shift, rtol=0, atol=1e-4)
+    # Atoms are stored in float32, half a step of which is 6e-5 above 1024; at a mean the cost feels its square alone.
+    assert_allclose(there.atoms_KD, here.atoms_KD + shift, rtol=0, atol=7e-5)
     assert_array_equal(there.weights_K, here.weights_K)
-    assert_allclose(there.cost, here.cost, rtol=1e-6)
+    assert_allclose(there.cost, here.cost, rtol=1e-7)
 
 
 @given(seed=st.integers(0, 2**32), factor=st.floats(1e-3, 1e3))
@@ -196,9 +202,9 @@ def test_shifted_features_give_shifted_atoms(seed: int, shift: list[float]) -> N
 def test_scaled_features_scale_the_cost_by_the_square(seed: int, factor: float) -> None:
     features = cloud(seed, num=20, width=3).astype(np.float64)
     here, there = solve(features, 4, seed=seed), solve(factor * features, 4, seed=seed)
-    assert_allclose(there.atoms_KD, factor * here.atoms_KD, rtol=1e-6)
+    assert_allclose(there.atoms_KD, factor * here.atoms_KD, rtol=2 * ROUNDED)
     assert_array_equal(there.weights_K, here.weights_K)
-    assert_allclose(there.cost, factor**2 * here.cost, rtol=1e-6)
+    assert_allclose(there.cost, factor**2 * here.cost, rtol=1e-10)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
