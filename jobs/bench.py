@@ -23,7 +23,7 @@ from jobs.benches.features import features
 from jobs.benches.labels import labels
 from jobs.benches.loader import loader
 from jobs.benches.orchestration import orchestration
-from jobs.benches.otg import otg
+from jobs.benches.otg.command import otg
 from jobs.benches.otm import otm
 from jobs.benches.prepare import prepare
 from jobs.benches.recover import recover

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from jobs import train_diffusion
-from jobs.benches.otg import markdown, otg
+from jobs.benches.otg.command import otg
+from jobs.benches.otg.scores import markdown
 from wmdd_ray.core import denoising
 from wmdd_ray.core.optimizer import State
 from wmdd_ray.diffusion import load_model, new_unet
@@ -146,24 +147,33 @@ def test_a_rate_that_is_too_high_is_told() -> None:
 
 
 @pytest.mark.slow
-def test_the_bench_chooses_beta1_on_training_images_and_goes_on_where_it_was(
+def test_the_bench_chooses_weights_on_training_images_and_goes_on_where_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options: dict[str, Any] = {
-        "out": str(tmp_path / "out"), "ipc": 1, "weights": (0.1, 0.2), "steps": 2, "seeds": 2,
-        "unet_epochs": 1, "unet_widths": (8,), "epochs": 1, "teacher_epochs": 1,
-        "result": str(tmp_path / "found.json"),
+        "out": str(tmp_path / "out"), "ipc": 1, "weights": (0.1, 0.2), "influence_weights": (0.3, 0.1),
+        "influence_epochs": (0, 1), "influence_latents": 4, "steps": 2, "seeds": 2, "unet_epochs": 1, "unet_widths": (8,),
+        "epochs": 1, "teacher_epochs": 1, "result": str(tmp_path / "found.json"),
     }  # fmt: skip
     otg(**options)
     said = capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
-    means = {one["ot_weight"]: one["w2_val"]["mean"] for one in found["candidates"]}
-    assert list(means) == [0.0, 0.1, 0.2]
-    assert found["chosen"] == min((0.1, 0.2), key=lambda weight: means[weight])
+    candidates = {(one["led_by"], one["weight"]): one for one in found["candidates"]}
+    means = {which: one["w2_val"]["mean"] for which, one in candidates.items()}
+    expected = {"nothing": (0.0,), "otg": (0.1, 0.2), "igd": (0.1, 0.3)}
+    assert list(means) == [(name, weight) for name, all_ in expected.items() for weight in all_]
     rows = {row["row"]: row for row in found["rows"]}
-    assert rows["otg"]["w2_val"]["mean"] == means[found["chosen"]]
-    assert rows["plain"]["w2_val"]["mean"] == means[0.0]
-    assert all(len(row[kind]["values"]) == 2 for row in rows.values() for kind in ("soft", "hard"))
+    assert list(rows) == ["wmdd", *expected]
+    for name, weights in expected.items():
+        best = min(weights, key=lambda weight: means[name, weight])
+        assert found["chosen"][name] == rows[name]["weight"] == best
+        assert rows[name]["w2_val"]["mean"] == means[name, best]
+    for one in (*rows.values(), *candidates.values()):
+        assert all(len(told["values"]) == 2 for told in one.values() if isinstance(told, dict))
+    # Each guidance changes what it is for, against the same noise.
+    plain = candidates["nothing", 0.0]
+    assert candidates["otg", 0.2]["transport"]["mean"] < plain["transport"]["mean"]
+    assert candidates["igd", 0.3]["influence"]["mean"] > plain["influence"]["mean"]
     assert markdown(found) in said
     units = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("units/*.json")}
     otg(**options)
@@ -171,6 +181,8 @@ def test_the_bench_chooses_beta1_on_training_images_and_goes_on_where_it_was(
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("units/*.json")} == units
 
 
-def test_a_weight_of_nothing_is_no_candidate(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="otg: --weights: expected values above 0"):
-        otg(out=str(tmp_path), weights=(0.0, 0.1))
+@pytest.mark.parametrize("option", ["weights", "influence_weights"])
+def test_a_weight_of_nothing_is_no_candidate(tmp_path: Path, option: str) -> None:
+    said = f"otg: --{option.replace('_', '-')}: expected values above 0"
+    with pytest.raises(SystemExit, match=said):
+        otg(out=str(tmp_path), **{option: (0.0, 0.1)})
