@@ -1,23 +1,23 @@
 import copy
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
-from jobs.benches.accuracy.definitions import TableName
 from jobs.benches.accuracy.rendering import (
     README,
     check_result,
+    committed,
     markers,
     published_lines,
     read_result,
     render,
     rendered,
-    result_path,
 )
 from jobs.benches.accuracy.scores import label_robust_score, sealed
 from wmdd_ray.errors import ArtifactError
@@ -132,7 +132,6 @@ def test_a_whole_result_is_rendered_with_everything_a_reader_would_ask_for() -> 
         *("Teacher convnet3 (20 epochs): top-1 92.1 %", "the 10,000 test images were opened once"),
         *("convnet3 of width 128", "1,000 views", "batch 25", "adamw at 0.001", "KL at T 20"),
         *("1 set x 2 students", "torch 2.15", "revision 0123456789ab", "2026-11-22"),
-        *("| RCIG (Loo et al. 2023) | soft, learned |", "more floats than the images"),
     ):
         assert fact in text
 
@@ -249,27 +248,32 @@ def test_rendering_fills_the_place_between_the_markers_and_nothing_else(tmp_path
     results.mkdir()
     content = sealed(made_up())
     (results / "accuracy-main.json").write_bytes(content)
-    begin, end = markers("main")
-    readme.write_text(f"# before\n\n{begin}\nold\n{end}\n\nafter\n")
-    assert render(readme, results) == ["main"]
-    first = readme.read_text()
-    assert first == f"# before\n\n{begin}\n{rendered(content, 'r.json')}{end}\n\nafter\n"
-    assert render(readme, results) == ["main"]
-    assert readme.read_text() == first
+    (results / "accuracy-main-ipc50.json").write_bytes(content)
+    text = "# before\n"
+    for name in ("main", "published", "main-ipc50"):
+        begin, end = markers(name)
+        text += f"\n{begin}\nold\n{end}\n\nafter {name}\n"
+    readme.write_text(text)
+    assert render(readme, results) == ["main", "main-ipc50"]
+    table, published = rendered(content, "r.json"), "\n".join(published_lines()) + "\n"
+    for name, new in (("main", table), ("published", published), ("main-ipc50", table)):
+        begin, end = markers(name)
+        text = text.replace(f"{begin}\nold\n{end}", f"{begin}\n{new}{end}")
+    assert readme.read_text() == text
+    assert render(readme, results) == ["main", "main-ipc50"]
+    assert readme.read_text() == text
     readme.write_text("# before\n")
     with pytest.raises(ArtifactError, match="expected the lines <!-- accuracy:main -->"):
         render(readme, results)
 
 
-@pytest.mark.parametrize("table", get_args(TableName))
-def test_the_readme_shows_what_the_committed_results_say(table: str) -> None:
-    path = result_path(table)
-    begin, end = markers(table)
+def test_the_readme_shows_the_committed_results_and_no_others() -> None:
     text = README.read_text(encoding="utf-8")
-    if not path.exists():
-        # A table that nobody can check has no place either.
-        assert begin not in text
-        return
-    shown = text.partition(begin)[2].partition(end)[0]
-    assert shown == "\n" + rendered(path.read_bytes(), path.name)
-    assert json.loads(path.read_bytes())["table"] == table
+    shown = dict(
+        re.findall(r"<!-- accuracy:(\S+) -->\n(.*?)<!-- /accuracy:\1 -->", text, re.DOTALL)
+    )
+    assert shown.pop("published") == "\n".join(published_lines()) + "\n"
+    # A table that nobody can check has no place.
+    assert shown == {name: rendered(path.read_bytes(), name) for name, path in committed().items()}
+    for name, path in committed().items():
+        assert name.split("-")[0] == json.loads(path.read_bytes())["table"]

@@ -6,9 +6,9 @@ import json
 import math
 import statistics
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from jobs.benches.accuracy.definitions import FULL, RANDOM, TableName
+from jobs.benches.accuracy.definitions import FULL, RANDOM
 from jobs.benches.accuracy.scores import label_robust_score, spread
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.store.documents import unseal
@@ -27,9 +27,13 @@ _NEEDED = {
 }
 
 
-def result_path(table: str) -> Path:
-    """Return where the result of a table is committed."""
-    return RESULTS / f"accuracy-{table}.json"
+_PUBLISHED = "published"
+
+
+def committed(results: Path = RESULTS) -> dict[str, Path]:
+    """Return the committed results by name: a table's, and after a hyphen which part of it was run apart (`main-ipc50`)."""
+    paths = results.glob("accuracy-*.json")
+    return dict(sorted((path.stem.removeprefix("accuracy-"), path) for path in paths))
 
 
 def read_result(content: bytes, where: str) -> dict[str, Any]:
@@ -142,8 +146,6 @@ def rendered(content: bytes, where: str) -> str:
     ]
     for group in result["groups"]:
         lines += ["", *_group_lines(group)]
-    if result["dataset"] == "fashion_mnist" and result["table"] == "main":
-        lines += ["", *published_lines()]
     return "\n".join(lines) + "\n"
 
 
@@ -232,27 +234,27 @@ def published_lines() -> list[str]:
 
 
 def render(readme: Path = README, results: Path = RESULTS) -> list[str]:
-    """Write the tables of all committed results between their markers in the README; return their names.
+    """Write the tables of all committed results, and the published numbers, between their markers in the README.
+
+    Returns:
+        The names of the results.
 
     Raises:
         ArtifactError: A result may not be shown, or the README has no place for it.
     """
-    text, names = readme.read_text(encoding="utf-8"), []
-    for table in get_args(TableName):
-        path = results / f"accuracy-{table}.json"
-        if not path.exists():
-            continue
-        begin, end = markers(table)
+    text, paths = readme.read_text(encoding="utf-8"), committed(results)
+    tables = {name: rendered(path.read_bytes(), str(path)) for name, path in paths.items()}
+    for name, table in {**tables, _PUBLISHED: "\n".join(published_lines()) + "\n"}.items():
+        begin, end = markers(name)
         if begin not in text or end not in text:
             raise ArtifactError(f"{readme}: expected the lines {begin} and {end} around the table")
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)
-        text = f"{before}{begin}\n{rendered(path.read_bytes(), str(path))}{end}{after}"
-        names.append(table)
+        text = f"{before}{begin}\n{table}{end}{after}"
     readme.write_text(text, encoding="utf-8")
-    return names
+    return list(tables)
 
 
-def markers(table: str) -> tuple[str, str]:
+def markers(name: str) -> tuple[str, str]:
     """Return the lines around a table in the README."""
-    return f"<!-- accuracy:{table} -->", f"<!-- /accuracy:{table} -->"
+    return f"<!-- accuracy:{name} -->", f"<!-- /accuracy:{name} -->"
