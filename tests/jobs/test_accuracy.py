@@ -180,6 +180,18 @@ def test_epochs_that_small_images_do_not_divide_are_refused() -> None:
 def test_a_row_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="--rows: expected some of best"):
         table_of("digits", dataclasses.replace(TINY, rows=("bets",)))
+    with pytest.raises(ConfigError, match=r"--groups: expected parts of \['ipc 1', .*got 'ipc 3'"):
+        table_of("digits", dataclasses.replace(TINY, groups=("all", "ipc 3")))
+
+
+def test_groups_are_had_whole_by_a_part_of_their_title() -> None:
+    whole = table_of("alignment", Options(ipc=(1, 10)))
+    found = table_of("alignment", Options(ipc=(1, 10), groups=("one teacher, ipc", "2 teachers")))
+    assert [group.title for group in found.groups] == [
+        *("one teacher, ipc 1", "LIA: 2 teachers, ipc 1"),
+        *("one teacher, ipc 10", "LIA: 2 teachers, ipc 10"),
+    ]
+    assert set(found.groups) < set(whole.groups)
 
 
 @pytest.mark.parametrize("name", ["main", "cross", "digits", "ablation"])

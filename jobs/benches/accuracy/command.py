@@ -17,6 +17,7 @@ def accuracy(
     out: str = "runs/accuracy",
     ipc: tuple[int, ...] = (),
     rows: tuple[str, ...] = (),
+    groups: tuple[str, ...] = (),
     student_seeds: int | None = None,
     distill_seeds: int | None = None,
     split: Literal["test", "val"] = "test",
@@ -47,6 +48,7 @@ def accuracy(
         out: Folder of the units; what is there already is not done again.
         ipc: Images a class; the table's own by default.
         rows: Rows to have; `random_real` always is.
+        groups: Groups to have, by parts of their titles ("LIA"); each keeps all its rows.
         student_seeds: Students a distilled set; by default at least 5 a row.
         distill_seeds: Distilled sets a row; 3 up to ipc 10, 1 above.
         split: Images that students are scored on.
@@ -74,6 +76,7 @@ def accuracy(
         options = Options(
             ipc=ipc,
             rows=rows,
+            groups=groups,
             distill_seeds=distill_seeds,
             student_seeds=student_seeds,
             width=width,

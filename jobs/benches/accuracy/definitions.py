@@ -94,6 +94,7 @@ class Options:
 
     ipc: tuple[int, ...] = ()
     rows: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
     distill_seeds: int | None = None
     student_seeds: int | None = None
     width: int | None = None
@@ -126,7 +127,7 @@ def table_of(name: TableName, options: Options) -> Table:
     """Return a table with what the options change of it.
 
     Raises:
-        ConfigError: Rows of a group would have different budgets, or there is no such row.
+        ConfigError: Rows of a group would have different budgets, or there is no such row or group.
     """
     on_digits = name in ("digits", "longtail", "alignment_digits")
     dataset = "digits" if on_digits else "fashion_mnist"
@@ -149,6 +150,12 @@ def table_of(name: TableName, options: Options) -> Table:
         asked = {*options.rows, RANDOM}
         groups = [replace(g, rows=tuple(r for r in g.rows if r.name in asked)) for g in groups]
         groups = [g for g in groups if g.rows]
+    if options.groups:
+        titles = [group.title for group in groups]
+        for text in options.groups:
+            if not any(text in title for title in titles):
+                raise ConfigError(f"--groups: expected parts of {titles}, got {text!r}")
+        groups = [g for g in groups if any(text in g.title for text in options.groups)]
     for group in groups:
         require_equal_budgets(group)
     return Table(
