@@ -100,6 +100,20 @@ def test_no_weight_or_another_window_decides_whether_anything_is_guided(schedule
     assert (found[1].latents_KCHW[1] - plain[1]).abs().max() > 1e-3
 
 
+def test_a_diversity_weight_turns_a_sample_from_the_earlier_one(scheduler: Any) -> None:
+    def cosines(config: DiffusionConfig) -> Tensor:
+        found = sample(scheduler, config, range(16))
+        first, second = (
+            torch.stack([one.latents_KCHW[i].flatten() for one in found]) for i in (0, 1)
+        )
+        return torch.cosine_similarity(first, second)
+
+    deviating = replace(PLAIN, diversity_weight=0.5, window=(0.0, 0.6))
+    plain, turned = cosines(PLAIN), cosines(deviating)
+    assert turned.mean() < plain.mean() - 0.1
+    assert (turned < plain + 1e-3).all()
+
+
 @pytest.mark.parametrize("side", [-1.0, 1.0])
 def test_an_influence_weight_leads_to_what_teaches_as_the_class_does(
     scheduler: Any, side: float

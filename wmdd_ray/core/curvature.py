@@ -6,7 +6,8 @@ Per image, with l its own loss, g = grad_x l(x) and the step z = h g / |g|_2 hel
     loss:      |mean_b l_b(x_b + z_b) - mean_b l_b(x_b)|                what the authors' ImageNet training computes
 
 For a small h the first is h |H g| / |g| with H the Hessian of l in the input. The second is about h mean_b |g_b| +
-h^2/2 (the curvature along z): mostly a penalty on the gradient's length, which costs no second derivative.
+h^2/2 (the curvature along z): mostly a penalty on the gradient's length, which costs no second derivative. Its absolute value is
+of a worker's own batch, so several workers take the steps of one only where their differences have one sign.
 
 Where this differs from the authors' code: their gradients are those of the batch's *mean* loss, so their strength falls with
 the batch (lambda 100 at batch 128 is 0.78 here). They add 1e-7 to gradient and norm, by which an image without a gradient steps by

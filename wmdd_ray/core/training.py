@@ -190,7 +190,8 @@ def transport_loss(
         iterations: of Sinkhorn's algorithm.
 
     References:
-        Cui et al. 2025, arXiv 2512.00308 (OTM), whose coefficients are not published; 2018cx/SinKD (the share).
+        Cui et al. 2025, arXiv 2512.00308 (OTM), whose coefficients are not published. Cui et al. 2024, SinKD, transports between
+        probabilities with an absolute regularization; logits and a share of the mean cost are ours.
     """
     student, teacher = (
         x.float() - x.float().mean(dim=1, keepdim=True) for x in (student_BY, teacher_BY)
