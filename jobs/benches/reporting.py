@@ -21,6 +21,12 @@ def spread(values: Sequence[float]) -> Spread:
     return {"n": len(values), **{name: float(f"{value:.5g}") for name, value in found.items()}}
 
 
+def mean_and_std(values: Sequence[float]) -> dict[str, Any]:
+    """Return mean and standard deviation (of a sample; 0 of one value), and the values."""
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "std": std, "values": values}
+
+
 def report(rows: list[Row], settings: dict[str, Any], out: str | None) -> None:
     """Print the rows (a spread as `median (min-max)`) and write them to `out` with all that they depend on."""
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.benches.accuracy.definitions import Group, Options, Row, TeacherRecipe, variants
 from jobs.benches.accuracy.units import Speed, StudentUnit, Unit
-from jobs.benches.reporting import spread
+from jobs.benches.reporting import mean_and_std, spread
 from wmdd_ray.config import AttackConfig, AttackName, CurvatureForm, DistillConfig, SqueezeConfig
 from wmdd_ray.errors import WmddError
 from wmdd_ray.provenance import hardware, versions
@@ -385,17 +385,12 @@ def _scored(
                 "curvature_step": squeeze.curvature_step,
                 "curvature_form": squeeze.curvature_form,
                 "teacher_top1_val": units[0].labeled.teachers[0].marker(place).metrics["top1_val"],
-                "clean": _told(clean),
-                "robust": {name: _told(values) for name, values in robust.items()},
+                "clean": mean_and_std(clean),
+                "robust": {name: mean_and_std(values) for name, values in robust.items()},
                 "contradictions": wrong,
             }
         )
     return rows
-
-
-def _told(values: list[float]) -> dict[str, Any]:
-    std = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "std": std, "values": values}
 
 
 def _targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
