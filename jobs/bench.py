@@ -27,7 +27,7 @@ from jobs.benches.otg.command import otg
 from jobs.benches.otm import otm
 from jobs.benches.prepare import prepare
 from jobs.benches.recover import recover
-from jobs.benches.robustness import robustness
+from jobs.benches.robustness.command import robustness
 from jobs.benches.scale import scale
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.benches.robustness import _targets, markdown, robustness, sample_rows
+from jobs.benches.robustness.attacks import sample_rows
+from jobs.benches.robustness.command import robustness
+from jobs.benches.robustness.scores import markdown, targets
 
 TINY: dict[str, Any] = {
     "ipc": (1,), "methods": ("sre2l",), "weights": (0.5,), "attacks": ("pgd",), "eps": ("24/255",),
@@ -69,7 +71,7 @@ def row(ipc: int, weight: float, clean: float, robust: float) -> dict[str, Any]:
 
 def test_gain_and_cost_are_against_the_plain_row_of_the_same_method_and_ipc() -> None:
     rows = [row(1, 0, 0.9, 0.0), row(1, 1, 0.8, 0.1), row(10, 0, 0.98, 0.2), row(10, 1, 0.97, 0.5)]
-    first, second = _targets(rows)
+    first, second = targets(rows)
     assert first["times_as_robust"] == {"autoattack 24/255": None}
     assert first["clean_cost"] == pytest.approx(0.1)
     assert second["times_as_robust"]["autoattack 24/255"] == pytest.approx(2.5)

@@ -1,0 +1,99 @@
+"""The units of work that are attacks on students, and the images that are attacked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from jobs.benches.accuracy.splits import Labeled, Workplace, load_split
+from jobs.benches.accuracy.units import Speed, StudentUnit, Unit
+from jobs.benches.robustness.cells import Cell
+from wmdd_ray.attacks import attack
+from wmdd_ray.config import AttackName
+from wmdd_ray.run import unit_seed
+
+# Passes of a network forth and back that an image takes which no attack makes fall, for the plan: a query is a third of one.
+_PASSES: dict[AttackName, int] = {
+    "pgd": 100, "mim": 20, "cw": 700, "square": 600, "autoattack": 1500,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackUnit(Unit):
+    """An attack on a finished student: which of the chosen images it is right on, before and after."""
+
+    room = "attacks"
+    student: StudentUnit
+    attack: AttackName
+    eps: str
+    images: int
+    split: str
+    uri: str
+
+    @property
+    def label(self) -> str:
+        """The student's, with the attack."""
+        return f"{self.student.label}-{self.attack}"
+
+    def seconds(self, place: Workplace, speed: Speed) -> float:
+        student = self.student.student
+        return self.images * _PASSES[self.attack] * speed(student.network, False)
+
+    def do(self, place: Workplace) -> tuple[dict[str, bytes], dict[str, Any]]:
+        labeled = images_of(place, self.split, self.uri)
+        rows_N = sample_rows(labeled.labels_N, self.images)
+        eps = 0.0 if self.attack == "cw" else float(Fraction(self.eps))
+        found = attack(
+            self.attack,
+            self.student.network(place),
+            labeled.images_NHWC[rows_N],
+            labeled.labels_N[rows_N],
+            eps=eps,
+            mean_C=place.source.mean,
+            std_C=place.source.std,
+            seed=unit_seed(0, "attack", f"{self.attack}-{self.eps}"),
+        )
+        told = {
+            "clean": found.clean_N.astype(int).tolist(),
+            "robust": found.robust_N.astype(int).tolist(),
+            "l2_change": found.change_N.round(6).tolist(),
+            "notes": list(found.notes),
+        }
+        return {f"{self.id}.json": json.dumps(told).encode()}, {"eps": self.eps}
+
+
+def sample_rows(labels_N: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    """Return up to `count` rows, ascending: classes take turns in giving their images, which come in random order."""
+    rng = np.random.default_rng(seed)
+    turns = [
+        (turn, int(row))
+        for label in np.unique(labels_N)
+        for turn, row in enumerate(rng.permutation(np.flatnonzero(labels_N == label)))
+    ]
+    # Of the last turn some classes give an image and some do not.
+    order = rng.permutation(len(turns))
+    chosen = sorted(order.tolist(), key=lambda i: turns[i][0])[:count]
+    return np.sort([turns[i][1] for i in chosen])
+
+
+def images_of(place: Workplace, split: str, uri: str) -> Labeled:
+    """Return the images that students are tested and attacked on."""
+    if split == "val":
+        return place.val
+    return load_split(uri, place.source, "val", place.class_names)
+
+
+def stages_of(
+    students: dict[Cell, tuple[StudentUnit, ...]], attacks: list[AttackUnit]
+) -> list[list[Unit]]:
+    """Return all units, each once, in stages that need only what is before them."""
+    trained = [unit for units in students.values() for unit in units]
+    labeled = [unit.labeled for unit in trained]
+    images = [unit.images for unit in labeled]
+    features = [f for unit in images for f in unit.features]
+    teachers = [f.teacher for f in features]
+    return [list(dict.fromkeys(s)) for s in (teachers, features, images, labeled, trained, attacks)]

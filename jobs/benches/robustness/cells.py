@@ -1,0 +1,86 @@
+"""The rows of the table: a method at an ipc by a plain teacher or by one with GUARD's curvature term."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from jobs.benches.accuracy.definitions import Group, Options, Row, TeacherRecipe, variants
+from wmdd_ray.config import DistillConfig, SqueezeConfig
+
+if TYPE_CHECKING:
+    from jobs.benches.accuracy.splits import Workplace
+    from jobs.benches.accuracy.units import StudentUnit
+
+Method = Literal["wmdd", "sre2l"]
+METHODS: dict[Method, str] = {"wmdd": "WMDD", "sre2l": "cross-entropy + global BN (SRe2L)"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row of the table: a method at an ipc by one teacher."""
+
+    dataset: str
+    method: Method
+    ipc: int
+    number: int
+    curved: SqueezeConfig
+    iterations: int
+    options: Options
+    seeds: int
+
+    @property
+    def recipes(self) -> tuple[DistillConfig, DistillConfig]:
+        """The recipe as published and as it is best."""
+        return variants(self.dataset, self.ipc, self.options)
+
+    @property
+    def squeeze(self) -> SqueezeConfig:
+        """How the teacher is trained."""
+        _, best = self.recipes
+        if self.curved.curvature_weight == 0:
+            return best.squeeze
+        return replace(
+            best.squeeze,
+            **{
+                name: getattr(self.curved, name)
+                for name in (
+                    "curvature_weight", "curvature_step", "curvature_form", "curvature_ipc_power",
+                )
+            },
+        ).at_ipc(self.ipc)  # fmt: skip
+
+    def students(self, place: Workplace) -> tuple[StudentUnit, ...]:
+        """Return the units of the students, which hold all before them."""
+        from jobs.benches.accuracy.work import units_of_row
+
+        paper, best = self.recipes
+        recover = best.recover
+        if self.method == "sre2l":
+            recover = replace(
+                paper.recover,
+                feature_term="cross_entropy",
+                moments="global",
+                iterations=self.iterations,
+            )
+        row = Row(
+            name=self.method,
+            title=METHODS[self.method],
+            kind="recover",
+            barycenters=best.barycenters,
+            recover=recover,
+        )
+        batch_size = min(best.evaluate.batch_size, 10 * self.ipc)
+        group = Group(
+            title=f"ipc {self.ipc}",
+            ipc=self.ipc,
+            tiles=best.recover.tiles,
+            # The seed is of the name: plain and curved teachers start from the same weights.
+            teachers=(TeacherRecipe(name="convnet3", squeeze=self.squeeze),),
+            relabel=best.relabel,
+            student=replace(best.evaluate, batch_size=batch_size),
+            rows=(row,),
+            distill_seeds=1,
+            student_seeds=self.seeds,
+        )
+        return units_of_row(group, row, place).students["soft"]

@@ -1,0 +1,158 @@
+"""The command `robustness`: its options, and the way from them to a table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from jobs.benches.accuracy.definitions import Options
+from jobs.benches.robustness.cells import Cell, Method
+from wmdd_ray.config import AttackConfig, AttackName, CurvatureForm, SqueezeConfig
+from wmdd_ray.errors import WmddError
+from wmdd_ray.provenance import hardware, versions
+
+
+def robustness(
+    dataset: Literal["digits", "fashion_mnist"] = "digits",
+    data: str | None = None,
+    out: str = "runs/robustness",
+    ipc: tuple[int, ...] = (1, 10, 50),
+    methods: tuple[Method, ...] = ("wmdd", "sre2l"),
+    weights: tuple[float, ...] = (1.0,),
+    step: float = 1.0,
+    form: CurvatureForm = "gradient",
+    ipc_power: float = 0.0,
+    attacks: tuple[AttackName, ...] = ("pgd", "autoattack"),
+    eps: tuple[str, ...] = ("24/255",),
+    images: int = 100,
+    seeds: int = 2,
+    split: Literal["test", "val"] = "test",
+    iterations: int = 500,
+    epochs: int | None = None,
+    teacher_epochs: int | None = None,
+    width: int | None = None,
+    bf16: bool = False,
+    processes: int = 1,
+    result: str | None = None,
+    plan: bool = False,
+    cost: bool = True,
+) -> None:
+    """Clean and robust accuracy by ipc, GUARD's teacher against a plain one. Resumable; needs no Ray.
+
+    Choose `--weights` with `--split val`, on a part of the training images that nothing is trained on; the same command with
+    `--split test` finds teachers, images and students done, and attacks them on held-out images.
+
+    Args:
+        dataset: The recipe, and the table.
+        data: Real images; the recipe's by default, and for Fashion-MNIST the folder with the IDX files.
+        out: Folder of the units; what is there already is not done again.
+        ipc: Images a class.
+        methods: `wmdd` as the recipe has it; `sre2l` recovers from noise by cross-entropy and global BatchNorm moments.
+        weights: Curvature weights; a plain teacher always is.
+        step: Curvature step, L2 in normalized input units.
+        form: Curvature form.
+        ipc_power: How the weight falls with ipc (--squeeze.curvature-ipc-power).
+        attacks: Attacks on the students.
+        eps: Largest change of a pixel.
+        images: Images that are attacked, equally many of each class.
+        seeds: Students of each distilled set.
+        split: Images that students are tested and attacked on.
+        iterations: Recover iterations of `sre2l`.
+        epochs: Student epochs and label epochs; the recipe's by default.
+        teacher_epochs: Epochs of the teachers; the recipe's by default.
+        width: Channels of teachers' and students' ConvNet-3 blocks; the recipe's by default.
+        bf16: Train and recover in bfloat16.
+        processes: Processes with one computing thread each.
+        result: JSON file; in `out` by default.
+        plan: Print the units and their estimated seconds, and do nothing.
+        cost: Measure what a step of teacher training costs with each form of the term.
+    """
+    try:
+        asked = AttackConfig(names=attacks, eps=eps, images=images)
+        options = Options(epochs=epochs, teacher_epochs=teacher_epochs, width=width, bf16=bf16)
+        curved = [
+            SqueezeConfig(
+                curvature_weight=weight,
+                curvature_step=step,
+                curvature_form=form,
+                curvature_ipc_power=ipc_power,
+            )
+            for weight in dict.fromkeys((0.0, *weights))
+        ]
+        cells = [
+            Cell(dataset, method, one, number, squeeze, iterations, options, seeds)
+            for method in methods
+            for one in ipc
+            for number, squeeze in enumerate(curved)
+        ]
+        path = Path(result or Path(out) / f"robustness-{dataset}-{split}.json")
+        uri = data or ("digits" if dataset == "digits" else "fashion-mnist")
+        _run(cells, asked, uri, out, split, processes, path, plan, cost)
+    except WmddError as error:
+        raise SystemExit(f"robustness: {error}") from error
+
+
+def _run(
+    cells: list[Cell],
+    asked: AttackConfig,
+    uri: str,
+    out: str,
+    split: str,
+    processes: int,
+    path: Path,
+    plan: bool,
+    cost: bool,
+) -> None:
+    from jobs.benches.accuracy.splits import make_splits
+    from jobs.benches.accuracy.work import bring, print_plan
+    from jobs.benches.robustness.attacks import AttackUnit, images_of, stages_of
+    from jobs.benches.robustness.cost import step_cost
+    from jobs.benches.robustness.scores import markdown, scored, targets
+    from wmdd_ray.attacks import require_libraries
+    from wmdd_ray.recipes import recipe_of
+
+    dataset = cells[0].dataset
+    held_out = 5000 if dataset == "fashion_mnist" else 0
+    place = make_splits(out, uri, recipe_of(dataset, 1).source, held_out, "cpu")
+    require_libraries(asked.names, len(place.class_names))
+    students = {cell: cell.students(place) for cell in cells}
+    attacks = {
+        student: {
+            (name, eps): AttackUnit(
+                data=place.data,
+                student=student,
+                attack=name,
+                eps=eps,
+                images=asked.images,
+                split=split,
+                uri=uri,
+            )
+            for name in asked.names
+            for eps in (asked.eps if name != "cw" else ("none",))
+        }
+        for units in students.values()
+        for student in units
+    }
+    stages = stages_of(students, [u for units in attacks.values() for u in units.values()])
+    if plan:
+        print_plan(stages, place, processes)
+        return
+    bring(stages, place, processes)
+    rows = scored(students, attacks, asked, place, split, uri)
+    record: dict[str, Any] = {
+        "dataset": dataset,
+        "split": split,
+        "hardware": hardware(),
+        **versions(),
+        "attacked": min(asked.images, len(images_of(place, split, uri).labels_N)),
+        "rows": rows,
+        "targets": targets(rows),
+    }
+    if cost:
+        record["cost"] = step_cost(cells[-1].squeeze, place)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    print(markdown(record))
+    print(f"written: {path}", file=sys.stderr)
