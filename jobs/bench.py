@@ -20,7 +20,7 @@ import tyro
 from jobs.benches.accuracy.command import accuracy
 from jobs.benches.barycenter import barycenter
 from jobs.benches.features import features
-from jobs.benches.labels import labels
+from jobs.benches.labels.command import labels
 from jobs.benches.loader import loader
 from jobs.benches.orchestration import orchestration
 from jobs.benches.otg.command import otg

@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.benches import labels as bench
 from jobs.benches.accuracy.splits import load_split, make_splits
+from jobs.benches.labels import files
+from jobs.benches.labels.command import labels
+from jobs.benches.labels.options import options_of
+from jobs.benches.labels.students import Comparison
 from jobs.benches.loader import loader, write_random_set
 from tests.store.written_sources import idx_of
 from wmdd_ray.dataset import DistilledDataset
@@ -20,7 +23,7 @@ from wmdd_ray.store.filesystem import Store
 
 
 def test_thousand_classes_shrink_by_steps_by_the_largest_and_by_shared_epochs() -> None:
-    rows = bench.synthetic_rows(1.0, 5, num_views=1000)
+    rows = files.synthetic_rows(1.0, 5, num_views=1000)
     size = {row["labels"]: row["bytes"] for row in rows}
     names = list(size)
     assert names[0].endswith("(FKD)") and len(size) == 7
@@ -43,15 +46,15 @@ def tiny_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     # Logits some steps apart.
     weights = {name: 300 * w if w.ndim == 2 else w for name, w in teacher.weights.items()}
     teacher = replace(teacher, weights=weights)
-    few = partial(bench.synthetic_rows, num_views=100)
-    monkeypatch.setattr(bench, "synthetic_rows", few)
+    few = partial(files.synthetic_rows, num_views=100)
+    monkeypatch.setattr(files, "synthetic_rows", few)
     monkeypatch.setattr("wmdd_ray.stages.teacher.read_teacher", lambda room: teacher)
     return [str(tmp_path / "teacher"), str(folder)]
 
 
 def measure(tiny_bench: list[str], tmp_path: Path, **options: Any) -> None:
     asked = {"ipc": (2,), "seeds": (2,), "steps": (1.0,), "shared": (1,), "alone": 10} | options
-    bench.labels(
+    labels(
         *tiny_bench,
         epochs=10,
         width=4,
@@ -87,7 +90,7 @@ def test_a_table_of_bytes_and_accuracy_has_students_of_every_option(
             assert row["difference"] == pytest.approx(expected, abs=0.011)
     assert "times_smaller" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="number of seeds for every ipc"):
-        bench.labels(*tiny_bench, ipc=(2, 3), seeds=(1,))
+        labels(*tiny_bench, ipc=(2, 3), seeds=(1,))
 
 
 def test_the_same_command_again_trains_nobody_and_the_test_split_finds_the_same_students(
@@ -103,7 +106,7 @@ def test_the_same_command_again_trains_nobody_and_the_test_split_finds_the_same_
     def train(*args: Any, **options: Any) -> None:
         raise AssertionError("somebody was trained again")
 
-    monkeypatch.setattr("wmdd_ray.core.training.train_student", train)
+    monkeypatch.setattr("jobs.benches.labels.students.train_student", train)
     monkeypatch.setattr("jobs.benches.accuracy.work.speed_on", train)
     measure(tiny_bench, tmp_path, seeds=(1,), out=str(again))
     assert "0 students to train" in capsys.readouterr().err
@@ -133,9 +136,9 @@ def test_what_a_student_learns_from_is_what_the_file_holds(
     recipe = recipe_of("fashion_mnist", 1)
     stored = replace(recipe.relabel, epochs=20, stored_views="rows", epochs_per_unit=4)
     config = replace(recipe, data=data, relabel=stored)
-    options = bench._options(stored, (1.0,), (2,), 20)
+    options = options_of(stored, (1.0,), (2,), 20)
     place = make_splits(str(tmp_path / "folder"), data, config.source, 0, "cpu")
-    comparison = bench._Comparison(config, read_teacher(None), None, options, place)  # type: ignore[arg-type]
+    comparison = Comparison(config, read_teacher(None), None, options, place)  # type: ignore[arg-type]
     comparison.label()
     exact, coarse, shared = (
         next(comparison._stored[o.name][1] for o in comparison.options if o.students == students)
