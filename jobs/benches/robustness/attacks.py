@@ -11,9 +11,8 @@ import numpy as np
 
 from jobs.benches.accuracy.splits import Labeled, Workplace, load_split
 from jobs.benches.accuracy.units import Speed, StudentUnit, Unit
-from jobs.benches.robustness.cells import Cell
-from wmdd_ray.attacks import attack
-from wmdd_ray.config import AttackName
+from wmdd_ray.attacks import Attacked, attack
+from wmdd_ray.config import AttackConfig, AttackName
 from wmdd_ray.run import unit_seed
 
 # Passes of a network forth and back that an image takes which no attack makes fall, for the plan: a query is a third of one.
@@ -65,6 +64,33 @@ class AttackUnit(Unit):
         }
         return {f"{self.id}.json": json.dumps(told).encode()}, {"eps": self.eps}
 
+    def found(self, place: Workplace) -> Attacked:
+        """Return what the finished attack has found."""
+        told = json.loads(self.file(place))
+        return Attacked(
+            clean_N=np.array(told["clean"], dtype=bool),
+            robust_N=np.array(told["robust"], dtype=bool),
+            change_N=np.array(told["l2_change"]),
+            notes=tuple(told["notes"]),
+        )
+
+
+def attacks_on(student: StudentUnit, asked: AttackConfig, split: str, uri: str) -> list[AttackUnit]:
+    """Return the attacks on a student, each once; C&W minimizes the change, so one does for every eps."""
+    return [
+        AttackUnit(
+            data=student.data,
+            student=student,
+            attack=name,
+            eps=eps,
+            images=asked.images,
+            split=split,
+            uri=uri,
+        )
+        for name in dict.fromkeys(asked.names)
+        for eps in (asked.eps if name != "cw" else ("none",))
+    ]
+
 
 def sample_rows(labels_N: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
     """Return up to `count` rows, ascending: classes take turns in giving their images, which come in random order."""
@@ -87,13 +113,12 @@ def images_of(place: Workplace, split: str, uri: str) -> Labeled:
     return load_split(uri, place.source, "val", place.class_names)
 
 
-def stages_of(
-    students: dict[Cell, tuple[StudentUnit, ...]], attacks: list[AttackUnit]
-) -> list[list[Unit]]:
+def stages_of(attacks: dict[StudentUnit, list[AttackUnit]]) -> list[list[Unit]]:
     """Return all units, each once, in stages that need only what is before them."""
-    trained = [unit for units in students.values() for unit in units]
-    labeled = [unit.labeled for unit in trained]
+    labeled = [student.labeled for student in attacks]
     images = [unit.images for unit in labeled]
     features = [f for unit in images for f in unit.features]
     teachers = [f.teacher for f in features]
-    return [list(dict.fromkeys(s)) for s in (teachers, features, images, labeled, trained, attacks)]
+    last = [unit for units in attacks.values() for unit in units]
+    stages = (teachers, features, images, labeled, [*attacks], last)
+    return [list(dict.fromkeys(stage)) for stage in stages]

@@ -23,7 +23,6 @@ class Cell:
     dataset: str
     method: Method
     ipc: int
-    number: int
     curved: SqueezeConfig
     iterations: int
     options: Options
@@ -40,15 +39,14 @@ class Cell:
         _, best = self.recipes
         if self.curved.curvature_weight == 0:
             return best.squeeze
-        return replace(
+        curved = replace(
             best.squeeze,
-            **{
-                name: getattr(self.curved, name)
-                for name in (
-                    "curvature_weight", "curvature_step", "curvature_form", "curvature_ipc_power",
-                )
-            },
-        ).at_ipc(self.ipc)  # fmt: skip
+            curvature_weight=self.curved.curvature_weight,
+            curvature_step=self.curved.curvature_step,
+            curvature_form=self.curved.curvature_form,
+            curvature_ipc_power=self.curved.curvature_ipc_power,
+        )
+        return curved.at_ipc(self.ipc)
 
     def students(self, place: Workplace) -> tuple[StudentUnit, ...]:
         """Return the units of the students, which hold all before them."""

@@ -69,6 +69,14 @@ def robustness(
         plan: Print the units and their estimated seconds, and do nothing.
         cost: Measure what a step of teacher training costs with each form of the term.
     """
+    from jobs.benches.accuracy.splits import make_splits
+    from jobs.benches.accuracy.work import bring, print_plan
+    from jobs.benches.robustness.attacks import attacks_on, images_of, stages_of
+    from jobs.benches.robustness.cost import step_cost
+    from jobs.benches.robustness.scores import markdown, scored, targets
+    from wmdd_ray.attacks import require_libraries
+    from wmdd_ray.recipes import recipe_of
+
     try:
         asked = AttackConfig(names=attacks, eps=eps, images=images)
         options = Options(epochs=epochs, teacher_epochs=teacher_epochs, width=width, bf16=bf16)
@@ -82,76 +90,42 @@ def robustness(
             for weight in dict.fromkeys((0.0, *weights))
         ]
         cells = [
-            Cell(dataset, method, one, number, squeeze, iterations, options, seeds)
+            Cell(dataset, method, one, squeeze, iterations, options, seeds)
             for method in methods
             for one in ipc
-            for number, squeeze in enumerate(curved)
+            for squeeze in curved
         ]
-        path = Path(result or Path(out) / f"robustness-{dataset}-{split}.json")
         uri = data or ("digits" if dataset == "digits" else "fashion-mnist")
-        _run(cells, asked, uri, out, split, processes, path, plan, cost)
+        held_out = 5000 if dataset == "fashion_mnist" else 0
+        place = make_splits(out, uri, recipe_of(dataset, 1).source, held_out, "cpu")
+        require_libraries(asked.names, len(place.class_names))
+        students = {cell: cell.students(place) for cell in cells}
+        attacks_of = {
+            student: attacks_on(student, asked, split, uri)
+            for units in students.values()
+            for student in units
+        }
+        stages = stages_of(attacks_of)
+        if plan:
+            print_plan(stages, place, processes)
+            return
+        bring(stages, place, processes)
+        labeled = images_of(place, split, uri)
+        rows = scored(students, attacks_of, asked.eps, labeled, place)
+        record: dict[str, Any] = {
+            "dataset": dataset,
+            "split": split,
+            "hardware": hardware(),
+            **versions(),
+            "attacked": min(asked.images, len(labeled.labels_N)),
+            "rows": rows,
+            "targets": targets(rows),
+        }
+        if cost:
+            record["cost"] = step_cost(cells[-1].squeeze, place)
     except WmddError as error:
         raise SystemExit(f"robustness: {error}") from error
-
-
-def _run(
-    cells: list[Cell],
-    asked: AttackConfig,
-    uri: str,
-    out: str,
-    split: str,
-    processes: int,
-    path: Path,
-    plan: bool,
-    cost: bool,
-) -> None:
-    from jobs.benches.accuracy.splits import make_splits
-    from jobs.benches.accuracy.work import bring, print_plan
-    from jobs.benches.robustness.attacks import AttackUnit, images_of, stages_of
-    from jobs.benches.robustness.cost import step_cost
-    from jobs.benches.robustness.scores import markdown, scored, targets
-    from wmdd_ray.attacks import require_libraries
-    from wmdd_ray.recipes import recipe_of
-
-    dataset = cells[0].dataset
-    held_out = 5000 if dataset == "fashion_mnist" else 0
-    place = make_splits(out, uri, recipe_of(dataset, 1).source, held_out, "cpu")
-    require_libraries(asked.names, len(place.class_names))
-    students = {cell: cell.students(place) for cell in cells}
-    attacks = {
-        student: {
-            (name, eps): AttackUnit(
-                data=place.data,
-                student=student,
-                attack=name,
-                eps=eps,
-                images=asked.images,
-                split=split,
-                uri=uri,
-            )
-            for name in asked.names
-            for eps in (asked.eps if name != "cw" else ("none",))
-        }
-        for units in students.values()
-        for student in units
-    }
-    stages = stages_of(students, [u for units in attacks.values() for u in units.values()])
-    if plan:
-        print_plan(stages, place, processes)
-        return
-    bring(stages, place, processes)
-    rows = scored(students, attacks, asked, place, split, uri)
-    record: dict[str, Any] = {
-        "dataset": dataset,
-        "split": split,
-        "hardware": hardware(),
-        **versions(),
-        "attacked": min(asked.images, len(images_of(place, split, uri).labels_N)),
-        "rows": rows,
-        "targets": targets(rows),
-    }
-    if cost:
-        record["cost"] = step_cost(cells[-1].squeeze, place)
+    path = Path(result or Path(out) / f"robustness-{dataset}-{split}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
     print(markdown(record))

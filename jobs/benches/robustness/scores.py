@@ -2,62 +2,43 @@
 
 from __future__ import annotations
 
-import json
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from jobs.benches.accuracy.splits import Workplace
+from jobs.benches.accuracy.splits import Labeled, Workplace
 from jobs.benches.accuracy.units import StudentUnit
 from jobs.benches.reporting import mean_and_std
-from jobs.benches.robustness.attacks import AttackUnit, images_of
+from jobs.benches.robustness.attacks import AttackUnit
 from jobs.benches.robustness.cells import METHODS, Cell
-from wmdd_ray.attacks import Attacked, contradictions, robust_to_cw
-from wmdd_ray.config import AttackConfig, AttackName
+from wmdd_ray.attacks import contradictions, robust_to_cw
+from wmdd_ray.config import AttackName
 from wmdd_ray.core.batches import eval_batches
 from wmdd_ray.core.training import accuracy
+
+_BATCH_IMAGES = 256
 
 
 def scored(
     students: dict[Cell, tuple[StudentUnit, ...]],
-    attacks: dict[StudentUnit, dict[tuple[AttackName, str], AttackUnit]],
-    asked: AttackConfig,
+    attacks: dict[StudentUnit, list[AttackUnit]],
+    eps: tuple[str, ...],
+    labeled: Labeled,
     place: Workplace,
-    split: str,
-    uri: str,
 ) -> list[dict[str, Any]]:
-    """Return a row a cell: accuracies on the split, and on the attacked images after every attack."""
-    labeled = images_of(place, split, uri)
-    source = place.source
+    """Return a row a cell: accuracies on the images, and on the attacked ones of them after every attack."""
     rows = []
     for cell, units in students.items():
-        clean = []
         robust: dict[str, list[float]] = {}
         wrong: list[dict[str, Any]] = []
         for number, student in enumerate(units):
-            batches = eval_batches(
-                labeled.images_NHWC, labeled.labels_N, mean_C=source.mean, std_C=source.std,
-                batch_size=256, device=place.device,
-            )  # fmt: skip
-            clean.append(accuracy(student.network(place), batches)[0])
-            flags = {}
-            right_N = np.zeros(0, dtype=bool)
-            for (name, eps), unit in attacks[student].items():
-                told = json.loads(unit.file(place))
-                one = Attacked(
-                    clean_N=np.array(told["clean"], dtype=bool),
-                    robust_N=np.array(told["robust"], dtype=bool),
-                    change_N=np.array(told["l2_change"]),
-                    notes=tuple(told["notes"]),
-                )
-                right_N = one.clean_N
-                floats = source.image_size**2 * source.channels
-                for text in asked.eps if name == "cw" else (eps,):
-                    size = float(Fraction(text))
-                    after_N = robust_to_cw(one, size, floats) if name == "cw" else one.robust_N
-                    flags[name, size] = after_N
-                    robust.setdefault(f"{name} {text}", []).append(float(after_N.mean()))
+            right_N, after = _outcome(attacks[student], eps, place)
+            for (name, text), robust_N in after.items():
+                robust.setdefault(f"{name} {text}", []).append(float(robust_N.mean()))
+            flags = {
+                (name, float(Fraction(text))): after_N for (name, text), after_N in after.items()
+            }
             wrong += [{"student": number, **c} for c in contradictions(right_N, flags)]
         squeeze = cell.squeeze
         rows.append(
@@ -68,12 +49,43 @@ def scored(
                 "curvature_step": squeeze.curvature_step,
                 "curvature_form": squeeze.curvature_form,
                 "teacher_top1_val": units[0].labeled.teachers[0].marker(place).metrics["top1_val"],
-                "clean": mean_and_std(clean),
+                "clean": mean_and_std([_top1(student, labeled, place) for student in units]),
                 "robust": {name: mean_and_std(values) for name, values in robust.items()},
                 "contradictions": wrong,
             }
         )
     return rows
+
+
+def _outcome(
+    attacks: list[AttackUnit], eps: tuple[str, ...], place: Workplace
+) -> tuple[np.ndarray, dict[tuple[AttackName, str], np.ndarray]]:
+    """Return which attacked images a student is right on, and (attack, eps) -> on which it still is."""
+    floats = place.source.image_size**2 * place.source.channels
+    right_N = np.zeros(0, dtype=bool)
+    after: dict[tuple[AttackName, str], np.ndarray] = {}
+    for unit in attacks:
+        found = unit.found(place)
+        right_N = found.clean_N
+        if unit.attack == "cw":
+            after |= {
+                ("cw", text): robust_to_cw(found, float(Fraction(text)), floats) for text in eps
+            }
+        else:
+            after[unit.attack, unit.eps] = found.robust_N
+    return right_N, after
+
+
+def _top1(student: StudentUnit, labeled: Labeled, place: Workplace) -> float:
+    batches = eval_batches(
+        labeled.images_NHWC,
+        labeled.labels_N,
+        mean_C=place.source.mean,
+        std_C=place.source.std,
+        batch_size=_BATCH_IMAGES,
+        device=place.device,
+    )
+    return accuracy(student.network(place), batches)[0]
 
 
 def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
