@@ -141,15 +141,17 @@ def test_what_a_student_learns_from_is_what_the_file_holds(
     comparison = Comparison(config, read_teacher(None), None, options, place)  # type: ignore[arg-type]
     comparison.label()
     exact, coarse, shared = (
-        next(comparison._stored[o.name][1] for o in comparison.options if o.students == students)
+        next(comparison.stored[o.name].epoch for o in comparison.options if o.students == students)
         for students in ("fkd", "coarse", "shared")
     )
     for epoch in range(20):
-        true_VY = comparison._logits[epoch] - comparison._logits[epoch].max(axis=1, keepdims=True)
+        true_VY = comparison.asked.logits[epoch] - comparison.asked.logits[epoch].max(
+            axis=1, keepdims=True
+        )
         np.testing.assert_allclose(exact(epoch)[1], true_VY, atol=0.01)
         assert abs(coarse(epoch)[1] - true_VY).max() <= 0.501
         np.testing.assert_array_equal(coarse(epoch)[1] % 1, 0)
-    assert np.ptp(comparison._logits[0]) > 5
+    assert np.ptp(comparison.asked.logits[0]) > 5
     again = [shared(epoch)[1].tobytes() for epoch in range(20)]
     assert len(set(again)) == 10 and sorted(again[:10]) == sorted(again[10:])
 

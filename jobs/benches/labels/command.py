@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from itertools import product
 from typing import Any, Literal
 
-from jobs.benches.labels.options import Trained, options_of
+from jobs.benches.labels.options import Option, Trained, learned_from, options_of
 from jobs.benches.reporting import Row, report, write
 from wmdd_ray.recipes import recipe_of
 
@@ -86,7 +86,8 @@ def labels(
         "images": images or "nearest real",
         "seeds": dict(zip(ipc, seeds, strict=True)),
     }
-    comparisons: list[tuple[Comparison, int]] = []
+    # Each with its students, seed by seed: what is compared takes turns.
+    comparisons: list[tuple[Comparison, list[tuple[int, Option]]]] = []
     for one, num_seeds in zip(ipc, seeds, strict=True):
         recipe = recipe_of("fashion_mnist", one)
         student = replace(
@@ -99,16 +100,15 @@ def labels(
         settings["student"] = asdict(student)
         config = replace(recipe, data=data, relabel=stored, evaluate=student)
         options = options_of(stored, steps, shared, alone)
-        comparisons.append((Comparison(config, given, images, options, place), num_seeds))
-    # A kind of labels that several options have has its students once.
-    missing = {
-        (comparison.unit(option, seed), comparison.num_images)
-        for comparison, num_seeds in comparisons
-        for option, seed in product(comparison.options, range(num_seeds))
-        if option.students in trained
-        and comparison.unit(option, seed) not in place.room("students").finished()
+        turns = list(product(range(num_seeds), learned_from(options, trained)))
+        comparisons.append((Comparison(config, given, images, options, place), turns))
+    num_images = {
+        comparison.unit(option, seed): comparison.num_images
+        for comparison, turns in comparisons
+        for seed, option in turns
     }
-    views = sum(num_images * epochs for _, num_images in missing)
+    missing = num_images.keys() - place.room("students").finished()
+    views = epochs * sum(num_images[unit] for unit in missing)
     each = speed_on(place)(comparisons[0][0].student.network, mixed_precision) if views else 0.0
     told = f"{len(missing)} students to train, about {duration(views * each)} on one thread"
     print(told, file=sys.stderr, flush=True)
@@ -118,14 +118,12 @@ def labels(
         place.val if split == "val" else load_split(data, place.source, "val", place.class_names)
     )
     rows: list[Row] = synthetic_rows(steps[0], shared[0])
-    for comparison, num_seeds in comparisons:
+    for comparison, turns in comparisons:
         before = rows
         comparison.label()
         rows = before + comparison.rows()
-        # Seed by seed: what is compared takes turns.
-        for seed, option in product(range(num_seeds), comparison.options):
-            if option.students not in trained or not comparison.score(option, seed, scored):
-                continue
+        for seed, option in turns:
+            comparison.score(option, seed, scored)
             rows = before + comparison.rows()
             if out is not None:
                 write(rows, settings, out)

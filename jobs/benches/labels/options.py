@@ -46,3 +46,12 @@ def options_of(
         Option(f"fp16, views stored, 1/{alone} of the epochs (LPLD alone)", full, "lpld", alone),
         Option("online: the teacher only", replace(seed, labels="online"), "fkd"),
     ]
+
+
+def learned_from(options: list[Option], trained: tuple[Trained, ...]) -> list[Option]:
+    """Return the options that get students of their own: of those of equal labels, the first."""
+    found: dict[str, Option] = {}
+    for option in options:
+        if option.students in trained:
+            found.setdefault(option.key, option)
+    return list(found.values())

@@ -1,4 +1,4 @@
-"""The options at one ipc: images, the labels that are stored of them, and students that learn from what is read back."""
+"""The options at one ipc: its images, and the students that learn from what is read back of each option's files."""
 
 from __future__ import annotations
 
@@ -6,29 +6,26 @@ import hashlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 
 from jobs.benches.accuracy.splits import Labeled, Workplace
+from jobs.benches.labels.files import ask, store
 from jobs.benches.labels.options import Option
 from jobs.benches.reporting import Row
-from wmdd_ray.config import DistillConfig, RelabelConfig
+from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.barycenter import nearest_images, solve_barycenter
 from wmdd_ray.core.batches import eval_batches
 from wmdd_ray.core.embedding import features_and_moments
 from wmdd_ray.core.networks import build_network, load_weights, network_of, weights_of
-from wmdd_ray.core.soft_labels import compress, decompress, label_views
 from wmdd_ray.core.training import accuracy, train_student
-from wmdd_ray.core.views import StoredImages, concatenate_views, draw_block
-from wmdd_ray.dataset import cycled
-from wmdd_ray.records import SoftLabelBlock, Teacher, ViewDraw, Views
+from wmdd_ray.core.views import StoredImages
+from wmdd_ray.records import Teacher
 from wmdd_ray.rooms import Room
 from wmdd_ray.run import fingerprint
 from wmdd_ray.stages.recover import read_images
-from wmdd_ray.stages.relabel import draw_of, unlabeled_block
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
 
@@ -62,7 +59,10 @@ class Comparison:
         self._top1: dict[str, dict[int, float]] = {}
 
     def unit(self, option: Option, seed: int) -> str:
-        """Return the id of a student: what it is in words, and the fingerprint of all that its weights depend on."""
+        """Return the id of a student: what it is in words, and the fingerprint of all that its weights depend on.
+
+        Options of equal labels have one student: `option` is the first of them (`learned_from`).
+        """
         about = {
             **self._labeled_by,
             "relabel": asdict(option.relabel),
@@ -71,34 +71,18 @@ class Comparison:
             "student": asdict(replace(self.student, num_seeds=1, baselines=(), all_real_epochs=1)),
             "seeds": [self._config.seed, seed],
         }
-        if option.students == "fkd":  # three options have these labels
-            about["relabel"] = asdict(self.options[0].relabel)
         return f"i{self._config.ipc:03d}-{option.key}-s{seed}-{fingerprint(about)[:10]}"
 
     def label(self) -> None:
         """Draw all views, ask the teacher, and store the labels of every option."""
-        self._ask()
-        self._stored = {option.name: self._store(option) for option in self.options}
-
-    def _ask(self) -> None:
-        """Draw all views and ask the teacher, once for all options."""
-        size, relabel = self._teacher.image_size, self._config.relabel
-        index_N = np.arange(len(self._images), dtype=np.int32)
-        self._draw = draw_of(self._config, index_N, image_size=size, name="0000")
-        self._views: list[Views] = []
-        self._logits: list[np.ndarray] = []
-        for epoch in range(relabel.epochs):
-            views = draw_block(self._draw, range(epoch, epoch + 1))
-            self._views.append(views)
-            self._logits.append(
-                label_views(self._network, self._images, views, size, relabel.batch_size)
-            )
+        self.asked = ask(self._config, self._network, self._images, self._teacher.image_size)
+        self.stored = {option.name: store(self.asked, option) for option in self.options}
 
     def rows(self) -> list[Row]:
         """Return a row an option, with the students so far."""
         found: list[Row] = []
         for option in self.options:
-            size_bytes, _ = self._stored[option.name]
+            size_bytes = self.stored[option.name].size_bytes
             row: Row = {
                 "ipc": self._config.ipc,
                 "images": self._kind,
@@ -109,7 +93,7 @@ class Comparison:
             row["bytes_a_view"] = round(size_bytes / len(self._images) / row["label_epochs"], 1)
             row["times_smaller"] = round((found[0] if found else row)["bytes"] / size_bytes, 1)
             if option.relabel.labels == "online":
-                row["with_teacher"] = size_bytes + self._teacher_bytes()
+                row["with_teacher"] = size_bytes + len(codecs.encode_teacher(self._teacher))
             top1, fkd = (self._top1.get(name, {}) for name in (option.key, "fkd"))
             if top1:
                 percent = [100 * value for value in top1.values()]
@@ -121,49 +105,8 @@ class Comparison:
             found.append(row)
         return found
 
-    def _teacher_bytes(self) -> int:
-        return len(codecs.encode_teacher(self._teacher))
-
-    def _store(self, option: Option) -> tuple[int, Callable[[int], tuple[Views, np.ndarray]]]:
-        """Return the bytes of an option's files, and epoch -> (views, logits) as they are read back."""
-        relabel, stored = option.relabel, self._config.relabel.epochs // option.shared
-        size_bytes, blocks = 0, []
-        for first in range(0, stored, relabel.epochs_per_unit):
-            block = self._block(range(first, min(first + relabel.epochs_per_unit, stored)), relabel)
-            content = codecs.encode_soft_labels(block)
-            size_bytes += len(content)
-            blocks.append(codecs.decode_soft_labels(content, draw_block))
-        if relabel.labels == "online":
-            logits = self._logits
-        else:
-            num_images = len(self._images)
-            logits = [
-                part
-                for block in blocks
-                for part in np.split(decompress(block.labels), len(block.views) // num_images)
-            ]
-        order = cycled(stored, self._config.relabel.epochs)
-        return size_bytes, lambda epoch: (self._views[order[epoch]], logits[order[epoch]])
-
-    def _block(self, epochs: range, relabel: RelabelConfig) -> SoftLabelBlock:
-        draw: ViewDraw | None = self._draw if relabel.stored_views == "seed" else None
-        if relabel.labels == "online":
-            block = unlabeled_block(self._draw, epochs, num_classes=self._teacher.num_classes)
-            return replace(block, draw=draw)
-        part = slice(epochs.start, epochs.stop)
-        return SoftLabelBlock(
-            first_epoch=epochs.start,
-            num_epochs=len(epochs),
-            views=concatenate_views(self._views[part]),
-            labels=compress(np.concatenate(self._logits[part]), relabel),
-            draw=draw,
-        )
-
-    def score(self, option: Option, seed: int, scored: Labeled) -> bool:
-        """Keep the top-1 of an option's student, which is trained where it is not there yet; False when it was kept before."""
-        top1_of = self._top1.setdefault(option.key, {})
-        if seed in top1_of:
-            return False
+    def score(self, option: Option, seed: int, scored: Labeled) -> None:
+        """Keep the top-1 of an option's student, which is trained where it is not there yet."""
         network, unit, room = self._new(seed), self.unit(option, seed), self._place.room("students")
         attempt = room.begin_unit(unit) if unit not in room.finished() else None
         if attempt is not None:
@@ -177,10 +120,10 @@ class Comparison:
             std_C=self._teacher.std_C,
             batch_size=_BATCH_IMAGES,
         )
-        top1_of[seed], _ = accuracy(network.eval(), batches)
-        told = f"ipc {self._config.ipc}, {option.name}, seed {seed}: {100 * top1_of[seed]:.2f}"
+        top1, _ = accuracy(network.eval(), batches)
+        self._top1.setdefault(option.key, {})[seed] = top1
+        told = f"ipc {self._config.ipc}, {option.name}, seed {seed}: {100 * top1:.2f}"
         print(told, file=sys.stderr, flush=True)
-        return True
 
     def _new(self, seed: int) -> torch.nn.Module:
         torch.manual_seed(seed)
@@ -199,7 +142,7 @@ class Comparison:
         train_student(
             network,
             self._images,
-            self._stored[option.name][1],
+            self.stored[option.name].epoch,
             None,
             self.student,
             epochs=self.student.epochs,
