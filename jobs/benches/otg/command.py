@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.benches.accuracy.definitions import Group, Options, Row, TeacherRecipe, variants
+from jobs.benches.reporting import mean_and_std
 from jobs.train_diffusion import Training
 from wmdd_ray.config import DiffusionConfig, DistillConfig
 from wmdd_ray.errors import WmddError
@@ -143,7 +144,7 @@ class _Asked:
 def _run(asked: _Asked, out: str, processes: int, path: Path, plan: bool) -> None:
     from jobs.benches.accuracy.splits import load_split, make_splits
     from jobs.benches.accuracy.work import bring, print_plan
-    from jobs.benches.otg.scores import markdown, mean_influence, told, top1, w2
+    from jobs.benches.otg.scores import markdown, mean_influence, top1, w2
     from jobs.benches.otg.units import SurrogateUnit, UnetUnit
 
     held_out = 5000 if asked.dataset == "fashion_mnist" else 0
@@ -181,11 +182,14 @@ def _run(asked: _Asked, out: str, processes: int, path: Path, plan: bool) -> Non
             {
                 "led_by": one.led_by,
                 "weight": one.weight,
-                "w2_val": told(distances[one]),
-                "transport": told([found["ot"] for found in metrics]),
-                "influence": told(influences),
-                **{f"{k}_val": told([top1(place, s, place.val) for s in of[k]]) for k in _LABELS},
-                "seconds_a_set": told([found["seconds"] for found in metrics]),
+                "w2_val": mean_and_std(distances[one]),
+                "transport": mean_and_std([found["ot"] for found in metrics]),
+                "influence": mean_and_std(influences),
+                **{
+                    f"{k}_val": mean_and_std([top1(place, s, place.val) for s in of[k]])
+                    for k in _LABELS
+                },
+                "seconds_a_set": mean_and_std([found["seconds"] for found in metrics]),
             }
         )
     compared: list[tuple[str, str, float | None, Students]] = [
@@ -228,9 +232,11 @@ def _run(asked: _Asked, out: str, processes: int, path: Path, plan: bool) -> Non
                 "row": name,
                 "title": title,
                 "weight": weight,
-                "w2_val": told([w2(place, unit, place.val) for unit in sets(of)]),
-                "w2_test": told([w2(place, unit, test) for unit in sets(of)]),
-                **{kind: told([top1(place, s, test) for s in of[kind]]) for kind in _LABELS},
+                "w2_val": mean_and_std([w2(place, unit, place.val) for unit in sets(of)]),
+                "w2_test": mean_and_std([w2(place, unit, test) for unit in sets(of)]),
+                **{
+                    kind: mean_and_std([top1(place, s, test) for s in of[kind]]) for kind in _LABELS
+                },
             }
             for name, title, weight, of in compared
         ],

@@ -68,12 +68,6 @@ def _features(network: torch.nn.Module, images_NHWC: np.ndarray, place: Workplac
     return features_of(network, pixels, source.image_size)
 
 
-def told(values: list[float]) -> dict[str, Any]:
-    """Return mean, sample standard deviation and the values."""
-    std = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "std": std, "values": values}
-
-
 def markdown(record: dict[str, Any]) -> str:
     """Return the tables for the README: the choice of the weights, and what came of it."""
 

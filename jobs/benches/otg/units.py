@@ -38,9 +38,10 @@ from wmdd_ray.store import codecs
 # Real images of a class that samples are led by, as the pipeline's.
 _POOL = 300
 _STATE_EVERY_S = 30.0
-# For the plan: steps of the small UNet and of the surrogate cost this many times those of this network.
+# For the plan, as they were on digits: an image's step costs this many times that of this network, a guided set that much more.
 _COMPARED = NetworkConfig(arch="convnet3", width=32)
-_UNET_COST, _SURROGATE_COST = 3.0, 6.0
+_UNET_COST, _SURROGATE_COST = 17.0, 6.0
+_SAMPLE_COST, _TRANSPORT_COST, _INFLUENCE_COST = 14.0, 6.0, 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +168,10 @@ class SampledUnit(ImagesUnit):
 
     def seconds(self, place: Workplace, speed: Speed) -> float:
         passes = self.diffusion.steps * self.ipc * len(place.class_names)
-        return passes * speed(_COMPARED, False)
+        cost = _SAMPLE_COST
+        cost += _TRANSPORT_COST * (self.diffusion.ot_weight > 0)
+        cost += _INFLUENCE_COST * (self.diffusion.influence_weight > 0)
+        return cost * passes * speed(_COMPARED, False)
 
     def do(self, place: Workplace) -> tuple[dict[str, bytes], dict[str, Any]]:
         started = time.perf_counter()
