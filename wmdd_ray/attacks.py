@@ -29,6 +29,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,11 @@ class Attacked:
     robust_N: np.ndarray  # bool
     change_N: np.ndarray  # float64
     notes: tuple[str, ...]
+
+
+def libraries() -> dict[str, str]:
+    """Return the versions of the attacks' libraries."""
+    return {name: version(name) for name in ("adversarial-robustness-toolbox", "pyautoattack")}
 
 
 def require_libraries(names: Sequence[AttackName], num_classes: int) -> None:

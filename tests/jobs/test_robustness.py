@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from jobs.benches.robustness.attacks import sample_rows
+from jobs.benches.accuracy.splits import Workplace
+from jobs.benches.robustness.attacks import AttackUnit, sample_rows
 from jobs.benches.robustness.command import robustness
 from jobs.benches.robustness.scores import markdown, targets
+from wmdd_ray.attacks import SETTINGS, Attacked
 
 TINY: dict[str, Any] = {
-    "ipc": (1,), "methods": ("sre2l",), "weights": (0.5,), "attacks": ("pgd",), "eps": ("24/255",),
+    "ipc": (1,), "methods": ("sre2l",), "weights": (0.5,), "attacks": ("pgd",), "eps": ("8/255", "24/255"),
     "images": 12, "seeds": 1, "split": "val", "iterations": 2, "epochs": 2, "teacher_epochs": 1,
     "width": 4,
 }  # fmt: skip
@@ -22,7 +25,7 @@ TINY: dict[str, Any] = {
 
 @pytest.mark.slow
 def test_the_bench_pairs_every_row_with_a_plain_teacher_and_goes_on_where_it_was(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     robustness(**TINY, out=str(out))
@@ -32,6 +35,8 @@ def test_the_bench_pairs_every_row_with_a_plain_teacher_and_goes_on_where_it_was
     assert (plain["curvature_weight"], curved["curvature_weight"]) == (0.0, 0.5)
     assert plain["teacher_top1_val"] != curved["teacher_top1_val"]
     assert found["attacked"] == 12 and len(plain["clean"]["values"]) == 1
+    assert found["attacks"] == {"pgd": SETTINGS["pgd"]} and "pyautoattack" in found["libraries"]
+    assert found["recipes"]["1"]["teacher_epochs"] == 1 and found["recipes"]["1"]["width"] == 4
     assert {c["form"]: c["cpu_seconds_a_step"]["n"] for c in found["cost"]} == dict.fromkeys(
         ("plain", "loss", "gradient"), 12
     )
@@ -45,11 +50,45 @@ def test_the_bench_pairs_every_row_with_a_plain_teacher_and_goes_on_where_it_was
     again = json.loads((out / "robustness-digits-val.json").read_text())
     assert again["rows"] == found["rows"] and "cost" not in again
     assert all(p.stat().st_mtime_ns == t for p, t in units.items() if p != lost)
+    assert all(
+        row["robust"]["pgd 24/255"]["mean"] <= row["robust"]["pgd 8/255"]["mean"]
+        and row["robust"]["pgd 8/255"]["mean"] <= row["clean_attacked"]["mean"]
+        for row in found["rows"]
+    )
+
+    # What an attack cannot have done is told, by student.
+    real = AttackUnit.found
+
+    def stronger_is_weaker(unit: AttackUnit, place: Workplace) -> Attacked:
+        one = real(unit, place)
+        robust_N = np.full_like(one.clean_N, unit.eps == "24/255")
+        return replace(one, robust_N=robust_N, clean_N=np.ones_like(one.clean_N))
+
+    monkeypatch.setattr(AttackUnit, "found", stronger_is_weaker)
+    capsys.readouterr()
+    robustness(**{**TINY, "cost": False}, out=str(out))
+    wrong = json.loads((out / "robustness-digits-val.json").read_text())["rows"][0][
+        "contradictions"
+    ]
+    assert [(c["student"], c["what"], c["eps"]) for c in wrong] == [
+        (0, "PGD-100 rises with eps", 24 / 255)
+    ]
+    assert "12 of 139 images were attacked; 2 contradictions" in capsys.readouterr().out
 
 
-def test_an_option_that_cannot_be_ends_the_bench_with_one_line(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="robustness: --eps: expected fractions"):
-        robustness(**{**TINY, "eps": ("24",)}, out=str(tmp_path))
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"eps": ("24",)}, "--eps: expected fractions"),
+        ({"ipc": ()}, "--ipc: expected at least one value"),
+        ({"methods": ()}, "--methods: expected at least one value"),
+    ],
+)
+def test_an_option_that_cannot_be_ends_the_bench_with_one_line(
+    tmp_path: Path, wrong: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(SystemExit, match=f"robustness: {said}"):
+        robustness(**{**TINY, **wrong}, out=str(tmp_path))
 
 
 def test_classes_take_turns_in_the_sample() -> None:
@@ -65,7 +104,7 @@ def row(ipc: int, weight: float, clean: float, robust: float) -> dict[str, Any]:
     told = [{"mean": value, "std": 0.0, "values": [value]} for value in (clean, robust)]
     return {
         "method": "wmdd", "ipc": ipc, "curvature_weight": weight, "teacher_top1_val": 0.9,
-        "clean": told[0], "robust": {"autoattack 24/255": told[1]}, "contradictions": [],
+        "clean": told[0], "clean_attacked": told[0], "robust": {"autoattack 24/255": told[1]}, "contradictions": [],
     }  # fmt: skip
 
 
@@ -76,5 +115,7 @@ def test_gain_and_cost_are_against_the_plain_row_of_the_same_method_and_ipc() ->
     assert first["clean_cost"] == pytest.approx(0.1)
     assert second["times_as_robust"]["autoattack 24/255"] == pytest.approx(2.5)
     assert second["clean_cost"] == pytest.approx(0.01)
-    text = markdown({"rows": rows, "dataset": "digits", "split": "test", "attacked": 9})
-    assert "| WMDD | 10 | 1 | 90.0 | 97.0 ± 0.0 | 50.0 ± 0.0 |" in text
+    text = markdown(
+        {"rows": rows, "dataset": "digits", "split": "test", "images": 99, "attacked": 9}
+    )
+    assert "| WMDD | 10 | 1 | 90.0 | 97.0 ± 0.0 | 97.0 ± 0.0 | 50.0 ± 0.0 |" in text

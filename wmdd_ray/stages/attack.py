@@ -13,7 +13,6 @@ from collections import Counter
 from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from wmdd_ray.attacks import (
     Key,
     attack,
     contradictions,
+    libraries,
     robust_to_cw,
     worst_case,
 )
@@ -194,11 +194,6 @@ def _attack_stage(
         plan=lambda _: Work(units=None, estimated_bytes=0),
         work=work,
     )
-
-
-def libraries() -> dict[str, str]:
-    """Return the versions of the attacks' libraries."""
-    return {name: version(name) for name in ("adversarial-robustness-toolbox", "pyautoattack")}
 
 
 def _open_worker(

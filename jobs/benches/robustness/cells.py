@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.benches.accuracy.definitions import Group, Options, Row, TeacherRecipe, variants
 from wmdd_ray.config import DistillConfig, SqueezeConfig
@@ -47,6 +47,20 @@ class Cell:
             curvature_ipc_power=self.curved.curvature_ipc_power,
         )
         return curved.at_ipc(self.ipc)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What of the recipe the numbers depend on most, for the record."""
+        _, best = self.recipes
+        squeeze, student = best.squeeze, best.evaluate
+        return {
+            "network": student.network.arch,
+            "width": student.network.width,
+            "teacher_epochs": squeeze.epochs,
+            "student_epochs": student.epochs,
+            "tiles": best.recover.tiles,
+            "bf16": squeeze.mixed_precision,
+        }
 
     def students(self, place: Workplace) -> tuple[StudentUnit, ...]:
         """Return the units of the students, which hold all before them."""

@@ -74,10 +74,13 @@ def robustness(
     from jobs.benches.robustness.attacks import attacks_on, images_of, stages_of
     from jobs.benches.robustness.cost import step_cost
     from jobs.benches.robustness.scores import markdown, scored, targets
-    from wmdd_ray.attacks import require_libraries
+    from wmdd_ray.attacks import SETTINGS, libraries, require_libraries
     from wmdd_ray.recipes import recipe_of
 
     try:
+        for option, given in (("ipc", ipc), ("methods", methods)):
+            if not given:
+                raise WmddError(f"--{option}: expected at least one value, got none")
         asked = AttackConfig(names=attacks, eps=eps, images=images)
         options = Options(epochs=epochs, teacher_epochs=teacher_epochs, width=width, bf16=bf16)
         curved = [
@@ -117,7 +120,13 @@ def robustness(
             "split": split,
             "hardware": hardware(),
             **versions(),
+            "libraries": libraries(),
+            "attacks": {name: SETTINGS[name] for name in asked.names},
+            "images": len(labeled.labels_N),
             "attacked": min(asked.images, len(labeled.labels_N)),
+            "seeds": seeds,
+            "iterations_of_sre2l": iterations,
+            "recipes": {str(cell.ipc): cell.about for cell in cells},
             "rows": rows,
             "targets": targets(rows),
         }

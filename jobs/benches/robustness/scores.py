@@ -27,13 +27,15 @@ def scored(
     labeled: Labeled,
     place: Workplace,
 ) -> list[dict[str, Any]]:
-    """Return a row a cell: accuracies on the images, and on the attacked ones of them after every attack."""
+    """Return a row a cell: accuracies on the images, and on the attacked ones of them before and after every attack."""
     rows = []
     for cell, units in students.items():
         robust: dict[str, list[float]] = {}
+        attacked: list[float] = []
         wrong: list[dict[str, Any]] = []
         for number, student in enumerate(units):
             right_N, after = _outcome(attacks[student], eps, place)
+            attacked.append(float(right_N.mean()))
             for (name, text), robust_N in after.items():
                 robust.setdefault(f"{name} {text}", []).append(float(robust_N.mean()))
             flags = {
@@ -50,6 +52,7 @@ def scored(
                 "curvature_form": squeeze.curvature_form,
                 "teacher_top1_val": units[0].labeled.teachers[0].marker(place).metrics["top1_val"],
                 "clean": mean_and_std([_top1(student, labeled, place) for student in units]),
+                "clean_attacked": mean_and_std(attacked),
                 "robust": {name: mean_and_std(values) for name, values in robust.items()},
                 "contradictions": wrong,
             }
@@ -109,24 +112,32 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def markdown(record: dict[str, Any]) -> str:
     """Return the tables for the README."""
     names = list(record["rows"][0]["robust"])
-    head = ["trained on", "ipc", "curvature weight", "teacher (val)", "clean"]
-    lines = [
-        f"| {' | '.join([*head, *names])} |",
-        f"|---|---:|---:|---:|---:|{'---:|' * len(names)}",
+    head = [
+        "trained on",
+        "ipc",
+        "curvature weight",
+        "teacher (val)",
+        "clean",
+        "clean, attacked images",
     ]
+    columns = [*head, *names]
+    lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
     for row in record["rows"]:
         cells = [METHODS[row["method"]], str(row["ipc"]), f"{row['curvature_weight']:.3g}"]
         cells.append(f"{100 * row['teacher_top1_val']:.1f}")
-        for told in (row["clean"], *row["robust"].values()):
+        for told in (row["clean"], row["clean_attacked"], *row["robust"].values()):
             cells.append(f"{100 * told['mean']:.1f} ± {100 * told['std']:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
     text = "\n".join(lines)
     count = sum(len(row["contradictions"]) for row in record["rows"])
-    text += f"\n\n{record['dataset']}, {record['split']}: attacked {record['attacked']} images; {count} contradictions"
+    text += (
+        f"\n\n{record['dataset']}, {record['split']}: {record['attacked']} of {record['images']} images were attacked; "
+        f"{count} contradictions"
+    )
     if "cost" in record:
         told = (
             f"{c['form']} {1000 * c['cpu_seconds_a_step']['median']:.1f} ms ({c['times_plain']:g} x)"
             for c in record["cost"]
         )
-        text += f"\nseconds of a processor for a step of the teacher: {', '.join(told)}"
+        text += f"\ntime of a processor for a step of the teacher: {', '.join(told)}"
     return text
