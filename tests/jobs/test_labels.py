@@ -93,6 +93,13 @@ def test_a_table_of_bytes_and_accuracy_has_students_of_every_option(
         labels(*tiny_bench, ipc=(2, 3), seeds=(1,))
 
 
+@pytest.mark.parametrize("option", ["ipc", "steps", "shared"])
+def test_an_option_without_values_ends_the_bench_with_one_line(option: str) -> None:
+    given: dict[str, Any] = {option: ()}
+    with pytest.raises(SystemExit, match=f"labels: --{option}: expected at least one value"):
+        labels("runs/none", "nowhere", **given)
+
+
 def test_the_same_command_again_trains_nobody_and_the_test_split_finds_the_same_students(
     tiny_bench: list[str],
     tmp_path: Path,

@@ -71,17 +71,20 @@ def labels(
     from wmdd_ray.store.filesystem import Store
 
     torch.set_num_threads(1)
+    for name, given in (("ipc", ipc), ("steps", steps), ("shared", shared)):
+        if not given:
+            raise SystemExit(f"labels: --{name}: expected at least one value, got none")
     if len(ipc) != len(seeds) or epochs < max(*shared, alone):
         raise SystemExit(
-            f"expected a number of seeds for every ipc, got {seeds} for {ipc}; and at least {max(*shared, alone)} epochs "
+            f"labels: expected a number of seeds for every ipc, got {seeds} for {ipc}; and at least {max(*shared, alone)} epochs "
             f"(--shared, --alone), got {epochs}"
         )
-    given = read_teacher(Room(Store(teacher), "teacher", "bench"))
+    labeler = read_teacher(Room(Store(teacher), "teacher", "bench"))
     place = make_splits(folder, data, recipe_of("fashion_mnist", 1).source, held_out, "cpu")
     settings: dict[str, Any] = {
         "split": split,
         "held_out": len(place.val.labels_N),
-        "teacher_top1": given.top1,
+        "teacher_top1": labeler.top1,
         "epochs": epochs,
         "images": images or "nearest real",
         "seeds": dict(zip(ipc, seeds, strict=True)),
@@ -101,7 +104,7 @@ def labels(
         config = replace(recipe, data=data, relabel=stored, evaluate=student)
         options = options_of(stored, steps, shared, alone)
         turns = list(product(range(num_seeds), learned_from(options, trained)))
-        comparisons.append((Comparison(config, given, images, options, place), turns))
+        comparisons.append((Comparison(config, labeler, images, options, place), turns))
     num_images = {
         comparison.unit(option, seed): comparison.num_images
         for comparison, turns in comparisons
