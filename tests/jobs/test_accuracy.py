@@ -124,6 +124,23 @@ def test_all_rows_have_the_same_views_steps_labels_and_number_of_students(finish
         assert len(block.views) == expected
 
 
+def test_no_two_students_of_a_row_start_from_the_same_weights(finished: Path) -> None:
+    # Herded images are the same in every set, so that nothing but the seed can tell its students apart.
+    _, place, rows = opened_at(
+        finished, dataclasses.replace(TINY, rows=("herding", "full_data"), distill_seeds=3)
+    )
+    _, _, of_one_set = opened_at(finished)
+    first = {row.row.name: row.students for row in of_one_set}
+    for row in rows:
+        for kind in work.LABELS:
+            students = row.students[kind]
+            assert [s.seed for s in students] == list(range(6))
+            if row.row.kind != "full":
+                assert [s.labeled.images.seed for s in students] == [0, 0, 1, 1, 2, 2]
+            # What was trained for one set is found again.
+            assert {s.id for s in students if s.seed < 2} == {s.id for s in first[row.row.name][kind]}
+
+
 def test_students_of_hard_labels_are_made_by_the_recipe_for_hard_labels(finished: Path) -> None:
     _, place, rows = opened_at(finished)
     names = {

@@ -384,7 +384,7 @@ def _label_block(place: Workplace, unit: LabelsUnit) -> SoftLabelBlock:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentUnit(Unit):
-    """A student as it is after its last epoch: weights, and no accuracy. Student s of every row starts from the same."""
+    """A student as it is after its last epoch: weights, and no accuracy. Those of one `seed` start from the same, in every row."""
 
     room = "students"
     labeled: LabelsUnit

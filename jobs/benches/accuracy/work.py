@@ -117,10 +117,11 @@ def units_of_row(group: Group, row: Row, place: Workplace) -> Trained:
                 labeled=each if kind == "soft" else replace(each, teachers=teachers[:1]),
                 student=of_kind[kind],
                 labels=kind,
-                seed=seed,
+                # All differ: where the sets of a row are the same images, students of one seed would be the same too.
+                seed=each.images.seed * per_set + number,
             )
             for each in labeled
-            for seed in range(per_set)
+            for number in range(per_set)
         )
         for kind in LABELS
     }
