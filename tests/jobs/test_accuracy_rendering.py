@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
+from jobs.benches.accuracy.checks import check_result, read_result
 from jobs.benches.accuracy.rendering import (
     README,
-    check_result,
     committed,
     markers,
     published_lines,
-    read_result,
     render,
     rendered,
 )

@@ -1,31 +1,18 @@
-"""Tables of the README out of committed results. What a reader would need to doubt a number is there, or nothing is rendered."""
+"""Tables of the README out of committed results."""
 
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import Any
 
-from jobs.benches.accuracy.definitions import FULL, RANDOM
-from jobs.benches.accuracy.scores import label_robust_score, spread
+from jobs.benches.accuracy.checks import read_result
 from wmdd_ray.errors import ArtifactError
-from wmdd_ray.store.documents import unseal
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "jobs" / "benches" / "results"
 README = ROOT / "README.md"
-
-_NEEDED = {
-    "a result": "table dataset data fingerprint split opened num_images teachers groups hardware versions git_revision",
-    "a teacher": "top1 top1_val squeeze seconds",
-    "a group": "title ipc labeled_by relabel student distill_seeds student_seeds rows",
-    "a row": "name title kind recover barycenters epochs num_stored num_read image_bytes label_bytes distill_seconds soft hard",
-    "the students of a row": "mean std top1 seeds views weights",
-    "a student recipe": "network epochs batch_size optimizer learning_rate weight_decay temperature",
-}
-
 
 _PUBLISHED = "published"
 
@@ -34,99 +21,6 @@ def committed(results: Path = RESULTS) -> dict[str, Path]:
     """Return the committed results by name: a table's, and after a hyphen which part of it was run apart (`main-ipc50`)."""
     paths = results.glob("accuracy-*.json")
     return dict(sorted((path.stem.removeprefix("accuracy-"), path) for path in paths))
-
-
-def read_result(content: bytes, where: str) -> dict[str, Any]:
-    """Return a sealed result that may be shown.
-
-    Raises:
-        ArtifactError: It was changed by hand, lacks what a table must have, or is not of the test split.
-    """
-    result = unseal(content, where)
-    check_result(result, where)
-    return result
-
-
-def check_result(result: dict[str, Any], where: str) -> None:
-    """Refuse a result without recipe, teacher, seeds, versions, both label kinds, or random real images of each group."""
-
-    def refuse(what: str) -> ArtifactError:
-        return ArtifactError(f"{where}: {what}; run the table again: it is not rendered without")
-
-    def need(kind: str, found: Any, name: str) -> None:
-        for key in _NEEDED[kind].split():
-            if not isinstance(found, dict) or key not in found or found[key] in ("", [], {}):
-                raise refuse(f"{kind} ({name}) has no {key}")
-
-    need("a result", result, str(result.get("table")))
-    if result["split"] != "test" or not result["opened"]:
-        raise refuse(f"expected numbers of the test split, found {result['split']}")
-    for name, teacher in result["teachers"].items():
-        need("a teacher", teacher, name)
-    for group in result["groups"]:
-        need("a group", group, str(group.get("title")))
-        need("a student recipe", group["student"], group["title"])
-        if group["labeled_by"] not in result["teachers"]:
-            raise refuse(f"group {group['title']} is labeled by an unknown teacher")
-        for row in group["rows"]:
-            _check_row(row, group, need, refuse)
-        if group["ipc"] and RANDOM not in {row["name"] for row in group["rows"]}:
-            raise refuse(f"group {group['title']} has no row {RANDOM}")
-        budgets = {
-            (r["num_stored"], r[k]["views"], len(r[k]["top1"]))
-            for r in group["rows"]
-            if r["kind"] != "full"
-            for k in ("soft", "hard")
-        }
-        if len(budgets) > 1:
-            raise refuse(f"rows of {group['title']} had other budgets: {sorted(budgets)}")
-    full = _full_rows(result)
-    for group in result["groups"]:
-        whole = full.get(str(group["student"]["network"]))
-        random = next((r for r in group["rows"] if r["name"] == RANDOM), None)
-        for row in group["rows"]:
-            if ("lrs" in row) != (whole is not None and row["kind"] != "full"):
-                raise refuse(f"row {row['name']}: LRS and the row {FULL} go together")
-            if "lrs" in row:
-                _check_lrs(row, random, whole, refuse)
-
-
-def _check_row(row: dict[str, Any], group: dict[str, Any], need: Any, refuse: Any) -> None:
-    need("a row", row, f"{row.get('name')}, {group['title']}")
-    for kind in ("soft", "hard"):
-        found = row[kind]
-        need("the students of a row", found, f"{row['name']}, {kind} labels")
-        if not len(found["top1"]) == len(found["seeds"]) == len(found["weights"]):
-            raise refuse(f"row {row['name']} has students without seeds or weights")
-        told = {name: found[name] for name in ("mean", "std")}
-        if not _same(told, spread(found["top1"])):
-            raise refuse(f"row {row['name']}: mean and std are not those of its students")
-
-
-def _check_lrs(row: dict[str, Any], random: Any, full: Any, refuse: Any) -> None:
-    expected = label_robust_score(
-        full_hard=full["hard"]["mean"],
-        hard=row["hard"]["mean"],
-        soft=row["soft"]["mean"],
-        random_soft=random["soft"]["mean"],
-    )
-    if not _same(row["lrs"], expected):
-        raise refuse(f"row {row['name']}: LRS does not follow from the accuracies")
-
-
-def _same(found: dict[str, float], expected: dict[str, float]) -> bool:
-    return found.keys() == expected.keys() and all(
-        math.isclose(found[k], expected[k], rel_tol=0, abs_tol=1e-12) for k in expected
-    )
-
-
-def _full_rows(result: dict[str, Any]) -> dict[str, Any]:
-    return {
-        str(group["student"]["network"]): row
-        for group in result["groups"]
-        for row in group["rows"]
-        if row["name"] == FULL
-    }
 
 
 # Markdown ---------------------------------------------------------------------------------------
