@@ -135,6 +135,25 @@ def test_a_whole_result_is_rendered_with_everything_a_reader_would_ask_for() -> 
         assert fact in text
 
 
+def test_students_that_are_one_by_their_weights_count_once() -> None:
+    result = made_up()
+    once = rendered(sealed(result), "r.json")
+    # Three sets of the same images, trained by the same two seeds.
+    random, *_ = result["groups"][0]["rows"]
+    for found in (row[kind] for row in (random, at(result, *OURS)) for kind in ("soft", "hard")):
+        found |= {name: found[name] * 3 for name in ("top1", "seeds", "weights")}
+        found["std"] = statistics.stdev(found["top1"])
+    assert random["soft"]["std"] < 0.0110
+    thrice = rendered(sealed(result), "r.json")
+    assert "which count once" in thrice and "which count once" not in once
+    # Spread, mean, number and LRS are those of the two.
+    assert [line for line in once.splitlines() if line.startswith("|")] == [
+        line for line in thrice.splitlines() if line.startswith("|")
+    ]
+    random["hard"]["weights"] = [f"{number:064x}" for number in range(6)]
+    assert "| 2 and 6 |" in rendered(sealed(result), "r.json")
+
+
 def test_published_numbers_have_three_columns_a_label_kind_and_a_source() -> None:
     rows = [line.split(" | ") for line in published_lines() if line.startswith("| ")]
     assert all(len(cells) == 6 for cells in rows)
@@ -217,9 +236,22 @@ def other_teacher(result: Result) -> None:
     at(result, "groups", 0)["labeled_by"] = "resnet50"
 
 
+def other_top1_of_the_same_weights(result: Result) -> None:
+    at(result, *OURS, "soft")["weights"] = ["f" * 64] * 2
+
+
+def a_student_more_often(result: Result) -> None:
+    for shown in result["groups"][0]["rows"]:
+        for kind in ("soft", "hard"):
+            shown[kind] = students(0.7, 0.8, 0.7)
+            shown[kind]["weights"][2] = shown[kind]["weights"][0]
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
+        (other_top1_of_the_same_weights, "students of the same weights and other top-1"),
+        (a_student_more_often, "students that are there more often than others"),
         (of_val, "expected numbers of the test split, found val"),
         (other_mean, "mean and std are not those of its students"),
         (other_views, "had other budgets"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 from jobs.benches.accuracy.definitions import FULL, RANDOM
@@ -85,6 +86,13 @@ def _check_row(row: dict[str, Any], group: dict[str, Any], need: Any, refuse: An
         told = {name: found[name] for name in ("mean", "std")}
         if not _same(told, spread(found["top1"])):
             raise refuse(f"row {row['name']}: mean and std are not those of its students")
+        if len(set(zip(found["weights"], found["top1"], strict=True))) != len(
+            set(found["weights"])
+        ):
+            raise refuse(f"row {row['name']} has students of the same weights and other top-1")
+        # Then the mean of all, which LRS is made of, is that of the different ones.
+        if len(set(Counter(found["weights"]).values())) > 1:
+            raise refuse(f"row {row['name']} has students that are there more often than others")
 
 
 def _check_lrs(row: dict[str, Any], random: Any, full: Any, refuse: Any) -> None:

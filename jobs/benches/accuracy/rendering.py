@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from jobs.benches.accuracy.checks import read_result
+from jobs.benches.accuracy.scores import different, spread
 from wmdd_ray.errors import ArtifactError
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "jobs" / "benches" / "results"
 README = ROOT / "README.md"
 
+LABELS = ("soft", "hard")
 _PUBLISHED = "published"
 
 
@@ -23,18 +25,19 @@ def committed(results: Path = RESULTS) -> dict[str, Path]:
     return dict(sorted((path.stem.removeprefix("accuracy-"), path) for path in paths))
 
 
-# Markdown ---------------------------------------------------------------------------------------
-
-
 def rendered(content: bytes, where: str) -> str:
     """Return the Markdown of a result, from its sealed bytes."""
     result = read_result(content, where)
     counts, opened = result["num_images"], result["opened"][:10]
     versions = result["versions"]
+    rows = [row for group in result["groups"] for row in group["rows"]]
+    repeats = any(len(different(row[k])) < len(row[k]["top1"]) for row in rows for k in LABELS)
     lines = [
         f"Teachers, students and every choice saw {counts['train']:,} training images ({counts['val']:,} more held out for "
         f"choices); the {counts['test']:,} test images were opened once, after the last student, on {opened}. Last epoch, "
-        "mean ± standard deviation over all students.",
+        "mean ± standard deviation over all students"
+        + repeats * "; sets of the same images had the same students, which count once"
+        + ".",
         *[_teacher_line(name, found) for name, found in result["teachers"].items()],
         f"({result['hardware']}; torch {versions['torch']}, Python {versions['python']}, revision {result['git_revision']}.)",
     ]
@@ -83,14 +86,16 @@ def _group_lines(group: dict[str, Any]) -> list[str]:
 
 
 def _row_line(row: dict[str, Any], has_scores: bool) -> str:
+    top1 = [different(row[kind]) for kind in LABELS]
     soft, hard = (
-        f"{100 * row[k]['mean']:.1f} ± {100 * row[k]['std']:.1f}" for k in ("soft", "hard")
+        f"{100 * told['mean']:.1f} ± {100 * told['std']:.1f}" for told in map(spread, top1)
     )
+    students = " and ".join(dict.fromkeys(str(len(values)) for values in top1))
     images, labels = (size_text(statistics.fmean(row[k])) for k in ("image_bytes", "label_bytes"))
     # Other work on the machine only adds to these.
     fastest = min(row["distill_seconds"])
     seconds = f"{fastest:.1f}" if fastest < 10 else f"{fastest:.0f}"
-    cells = [row["title"], soft, hard, str(len(row["soft"]["top1"])), images, labels, seconds]
+    cells = [row["title"], soft, hard, students, images, labels, seconds]
     if has_scores:
         parts = row.get("lrs")
         cells.append(

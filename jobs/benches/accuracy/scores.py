@@ -182,6 +182,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(values), "std": std}
 
 
+def different(students: dict[str, Any]) -> list[float]:
+    """Return the accuracies of a row's students by one kind of labels; those of the same weights are one student."""
+    return list(dict(zip(students["weights"], students["top1"], strict=True)).values())
+
+
 def _add_scores(rows: Sequence[Trained], found: Sequence[dict[str, Any]]) -> None:
     """Add LRS to each row for which there are random real images of its group, and all real ones for its student."""
     pairs = list(zip(rows, found, strict=True))
