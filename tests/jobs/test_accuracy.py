@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from jobs.benches.accuracy.definitions import (
     require_equal_budgets,
     table_of,
 )
-from jobs.benches.accuracy.splits import Workplace, make_splits
+from jobs.benches.accuracy.splits import Workplace, load_split, make_splits
 from jobs.benches.accuracy.units import StudentUnit
 from wmdd_ray.config import EvaluateConfig, RecoverConfig, RelabelConfig, SourceConfig
 from wmdd_ray.errors import ConfigError
@@ -138,7 +139,9 @@ def test_no_two_students_of_a_row_start_from_the_same_weights(finished: Path) ->
             if row.row.kind != "full":
                 assert [s.labeled.images.seed for s in students] == [0, 0, 1, 1, 2, 2]
             # What was trained for one set is found again.
-            assert {s.id for s in students if s.seed < 2} == {s.id for s in first[row.row.name][kind]}
+            assert {s.id for s in students if s.seed < 2} == {
+                s.id for s in first[row.row.name][kind]
+            }
 
 
 def test_students_of_hard_labels_are_made_by_the_recipe_for_hard_labels(finished: Path) -> None:
@@ -474,28 +477,106 @@ def test_nothing_that_training_is_handed_leads_to_the_test_images(finished: Path
     assert not [x for x in found if isinstance(x, type(source).__mro__[-3])]
 
 
+READING = ("open_source", "load_split")
+
+
+def readers_of_other_splits_than_train(source: str) -> list[tuple[str, str, str]]:
+    """The function, what it calls, and its split argument: wherever that is not the constant `train`."""
+    tree = ast.parse(source)
+    # Outer functions come first, so that the inner one stays.
+    inside = {
+        node: function.name
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    calls = {call.func: call for call in ast.walk(tree) if isinstance(call, ast.Call)}
+    found = []
+    for node in ast.walk(tree):
+        name = getattr(node, "id", getattr(node, "attr", getattr(node, "name", None)))
+        if name not in READING or isinstance(node, ast.FunctionDef):
+            continue
+        if isinstance(node, ast.alias):
+            if node.asname is not None:
+                found.append((inside.get(node, ""), name, f"as {node.asname}"))
+            continue
+        call = calls.get(node)
+        splits = [] if call is None else [k.value for k in call.keywords if k.arg == "split"]
+        splits += [] if call is None else call.args[2:3]
+        if [getattr(split, "value", None) for split in splits] != ["train"]:
+            found.append((inside.get(node, ""), name, " ".join(map(ast.unparse, splits))))
+    return found
+
+
 def test_one_function_reads_the_test_split_and_only_scoring_calls_it() -> None:
     readers, callers = [], []
     for path in sorted(PACKAGE.glob("*.py")):
-        for function in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(function, ast.FunctionDef):
-                continue
-            calls = [n for n in ast.walk(function) if isinstance(n, ast.Call)]
-            for call in calls:
-                name = ast.unparse(call.func)
-                constants = [a.value for a in call.args if isinstance(a, ast.Constant)]
-                if name in ("open_source", "load_split") and "train" not in ast.unparse(call):
-                    readers.append((path.name, function.name, name, *constants))
-                if name == "open_test":
-                    callers.append((path.name, function.name))
+        source = path.read_text()
+        readers += [(path.name, *found) for found in readers_of_other_splits_than_train(source)]
+        callers += [path.name] * sum(
+            isinstance(node, ast.Call) and ast.unparse(node.func).endswith("open_test")
+            for node in ast.walk(ast.parse(source))
+        )
     assert readers == [
-        ("judge.py", "open_test", "load_split", "val"),
-        ("splits.py", "load_split", "open_source"),
+        ("judge.py", "open_test", "load_split", "'val'"),
+        ("splits.py", "load_split", "open_source", "split"),
     ]
-    assert callers == [("scores.py", "score")]
-    for path in ("units.py", "images.py", "work.py", "definitions.py"):
-        assert "judge" not in (PACKAGE / path).read_text()
-        assert "open_source" not in (PACKAGE / path).read_text()
+    assert callers == ["scores.py"]
+    for name in ("units.py", "images.py", "work.py", "definitions.py"):
+        assert "judge" not in (PACKAGE / name).read_text()
+        assert "open_source" not in (PACKAGE / name).read_text()
+    # Who may attack test images, and nobody else.
+    benches = (path.read_text() for path in PACKAGE.parent.rglob("*.py"))
+    assert sum(source.count("reads_test = True") for source in benches) == 1
+
+
+@pytest.mark.parametrize(
+    ("leak", "found"),
+    [
+        ("load_split(train_uri, config, 'val')", ("load_split", "'val'")),
+        ("splits.load_split('training', config, split=which)", ("load_split", "which")),
+        ("open_source('train', config)", ("open_source", "")),
+        ("read = load_split", ("load_split", "")),
+        ("from splits import load_split as read", ("load_split", "as read")),
+    ],
+)
+def test_a_planted_reader_of_another_split_is_found(leak: str, found: tuple[str, str]) -> None:
+    source = f"def train(uri):\n    {leak}\n"
+    assert readers_of_other_splits_than_train(source) == [("train", *found)]
+    honest = "load_split(uri, config, 'train')\nopen_source(uri, config, split='train')\n"
+    assert readers_of_other_splits_than_train(honest) == []
+
+
+@pytest.mark.parametrize("by_a_thread", [False, True])
+def test_a_student_that_reads_the_test_images_while_training_is_refused(
+    by_a_thread: bool, unopened: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, place, rows = opened_at(unopened)
+    student = rows[0].students["hard"][1]
+    (unopened / "students" / "units" / f"{student.id}.json").unlink()
+    honest, looked = StudentUnit.do, []
+
+    def read(place: Workplace) -> None:
+        # No judge is asked: the address and the way to read it are known.
+        images = load_split("digits", place.source, "val", place.class_names)
+        looked.append(len(images.labels_N))
+
+    def leak(self: StudentUnit, place: Workplace) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(read, place).result() if by_a_thread else read(place)
+        return honest(self, place)
+
+    monkeypatch.setattr(StudentUnit, "do", leak)
+    with pytest.raises(ConfigError, match="of digits stays closed while a unit works"):
+        work.bring(work.stages_of(rows), place, 1)
+    assert not looked
+    assert work.unfinished([student], place) == [student]
+    # After all work, and by what is there to attack test images, they are read.
+    monkeypatch.setattr(StudentUnit, "reads_test", True)
+    work.bring(work.stages_of(rows), place, 1)
+    assert looked == [360]
+    read(place)
+    assert looked == [360, 360]
 
 
 def test_a_student_that_tunes_itself_on_test_while_training_finds_the_split_closed(

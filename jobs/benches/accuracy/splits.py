@@ -1,6 +1,7 @@
 """Real images in three parts: `train` and `val` lie in the table's folder; `test` does not (`judge.py`).
 
-Everything that is trained, selected or tuned is handed a `Workplace`, which knows the folder and no address of the data.
+Everything that is trained, selected or tuned is handed a `Workplace`, which knows the folder and no address of the data; who
+knows one nevertheless finds the test images closed while a unit works.
 
 Legend: N images, H W pixels, C channels.
 """
@@ -8,6 +9,8 @@ Legend: N images, H W pixels, C channels.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +19,15 @@ from typing import Any, Literal
 import numpy as np
 
 from wmdd_ray.config import SourceConfig
-from wmdd_ray.errors import DataError
+from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.rooms import Room
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import load_images, open_source
 
 Split = Literal["val", "test"]
 _MEMORY_BYTES = 4 << 30
+# Of the process, so that it holds for every thread of it too.
+_test_is_closed = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,13 +128,33 @@ def make_splits(
     )
 
 
+@contextmanager
+def closed_test() -> Iterator[None]:
+    """Keep the test split closed within: who trains, selects or labels there has not seen it."""
+    global _test_is_closed
+    before, _test_is_closed = _test_is_closed, True
+    try:
+        yield
+    finally:
+        _test_is_closed = before
+
+
 def load_split(
     uri: str,
     config: SourceConfig,
     split: Literal["train", "val"],
     class_names: tuple[str, ...] | None = None,
 ) -> Labeled:
-    """Return a split of a source as it is stored; `val` is the source's own held-out part, our test split."""
+    """Return a split of a source as it is stored; `val` is the source's own held-out part, our test split.
+
+    Raises:
+        ConfigError: The test split is asked for while a unit works.
+    """
+    if _test_is_closed and split != "train":
+        raise ConfigError(
+            f"the test split of {uri} stays closed while a unit works: its images are read when everything is trained; train "
+            "on `Workplace.train` and choose on `Workplace.val`"
+        )
     source = open_source(uri, config, split=split, class_names=class_names)
     loaded = load_images(source, config, _MEMORY_BYTES)
     if loaded is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from jobs.benches.accuracy.definitions import TeacherRecipe
-from jobs.benches.accuracy.splits import Workplace
+from jobs.benches.accuracy.splits import Workplace, closed_test
 from wmdd_ray.config import (
     BarycenterConfig,
     EvaluateConfig,
@@ -58,9 +59,13 @@ _BATCH_IMAGES = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Unit(ABC):
-    """Common to all: the data that everything comes from. Subclasses name their room and do their work."""
+    """Common to all: the data that everything comes from. Subclasses name their room and do their work.
+
+    What `reads_test` works after all training and hands nothing back to it; everything else finds the test split closed.
+    """
 
     room: ClassVar[str]
+    reads_test: ClassVar[bool] = False
     data: str
 
     @property
@@ -96,7 +101,8 @@ class Unit(ABC):
         attempt = room.begin_unit(self.id)
         if attempt is None:
             return
-        files, metrics = self.do(place)
+        with nullcontext() if self.reads_test else closed_test():
+            files, metrics = self.do(place)
         seconds = time.perf_counter() - started
         metrics = {"seconds": round(seconds, 3), **metrics}
         room.commit_unit(self.id, files, metrics=metrics, attempt=attempt, seconds=seconds)

@@ -26,6 +26,7 @@ class AttackUnit(Unit):
     """An attack on a finished student: which of the chosen images it is right on, before and after."""
 
     room = "attacks"
+    reads_test = True
     student: StudentUnit
     attack: AttackName
     eps: str
