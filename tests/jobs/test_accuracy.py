@@ -590,8 +590,8 @@ def test_a_student_that_tunes_itself_on_test_while_training_finds_the_split_clos
 
     def tuned(self: StudentUnit, place: Workplace) -> Any:
         looked.append(self.id)
-        images, _ = judge.open_test(table, rows, place, "digits")
-        raise AssertionError(f"the leak: {len(images.labels_N)} test images while training")
+        found = judge.open_test(table, rows, place, "digits")
+        raise AssertionError(f"the leak: {len(found.images.labels_N)} test images while training")
 
     monkeypatch.setattr(StudentUnit, "do", tuned)
     with pytest.raises(ConfigError, match="the test split stays closed: 1 units of table digits"):
@@ -600,8 +600,8 @@ def test_a_student_that_tunes_itself_on_test_while_training_finds_the_split_clos
     assert not (unopened / "opened").exists()
     monkeypatch.setattr(StudentUnit, "do", honest)
     work.bring(work.stages_of(rows), place, 1)
-    images, _ = judge.open_test(table, rows, place, "digits")
-    assert len(images.labels_N) == 360
+    found = judge.open_test(table, rows, place, "digits")
+    assert len(found.images.labels_N) == 360 and found.before == []
 
 
 def test_no_rows_at_all_do_not_open_the_test_split(unopened: Path) -> None:
@@ -622,6 +622,35 @@ def test_after_the_test_split_was_opened_another_configuration_is_neither_traine
         judge.open_test(table, rows, place, "digits")
 
 
+def test_an_opening_tells_of_all_before_it_of_the_same_data_in_the_folder(
+    unopened: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, place, rows = opened_at(unopened)
+    clock = iter(f"2026-11-2{day}T10:00:00+00:00" for day in range(1, 10))
+    monkeypatch.setattr(judge, "_now", lambda: next(clock))
+
+    def opening(table: Table) -> tuple[str, list[str]]:
+        found = judge.open_test(table, rows, place, "digits")
+        return found.opened[:10], [
+            f"{each['table']} {each['opened'][:10]}" for each in found.before
+        ]
+
+    # The same test images behind other training images, and other data with a table of the same name.
+    longtail = dataclasses.replace(table, name="longtail")
+    other = dataclasses.replace(table, dataset="fashion_mnist")
+    assert opening(longtail) == ("2026-11-21", [])
+    assert opening(other) == ("2026-11-22", [])
+    assert opening(table) == ("2026-11-23", ["longtail 2026-11-21"])
+    # Whoever asks again gets what it was.
+    assert opening(longtail) == ("2026-11-21", [])
+    cross = dataclasses.replace(table, name="cross")
+    assert opening(cross)[1] == ["longtail 2026-11-21", "digits 2026-11-23"]
+    bench.main(arguments(unopened))
+    found = result_of(unopened)["opened_before"]
+    assert [each["table"] for each in found] == ["longtail"]
+    assert "had been opened before: longtail on 2026-11-21\n" in capsys.readouterr().out
+
+
 def test_a_table_that_lost_a_student_after_it_was_opened_is_not_trained_again(
     copied: Path,
 ) -> None:
@@ -638,7 +667,7 @@ def test_options_are_chosen_on_val_before_and_the_test_split_stays_closed(
     shutil.rmtree(out / "opened")
     bench.main(arguments(out, split="val"))
     found = result_of(out, "accuracy-digits-val.json")
-    assert found["split"] == "val" and found["opened"] is None
+    assert found["split"] == "val" and found["opened"] is None and found["opened_before"] is None
     assert not (out / "opened").exists()
     # The very same students as those of the test table.
     weights = [row["soft"]["weights"] for row in found["groups"][0]["rows"]]

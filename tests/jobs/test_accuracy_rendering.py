@@ -135,6 +135,23 @@ def test_a_whole_result_is_rendered_with_everything_a_reader_would_ask_for() -> 
         assert fact in text
 
 
+def test_who_had_opened_the_test_images_before_is_told() -> None:
+    result = made_up()
+    assert "before" not in rendered(sealed(result), "r.json")
+    result["opened_before"] = []
+    assert "before" not in rendered(sealed(result), "r.json")
+    result["opened_before"] = [
+        {"table": name, "opened": f"2026-11-{day}T10:00:00+00:00"}
+        for name, day in (("digits", 20), ("alignment", 21))
+    ]
+    told = "on 2026-11-22; the test images had been opened before: digits on 2026-11-20, alignment on 2026-11-21."
+    assert told in rendered(sealed(result), "r.json")
+    for wrong in (None, [{"table": "digits", "on": ""}], "digits"):
+        result["opened_before"] = wrong
+        with pytest.raises(ArtifactError, match="opened_before: expected tables and times"):
+            rendered(sealed(result), "r.json")
+
+
 def test_students_that_are_one_by_their_weights_count_once() -> None:
     result = made_up()
     once = rendered(sealed(result), "r.json")

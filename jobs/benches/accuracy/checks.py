@@ -46,6 +46,12 @@ def check_result(result: dict[str, Any], where: str) -> None:
     need("a result", result, str(result.get("table")))
     if result["split"] != "test" or not result["opened"]:
         raise refuse(f"expected numbers of the test split, found {result['split']}")
+    # Results of before 2026-11-22 do not have it.
+    before = result.get("opened_before", [])
+    if not isinstance(before, list) or any(
+        not isinstance(each, dict) or not each.keys() >= {"table", "opened"} for each in before
+    ):
+        raise refuse(f"opened_before: expected tables and times, found {before!r}")
     for name, teacher in result["teachers"].items():
         need("a teacher", teacher, name)
     for group in result["groups"]:

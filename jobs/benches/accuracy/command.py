@@ -38,7 +38,8 @@ def accuracy(
     """Students on distilled and real images under one budget: a table for the README. Resumable; needs no Ray.
 
     Choose options with `--split val`, which trains the same students and scores them on held-out training images; the
-    test split is opened once an --out and table, after the last student, and refused to any other configuration.
+    test split is opened once an --out and table, after the last student, and refused to any other configuration; a result
+    names the other tables that had opened it there before.
 
     Args:
         table: `main` (Fashion-MNIST), `digits`, `cross` (other students and teachers), `ablation` (best less one thing, or
@@ -105,7 +106,7 @@ def _run(
     plan: bool,
 ) -> None:
     from jobs.benches.accuracy.definitions import table_of
-    from jobs.benches.accuracy.judge import refuse_second_opening
+    from jobs.benches.accuracy.judge import before_text, refuse_second_opening
     from jobs.benches.accuracy.scores import score, sealed
     from jobs.benches.accuracy.splits import make_splits
     from jobs.benches.accuracy.work import bring, print_plan, rows_of, stages_of
@@ -134,6 +135,8 @@ def _run(
                 f"{100 * row[k]['mean']:5.1f} ± {100 * row[k]['std']:.1f}" for k in ("soft", "hard")
             )
             print(f"  {row['name']:18} soft {soft}   hard {hard}")
+    if before := before_text(found["opened_before"] or []):
+        print(before)
     print(f"written: {path}")
 
 

@@ -1,8 +1,12 @@
-"""The one place that reads the test split: once a table, when every student of it is trained and stored."""
+"""The one place that reads the test split: once a table, when every student of it is trained and stored.
+
+An opening tells of those before it in the folder: who has seen test numbers of one table may have chosen another by them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,12 +26,20 @@ def configuration_of(table: Table, rows: Sequence[Trained], place: Workplace) ->
     return {**about, "num_students": len(ids), "fingerprint": fingerprint([about, ids])}
 
 
-def open_test(
-    table: Table, rows: Sequence[Trained], place: Workplace, uri: str
-) -> tuple[Labeled, str]:
-    """Return the test images, and when the table opened them first.
+@dataclass(frozen=True)
+class Opened:
+    """The test images, when the table opened them first, and which others of the data set had before: table and time."""
 
-    The record `opened/<table>.json` is made before the images are read.
+    images: Labeled
+    opened: str
+    before: list[dict[str, str]]
+
+
+def open_test(table: Table, rows: Sequence[Trained], place: Workplace, uri: str) -> Opened:
+    """Return the test images, with all earlier openings of the same data set in the folder.
+
+    The record `opened/<data set>-<table>.json` is made before the images are read. Data sets go by their names: of the
+    long-tailed digits the training images are others, and the test images the same.
 
     Args:
         table: The table.
@@ -46,14 +58,20 @@ def open_test(
         )
     refuse_second_opening(table, rows, place)
     record = {
-        "opened": datetime.now(UTC).isoformat(timespec="seconds"),
+        "opened": _now(),
         **configuration_of(table, rows, place),
     }
     store = Store(place.out).child("opened")
     store.create(_key(table), seal(record))
-    found = read_sealed(store, _key(table))
-    images = load_split(uri, place.source, "val", place.class_names)
-    return images, str(found["opened"])
+    # Read after the own record is made: of two tables that open at a time at least one knows the other.
+    found = {key: read_sealed(store, key) for key in store.list()}
+    opened = found.pop(_key(table))["opened"]
+    before = [
+        {"table": each["table"], "opened": each["opened"]}
+        for each in sorted(found.values(), key=lambda each: each["opened"])
+        if each["dataset"] == table.dataset and each["opened"] <= opened
+    ]
+    return Opened(load_split(uri, place.source, "val", place.class_names), opened, before)
 
 
 def refuse_second_opening(table: Table, rows: Sequence[Trained], place: Workplace) -> None:
@@ -76,6 +94,16 @@ def refuse_second_opening(table: Table, rows: Sequence[Trained], place: Workplac
             f"{len(missing)} units to do; nothing is trained after that: options are chosen on --split val, before; for a new "
             "table begin a new --out"
         )
+
+
+def before_text(before: Sequence[dict[str, str]]) -> str:
+    """Return earlier openings in words, or nothing where there were none."""
+    found = ", ".join(f"{each['table']} on {each['opened'][:10]}" for each in before)
+    return f"the test images had been opened before: {found}" if found else ""
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _key(table: Table) -> str:

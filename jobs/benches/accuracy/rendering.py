@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.benches.accuracy.checks import read_result
+from jobs.benches.accuracy.judge import before_text
 from jobs.benches.accuracy.scores import different, spread
 from wmdd_ray.errors import ArtifactError
 
@@ -31,10 +32,14 @@ def rendered(content: bytes, where: str) -> str:
     counts, opened = result["num_images"], result["opened"][:10]
     versions = result["versions"]
     rows = [row for group in result["groups"] for row in group["rows"]]
+    before = before_text(result.get("opened_before", []))
     repeats = any(len(different(row[k])) < len(row[k]["top1"]) for row in rows for k in LABELS)
     lines = [
         f"Teachers, students and every choice saw {counts['train']:,} training images ({counts['val']:,} more held out for "
-        f"choices); the {counts['test']:,} test images were opened once, after the last student, on {opened}. Last epoch, "
+        f"choices); the {counts['test']:,} test images were opened once, after the last student, on {opened}"
+        + f"; {before}"
+        * bool(before)
+        + ". Last epoch, "
         "mean ± standard deviation over all students"
         + repeats * "; sets of the same images had the same students, which count once"
         + ".",

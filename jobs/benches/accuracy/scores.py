@@ -51,9 +51,10 @@ def score(
     table: Table, rows: Sequence[Trained], place: Workplace, uri: str, split: Split
 ) -> dict[str, Any]:
     """Return the result of a table whose students are all trained: on `val`, or once on the test split."""
-    images, opened = place.val, None
+    images, opening = place.val, None
     if split == "test":
-        images, opened = open_test(table, rows, place, uri)
+        opening = open_test(table, rows, place, uri)
+        images = opening.images
     with one_thread():
         top1 = {
             s.id: _top1(s.network(place), images, place)
@@ -82,7 +83,8 @@ def score(
     return {
         **configuration_of(table, rows, place),
         "split": split,
-        "opened": opened,
+        "opened": opening and opening.opened,
+        "opened_before": opening and opening.before,
         "num_images": {**counts, split: len(images.labels_N)},
         "teachers": teachers,
         "groups": [{"title": title, **about} for title, about in groups.items()],
