@@ -41,7 +41,7 @@ def row(name: str, soft: Result, hard: Result, **changed: Any) -> Result:
         "name": name,
         "title": f"the {name}",
         "kind": "recover",
-        "recover": {"iterations": 10},
+        "recover": {"iterations": 10, "mixed_precision": False, "tiles": 1},
         "barycenters": {"solver": "lloyd"},
         "epochs": 10,
         "num_stored": 100,
@@ -56,10 +56,15 @@ def row(name: str, soft: Result, hard: Result, **changed: Any) -> Result:
 
 
 def made_up() -> Result:
-    network = {"arch": "convnet3", "width": 128, "small_stem": False}
+    network = {"arch": "convnet3", "width": 128, "small_stem": False, "norm": "batch"}
+    views = {"crop_scale_min": 0.25, "flip": True, "mix": "cutmix", "mix_alpha": 1.0}
+    hard = {"optimizer": "sgd", "learning_rate": 0.1, "norm": "instance"}
+    hard["views"] = {"crop_scale_min": 0.5, "flip": False, "mix": "none", "mix_alpha": 1.0}
     student = {"network": network, "epochs": 10, "batch_size": 25, "optimizer": "adamw"}
     student |= {"learning_rate": 1e-3, "weight_decay": 0.01, "temperature": 20.0}
-    about = {"labeled_by": "convnet3", "relabel": {"epochs": 10}, "student": student}
+    student |= {"mixed_precision": False, "hard": hard}
+    about = {"labeled_by": "convnet3", "relabel": {"epochs": 10, "views": views}}
+    about["student"] = student
     about |= {"distill_seeds": 1, "student_seeds": 2}
     ours = row("best", students(0.79, 0.81), students(0.69, 0.71))
     ours["lrs"] = label_robust_score(full_hard=0.9, hard=0.7, soft=0.8, random_soft=0.75)
@@ -79,7 +84,7 @@ def made_up() -> Result:
                 "top1": 0.921,
                 "top1_val": 0.93,
                 "given": "",
-                "squeeze": {"epochs": 20},
+                "squeeze": {"epochs": 20, "mixed_precision": False},
                 "seconds": 100.0,
             }
         },
@@ -133,6 +138,61 @@ def test_a_whole_result_is_rendered_with_everything_a_reader_would_ask_for() -> 
         *("1 set x 2 students", "torch 2.15", "revision 0123456789ab", "2026-11-22"),
     ):
         assert fact in text
+
+
+def test_what_students_by_each_kind_of_labels_do_is_said_once_where_all_groups_share_it() -> None:
+    text = rendered(sealed(made_up()), "r.json")
+    recipe = (
+        "Recipe: student convnet3 of width 128, batch 25, cosine schedule, weight decay 0.01. "
+        "By soft labels: adamw at 0.001, batch norm, crops from 25 % of the area, flips, CutMix, KL at T 20. "
+        "By hard labels: sgd at 0.1, instance norm, crops from 50 % of the area, no mixing, cross-entropy."
+    )
+    assert recipe in text.splitlines()
+    heads = [line for line in text.splitlines() if line.startswith("**")]
+    assert heads == [
+        "**ipc 10**: 1,000 views; labels by convnet3; 1 set x 2 students.",
+        "**all real images**: 1,000 views; labels by convnet3; 1 set x 2 students.",
+    ]
+
+
+def test_what_differs_between_groups_is_said_of_each() -> None:
+    result = json.loads(json.dumps(made_up()))  # groups share nothing
+    student, relabel = (at(result, "groups", 1, part) for part in ("student", "relabel"))
+    student |= {
+        "mixed_precision": True,
+        "loss": "mse",
+        "ce_weight": 0.025,
+        "schedule": "half_cosine",
+    }
+    student["hard"] |= {"norm": "batch", "learning_rate": 0.01}
+    relabel["views"] |= {"mix": "mixup", "mix_alpha": 0.4}
+    lines = rendered(sealed(result), "r.json").splitlines()
+    assert (
+        "**all real images**: 1,000 views, half cosine schedule, bfloat16; by soft labels: crops from 25 % of the area, flips, "
+        "Mixup (alpha 0.4), MSE to logits, ce_weight 0.025; by hard labels: sgd at 0.01, batch norm; labels by convnet3; "
+        "1 set x 2 students."
+    ) in lines
+    assert any(
+        line.startswith("**ipc 10**: 1,000 views, cosine schedule; by soft") for line in lines
+    )
+    (recipe,) = (line for line in lines if line.startswith("Recipe:"))
+    assert "crops from 50 %" in recipe and "instance" not in recipe and "KL" not in recipe
+
+
+def test_what_was_computed_in_half_precision_is_said() -> None:
+    result = made_up()
+    assert "bfloat16" not in rendered(sealed(result), "r.json")
+    result["teachers"]["convnet3"]["squeeze"]["mixed_precision"] = True
+    at(result, *OURS, "recover")["mixed_precision"] = True
+    lines = rendered(sealed(result), "r.json").splitlines()
+    assert "Teacher convnet3 (20 epochs, bfloat16): top-1 92.1 %." in lines
+    assert "Images that are optimized: in bfloat16." in lines
+    plain = copy.deepcopy(at(result, *OURS)) | {"title": "another"}
+    plain["recover"]["mixed_precision"] = False
+    result["groups"][0]["rows"].append(plain)
+    assert "Images that are optimized (the best): in bfloat16." in rendered(
+        sealed(result), "r.json"
+    )
 
 
 def test_who_had_opened_the_test_images_before_is_told() -> None:
@@ -206,6 +266,11 @@ OURS = ("groups", 0, "rows", 1)
         *[("versions",), ("hardware",), ("git_revision",), ("fingerprint",), ("opened",)],
         *[("teachers",), ("teachers", "convnet3", "top1"), ("groups", 0, "student")],
         *[("groups", 0, "student", "batch_size"), ("groups", 0, "relabel")],
+        *[("groups", 0, "student", "hard"), ("groups", 1, "student", "mixed_precision")],
+        *[("groups", 0, "student", "hard", "norm"), ("groups", 0, "student", "hard", "views")],
+        *[("groups", 0, "relabel", "views", "mix"), ("groups", 0, "student", "network", "norm")],
+        *[("teachers", "convnet3", "squeeze", "mixed_precision")],
+        *[(*OURS, "recover", "mixed_precision")],
         *[("groups", 0, "student_seeds"), ("groups", 0, "distill_seeds")],
         *[(*OURS, "soft"), (*OURS, "hard"), (*OURS, "hard", "seeds"), (*OURS, "soft", "top1")],
         *[(*OURS, "label_bytes"), (*OURS, "image_bytes"), (*OURS, "distill_seconds")],

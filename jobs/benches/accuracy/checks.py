@@ -14,10 +14,17 @@ from wmdd_ray.store.documents import unseal
 _NEEDED = {
     "a result": "table dataset data fingerprint split opened num_images teachers groups hardware versions git_revision",
     "a teacher": "top1 top1_val squeeze seconds",
+    "a teacher's recipe": "epochs mixed_precision",
     "a group": "title ipc labeled_by relabel student distill_seeds student_seeds rows",
     "a row": "name title kind recover barycenters epochs num_stored num_read image_bytes label_bytes distill_seconds soft hard",
+    "the optimization of a row": "iterations mixed_precision",
     "the students of a row": "mean std top1 seeds views weights",
-    "a student recipe": "network epochs batch_size optimizer learning_rate weight_decay temperature",
+    "a student recipe": (
+        "network epochs batch_size optimizer learning_rate weight_decay temperature mixed_precision hard"
+    ),
+    "a network": "arch width norm",
+    "a hard-label recipe": "norm optimizer learning_rate views",
+    "the views of a student": "crop_scale_min flip mix mix_alpha",
 }
 
 
@@ -54,9 +61,16 @@ def check_result(result: dict[str, Any], where: str) -> None:
         raise refuse(f"opened_before: expected tables and times, found {before!r}")
     for name, teacher in result["teachers"].items():
         need("a teacher", teacher, name)
+        need("a teacher's recipe", teacher["squeeze"], name)
     for group in result["groups"]:
         need("a group", group, str(group.get("title")))
-        need("a student recipe", group["student"], group["title"])
+        student = group["student"]
+        need("a student recipe", student, group["title"])
+        need("a network", student["network"], group["title"])
+        need("a hard-label recipe", student["hard"], group["title"])
+        for labels, found in (("soft", group["relabel"]), ("hard", student["hard"])):
+            views = found.get("views")
+            need("the views of a student", views, f"{group['title']}, {labels} labels")
         if group["labeled_by"] not in result["teachers"]:
             raise refuse(f"group {group['title']} is labeled by an unknown teacher")
         for row in group["rows"]:
@@ -84,6 +98,8 @@ def check_result(result: dict[str, Any], where: str) -> None:
 
 def _check_row(row: dict[str, Any], group: dict[str, Any], need: Any, refuse: Any) -> None:
     need("a row", row, f"{row.get('name')}, {group['title']}")
+    if row["kind"] == "recover":
+        need("the optimization of a row", row["recover"], f"{row['name']}, {group['title']}")
     for kind in ("soft", "hard"):
         found = row[kind]
         need("the students of a row", found, f"{row['name']}, {kind} labels")

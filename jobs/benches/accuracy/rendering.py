@@ -17,6 +17,10 @@ RESULTS = ROOT / "jobs" / "benches" / "results"
 README = ROOT / "README.md"
 
 LABELS = ("soft", "hard")
+_PARTS = ("Recipe", "By soft labels", "By hard labels")
+_HALF = "bfloat16"
+_Recipe = dict[str, dict[str, str]]
+"""Part -> setting -> what is done, in words."""
 _PUBLISHED = "published"
 
 
@@ -31,57 +35,123 @@ def rendered(content: bytes, where: str) -> str:
     result = read_result(content, where)
     counts, opened = result["num_images"], result["opened"][:10]
     versions = result["versions"]
-    rows = [row for group in result["groups"] for row in group["rows"]]
-    before = before_text(result.get("opened_before", []))
+    groups = result["groups"]
+    rows = [row for group in groups for row in group["rows"]]
     repeats = any(len(different(row[k])) < len(row[k]["top1"]) for row in rows for k in LABELS)
+    before = before_text(result.get("opened_before", []))
+    opening = (
+        f"the {counts['test']:,} test images were opened once, after the last student, on {opened}"
+    )
+    spreads = "mean ± standard deviation over all students"
+    one = "sets of the same images had the same students, which count once"
+    shared = _shared([_recipe(group) for group in groups])
+    recipe = [f"{part}: {', '.join(told.values())}." for part, told in shared.items() if told]
     lines = [
         f"Teachers, students and every choice saw {counts['train']:,} training images ({counts['val']:,} more held out for "
-        f"choices); the {counts['test']:,} test images were opened once, after the last student, on {opened}"
-        + f"; {before}"
-        * bool(before)
-        + ". Last epoch, "
-        "mean ± standard deviation over all students"
-        + repeats * "; sets of the same images had the same students, which count once"
-        + ".",
+        f"choices); {'; '.join(filter(None, (opening, before)))}. Last epoch, "
+        f"{'; '.join((spreads, one) if repeats else (spreads,))}.",
         *[_teacher_line(name, found) for name, found in result["teachers"].items()],
+        *_precision_lines(rows),
+        *([" ".join(recipe)] if recipe else []),
         f"({result['hardware']}; torch {versions['torch']}, Python {versions['python']}, revision {result['git_revision']}.)",
     ]
-    for group in result["groups"]:
-        lines += ["", *_group_lines(group)]
+    for group in groups:
+        lines += ["", *_group_lines(group, shared)]
     return "\n".join(lines) + "\n"
 
 
 def _teacher_line(name: str, found: dict[str, Any]) -> str:
     origin = "given" if found["given"] else f"{found['squeeze']['epochs']} epochs"
+    if found["squeeze"]["mixed_precision"] and not found["given"]:
+        origin += f", {_HALF}"
     return f"Teacher {name} ({origin}): top-1 {100 * found['top1']:.1f} %."
 
 
-def _group_lines(group: dict[str, Any]) -> list[str]:
-    student, network = group["student"], group["student"]["network"]
-    arch = network["arch"] + (f" of width {network['width']}" * (network["arch"] == "convnet3"))
-    settings = [
-        f"batch {student['batch_size']}",
-        f"{student['optimizer']} at {student['learning_rate']:g}",
-        student.get("schedule", "cosine").replace("_", " "),
-    ]
-    loss = student.get("loss", "kl")
-    settings.append(f"KL at T {student['temperature']:g}" if loss == "kl" else "MSE to logits")
-    for name in ("ce_weight", "ema_decay"):
-        if student.get(name):
-            settings.append(f"{name} {student[name]:g}")
-    if student.get("sinkhorn_weight"):
-        settings.append(f"Sinkhorn distance {student['sinkhorn_weight']:g}")
+def _precision_lines(rows: list[dict[str, Any]]) -> list[str]:
+    recovered = [row for row in rows if row["kind"] == "recover"]
+    titles = [row["title"] for row in recovered if row["recover"]["mixed_precision"]]
+    if not titles:
+        return []
+    which = "" if len(titles) == len(recovered) else f" ({', '.join(dict.fromkeys(titles))})"
+    return [f"Images that are optimized{which}: in {_HALF}."]
+
+
+def _recipe(group: dict[str, Any]) -> _Recipe:
+    """Return in words what students of a group do: all of them, and those by each kind of labels."""
+    student, network, hard = group["student"], group["student"]["network"], group["student"]["hard"]
+    convolutional = network["arch"] == "convnet3"
+    every = {
+        "network": f"student {network['arch']}" + f" of width {network['width']}" * convolutional,
+        "batch_size": f"batch {student['batch_size']}",
+        "schedule": f"{student.get('schedule', 'cosine').replace('_', ' ')} schedule",
+        "weight_decay": f"weight decay {student['weight_decay']:g}",
+    }
+    if student.get("ema_decay"):
+        every["ema_decay"] = f"ema_decay {student['ema_decay']:g}"
     if student.get("weighted_loss"):
-        settings.append("weighted loss")
+        every["weighted_loss"] = "weighted loss"
+    if student["mixed_precision"]:
+        every["mixed_precision"] = _HALF
+    kl = student.get("loss", "kl") == "kl"
+    soft = {
+        "optimizer": f"{student['optimizer']} at {student['learning_rate']:g}",
+        "norm": f"{network['norm']} norm",
+        "views": _views_text(group["relabel"]["views"]),
+        "loss": f"KL at T {student['temperature']:g}" if kl else "MSE to logits",
+    }
+    if student.get("ce_weight"):
+        soft["ce_weight"] = f"ce_weight {student['ce_weight']:g}"
+    if student.get("sinkhorn_weight"):
+        soft["sinkhorn_weight"] = f"Sinkhorn distance {student['sinkhorn_weight']:g}"
+    if group["relabel"].get("batch_statistics"):
+        soft["batch_statistics"] = "labels by the batch's statistics"
+    by_class = {
+        "optimizer": f"{hard['optimizer']} at {hard['learning_rate']:g}",
+        "norm": f"{hard['norm']} norm",
+        "views": _views_text(hard["views"]),
+        "loss": "cross-entropy",
+    }
+    if not convolutional:  # which has the one choice of norms
+        del soft["norm"], by_class["norm"]
+    return dict(zip(_PARTS, (every, soft, by_class), strict=True))
+
+
+def _views_text(views: dict[str, Any]) -> str:
+    mix = {"cutmix": "CutMix", "mixup": "Mixup", "none": "no mixing"}[views["mix"]]
+    if views["mix"] != "none" and views["mix_alpha"] != 1:
+        mix += f" (alpha {views['mix_alpha']:g})"
+    flips = ", flips" if views["flip"] else ""
+    return f"crops from {100 * views['crop_scale_min']:g} % of the area{flips}, {mix}"
+
+
+def _shared(recipes: list[_Recipe]) -> _Recipe:
+    """Return what is the same in all groups, which is said once."""
+    return {
+        part: {
+            name: text
+            for name, text in recipes[0][part].items()
+            if all(recipe[part].get(name) == text for recipe in recipes)
+        }
+        for part in _PARTS
+    }
+
+
+def _group_lines(group: dict[str, Any], shared: _Recipe) -> list[str]:
+    own = [
+        ", ".join(text for name, text in told.items() if name not in shared[part])
+        for part, told in _recipe(group).items()
+    ]
     views = group["rows"][0]["soft"]["views"]
     others = len(group.get("labelers", [])) - 1
     labelers = group["labeled_by"] + (f" and {others} more" if others > 0 else "")
     sets = group["distill_seeds"]
     seeds = f"{sets} {'set' if sets == 1 else 'sets'} x {group['student_seeds']} students"
-    head = (
-        f"**{group['title']}**: student {arch}, {views:,} views, {', '.join(settings)}; labels by {labelers}; "
-        f"{seeds}."
-    )
+    every, *kinds = own
+    settings = [", ".join(filter(None, (f"{views:,} views", every)))]
+    settings += [
+        f"{part.lower()}: {text}" for part, text in zip(_PARTS[1:], kinds, strict=True) if text
+    ]
+    head = f"**{group['title']}**: {'; '.join(settings)}; labels by {labelers}; {seeds}."
     columns = "trained on|soft labels|hard labels|students|images|labels|seconds to distil, fastest"
     titles = columns.split("|")
     if has_scores := any("lrs" in row for row in group["rows"]):
