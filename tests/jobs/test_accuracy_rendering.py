@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from jobs.benches.accuracy.checks import check_result, read_result
+from jobs.benches.accuracy.checks import check_result, read_result, required_rows
+from jobs.benches.accuracy.definitions import Options, table_of
 from jobs.benches.accuracy.rendering import (
     README,
     committed,
@@ -70,6 +71,10 @@ def made_up() -> Result:
     ours["lrs"] = label_robust_score(full_hard=0.9, hard=0.7, soft=0.8, random_soft=0.75)
     random = row("random_real", students(0.74, 0.76), students(0.64, 0.66), kind="random")
     random["lrs"] = label_robust_score(full_hard=0.9, hard=0.65, soft=0.75, random_soft=0.75)
+    real = []
+    for name, kind in (("herding", "herding"), ("nearest_real", "nearest"), ("mosaic", "mosaic")):
+        real.append(row(name, students(0.74, 0.76), students(0.64, 0.66), kind=kind))
+        real[-1]["lrs"] = dict(random["lrs"])
     full = row("full_data", students(0.91, 0.93), students(0.89, 0.91), kind="full")
     return {
         "table": "main",
@@ -89,7 +94,7 @@ def made_up() -> Result:
             }
         },
         "groups": [
-            {"title": "ipc 10", "ipc": 10, **about, "rows": [random, ours]},
+            {"title": "ipc 10", "ipc": 10, **about, "rows": [random, ours, *real]},
             {"title": "all real images", "ipc": 0, **about, "rows": [full]},
         ],
         "hardware": "a processor",
@@ -217,7 +222,7 @@ def test_students_that_are_one_by_their_weights_count_once() -> None:
     once = rendered(sealed(result), "r.json")
     # Three sets of the same images, trained by the same two seeds.
     random, *_ = result["groups"][0]["rows"]
-    for found in (row[kind] for row in (random, at(result, *OURS)) for kind in ("soft", "hard")):
+    for found in (row[kind] for row in result["groups"][0]["rows"] for kind in ("soft", "hard")):
         found |= {name: found[name] * 3 for name in ("top1", "seeds", "weights")}
         found["std"] = statistics.stdev(found["top1"])
     assert random["soft"]["std"] < 0.0110
@@ -318,6 +323,14 @@ def other_teacher(result: Result) -> None:
     at(result, "groups", 0)["labeled_by"] = "resnet50"
 
 
+def without_mosaics(result: Result) -> None:
+    at(result, "groups", 0, "rows").pop()
+
+
+def without_real_images_beside_small_ones(result: Result) -> None:
+    at(result, *OURS, "recover")["tiles"] = 2
+
+
 def other_top1_of_the_same_weights(result: Result) -> None:
     at(result, *OURS, "soft")["weights"] = ["f" * 64] * 2
 
@@ -332,6 +345,11 @@ def a_student_more_often(result: Result) -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
+        (without_mosaics, "group ipc 10 has no row mosaic; run"),
+        (
+            without_real_images_beside_small_ones,
+            "no row random_tiles and no nearest_tiles and no mo",
+        ),
         (other_top1_of_the_same_weights, "students of the same weights and other top-1"),
         (a_student_more_often, "students that are there more often than others"),
         (of_val, "expected numbers of the test split, found val"),
@@ -351,6 +369,26 @@ def test_a_result_that_contradicts_itself_is_refused(
     fault(result)
     with pytest.raises(ArtifactError, match=message):
         read_result(sealed(result), "r.json")
+
+
+def test_the_main_table_must_have_every_row_of_real_images_that_it_trains() -> None:
+    for group in table_of("main", Options()).groups:
+        rows = [
+            {"name": row.name, "kind": row.kind, "recover": {"tiles": row.recover.tiles}}
+            for row in group.rows
+        ]
+        real = {row.name for row in group.rows if row.kind not in ("recover", "full")}
+        assert set(required_rows("main", group.ipc, rows)) == real
+
+
+@pytest.mark.parametrize("name", ["herding", "nearest_real", "mosaic"])
+def test_only_the_main_table_must_have_every_kind_of_real_images(name: str) -> None:
+    result = made_up()
+    group = result["groups"][0]
+    group["rows"] = [row for row in group["rows"] if row["name"] != name]
+    with pytest.raises(ArtifactError, match=f"has no row {name};"):
+        check_result(result, "r.json")
+    check_result(result | {"table": "digits"}, "r.json")
 
 
 # README

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from jobs.benches.accuracy.definitions import FULL, RANDOM
@@ -17,7 +18,7 @@ _NEEDED = {
     "a teacher's recipe": "epochs mixed_precision",
     "a group": "title ipc labeled_by relabel student distill_seeds student_seeds rows",
     "a row": "name title kind recover barycenters epochs num_stored num_read image_bytes label_bytes distill_seconds soft hard",
-    "the optimization of a row": "iterations mixed_precision",
+    "the optimization of a row": "iterations mixed_precision tiles",
     "the students of a row": "mean std top1 seeds views weights",
     "a student recipe": (
         "network epochs batch_size optimizer learning_rate weight_decay temperature mixed_precision hard"
@@ -26,6 +27,10 @@ _NEEDED = {
     "a hard-label recipe": "norm optimizer learning_rate views",
     "the views of a student": "crop_scale_min flip mix mix_alpha",
 }
+
+# Real images that stand in every group of the table `main`, and those beside rows with several small images in a stored one.
+_REAL = (RANDOM, "herding", "nearest_real", "mosaic")
+_REAL_TILES = ("random_tiles", "nearest_tiles", "mosaic_tiles")
 
 
 def read_result(content: bytes, where: str) -> dict[str, Any]:
@@ -40,7 +45,7 @@ def read_result(content: bytes, where: str) -> dict[str, Any]:
 
 
 def check_result(result: dict[str, Any], where: str) -> None:
-    """Refuse a result without recipe, teacher, seeds, versions, both label kinds, or random real images of each group."""
+    """Refuse a result without recipe, teacher, seeds, versions, both label kinds, or the real images that each group must have."""
 
     def refuse(what: str) -> ArtifactError:
         return ArtifactError(f"{where}: {what}; run the table again: it is not rendered without")
@@ -63,28 +68,7 @@ def check_result(result: dict[str, Any], where: str) -> None:
         need("a teacher", teacher, name)
         need("a teacher's recipe", teacher["squeeze"], name)
     for group in result["groups"]:
-        need("a group", group, str(group.get("title")))
-        student = group["student"]
-        need("a student recipe", student, group["title"])
-        need("a network", student["network"], group["title"])
-        need("a hard-label recipe", student["hard"], group["title"])
-        for labels, found in (("soft", group["relabel"]), ("hard", student["hard"])):
-            views = found.get("views")
-            need("the views of a student", views, f"{group['title']}, {labels} labels")
-        if group["labeled_by"] not in result["teachers"]:
-            raise refuse(f"group {group['title']} is labeled by an unknown teacher")
-        for row in group["rows"]:
-            _check_row(row, group, need, refuse)
-        if group["ipc"] and RANDOM not in {row["name"] for row in group["rows"]}:
-            raise refuse(f"group {group['title']} has no row {RANDOM}")
-        budgets = {
-            (r["num_stored"], r[k]["views"], len(r[k]["top1"]))
-            for r in group["rows"]
-            if r["kind"] != "full"
-            for k in ("soft", "hard")
-        }
-        if len(budgets) > 1:
-            raise refuse(f"rows of {group['title']} had other budgets: {sorted(budgets)}")
+        _check_group(group, result, need, refuse)
     full = _full_rows(result)
     for group in result["groups"]:
         whole = full.get(str(group["student"]["network"]))
@@ -94,6 +78,44 @@ def check_result(result: dict[str, Any], where: str) -> None:
                 raise refuse(f"row {row['name']}: LRS and the row {FULL} go together")
             if "lrs" in row:
                 _check_lrs(row, random, whole, refuse)
+
+
+def _check_group(group: dict[str, Any], result: dict[str, Any], need: Any, refuse: Any) -> None:
+    need("a group", group, str(group.get("title")))
+    student = group["student"]
+    need("a student recipe", student, group["title"])
+    need("a network", student["network"], group["title"])
+    need("a hard-label recipe", student["hard"], group["title"])
+    for labels, found in (("soft", group["relabel"]), ("hard", student["hard"])):
+        views = found.get("views")
+        need("the views of a student", views, f"{group['title']}, {labels} labels")
+    if group["labeled_by"] not in result["teachers"]:
+        raise refuse(f"group {group['title']} is labeled by an unknown teacher")
+    for row in group["rows"]:
+        _check_row(row, group, need, refuse)
+    names = {row["name"] for row in group["rows"]}
+    required = required_rows(result["table"], group["ipc"], group["rows"])
+    missing = [name for name in required if name not in names]
+    if missing:
+        raise refuse(f"group {group['title']} has no row {' and no '.join(missing)}")
+    budgets = {
+        (r["num_stored"], r[k]["views"], len(r[k]["top1"]))
+        for r in group["rows"]
+        if r["kind"] != "full"
+        for k in ("soft", "hard")
+    }
+    if len(budgets) > 1:
+        raise refuse(f"rows of {group['title']} had other budgets: {sorted(budgets)}")
+
+
+def required_rows(table: str, ipc: int, rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the names of the rows of real images that a group with these rows must have."""
+    if not ipc:
+        return ()
+    if table != "main":
+        return (RANDOM,)
+    tiled = any(row["recover"]["tiles"] > 1 for row in rows if row["kind"] == "recover")
+    return _REAL + _REAL_TILES * tiled
 
 
 def _check_row(row: dict[str, Any], group: dict[str, Any], need: Any, refuse: Any) -> None:

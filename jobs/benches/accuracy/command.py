@@ -48,7 +48,7 @@ def accuracy(
         data: Real images; the recipe's by default, and for Fashion-MNIST the folder with the IDX files.
         out: Folder of the units; what is there already is not done again.
         ipc: Images a class; the table's own by default.
-        rows: Rows to have; `random_real` always is.
+        rows: Rows to have; `random_real` always is. A result of `main` is rendered with all its rows of real images only.
         groups: Groups to have, by parts of their titles ("LIA"); each keeps all its rows.
         student_seeds: Students a distilled set; by default at least 5 a row.
         distill_seeds: Distilled sets a row; 3 up to ipc 10, 1 above.
