@@ -200,7 +200,7 @@ def test_epochs_that_small_images_do_not_divide_are_refused() -> None:
 def test_a_row_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="--rows: expected some of best"):
         table_of("digits", dataclasses.replace(TINY, rows=("bets",)))
-    with pytest.raises(ConfigError, match=r"--groups: expected parts of \['ipc 1', .*got 'ipc 3'"):
+    with pytest.raises(ConfigError, match=r"--groups: expected parts of \['ipc 2', .*got 'ipc 3'"):
         table_of("digits", dataclasses.replace(TINY, groups=("all", "ipc 3")))
 
 
