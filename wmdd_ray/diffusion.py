@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from wmdd_ray.diffusion_card import (
     CLASSES_KEY,
     INDEX_KEY,
+    LEVELS_KEY,
     OPTION,
     WEIGHTS,
     ModelCard,
@@ -135,7 +136,7 @@ def load_model(uri: str, device: torch.device | str) -> DiffusionModel:
                 vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", **options)
             else:
                 network = UNet2DModel.from_pretrained(folder, subfolder="unet", **options)
-            levels = read_json(folder, "scheduler/scheduler_config.json", uri)
+            levels = read_json(folder, LEVELS_KEY, uri)
             scheduler = DDIMScheduler.from_config(levels)
         except (
             ArithmeticError,

@@ -28,8 +28,25 @@ from wmdd_ray.store.uris import arrow_filesystem, local_path
 logger = logging.getLogger(__name__)
 
 INDEX_KEY, CLASSES_KEY = "model_index.json", "classes.json"
+LEVELS_KEY = "scheduler/scheduler_config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OPTION = "--recover.diffusion.model"
+SCHEDULERS = (
+    *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler"),
+    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
+    *("DEISMultistepScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
+)
+"""Schedulers of diffusers whose configuration says the noise levels of a model in terms that DDIM has too.
+
+Of those that diffusers calls compatible with it, EDMEulerScheduler is not: its networks see scaled images and logarithms of sigma.
+"""
+# What those schedulers can be told, and DDIM cannot do.
+_LEVELS = {
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "prediction_type": ("epsilon", "sample", "v_prediction"),
+    "timestep_type": ("discrete",),
+}
 _CONVERT = (
     'convert them once, where you trust them: python -c "from diffusers import DiTPipeline; '
     "DiTPipeline.from_pretrained('NAME').save_pretrained('FOLDER')\", and pass FOLDER"
@@ -183,6 +200,12 @@ def card_of(uri: str, folder: Path, identity: str, keys: frozenset[str]) -> Mode
             f"{OPTION} {uri}: expected a pipeline of a DiTTransformer2DModel with a VAE and a scheduler, or of a "
             f"UNet2DModel with a scheduler, found {kinds}; other pipelines (text to image, say) are not sampled by class"
         )
+    beside = {name: kind for name, kind in kinds.items() if name not in ("unet", "scheduler")}
+    if not latent and beside:
+        raise ConfigError(
+            f"{OPTION} {uri}: expected of a UNet2DModel nothing but a scheduler beside it, for it is sampled in pixels, found "
+            f"{beside}; a UNet in the latent space of an autoencoder is not supported: take a DiT, or a UNet on pixels"
+        )
     for part in ("transformer", "vae") if latent else ("unet",):
         if f"{part}/{WEIGHTS}" not in keys:
             # On the hub only what was downloaded is listed: JSON files alone for a card.
@@ -192,7 +215,8 @@ def card_of(uri: str, folder: Path, identity: str, keys: frozenset[str]) -> Mode
                     f"{OPTION} {uri}: expected {part}/{WEIGHTS}, found {others or 'no weights'}; weights in other formats are "
                     f"pickles, which are never opened: {_CONVERT}"
                 )
-    scheduler = read_json(folder, "scheduler/scheduler_config.json", uri)
+    scheduler = read_json(folder, LEVELS_KEY, uri)
+    _check_levels(scheduler, kinds["scheduler"], uri)
     names: tuple[str, ...] = ()
     ordered = False
     num_classes: int | None = None
@@ -229,6 +253,24 @@ def card_of(uri: str, folder: Path, identity: str, keys: frozenset[str]) -> Mode
         train_steps=int(scheduler.get("num_train_timesteps", 1000)),
         identity=identity,
     )
+
+
+def _check_levels(levels: dict[str, Any], named: object, uri: str) -> None:
+    """Raise a ConfigError unless DDIM has the noise levels that the model was trained with, and takes what it predicts."""
+    for key, kind in ((INDEX_KEY, named), (LEVELS_KEY, levels.get("_class_name", named))):
+        if kind not in SCHEDULERS:
+            raise ConfigError(
+                f"{OPTION} {uri}: expected a scheduler whose noise levels DDIM can sample by ({', '.join(SCHEDULERS)}), found "
+                f"{kind} in {key}; consistency, flow-matching, EDM and score-SDE models are not supported: take another model"
+            )
+    for option, known in _LEVELS.items():
+        # Absent is the default of all of them, which is the first one known.
+        value = levels.get(option, known[0])
+        if value not in known and not (option == "beta_schedule" and levels.get("trained_betas")):
+            raise ConfigError(
+                f"{OPTION} {uri}: expected in {LEVELS_KEY} a {option} that DDIM has ({', '.join(known)}), found {value!r}; "
+                "take another model"
+            )
 
 
 def read_json(folder: Path, key: str, uri: str) -> dict[str, Any]:

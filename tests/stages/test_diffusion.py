@@ -19,7 +19,14 @@ from tests.stages.tiny import FinishedRun
 from wmdd_ray.config import DiffusionConfig, RecoverConfig
 from wmdd_ray.core.sampling import SampleTarget, sample_group
 from wmdd_ray.diffusion import fit_pictures, load_model, new_unet, save_model
-from wmdd_ray.diffusion_card import ModelCard, check_card, class_ids_of, read_card
+from wmdd_ray.diffusion_card import (
+    LEVELS_KEY,
+    SCHEDULERS,
+    ModelCard,
+    check_card,
+    class_ids_of,
+    read_card,
+)
 from wmdd_ray.errors import ArtifactError, ConfigError, WmddError
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.stages import diffusion, recover, surrogate
@@ -322,6 +329,21 @@ def changed(model: Path, tmp_path: Path, part: str) -> Path:
         index = json.loads((folder / "model_index.json").read_text())
         index["text_encoder"], index["unet"] = index["unet"], ["diffusers", "UNet2DConditionModel"]
         (folder / "model_index.json").write_text(json.dumps(index))
+    elif part == "latent":
+        index = json.loads((folder / "model_index.json").read_text())
+        index["vqvae"] = ["diffusers", "VQModel"]
+        (folder / "model_index.json").write_text(json.dumps(index))
+    elif "=" in part:
+        key, _, value = part.partition("=")
+        levels = json.loads((folder / LEVELS_KEY).read_text())
+        (folder / LEVELS_KEY).write_text(json.dumps(levels | {key: value}))
+    elif part.endswith("Scheduler"):
+        import diffusers
+
+        getattr(diffusers, part)().save_pretrained(folder / "scheduler")
+        index = json.loads((folder / "model_index.json").read_text())
+        index["scheduler"] = ["diffusers", part]
+        (folder / "model_index.json").write_text(json.dumps(index))
     elif part == "no scheduler":
         shutil.rmtree(folder / "scheduler")
     elif part == "other shape":
@@ -349,6 +371,30 @@ def changed(model: Path, tmp_path: Path, part: str) -> Path:
         ("other kind", ConfigError, "expected a pipeline of a DiTTransformer2DModel"),
         ("no scheduler", ConfigError, "there is no scheduler/scheduler_config.json in it"),
         ("other shape", ArtifactError, "its files could not be read"),
+        ("latent", ConfigError, r"found \{'vqvae': 'VQModel'\}; .* is not supported"),
+        *(
+            (
+                name,
+                ConfigError,
+                rf"\(DDIMScheduler, .*found {name} in model_index\.json; .*take another",
+            )
+            for name in (
+                *("CMStochasticIterativeScheduler", "FlowMatchEulerDiscreteScheduler"),
+                *("ScoreSdeVeScheduler", "EDMEulerScheduler"),
+            )
+        ),
+        (
+            "_class_name=FlowMatchEulerDiscreteScheduler",
+            ConfigError,
+            r"found FlowMatchEulerDiscreteScheduler in scheduler/scheduler_config\.json",
+        ),
+        (
+            "prediction_type=flow_prediction",
+            ConfigError,
+            r"a prediction_type that DDIM has \(epsilon, sample, v_prediction\), found 'flow_pred",
+        ),
+        ("beta_schedule=sigmoid", ConfigError, "a beta_schedule that DDIM has .*found 'sigmoid'"),
+        ("timestep_type=continuous", ConfigError, "a timestep_type .*found 'continuous'"),
     ],
 )
 def test_a_model_with_something_wrong_is_refused_by_name(
@@ -358,6 +404,27 @@ def test_a_model_with_something_wrong_is_refused_by_name(
     with pytest.raises(kind, match=message) as caught:
         load_model(str(folder), "cpu")
     assert str(folder) in str(caught.value)
+
+
+# Some of them make arrays of tensors.
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_ddim_has_the_noise_levels_of_every_scheduler_that_is_taken(
+    dit: Path, tmp_path: Path, name: str
+) -> None:
+    import diffusers
+
+    told: dict[str, Any] = {
+        "beta_start": 0.001,
+        "beta_end": 0.015,
+        "beta_schedule": "scaled_linear",
+    }
+    theirs = getattr(diffusers, name)(**told, prediction_type="v_prediction")
+    folder = changed(dit, tmp_path, name)
+    theirs.save_pretrained(folder / "scheduler")
+    ours = load_model(str(folder), "cpu").scheduler
+    torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=0, atol=0)
+    assert ours.config.prediction_type == "v_prediction"
 
 
 def test_a_cut_file_of_somebody_elses_model_is_refused(dit: Path, tmp_path: Path) -> None:
