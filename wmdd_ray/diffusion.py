@@ -137,6 +137,9 @@ def load_model(uri: str, device: torch.device | str) -> DiffusionModel:
             else:
                 network = UNet2DModel.from_pretrained(folder, subfolder="unet", **options)
             levels = read_json(folder, LEVELS_KEY, uri)
+            # By default DDIM clips to [-1, 1], which ruins latents; of the others only those that say so do.
+            if levels.get("_class_name", "DDIMScheduler") not in ("DDIMScheduler", "DDPMScheduler"):
+                levels = {"clip_sample": False, **levels}
             scheduler = DDIMScheduler.from_config(levels)
         except (
             ArithmeticError,

@@ -425,6 +425,8 @@ def test_ddim_has_the_noise_levels_of_every_scheduler_that_is_taken(
     ours = load_model(str(folder), "cpu").scheduler
     torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=0, atol=0)
     assert ours.config.prediction_type == "v_prediction"
+    # DDIM by itself would clip latents whose scheduler knows of no such thing.
+    assert ours.config.clip_sample == theirs.config.get("clip_sample", False)
 
 
 def test_a_cut_file_of_somebody_elses_model_is_refused(dit: Path, tmp_path: Path) -> None:
