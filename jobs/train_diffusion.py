@@ -23,6 +23,7 @@ import tyro
 
 from jobs import endings
 from wmdd_ray.config import SourceConfig, refuse_secrets
+from wmdd_ray.diffusion_card import CLASSES_KEY, INDEX_KEY, check_widths
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.progress import StageLine, duration
 from wmdd_ray.provenance import hardware, versions
@@ -73,8 +74,6 @@ class Training:
                 raise ConfigError(
                     f"--{name.replace('_', '-')}: expected >= 1, got {getattr(self, name)}"
                 )
-        if not self.widths:
-            raise ConfigError("--widths: expected at least one")
         for name in ("ema_decay", "drop_class"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(
@@ -82,6 +81,8 @@ class Training:
                 )
         if not 0 < self.learning_rate < float("inf"):
             raise ConfigError(f"--learning-rate: expected > 0, got {self.learning_rate}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"--seed: expected in [0, 2^63), got {self.seed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,12 @@ class Job:
     def __post_init__(self) -> None:
         refuse_secrets("out", self.out)
         refuse_secrets("data", self.data)
+        for name in ("checkpoint_s", "memory_limit_gib"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: expected a finite number > 0, got {getattr(self, name)}"
+                )
+        check_widths(self.training.widths, self.source.image_size)
 
 
 def main(arguments: list[str]) -> int:
@@ -137,13 +144,17 @@ def train(job: Job) -> int:
     store = Store(job.out or f"runs/diffusion-{job.recipe}")
     source = open_source(job.data, job.source, split="train")
     plan = _plan(job, source)
-    if _claimed(store, plan, overwrite=job.overwrite):
+    mine = _is_mine(store, plan, overwrite=job.overwrite)
+    if mine and store.exists(INDEX_KEY):
         print(f"found whole     {store.uri}")
         return 0
     from wmdd_ray.diffusion import save_model
-    from wmdd_ray.diffusion_card import INDEX_KEY
 
-    model, losses = _trained(job, source, store)
+    # Before the folder is claimed: it shall not be of options that never trained.
+    _, labels_N, images_NHWC, _ = _loaded(job, source)
+    if not mine:
+        _claim(store, plan)
+    model, losses = _trained(job, images_NHWC, labels_N, source.class_names, store)
     about = {
         "data": job.data,
         "source": asdict(job.source),
@@ -182,34 +193,52 @@ def _plan(job: Job, source: Source) -> dict[str, Any]:
     return {**head, "fingerprint": fingerprint(head)}
 
 
-def _claimed(store: Store, plan: dict[str, Any], *, overwrite: bool) -> bool:
-    """Return whether this model is there whole; else write its plan, where no other's is."""
-    from wmdd_ray.diffusion_card import CLASSES_KEY, INDEX_KEY
-
+def _is_mine(store: Store, plan: dict[str, Any], *, overwrite: bool) -> bool:
+    """Return whether the model there, begun or whole, is of this plan; a ConfigError where another must not be replaced."""
     try:
         found = read_sealed(store, _PLAN_KEY)
     except FileNotFoundError:
-        found = None
-    if found is None and store.list():
-        raise ConfigError(
-            f"--out {store.uri}: expected an empty or new folder, or a model of this job; pass another"
-        )
-    if found is not None and found["fingerprint"] != plan["fingerprint"]:
-        if not overwrite:
+        if store.list():
             raise ConfigError(
-                f"{store.uri} was made with {difference(found, plan)}; pass --overwrite to replace it, or another --out to keep "
-                "both"
-            )
-        # What is read first, first: nobody shall find half of a model.
-        for key in (INDEX_KEY, CLASSES_KEY, "unet", "scheduler", "preview.png", "partial"):
-            store.delete(key)
-        found = None
-    if found is None:
-        store.put(_PLAN_KEY, seal(plan))
-    return store.exists(INDEX_KEY)
+                f"--out {store.uri}: expected an empty or new folder, or a model of this job; pass another"
+            ) from None
+        return False
+    if found["fingerprint"] != plan["fingerprint"] and not overwrite:
+        raise ConfigError(
+            f"{store.uri} was made with {difference(found, plan)}; pass --overwrite to replace it, or another --out to keep "
+            "both"
+        )
+    return bool(found["fingerprint"] == plan["fingerprint"])
 
 
-def _trained(job: Job, source: Source, store: Store) -> tuple[DiffusionModel, list[float]]:
+def _claim(store: Store, plan: dict[str, Any]) -> None:
+    """Write the plan of a model that is about to be trained, in place of what there is of another."""
+    # What is read first, first: nobody shall find half of a model.
+    for key in (INDEX_KEY, CLASSES_KEY, "unet", "scheduler", "preview.png", "partial"):
+        store.delete(key)
+    store.put(_PLAN_KEY, seal(plan))
+
+
+def _loaded(
+    job: Job, source: Source
+) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Return what `load_images` does, or a DataError where it is too large."""
+    loaded = load_images(source, job.source, int(job.memory_limit_gib * 2**30))
+    if loaded is None:
+        raise DataError(
+            f"{job.data}: expected images that take at most {job.memory_limit_gib:g} GiB decoded; this job is for small sets: "
+            "raise --memory-limit-gib, lower --source.image-size, or take a pretrained model (facebook/DiT-XL-2-256)"
+        )
+    return loaded
+
+
+def _trained(
+    job: Job,
+    images_NHWC: np.ndarray,
+    labels_N: np.ndarray,
+    class_names: tuple[str, ...],
+    store: Store,
+) -> tuple[DiffusionModel, list[float]]:
     """Return the trained model, and the losses of the epochs of this run."""
     import torch
 
@@ -217,13 +246,6 @@ def _trained(job: Job, source: Source, store: Store) -> tuple[DiffusionModel, li
     from wmdd_ray.rooms import Room
     from wmdd_ray.stages.checkpoints import Checkpoints
 
-    loaded = load_images(source, job.source, int(job.memory_limit_gib * 2**30))
-    if loaded is None:
-        raise DataError(
-            f"{job.data}: expected images that take at most {job.memory_limit_gib:g} GiB decoded; this job is for small sets: "
-            "raise --memory-limit-gib, lower --source.image-size, or take a pretrained model (facebook/DiT-XL-2-256)"
-        )
-    _, labels_N, images_NHWC, _ = loaded
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep = Checkpoints(Room(store, ""), "training", job.checkpoint_s)
     state = keep.load()
@@ -241,14 +263,14 @@ def _trained(job: Job, source: Source, store: Store) -> tuple[DiffusionModel, li
         job.training,
         images_NHWC,
         labels_N,
-        num_classes=len(source.class_names),
+        num_classes=len(class_names),
         device=device,
         state=state,
         on_epoch=on_epoch,
     )
     line.finish()
     keep.clear()
-    card = trained_card(network, scheduler, source.class_names, store.uri)
+    card = trained_card(network, scheduler, class_names, store.uri)
     return DiffusionModel(card, network, None, scheduler), losses
 
 

@@ -23,10 +23,12 @@ from wmdd_ray.diffusion_card import (
     CLASSES_KEY,
     INDEX_KEY,
     LEVELS_KEY,
+    NORM_GROUPS,
     OPTION,
     WEIGHTS,
     ModelCard,
     card_of,
+    check_widths,
     files_below,
     local_copy,
     read_json,
@@ -183,17 +185,10 @@ def new_unet(
         train_steps: noise levels.
 
     Raises:
-        ConfigError: The image cannot be halved so often, or diffusers is not installed.
+        ConfigError: The widths cannot be (`check_widths`), or diffusers is not installed.
     """
+    check_widths(widths, image_size)
     halvings = len(widths) - 1
-    if image_size % 2**halvings:
-        raise ConfigError(
-            f"--widths: expected at most {_halvings(image_size) + 1} for {image_size} pixels, each but the first halving them, "
-            f"got {widths}"
-        )
-    groups = 8
-    if any(width % groups or width < groups for width in widths):
-        raise ConfigError(f"--widths: expected multiples of {groups}, got {widths}")
     try:
         from diffusers.models import UNet2DModel
         from diffusers.schedulers import DDIMScheduler
@@ -207,7 +202,7 @@ def new_unet(
         down_block_types=("DownBlock2D",) * halvings + ("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * halvings,
         layers_per_block=layers,
-        norm_num_groups=groups,
+        norm_num_groups=NORM_GROUPS,
         num_class_embeds=num_classes + 1,
     )
     scheduler = DDIMScheduler(
@@ -216,10 +211,6 @@ def new_unet(
         timestep_spacing="trailing",
     )
     return network, scheduler
-
-
-def _halvings(number: int) -> int:
-    return 0 if number % 2 else 1 + _halvings(number // 2)
 
 
 def trained_card(unet: Any, scheduler: Any, class_names: tuple[str, ...], uri: str) -> ModelCard:

@@ -41,6 +41,8 @@ SCHEDULERS = (
 
 Of those that diffusers calls compatible with it, EDMEulerScheduler is not: its networks see scaled images and logarithms of sigma.
 """
+NORM_GROUPS = 8
+"""Groups of channels that our own UNets normalize."""
 # What those schedulers can be told, and DDIM cannot do.
 _LEVELS = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -352,3 +354,20 @@ def check_card(card: ModelCard, *, channels: int, steps: int, guidance_scale: fl
             f"--recover.diffusion.guidance-scale: expected 1 for {card.uri}, which was not trained to do without a class, got "
             f"{guidance_scale:g}"
         )
+
+
+def check_widths(widths: tuple[int, ...], image_size: int) -> None:
+    """Raise a ConfigError unless a UNet of our own can have these channels at each resolution of H = W pixels."""
+    if not widths:
+        raise ConfigError("--widths: expected at least one")
+    if image_size % 2 ** (len(widths) - 1):
+        raise ConfigError(
+            f"--widths: expected at most {_halvings(image_size) + 1} for {image_size} pixels, each but the first halving them, "
+            f"got {widths}"
+        )
+    if any(width % NORM_GROUPS or width < NORM_GROUPS for width in widths):
+        raise ConfigError(f"--widths: expected multiples of {NORM_GROUPS}, got {widths}")
+
+
+def _halvings(number: int) -> int:
+    return 0 if number % 2 else 1 + _halvings(number // 2)

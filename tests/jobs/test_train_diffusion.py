@@ -93,18 +93,40 @@ def test_a_training_that_is_killed_goes_on_and_ends_with_the_same_model(
     assert told_of["training"]["seed"] == 1 and told_of["data"] == "digits"
 
 
-def test_a_folder_with_something_else_and_widths_that_cannot_be_are_refused(
+def test_a_folder_with_something_else_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine.txt").write_text("keep")
     assert train(tmp_path) == 2
     assert "expected an empty or new folder, or a model of this job" in capsys.readouterr().err
-    assert train(tmp_path / "new", "--widths", "8", "8", "8", "8", "8") == 2
-    assert "--widths: expected at most 4 for 8 pixels" in capsys.readouterr().err
-    assert train(tmp_path / "other", "--widths", "12") == 2
-    assert "--widths: expected multiples of 8" in capsys.readouterr().err
-    assert train(tmp_path / "large", "--memory-limit-gib", "1e-9") == 4
-    assert "raise --memory-limit-gib" in capsys.readouterr().err
+    assert contents(tmp_path) == {"mine.txt": b"keep"}
+
+
+REFUSED = (
+    (2, "--widths: expected at most 4 for 8 pixels", ("--widths", "8", "8", "8", "8", "8")),
+    (2, "--widths: expected multiples of 8", ("--widths", "12")),
+    (2, "--seed: expected in [0, 2^63), got -1", ("--seed", "-1")),
+    (2, "--checkpoint-s: expected a finite number > 0, got -1", ("--checkpoint-s", "-1")),
+    (2, "--memory-limit-gib: expected a finite number > 0, got nan", ("--memory-limit-gib", "nan")),
+    (4, "raise --memory-limit-gib", ("--memory-limit-gib", "1e-9")),
+)
+
+
+def test_what_is_refused_leaves_the_folder_for_the_right_value_and_an_old_model_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_diffusion, "_PREVIEW_STEPS", 1)
+    out = tmp_path / "out"
+    for code, message, options in REFUSED:
+        assert train(out, *options) == code
+        assert message in capsys.readouterr().err
+        assert not out.exists()
+    assert train(out, "--epochs", "1") == 0
+    whole = contents(out)
+    for code, message, options in REFUSED:
+        assert train(out, "--epochs", "2", "--overwrite", *options) == code
+        assert message in capsys.readouterr().err
+        assert contents(out) == whole
 
 
 def test_a_network_learns_to_tell_noise_from_images_and_classes_from_each_other() -> None:
