@@ -85,10 +85,10 @@ class Job:
     attacks: tuple[str, ...] = ()
     """Attacks on the trained students: pgd (100 steps), square, autoattack (standard), cw (L2), mim; with commas or spaces. They
     need adversarial-robustness-toolbox and pyautoattack."""
-    eps: tuple[str, ...] = ("1/255", "2/255", "8/255")
-    """Largest change of a pixel (L-infinity) in [0, 1], with commas or spaces."""
-    attack_images: int = 1000
-    """Held-out images that are attacked, equally many of each class, drawn by --seed; all where there are fewer."""
+    eps: tuple[str, ...] | None = None
+    """Largest change of a pixel (L-infinity) in [0, 1], with commas or spaces. Absent: 1/255,2/255,8/255."""
+    attack_images: int | None = None
+    """Held-out images that are attacked, equally many of each class, drawn by --seed; all where there are fewer. Absent: 1000."""
     recipe: str | None = None
     """Recipe of jobs/distill.py whose student, views and input are the defaults. Absent: for a set of ours its own."""
     out: str | None = None
@@ -296,10 +296,23 @@ def _completed(
 def _attacks_of(job: Job) -> AttackConfig:
     """Return the attacks that are asked for."""
     names = _among("attacks", job.attacks, get_args(AttackName)) if job.attacks else ()
-    eps = tuple(dict.fromkeys(part for text in job.eps for part in text.split(",") if part))
-    return AttackConfig(
-        names=cast(tuple[AttackName, ...], names), eps=eps, images=job.attack_images
-    )
+    asked: dict[str, Any] = {}
+    if job.eps is not None:
+        parts = [part for text in job.eps for part in text.split(",") if part]
+        if not parts:
+            raise ConfigError(
+                f"--eps: expected at least one budget, as 8/255, got {' '.join(job.eps)!r}"
+            )
+        asked["eps"] = tuple(dict.fromkeys(parts))
+    if job.attack_images is not None:
+        asked["images"] = job.attack_images
+    if asked and not names:
+        option = "--eps" if "eps" in asked else "--attack-images"
+        raise ConfigError(
+            f"{option}: expected --attacks beside it, without which nobody is attacked; add --attacks "
+            f"{','.join(get_args(AttackName))} or some of them, or leave it out"
+        )
+    return AttackConfig(names=cast(tuple[AttackName, ...], names), **asked)
 
 
 def _stored_as(own: Any) -> dict[str, Any]:

@@ -74,6 +74,41 @@ def test_every_option_says_what_it_means() -> None:
         ),
         (options.HardLabelConfig, {"learning_rate": 0.0}, "--evaluate.hard.learning-rate: .* > 0"),
         (options.HardLabelConfig, {"optimizer": "lion"}, "--evaluate.hard.optimizer: .*adamw"),
+        (
+            options.RecoverConfig,
+            {"diffusion": options.DiffusionConfig(ot_weight=0.5)},
+            "--recover.diffusion.ot-weight: .*; add --recover.method diffusion, .* got 0.5",
+        ),
+        (
+            options.RecoverConfig,
+            {"diffusion": options.DiffusionConfig(diversity_weight=0.5)},
+            "--recover.diffusion.diversity-weight: .*; add --recover.method diffusion",
+        ),
+        (
+            options.RecoverConfig,
+            {"diffusion": options.DiffusionConfig(influence_weight=0.5)},
+            "--recover.diffusion.influence-weight: .*; add --recover.method diffusion",
+        ),
+        (
+            options.SqueezeConfig,
+            {"curvature_ipc_power": 0.5},
+            "--squeeze.curvature-ipc-power: expected 0 without --squeeze.curvature-weight, .* got 0.5",
+        ),
+        (
+            DistillConfig,
+            {"teacher": "runs/a", "squeeze": options.SqueezeConfig(curvature_weight=1.0)},
+            "--squeeze.curvature-weight: expected 0 with --teacher runs/a, .* got 1.0",
+        ),
+        (
+            options.EvaluateConfig,
+            {"labels": ("hard",), "sinkhorn_weight": 0.3},
+            "--evaluate.sinkhorn-weight: expected 0 .* add soft to --evaluate.labels, .* got 0.3",
+        ),
+        (
+            options.EvaluateConfig,
+            {"labels": ("hard",), "ce_weight": 0.3},
+            "--evaluate.ce-weight: expected 0 .* add soft to --evaluate.labels, .* got 0.3",
+        ),
         (Resources, {"num_workers": -2}, "--num-workers: expected >= 0, or -1 for auto, got -2"),
     ],
 )
@@ -96,6 +131,9 @@ def test_students_of_hard_labels_have_a_recipe_of_their_own() -> None:
     )
     residual = options.EvaluateConfig(network=options.NetworkConfig(arch="resnet18"), hard=hard)
     assert residual.for_labels("hard").network == residual.network
+    # What is for the soft labels of one recipe does not speak against its hard ones.
+    both = options.EvaluateConfig(sinkhorn_weight=0.3, ce_weight=0.1)
+    assert both.for_labels("hard").sinkhorn_weight == 0.3
 
 
 def test_every_part_of_a_configuration_is_frozen_and_hashable() -> None:

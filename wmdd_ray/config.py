@@ -190,6 +190,12 @@ class SqueezeConfig:
             value = getattr(self, name)
             option = f"squeeze.{name.replace('_', '-')}"
             _require(0 <= value < float("inf"), option, "a finite number >= 0", value)
+        _require(
+            self.curvature_weight > 0 or self.curvature_ipc_power == 0,
+            "squeeze.curvature-ipc-power",
+            "0 without --squeeze.curvature-weight, of whose value at ipc 10 it makes that of --ipc; give that too",
+            self.curvature_ipc_power,
+        )
         step = self.curvature_step
         _require(0 < step < float("inf"), "squeeze.curvature-step", "a finite number > 0", step)
         forms = get_args(CurvatureForm)
@@ -407,6 +413,15 @@ class RecoverConfig:
             "a folder, URI or hub name of a diffusers pipeline for --recover.method diffusion (jobs/train_diffusion.py makes one)",
             self.diffusion.model,
         )
+        for name in ("ot_weight", "diversity_weight", "influence_weight"):
+            value = getattr(self.diffusion, name)
+            _require(
+                self.method == "diffusion" or value == 0,
+                f"recover.diffusion.{name.replace('_', '-')}",
+                f"0 with --recover.method {self.method}, which samples no diffusion model; add --recover.method diffusion, or "
+                "leave it out",
+                value,
+            )
         _require(self.iterations >= 0, "recover.iterations", ">= 0", self.iterations)
         _require(self.learning_rate > 0, "recover.learning-rate", "> 0", self.learning_rate)
         for name in ("beta1", "beta2", "ema_statistics"):
@@ -671,6 +686,14 @@ class EvaluateConfig:
             ">= 1",
             self.sinkhorn_iterations,
         )
+        for name in ("ce_weight", "sinkhorn_weight"):
+            _require(
+                "soft" in self.labels or getattr(self, name) == 0,
+                f"evaluate.{name.replace('_', '-')}",
+                "0 for students of hard labels alone, for it adds to the loss to soft ones; add soft to --evaluate.labels, or "
+                "leave it out",
+                getattr(self, name),
+            )
         for name, kind in (
             ("optimizer", OptimizerName),
             ("schedule", Schedule),
@@ -748,6 +771,13 @@ class DistillConfig:
             refuse_secrets(option.replace("_", "-"), getattr(self, option))
         _require(self.ipc >= 1, "ipc", ">= 1", self.ipc)
         _require(self.seed >= 0, "seed", ">= 0", self.seed)
+        _require(
+            self.teacher is None or self.squeeze.curvature_weight == 0,
+            "squeeze.curvature-weight",
+            f"0 with --teacher {self.teacher}, which is taken as it is; to have a robust one, leave --teacher out, or give a run "
+            "whose own teacher was trained with this weight",
+            self.squeeze.curvature_weight,
+        )
         most_tiles = self.source.image_size // _TILE_PIXELS
         _require(
             self.recover.tiles <= most_tiles,

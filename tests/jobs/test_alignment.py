@@ -74,11 +74,12 @@ def test_options_that_are_off_and_teachers_that_are_named_elsewhere_change_no_id
     images = next(image for image in row.images if isinstance(image, ImagesUnit))
 
     def led(**options: Any) -> str:
-        sampled = replace(images.recover.diffusion, **options)
-        return replace(images, recover=replace(images.recover, diffusion=sampled)).id
+        sampled = replace(images.recover.diffusion, model="m", **options)
+        recover = replace(images.recover, method="diffusion", diffusion=sampled)
+        return replace(images, recover=recover).id
 
-    assert led(influence_epochs=(0, 1), influence_latents=5) == images.id
-    assert led(influence_weight=0.1) != images.id
+    assert led(influence_epochs=(0, 1), influence_latents=5) == led() != images.id
+    assert led(influence_weight=0.1) != led()
     assert replace(labels, relabel=replace(labels.relabel, teachers=3)).id == labels.id
     assert replace(labels, teachers=labels.teachers * 2).id != labels.id
 

@@ -272,6 +272,17 @@ def test_set_and_results_may_lie_in_object_storage(
         (("--source.mean", "0.5"), "--source.mean: expected (0."),
         (("--attacks", "pdg"), "--attacks: expected names among pgd, square, autoattack, cw, mim"),
         (("--attacks", "pgd", "--eps", "8"), "--eps: expected fractions between 0 and 1, as 8/255"),
+        (
+            ("--attacks", "pgd", "--eps", ","),
+            "--eps: expected at least one budget, as 8/255, got ','",
+        ),
+        (("--attacks", "pgd", "--eps"), "--eps: expected at least one budget, as 8/255, got ''"),
+        (("--eps", "1/255,2/255,8/255"), "--eps: expected --attacks beside it"),
+        (("--attack-images", "1000"), "--attack-images: expected --attacks beside it"),
+        (
+            ("--labels", "hard", "--evaluate.sinkhorn-weight", "0.3"),
+            "--evaluate.sinkhorn-weight: expected 0 for students of hard labels alone",
+        ),
         (("--source.image-size", "8"), "--source.image-size: expected 16"),
         (("--evaluate.epochs", "7"), "at most the 6 stored label epochs"),
         (("--val-data", "s3://user:secret@bucket/x"), "a URI without a password"),

@@ -91,6 +91,13 @@ def test_an_option_that_cannot_be_ends_the_bench_with_one_line(
         robustness(**{**TINY, **wrong}, out=str(tmp_path))
 
 
+def test_a_weight_that_falls_with_ipc_has_a_plain_teacher_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    robustness(**TINY, ipc_power=0.5, out=str(tmp_path), plan=True)
+    assert capsys.readouterr().out.count("teacher   convnet3") == 2
+
+
 def test_classes_take_turns_in_the_sample() -> None:
     labels_N = np.array([0] * 50 + [1] * 3 + [2] * 50)
     rows_N = sample_rows(labels_N, 20)

@@ -88,7 +88,7 @@ def robustness(
                 curvature_weight=weight,
                 curvature_step=step,
                 curvature_form=form,
-                curvature_ipc_power=ipc_power,
+                curvature_ipc_power=ipc_power if weight else 0.0,
             )
             for weight in dict.fromkeys((0.0, *weights))
         ]
