@@ -45,6 +45,7 @@ from wmdd_ray.config import (
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.progress import StageLine
 from wmdd_ray.recipes import RECIPES, recipe_of
+from wmdd_ray.records import Teacher
 from wmdd_ray.rooms import Room
 from wmdd_ray.run import Run, run_pipeline
 from wmdd_ray.store import codecs
@@ -81,7 +82,8 @@ class Job:
     """How the classes of a foreign set are matched with the held-out images': by name, or class k with class k whatever they are
     called (`new000`, `0_cat`)."""
     teacher: str | None = None
-    """Teacher for soft labels of a foreign set: a run or its teacher/ folder, `torchvision:WEIGHTS`, or a checkpoint file."""
+    """Teacher for soft labels of a foreign set: a run or its teacher/ folder (of several teachers all label, as in the run),
+    `torchvision:WEIGHTS`, or a checkpoint file."""
     attacks: tuple[str, ...] = ()
     """Attacks on the trained students: pgd (100 steps), square, autoattack (standard), cw (L2), mim; with commas or spaces. They
     need adversarial-robustness-toolbox and pyautoattack."""
@@ -162,11 +164,13 @@ def parse(arguments: list[str]) -> Asked:
     if own is not None:
         ipc = own.meta["ipc"]
         name = name or (own.meta["provenance"]["recipe"] if own.meta["provenance"]["recipe"] in RECIPES else None)  # fmt: skip
+    num_teachers = 1
     base = recipe_of(name, ipc) if name else DistillConfig(evaluate=EvaluateConfig())
     source = base.source
     if own is not None:
         source = _source_of_ours(own, source)
-    elif known.teacher is not None and (teacher := _committed_teacher(known.teacher)) is not None:
+    elif known.teacher is not None and (found := _committed_teachers(known.teacher)) is not None:
+        teacher, num_teachers = found
         class_names = teacher.class_names
         source = replace(
             source,
@@ -192,7 +196,7 @@ def parse(arguments: list[str]) -> Asked:
         evaluate=replace(base.evaluate, network=network, baselines=()),
     )
     job = tyro.cli(Job, args=arguments, default=default, description=__doc__)
-    return _completed(job, own, class_names, source)
+    return _completed(job, own, class_names, source, num_teachers)
 
 
 def _require_something(uri: str) -> None:
@@ -222,19 +226,24 @@ def _source_of_ours(own: Any, recipe: SourceConfig) -> SourceConfig:
     )
 
 
-def _committed_teacher(spec: str) -> Any:
-    """Return the teacher of a run or a teacher room; None when `spec` is another kind of teacher."""
+def _committed_teachers(spec: str) -> tuple[Teacher, int] | None:
+    """Return the first teacher of a run or a teacher room, and how many label; None when `spec` is another kind of teacher."""
     if spec.startswith("torchvision:"):
         return None
     for room in (Room(Store(spec), ""), Room(Store(spec), "teacher")):
         commit = room.read_commit()
         if commit is not None:
-            return codecs.decode_teacher(room.read(commit.file("teacher.safetensors")))
+            first = codecs.decode_teacher(room.read(commit.file("teacher.safetensors")))
+            return first, len(commit.units)
     return None
 
 
 def _completed(
-    job: Job, own: Any, class_names: tuple[str, ...] | None, source: SourceConfig
+    job: Job,
+    own: Any,
+    class_names: tuple[str, ...] | None,
+    source: SourceConfig,
+    num_teachers: int,
 ) -> Asked:
     """Return the job with its short options filled in, or a ConfigError that says which of them cannot be."""
     students = cast(tuple[Arch, ...], _among("students", job.students, get_args(Arch)))
@@ -279,7 +288,9 @@ def _completed(
         teacher=job.teacher,
         source=job.source,
         squeeze=replace(DistillConfig().squeeze, network=job.teacher_network),
-        relabel=RelabelConfig(epochs=label_epochs, views=job.views, **_stored_as(own)),
+        relabel=RelabelConfig(
+            epochs=label_epochs, views=job.views, teachers=num_teachers, **_stored_as(own)
+        ),
         evaluate=evaluate,
     )
     return Asked(

@@ -55,16 +55,26 @@ def write_results(
 
 
 def teacher_told(asked: Asked, teacher: StageCommit | None) -> dict[str, Any] | None:
-    """Return whose soft labels they are, and its top-1 on held-out images."""
+    """Return whose soft labels they are, and its top-1 on held-out images; with `labelers_top1` the mean of several."""
     if asked.own is not None:
-        return {"uri": asked.own.uri, "top1": asked.own.meta["teacher_top1"]}
+        meta = asked.own.meta
+        return {
+            "uri": asked.own.uri,
+            "top1": meta["teacher_top1"],
+            **_labelers(meta.get("teachers_top1")),
+        }
     if teacher is None:
         return None
     return {
         "uri": asked.job.teacher,
         "top1": teacher.metrics["top1"],
+        **_labelers(teacher.metrics.get("teachers_top1")),
         "sha256": teacher.file("teacher.safetensors").sha256,
     }
+
+
+def _labelers(top1: list[float] | None) -> dict[str, Any]:
+    return {} if top1 is None else {"labelers_top1": top1}
 
 
 def print_summary(
@@ -82,7 +92,14 @@ def print_summary(
     print()
     print(f"set             {uri}")
     if teacher is not None:
-        print(f"teacher         top-1 {100 * teacher['top1']:.1f} % ({teacher['uri']})")
+        several = teacher.get("labelers_top1")
+        if several is None:
+            print(f"teacher         top-1 {100 * teacher['top1']:.1f} % ({teacher['uri']})")
+        else:
+            each = ", ".join(f"{100 * top1:.1f}" for top1 in several)
+            print(
+                f"teachers        {len(several)}, top-1 {each} %, their mean labels ({teacher['uri']})"
+            )
     print(
         f"students        from scratch, {recipe.optimizer} at {recipe.learning_rate:g}, batches of {recipe.batch_size}; tested on "
         f"held-out images after the last epoch; mean ± standard deviation over {many(recipe.num_seeds, 'seed')}\n"

@@ -272,17 +272,6 @@ def test_set_and_results_may_lie_in_object_storage(
         (("--source.mean", "0.5"), "--source.mean: expected (0."),
         (("--attacks", "pdg"), "--attacks: expected names among pgd, square, autoattack, cw, mim"),
         (("--attacks", "pgd", "--eps", "8"), "--eps: expected fractions between 0 and 1, as 8/255"),
-        (
-            ("--attacks", "pgd", "--eps", ","),
-            "--eps: expected at least one budget, as 8/255, got ','",
-        ),
-        (("--attacks", "pgd", "--eps"), "--eps: expected at least one budget, as 8/255, got ''"),
-        (("--eps", "1/255,2/255,8/255"), "--eps: expected --attacks beside it"),
-        (("--attack-images", "1000"), "--attack-images: expected --attacks beside it"),
-        (
-            ("--labels", "hard", "--evaluate.sinkhorn-weight", "0.3"),
-            "--evaluate.sinkhorn-weight: expected 0 for students of hard labels alone",
-        ),
         (("--source.image-size", "8"), "--source.image-size: expected 16"),
         (("--evaluate.epochs", "7"), "at most the 6 stored label epochs"),
         (("--val-data", "s3://user:secret@bucket/x"), "a URI without a password"),
@@ -443,6 +432,32 @@ def test_a_sample_takes_all_of_small_classes_and_some_classes_where_there_are_mo
 def test_the_uri_comes_first(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main(arguments) == 2
     assert "expected the URI of a distilled set before all options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            ("--attacks", "pgd", "--eps", ","),
+            "--eps: expected at least one budget, as 8/255, got ','",
+        ),
+        (("--attacks", "pgd", "--eps"), "--eps: expected at least one budget, as 8/255, got ''"),
+        (("--eps", "1/255,2/255,8/255"), "--eps: expected --attacks beside it"),
+        (("--attack-images", "1000"), "--attack-images: expected --attacks beside it"),
+        (
+            ("--labels", "hard", "--evaluate.sinkhorn-weight", "0.3"),
+            "--evaluate.sinkhorn-weight: expected 0 for students of hard labels alone",
+        ),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused_with_the_one_they_contradict(
+    options: tuple[str, ...], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "set/0").mkdir(parents=True)
+    (tmp_path / "set/0/a.png").write_bytes(encode_png(np.zeros((8, 8, 1), np.uint8)))
+    assert typed(tmp_path / "set", tmp_path / "out", "--val-data", "digits", *options) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_name_with_dataset_in_it_has_its_own_default_place() -> None:

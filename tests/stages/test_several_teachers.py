@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from jobs import evaluate as evaluate_job
 from jobs import export
 from tests.stages import tiny
 from wmdd_ray.config import RelabelConfig
@@ -20,6 +21,7 @@ from wmdd_ray.core.soft_labels import label_views
 from wmdd_ray.core.views import to_input
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.errors import ConfigError, WmddError
+from wmdd_ray.export import export as export_set
 from wmdd_ray.stages import evaluate, relabel, squeeze
 from wmdd_ray.stages.teacher import units_of
 from wmdd_ray.stages.training_sets import _stored_labels
@@ -41,6 +43,29 @@ def two(tmp_path_factory: pytest.TempPathFactory, ray_local: object) -> Path:
     out = tmp_path_factory.mktemp("two")
     assert tiny.job(out, *TWO) == 0
     return out
+
+
+def test_images_of_others_are_labeled_by_all_teachers_of_a_run_as_its_own_are(
+    two: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export_set(str(two / "dataset"), str(tmp_path / "images"), "imagefolder")
+    asked = (
+        *("--teacher", str(two), "--data", "digits", "--recipe", "digits", "--seeds", "1"),
+        *("--labels", "soft", "--evaluate.network.width", "8", "--evaluate.epochs", "2"),
+    )
+    out = tmp_path / "out"
+    where = ("--out", str(out), "--num-workers", "0")
+    assert evaluate_job.main([str(tmp_path / "images"), *asked, *where]) == 0
+    found = json.loads((out / "results.json").read_text())
+    student = "results/distilled-soft-s000.json"
+    mine, own = (
+        json.loads((of / student).read_text()) for of in (out / "convnet3", two / "evaluation")
+    )
+    # Such a student guesses one class; by the first teacher alone its next guesses are others.
+    assert (mine["top1"], mine["top5"]) == (own["top1"], own["top5"])
+    top1 = json.loads((two / "teacher/stage.json").read_text())["metrics"]["teachers_top1"]
+    assert found["teacher"]["labelers_top1"] == top1 and len(top1) == 2
+    assert "teachers        2, top-1 " in capsys.readouterr().out
 
 
 def teacher_bytes(out: Path) -> list[bytes]:

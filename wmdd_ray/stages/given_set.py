@@ -29,7 +29,7 @@ from wmdd_ray.run import Stage, StageRun, Work, unit_seed
 from wmdd_ray.stages import evaluate, squeeze
 from wmdd_ray.stages.held_out import Listed
 from wmdd_ray.stages.real_images import random_real
-from wmdd_ray.stages.teacher import read_teacher
+from wmdd_ray.stages.teacher import read_teacher, units_of
 from wmdd_ray.stages.training_sets import (
     KEPT_LOGITS,
     Input,
@@ -219,7 +219,9 @@ def open_given(
             label_epochs=config.relabel.epochs,
         ),
         shown,
-        () if teacher_room is None else (read_teacher(teacher_room),),
+        ()
+        if teacher_room is None
+        else tuple(read_teacher(teacher_room, unit) for unit in units_of(config)),
         real,
         config,
         device,
