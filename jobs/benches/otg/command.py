@@ -281,12 +281,7 @@ def _wmdd(asked: _Asked, place: Workplace) -> Students:
         distill_seeds=asked.seeds,
         student_seeds=1,
     )
-    students = units_of_row(group, row, place).students
-    # A student of its own for each set: the seeds of sets and students go together.
-    return {
-        kind: tuple(replace(s, seed=s.labeled.images.seed) for s in students[kind])
-        for kind in _LABELS
-    }
+    return units_of_row(group, row, place).students
 
 
 def _led(
