@@ -245,19 +245,54 @@ def test_the_ablation_takes_back_every_difference_between_best_and_paper_one_at_
         "recipe_of",
         lambda name, ipc, variant="best": plain if variant == "paper" else best,
     )
-    images, *students = table_of("ablation", Options()).groups
-    changed = [row.name.removeprefix("without_") for row in images.rows]
-    proposed = ["sliced", "with_rbf_mmd", "with_mean", "with_none"]
+    images, *students, published = table_of("ablation", Options()).groups
+    names = [row.name for row in images.rows]
     taken_back = ["moments", "start", "tiles", "residual_blends"]
-    assert changed == ["random_real", "best", *taken_back, *proposed]
-    for row in images.rows[2 : -len(proposed)]:
+    built = list(definitions._IMAGE_OPTIONS)
+    for name in ("with_blended_moments", "with_residual_blends", "with_tiles"):
+        built.remove(name)  # which `best` has
+    assert names == ["random_real", "best", *(f"without_{name}" for name in taken_back), *built]
+    for row in images.rows[2 : -len(built)]:
         differs = definitions._differences(best.recover, row.recover)
         # Noise has no start to be blended with.
         extra = {"residual_blends"} if row.name == "without_start" else set()
         assert set(differs) == {row.name.removeprefix("without_")} | extra
-    assert [group.student.loss for group in students] == ["kl", "mse"]
-    assert [group.student.ema_decay for group in students] == [0.99, 0.0]
+    assert [group.student.loss for group in students[:2]] == ["kl", "mse"]
+    assert [group.student.ema_decay for group in students[:2]] == [0.99, 0.0]
+    for group in students[2:]:
+        parts = ("relabel", "student")
+        changed = [definitions._differences(getattr(group, p), getattr(images, p)) for p in parts]
+        together = {"loss", "ce_weight"} if "CE" in group.title else {"epochs"}
+        assert len({*changed[0], *changed[1]}) == 1 or {*changed[0], *changed[1]} == together
     assert all([r.name for r in group.rows] == ["random_real", "best"] for group in students)
+    assert [row.name for row in published.rows] == ["random_real", "paper"]
+    assert published.rows[1].recover == plain.recover
+    assert (published.relabel, published.student.optimizer) == (plain.relabel, "adamw")
+
+
+@pytest.mark.parametrize("ipc", [1, 10])
+def test_everything_that_was_built_for_a_recipe_is_in_its_ablation_once(ipc: int) -> None:
+    images, *students, published = table_of("ablation", Options(ipc=(ipc,))).groups
+    assert len({definitions._images_of(row) for row in images.rows}) == len(images.rows)
+    recipes = [(g.relabel, g.student) for g in (images, *students, published)]
+    assert len(set(recipes)) == len(recipes)
+    # Fields of which no value but that of `best` is tried, and why.
+    untried = {
+        *("method", "diffusion", "feature_weight", "beta1", "beta2"),  # bn_weight is their lambda
+        *("flip", "mixed_precision", "images_per_group", "checkpoint_s"),  # no choice of quality
+        *("max_iters", "tol", "num_starts", "reg", "num_projections"),  # of solvers, to their end
+        "label_weight",  # the table `longtail`
+    }
+    for part in ("barycenters", "recover"):
+        values = [getattr(row, part) for row in images.rows[1:]]
+        for name in (f.name for f in dataclasses.fields(values[0])):
+            tried = len({getattr(value, name) for value in values}) > 1
+            # Of the start's own options a recipe that begins from noise has none.
+            assert tried != (name in untried) or name in {
+                "iterations",
+                "learning_rate",
+                "bn_weight",
+            }, name
 
 
 # Found again

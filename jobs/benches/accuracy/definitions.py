@@ -385,15 +385,16 @@ def _cross(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Group]
 
 
 def _ablation(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Group]:
-    """Return `best` with each of its differences from `paper` taken back, one at a time.
+    """Return `best` with each of its differences from `paper` taken back, and with each option that neither has, one at a time.
 
-    Differences in the images are rows of one group; those in labels and student are groups, each with random real images.
+    What is of the images are rows of one group; what is of labels and student are groups, each with random real images. The
+    last group is all of `paper`.
     """
     groups = []
     for ipc in ipcs:
         paper, best = variants(dataset, ipc, options)
         random, ours = (r for r in _main_rows(paper, best) if r.name in (RANDOM, "best"))
-        rows = [random, ours]
+        rows = {row.name: row for row in (random, ours)}
         for part in ("barycenters", "recover"):
             for name, value in _differences(getattr(best, part), getattr(paper, part)).items():
                 if name in _NO_CHOICE:
@@ -401,39 +402,110 @@ def _ablation(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Gro
                 changes = {name: value}
                 if name == "start" and value == "noise":
                     changes["residual_blends"] = 0  # noise has nothing to go back to
-                changed = replace(best, **{part: replace(getattr(best, part), **changes)})
-                title = f"`best` with {name} {value}"
-                rows.append(_recovered(f"without_{name}", title, changed))
-        rows += _proposed(best)
-        groups.append(_group(f"images, ipc {ipc}", ipc, best, tuple(rows), options))
-        for part in ("relabel", "evaluate"):
-            for name, value in _differences(getattr(best, part), getattr(paper, part)).items():
-                if name in _NO_CHOICE:
-                    continue
-                changed = replace(best, **{part: replace(getattr(best, part), **{name: value})})
-                title = f"{part} with {name} {value}, ipc {ipc}"
-                groups.append(_group(title, ipc, changed, (random, ours), options))
-        if best.evaluate.epochs != paper.evaluate.epochs:
-            student = replace(best.evaluate, epochs=paper.evaluate.epochs)
-            changed = replace(
-                best, relabel=replace(best.relabel, epochs=student.epochs), evaluate=student
-            )
-            title = f"evaluate with epochs {student.epochs}, ipc {ipc}"
-            groups.append(_group(title, ipc, changed, (random, ours), options))
+                title = f"`best` with {_words(name)} {value}"
+                rows[f"without_{name}"] = _changed_row(
+                    f"without_{name}", title, best, part, changes
+                )
+        for name, (part, title, changes) in _IMAGE_OPTIONS.items():
+            row = _changed_row(name, f"`best` with {title}", best, part, changes)
+            # What `best` has, or `paper`, which is there then.
+            if all(_images_of(row) != _images_of(other) for other in rows.values()):
+                rows[name] = row
+        whole = _group(f"images, ipc {ipc}", ipc, best, tuple(rows.values()), options)
+        groups.append(whole)
+        students = _students_of_paper(paper, best)
+        for title, changed in {**students, **_students_of_neither(best)}.items():
+            group = _group(f"{title}, ipc {ipc}", ipc, changed, (random, ours), options)
+            # A batch is at most all images.
+            if (group.relabel, group.student) != (whole.relabel, whole.student):
+                groups.append(group)
+        published = _recovered("paper", "WMDD `paper`", paper)
+        title = f"WMDD `paper`, its own labels and student, ipc {ipc}"
+        groups.append(_group(title, ipc, paper, (random, published), options))
     return groups
 
 
-def _proposed(best: DistillConfig) -> list[Row]:
-    """Return `best` with what else was proposed for its barycenter and its feature term."""
-    sliced = replace(best, barycenters=replace(best.barycenters, solver="sliced"))
-    terms = {"rbf_mmd": "RBF MMD", "mean": "mean matching", "none": "no feature term"}
-    return [
-        _recovered("sliced", "`best` with a sliced Wasserstein barycenter", sliced),
-        *(
-            _recovered(f"with_{term}", f"`best` with {title} for the Wasserstein term", best, feature_term=term)
-            for term, title in terms.items()
-        ),
-    ]  # fmt: skip
+# What was built for images and neither variant has: row -> (part, title, changes).
+_IMAGE_OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "sliced": ("barycenters", "a sliced Wasserstein barycenter", {"solver": "sliced"}),
+    "with_margin": ("barycenters", "3 of 10 atoms at the class's margin", {"margin_fraction": 0.3}),
+    "with_rbf_mmd": ("recover", "RBF MMD for the Wasserstein term", {"feature_term": "rbf_mmd"}),
+    "with_mean": ("recover", "mean matching for the Wasserstein term", {"feature_term": "mean"}),
+    "with_none": ("recover", "no feature term", {"feature_term": "none"}),
+    "with_global_moments": ("recover", "global moments", {"moments": "global"}),
+    "with_blended_moments": ("recover", "global and class moments, half each", {"moments": "blend"}),
+    "with_weighted_moments": ("recover", "moments by the atoms' weights", {"weighted_moments": True}),
+    "with_ema_statistics": ("recover", "running moments (0.8)", {"ema_statistics": 0.8}),
+    "with_ce": ("recover", "cross-entropy beside", {"ce_weight": 1.0}),
+    "with_residual_blends": ("recover", "three residual blends (FADRM)", {"residual_blends": 3}),
+    "with_random_start": ("recover", "a start from random images", {"start": "random"}),
+    "with_mosaic_start": ("recover", "a start from mosaics of easiest crops", {"start": "mosaic"}),
+    "with_tiles": ("recover", "4 small images in each stored one (IDC)", {"tiles": 2}),
+}  # fmt: skip
+
+# The same for labels and student: title -> (part, changes).
+_STUDENT_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "labels by the batch's statistics (BSSL)": ("relabel", {"batch_statistics": True}),
+    "KL at T 4": ("evaluate", {"temperature": 4.0}),
+    "MSE to logits and CE (EDC)": ("evaluate", {"loss": "mse", "ce_weight": 0.025}),
+    "averaged weights": ("evaluate", {"ema_decay": 0.99}),
+    "rate to half its peak": ("evaluate", {"schedule": "half_cosine"}),
+    "loss by the atoms' weights": ("evaluate", {"weighted_loss": True}),
+}
+_MORE_EPOCHS = 3
+
+
+def _changed_row(
+    name: str, title: str, best: DistillConfig, part: str, changes: dict[str, Any]
+) -> Row:
+    return _recovered(name, title, replace(best, **{part: replace(getattr(best, part), **changes)}))
+
+
+def _images_of(row: Row) -> tuple[Any, ...]:
+    return row.kind, row.barycenters, row.recover
+
+
+def _students_of_paper(paper: DistillConfig, best: DistillConfig) -> dict[str, DistillConfig]:
+    """Return `best` by title, with one of its differences from `paper` in labels or student taken back in each."""
+    found = {}
+    for part in ("relabel", "evaluate"):
+        for name, value in _differences(getattr(best, part), getattr(paper, part)).items():
+            if name in _NO_CHOICE:
+                continue
+            told = value
+            if name == "views":
+                told = ", ".join(
+                    f"{_words(each)} {one}"
+                    for each, one in _differences(getattr(best, part).views, value).items()
+                )
+            changed = replace(best, **{part: replace(getattr(best, part), **{name: value})})
+            found[f"{_words(name)} {told}"] = changed
+    if best.evaluate.epochs != paper.evaluate.epochs:
+        found[f"{paper.evaluate.epochs} epochs"] = _with_epochs(best, paper.evaluate.epochs)
+    return found
+
+
+def _students_of_neither(best: DistillConfig) -> dict[str, DistillConfig]:
+    """Return `best` by title, with one of the options of labels and student that neither variant has in each."""
+    changed = {
+        title: replace(best, **{part: replace(getattr(best, part), **changes)})
+        for title, (part, changes) in _STUDENT_OPTIONS.items()
+    }
+    epochs = _MORE_EPOCHS * best.evaluate.epochs
+    found = {**changed, f"{epochs} epochs": _with_epochs(best, epochs)}
+    return {title: config for title, config in found.items() if config != best}
+
+
+def _with_epochs(config: DistillConfig, epochs: int) -> DistillConfig:
+    return replace(
+        config,
+        relabel=replace(config.relabel, epochs=epochs),
+        evaluate=replace(config.evaluate, epochs=epochs),
+    )
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _longtail(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Group]:
