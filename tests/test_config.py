@@ -146,6 +146,33 @@ def test_every_part_of_a_configuration_is_frozen_and_hashable() -> None:
                 setattr(value, fields(value)[0].name, None)
 
 
+def test_the_paper_variant_is_what_the_paper_and_its_scripts_say() -> None:
+    for name, bn_weight, learning_rate in (
+        *(("imagenette", 10.0, 0.25), ("imagenet1k", 500.0, 0.25), ("tiny_imagenet", 300.0, 0.1)),
+        ("fashion_mnist", 10.0, 0.25),
+    ):
+        paper = recipe_of(name, 10, "paper")
+        recover, relabel, student = paper.recover, paper.relabel, paper.evaluate
+        assert (recover.start, recover.iterations, recover.tiles) == ("noise", 2000, 1)
+        assert (recover.learning_rate, recover.beta1, recover.beta2) == (learning_rate, 0.5, 0.9)
+        assert (recover.feature_term, recover.feature_weight) == ("wasserstein", 1.0)
+        assert (recover.moments, recover.bn_weight) == ("per_class", bn_weight)
+        assert (recover.ce_weight, recover.ema_statistics, recover.residual_blends) == (0, 0, 0)
+        assert (recover.crop_scale_min, recover.mixed_precision) == (0.08, False)
+        assert not recover.weighted_moments
+        assert (paper.barycenters.margin_fraction, paper.barycenters.label_weight) == (0, None)
+        assert (relabel.epochs, relabel.teachers, relabel.batch_statistics) == (300, 1, False)
+        assert (relabel.views.crop_scale_min, relabel.views.mix, relabel.views.mix_alpha) == (
+            *(0.08, "cutmix", 1.0),
+        )
+        assert (student.epochs, student.batch_size, student.optimizer) == (300, 100, "adamw")
+        assert (student.learning_rate, student.weight_decay) == (1e-3, 0.01)
+        assert (student.schedule, student.loss, student.temperature) == ("cosine", "kl", 20.0)
+        assert (student.ce_weight, student.ema_decay, student.sinkhorn_weight) == (0, 0, 0)
+        assert not student.weighted_loss and not student.mixed_precision
+    assert recipe_of("imagenet1k", 10, "paper").recover.roll_px == 32
+
+
 @given(
     num_classes=st.integers(1, 300),
     ipc=st.integers(1, 120),
