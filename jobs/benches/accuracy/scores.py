@@ -56,13 +56,13 @@ def score(
         opening = open_test(table, rows, place, uri)
         images = opening.images
     with one_thread():
-        top1 = {
-            s.id: _top1(s.network(place), images, place)
+        reached = {
+            s.id: top1(s.network(place), images, place)
             for s in stages_of(rows)[-1]
             if isinstance(s, StudentUnit)
         }
         teachers = _teachers(rows, images, place)
-    found = [_row(trained, top1, place) for trained in rows]
+    found = [_row(trained, reached, place) for trained in rows]
     _add_scores(rows, found)
     groups: dict[str, dict[str, Any]] = {}
     for trained, row in zip(rows, found, strict=True):
@@ -98,7 +98,8 @@ def sealed(result: dict[str, Any]) -> bytes:
     return seal(result)
 
 
-def _top1(network: torch.nn.Module, images: Labeled, place: Workplace) -> float:
+def top1(network: torch.nn.Module, images: Labeled, place: Workplace) -> float:
+    """Return a network's top-1 accuracy on real images, in [0, 1]."""
     batches = eval_batches(
         images.images_NHWC,
         images.labels_N,
@@ -117,7 +118,7 @@ def _teachers(rows: Sequence[Trained], images: Labeled, place: Workplace) -> dic
         assert isinstance(unit, TeacherUnit)
         marker = unit.marker(place)
         found[unit.recipe.name] = {
-            "top1": _top1(network_at(place, unit), images, place),
+            "top1": top1(network_at(place, unit), images, place),
             "top1_val": marker.metrics["top1_val"],
             "given": unit.recipe.given,
             "bytes": marker.files[0].size_bytes,
@@ -132,7 +133,7 @@ def _teachers(rows: Sequence[Trained], images: Labeled, place: Workplace) -> dic
     return found
 
 
-def _row(trained: Trained, top1: dict[str, float], place: Workplace) -> dict[str, Any]:
+def _row(trained: Trained, reached: dict[str, float], place: Workplace) -> dict[str, Any]:
     row = trained.row
     images = [unit.marker(place).metrics for unit in trained.images]
     labeled = [unit.marker(place) for unit in trained.labeled]
@@ -152,12 +153,12 @@ def _row(trained: Trained, top1: dict[str, float], place: Workplace) -> dict[str
         "label_seconds": [m.metrics["seconds"] for m in labeled],
     }
     for kind in LABELS:
-        found[kind] = _accuracies(kind, trained, top1, place)
+        found[kind] = _accuracies(kind, trained, reached, place)
     return found
 
 
 def _accuracies(
-    kind: Labels, trained: Trained, top1: dict[str, float], place: Workplace
+    kind: Labels, trained: Trained, reached: dict[str, float], place: Workplace
 ) -> dict[str, Any]:
     students = trained.students[kind]
     markers = [s.marker(place) for s in students]
@@ -167,7 +168,7 @@ def _accuracies(
             f"students of row {trained.row.name} read {sorted(views)} views: expected one number; the folder holds another "
             "version's units: delete its rooms `students` and `labels`"
         )
-    values = [top1[s.id] for s in students]
+    values = [reached[s.id] for s in students]
     return {
         **spread(values),
         "top1": values,

@@ -142,9 +142,10 @@ class _Asked:
 
 
 def _run(asked: _Asked, out: str, processes: int, path: Path, plan: bool) -> None:
+    from jobs.benches.accuracy.scores import top1
     from jobs.benches.accuracy.splits import load_split, make_splits
     from jobs.benches.accuracy.work import bring, print_plan
-    from jobs.benches.otg.scores import markdown, mean_influence, top1, w2
+    from jobs.benches.otg.scores import markdown, mean_influence, w2
     from jobs.benches.otg.units import SurrogateUnit, UnetUnit
 
     held_out = 5000 if asked.dataset == "fashion_mnist" else 0
@@ -186,7 +187,9 @@ def _run(asked: _Asked, out: str, processes: int, path: Path, plan: bool) -> Non
                 "transport": mean_and_std([found["ot"] for found in metrics]),
                 "influence": mean_and_std(influences),
                 **{
-                    f"{k}_val": mean_and_std([top1(place, s, place.val) for s in of[k]])
+                    f"{k}_val": mean_and_std(
+                        [top1(s.network(place), place.val, place) for s in of[k]]
+                    )
                     for k in _LABELS
                 },
                 "seconds_a_set": mean_and_std([found["seconds"] for found in metrics]),
@@ -235,7 +238,8 @@ def _run(asked: _Asked, out: str, processes: int, path: Path, plan: bool) -> Non
                 "w2_val": mean_and_std([w2(place, unit, place.val) for unit in sets(of)]),
                 "w2_test": mean_and_std([w2(place, unit, test) for unit in sets(of)]),
                 **{
-                    kind: mean_and_std([top1(place, s, test) for s in of[kind]]) for kind in _LABELS
+                    kind: mean_and_std([top1(s.network(place), test, place) for s in of[kind]])
+                    for kind in _LABELS
                 },
             }
             for name, title, weight, of in compared

@@ -12,12 +12,10 @@ import numpy as np
 import torch
 
 from jobs.benches.accuracy.splits import Labeled, Workplace
-from jobs.benches.accuracy.units import ImagesUnit, StudentUnit, formed_images, network_at
+from jobs.benches.accuracy.units import ImagesUnit, formed_images, network_at
 from jobs.benches.otg.units import SurrogateUnit, influences_at, model_at
-from wmdd_ray.core.batches import eval_batches
 from wmdd_ray.core.influence import influence
 from wmdd_ray.core.synthesis import features_of
-from wmdd_ray.core.training import accuracy
 from wmdd_ray.core.transport import exact_cost
 from wmdd_ray.core.views import to_input
 
@@ -47,19 +45,6 @@ def mean_influence(place: Workplace, unit: ImagesUnit, surrogate: SurrogateUnit)
         for latent_CHW in model.encode(found.images_NHWC[found.classes_N == of.label]):
             values.append(influence(latent_CHW.flatten(), of).item())
     return statistics.fmean(values)
-
-
-def top1(place: Workplace, student: StudentUnit, real: Labeled) -> float:
-    """Return a student's top-1 accuracy on real images, in [0, 1]."""
-    batches = eval_batches(
-        real.images_NHWC,
-        real.labels_N,
-        mean_C=place.source.mean,
-        std_C=place.source.std,
-        batch_size=256,
-        device=place.device,
-    )
-    return accuracy(student.network(place), batches)[0]
 
 
 def _features(network: torch.nn.Module, images_NHWC: np.ndarray, place: Workplace) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jobs.benches.accuracy.scores import top1
 from jobs.benches.accuracy.splits import Labeled, Workplace
 from jobs.benches.accuracy.units import StudentUnit
 from jobs.benches.reporting import mean_and_std
@@ -14,10 +15,6 @@ from jobs.benches.robustness.attacks import AttackUnit
 from jobs.benches.robustness.cells import METHODS, Cell
 from wmdd_ray.attacks import contradictions, robust_to_cw
 from wmdd_ray.config import AttackName
-from wmdd_ray.core.batches import eval_batches
-from wmdd_ray.core.training import accuracy
-
-_BATCH_IMAGES = 256
 
 
 def scored(
@@ -51,7 +48,9 @@ def scored(
                 "curvature_step": squeeze.curvature_step,
                 "curvature_form": squeeze.curvature_form,
                 "teacher_top1_val": units[0].labeled.teachers[0].marker(place).metrics["top1_val"],
-                "clean": mean_and_std([_top1(student, labeled, place) for student in units]),
+                "clean": mean_and_std(
+                    [top1(student.network(place), labeled, place) for student in units]
+                ),
                 "clean_attacked": mean_and_std(attacked),
                 "robust": {name: mean_and_std(values) for name, values in robust.items()},
                 "contradictions": wrong,
@@ -77,18 +76,6 @@ def _outcome(
         else:
             after[unit.attack, unit.eps] = found.robust_N
     return right_N, after
-
-
-def _top1(student: StudentUnit, labeled: Labeled, place: Workplace) -> float:
-    batches = eval_batches(
-        labeled.images_NHWC,
-        labeled.labels_N,
-        mean_C=place.source.mean,
-        std_C=place.source.std,
-        batch_size=_BATCH_IMAGES,
-        device=place.device,
-    )
-    return accuracy(student.network(place), batches)[0]
 
 
 def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
