@@ -295,6 +295,19 @@ def test_everything_that_was_built_for_a_recipe_is_in_its_ablation_once(ipc: int
             }, name
 
 
+@pytest.mark.parametrize(("table", "ipc"), [("main", 10), ("main", 50), ("digits", 5)])
+def test_easiest_crops_stand_alone_too_where_best_is_whole_images(table: Any, ipc: int) -> None:
+    group = table_of(table, Options(ipc=(ipc,))).groups[0]
+    rows = {row.name: row for row in group.rows}
+    assert (rows["best"].tiles, rows["mosaic_tiles"].tiles) == (1, 2)
+    least = f"{100 * rows['best'].recover.crop_scale_min:g} % of the area"
+    for name in ("mosaic", "mosaic_tiles"):
+        assert least in rows[name].title
+        assert rows[name].recover.crop_scale_min == rows["best"].recover.crop_scale_min
+    few = table_of(table, Options(ipc=(ipc,), epochs=1)).groups[0]
+    assert set(rows) - {row.name for row in few.rows} == {"mosaic_tiles"}
+
+
 # Found again
 
 

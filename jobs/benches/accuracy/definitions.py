@@ -305,9 +305,19 @@ def _recovered(name: str, title: str, recipe: DistillConfig, **changes: Any) -> 
     )
 
 
+def _divides(best: DistillConfig, tiles: int) -> bool:
+    """Return whether students of tiles x tiles small images can have the views, labels and steps of those of `best`."""
+    passes = (best.evaluate.epochs, best.relabel.epochs)
+    images = 10 * best.ipc
+    return images % min(best.evaluate.batch_size, images) == 0 and all(
+        epochs * best.recover.tiles**2 % tiles**2 == 0 for epochs in passes
+    )
+
+
 def _main_rows(paper: DistillConfig, best: DistillConfig) -> tuple[Row, ...]:
     atoms, crops = best.barycenters, best.recover.crop_scale_min
     tiles, grid = best.recover.tiles, RecoverConfig(crop_scale_min=crops)
+    area = f"{100 * crops:g} % of the area or more"
     rows = [
         Row(name=RANDOM, title="random real images", kind="random"),
         Row(name="herding", title="herding (Welling 2009)", kind="herding"),
@@ -317,24 +327,27 @@ def _main_rows(paper: DistillConfig, best: DistillConfig) -> tuple[Row, ...]:
             kind="nearest",
             barycenters=atoms,
         ),
+        # With the crops that a start of `best` from mosaics has.
         Row(
             name="mosaic",
-            title="mosaics of 2 x 2 easiest crops (RDED)",
+            title=f"mosaics of 2 x 2 easiest crops of {area} (RDED's: 8 %)",
             kind="mosaic",
             recover=grid,
         ),
     ]
-    if tiles > 1:
-        small = f"{tiles**2} small real images in each stored one"
+    # Easiest crops of which a student sees each by itself, also where `best` is whole images.
+    tiled, side = (_TILED, tiles) if tiles > 1 else (("mosaic",), 2)
+    if tiles > 1 or _divides(best, side):
+        small = f"{side**2} small real images in each stored one"
         rows += [
             Row(
                 name=f"{kind}_tiles",
-                title=f"{small}: {'easiest crops' if kind == 'mosaic' else kind}",
+                title=f"{small}: {f'easiest crops of {area}' if kind == 'mosaic' else kind}",
                 kind=kind,
                 barycenters=atoms,
-                recover=replace(grid, tiles=tiles),
+                recover=replace(grid, tiles=side),
             )
-            for kind in _TILED
+            for kind in tiled
         ]
     ce, everywhere = {"feature_term": "cross_entropy"}, {"moments": "global"}
     mean: dict[str, Any] = {"feature_term": "mean", "moments": "none", "start": "random"}
