@@ -295,6 +295,56 @@ def test_everything_that_was_built_for_a_recipe_is_in_its_ablation_once(ipc: int
             }, name
 
 
+@pytest.mark.parametrize("ipc", [1, 10, 50])
+def test_every_row_and_group_of_the_ablation_trains_students_that_best_does_not(
+    ipc: int, finished: Path
+) -> None:
+    # On digits' arrays, which are as good as any to count units.
+    _, place, _ = opened_at(finished)
+    images, *others = table_of("ablation", Options(ipc=(ipc,))).groups
+
+    def students(group: Group, row: Row) -> set[str]:
+        return {s.id for s in work.units_of_row(group, row, place).students["soft"]}
+
+    random, best, *rows = images.rows
+    pairs = [(images, row) for row in (best, *rows)] + [(g, g.rows[1]) for g in others]
+    found = [students(group, row) for group, row in pairs]
+    assert len(set().union(*found)) == sum(map(len, found))
+    beside = [students(group, group.rows[0]) for group in others]
+    assert not set().union(*beside) & students(images, random)
+
+
+def names_in_ablation(**options: Any) -> set[str]:
+    images, *students = table_of("ablation", Options(**options)).groups
+    return {row.name for row in images.rows} | {group.title.split(",")[0] for group in students}
+
+
+def test_options_that_the_rest_of_a_recipe_rules_out_are_left_out_of_its_ablation() -> None:
+    all_of_it = names_in_ablation(ipc=(10,))
+    # A fourth of an epoch is no epoch, and a fourth of 11 batches of 10 images no batch of 25.
+    assert all_of_it - names_in_ablation(ipc=(10,), epochs=2) == {"with_tiles", "900 epochs"}
+    assert all_of_it - names_in_ablation(ipc=(11,)) == {"with_tiles"}
+    # Three blends need four iterations; as many as this asks for both variants have.
+    short = {"with_residual_blends", "without_iterations"}
+    assert all_of_it - names_in_ablation(ipc=(10,), iterations=3) == short
+    assert "with_residual_blends" in names_in_ablation(ipc=(10,), iterations=4)
+    # One atom is a mean, whatever it is found by.
+    idle = {"sliced", "with_margin", "with_mean", "with_weighted_moments"}
+    alone = {*idle, "loss by the atoms' weights", "batch size 100"}
+    assert all_of_it - names_in_ablation(ipc=(1,), tiles=1) >= alone
+    assert not names_in_ablation(ipc=(1,), tiles=1) & alone
+
+
+def test_residual_blends_are_left_out_where_best_starts_from_noise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = definitions.recipe_of("fashion_mnist", 10, "paper")
+    monkeypatch.setattr(definitions, "recipe_of", lambda *_: plain)
+    images = table_of("ablation", Options()).groups[0]
+    built = set(definitions._IMAGE_OPTIONS) - {"with_residual_blends"}
+    assert {row.name for row in images.rows} == {"random_real", "best"} | built
+
+
 @pytest.mark.parametrize(("table", "ipc"), [("main", 10), ("main", 50), ("digits", 5)])
 def test_easiest_crops_stand_alone_too_where_best_is_whole_images(table: Any, ipc: int) -> None:
     group = table_of(table, Options(ipc=(ipc,))).groups[0]

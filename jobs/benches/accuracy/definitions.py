@@ -420,6 +420,8 @@ def _ablation(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Gro
                     f"without_{name}", title, best, part, changes
                 )
         for name, (part, title, changes) in _IMAGE_OPTIONS.items():
+            if not _applies(best, changes):
+                continue
             row = _changed_row(name, f"`best` with {title}", best, part, changes)
             # What `best` has, or `paper`, which is there then.
             if all(_images_of(row) != _images_of(other) for other in rows.values()):
@@ -449,7 +451,7 @@ _IMAGE_OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "with_blended_moments": ("recover", "global and class moments, half each", {"moments": "blend"}),
     "with_weighted_moments": ("recover", "moments by the atoms' weights", {"weighted_moments": True}),
     "with_ema_statistics": ("recover", "running moments (0.8)", {"ema_statistics": 0.8}),
-    "with_ce": ("recover", "cross-entropy beside", {"ce_weight": 1.0}),
+    "with_ce": ("recover", "cross-entropy beside the Wasserstein term", {"ce_weight": 1.0}),
     "with_residual_blends": ("recover", "three residual blends (FADRM)", {"residual_blends": 3}),
     "with_random_start": ("recover", "a start from random images", {"start": "random"}),
     "with_mosaic_start": ("recover", "a start from mosaics of easiest crops", {"start": "mosaic"}),
@@ -466,6 +468,19 @@ _STUDENT_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "loss by the atoms' weights": ("evaluate", {"weighted_loss": True}),
 }
 _MORE_EPOCHS = 3
+# Of one atom, the mean of its class, these are what `best` is: it has all the weight, and no margin.
+_OF_SEVERAL = ("solver", "margin_fraction", "weighted_moments", "weighted_loss")
+
+
+def _applies(best: DistillConfig, changes: dict[str, Any]) -> bool:
+    """Return whether an option goes with what else `best` has, and does something to it."""
+    if "residual_blends" in changes:
+        enough = changes["residual_blends"] < best.recover.iterations
+        return enough and best.recover.start != "noise"
+    if "tiles" in changes:
+        return _divides(best, changes["tiles"])
+    alike = changes.get("feature_term") == "mean" or any(name in changes for name in _OF_SEVERAL)
+    return best.num_atoms > 1 or not alike
 
 
 def _changed_row(
@@ -503,6 +518,7 @@ def _students_of_neither(best: DistillConfig) -> dict[str, DistillConfig]:
     changed = {
         title: replace(best, **{part: replace(getattr(best, part), **changes)})
         for title, (part, changes) in _STUDENT_OPTIONS.items()
+        if _applies(best, changes)
     }
     epochs = _MORE_EPOCHS * best.evaluate.epochs
     found = {**changed, f"{epochs} epochs": _with_epochs(best, epochs)}
