@@ -229,15 +229,23 @@ def _as_published(best: DistillConfig) -> DistillConfig:
     """Return WMDD as it was published, with the recipe's data, networks and lambda.
 
     Noise start, Wasserstein and per-class BatchNorm terms without cross-entropy, Adam at 0.25 for 2000 iterations; FKD's
-    labels of 300 epochs; students by AdamW at 1e-3 in batches of 100, KL at temperature 20 (the paper and its authors'
-    scripts). The rolls are as wide as 32 of 224 pixels. Its barycenter is the minimum of the paper's objective, by the
-    solver that finds it. Each image has a crop of its own, where the authors' scripts draw one for all.
+    labels of 300 epochs, whole logits in half precision; students by AdamW at 1e-3 in batches of 100, KL at temperature 20
+    (the paper and its authors' scripts). The rolls are as wide as 32 of 224 pixels. Its barycenter is the minimum of the
+    paper's objective, by the solver that finds it; its weights are in neither moments nor loss, as in the authors' script,
+    which has them all equal. Each image has a crop of its own, where the authors' scripts draw one for all.
     """
     size = best.source.image_size
     return replace(
         best,
         variant="paper",
-        barycenters=BarycenterConfig(solver="lloyd", margin_fraction=0.0, label_weight=None),
+        barycenters=BarycenterConfig(
+            solver="lloyd",
+            max_iters=100,
+            tol=1e-6,
+            num_starts=1,
+            margin_fraction=0.0,
+            label_weight=None,
+        ),
         recover=RecoverConfig(
             method="inversion",
             iterations=2000,
@@ -267,6 +275,9 @@ def _as_published(best: DistillConfig) -> DistillConfig:
             views=ViewConfig(
                 crop_scale_min=0.08, flip=best.relabel.views.flip, mix="cutmix", mix_alpha=1.0
             ),
+            compression="full",
+            precision="fp16",
+            labels="stored",
             batch_statistics=False,
             teachers=1,
             teacher_schedule=(),
