@@ -366,7 +366,8 @@ def assert_flat(before: Holding, after: Holding) -> None:
     print(before, after)
     assert after.pid == before.pid
     assert after.descriptors <= before.descriptors + 2
-    assert after.threads <= before.threads + 2
+    # Pools of gRPC and Ray grow by a few threads on demand; what a unit leaves behind would be there 200 times.
+    assert after.threads <= before.threads + 8
     assert after.resident_bytes <= before.resident_bytes + (24 << 20)
 
 
