@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jobs import bench
-from jobs.benches.accuracy import definitions, judge, units, work
+from jobs.benches.accuracy import ablation, definitions, judge, units, work
 from jobs.benches.accuracy.definitions import (
     Group,
     Options,
@@ -23,9 +23,9 @@ from jobs.benches.accuracy.definitions import (
     Table,
     budget_of,
     require_equal_budgets,
-    table_of,
 )
 from jobs.benches.accuracy.splits import Workplace, load_split, make_splits
+from jobs.benches.accuracy.tables import table_of
 from jobs.benches.accuracy.units import StudentUnit
 from wmdd_ray.config import EvaluateConfig, RecoverConfig, RelabelConfig, SourceConfig
 from wmdd_ray.errors import ConfigError
@@ -248,12 +248,12 @@ def test_the_ablation_takes_back_every_difference_between_best_and_paper_one_at_
     images, *students, published = table_of("ablation", Options()).groups
     names = [row.name for row in images.rows]
     taken_back = ["moments", "start", "tiles", "residual_blends"]
-    built = list(definitions._IMAGE_OPTIONS)
+    built = list(ablation.IMAGE_OPTIONS)
     for name in ("with_blended_moments", "with_residual_blends", "with_tiles"):
         built.remove(name)  # which `best` has
     assert names == ["random_real", "best", *(f"without_{name}" for name in taken_back), *built]
     for row in images.rows[2 : -len(built)]:
-        differs = definitions._differences(best.recover, row.recover)
+        differs = ablation.differences(best.recover, row.recover)
         # Noise has no start to be blended with.
         extra = {"residual_blends"} if row.name == "without_start" else set()
         assert set(differs) == {row.name.removeprefix("without_")} | extra
@@ -261,7 +261,7 @@ def test_the_ablation_takes_back_every_difference_between_best_and_paper_one_at_
     assert [group.student.ema_decay for group in students[:2]] == [0.99, 0.0]
     for group in students[2:]:
         parts = ("relabel", "student")
-        changed = [definitions._differences(getattr(group, p), getattr(images, p)) for p in parts]
+        changed = [ablation.differences(getattr(group, p), getattr(images, p)) for p in parts]
         together = {"loss", "ce_weight"} if "CE" in group.title else {"epochs"}
         assert len({*changed[0], *changed[1]}) == 1 or {*changed[0], *changed[1]} == together
     assert all([r.name for r in group.rows] == ["random_real", "best"] for group in students)
@@ -273,7 +273,7 @@ def test_the_ablation_takes_back_every_difference_between_best_and_paper_one_at_
 @pytest.mark.parametrize("ipc", [1, 10])
 def test_everything_that_was_built_for_a_recipe_is_in_its_ablation_once(ipc: int) -> None:
     images, *students, published = table_of("ablation", Options(ipc=(ipc,))).groups
-    assert len({definitions._images_of(row) for row in images.rows}) == len(images.rows)
+    assert len({ablation.images_of(row) for row in images.rows}) == len(images.rows)
     recipes = [(g.relabel, g.student) for g in (images, *students, published)]
     assert len(set(recipes)) == len(recipes)
     # Fields of which no value but that of `best` is tried, and why.
@@ -341,7 +341,7 @@ def test_residual_blends_are_left_out_where_best_starts_from_noise(
     plain = definitions.recipe_of("fashion_mnist", 10, "paper")
     monkeypatch.setattr(definitions, "recipe_of", lambda *_: plain)
     images = table_of("ablation", Options()).groups[0]
-    built = set(definitions._IMAGE_OPTIONS) - {"with_residual_blends"}
+    built = set(ablation.IMAGE_OPTIONS) - {"with_residual_blends"}
     assert {row.name for row in images.rows} == {"random_real", "best"} | built
 
 
@@ -620,7 +620,15 @@ def test_one_function_reads_the_test_split_and_only_scoring_calls_it() -> None:
         ("splits.py", "load_split", "open_source", "split"),
     ]
     assert callers == ["scores.py"]
-    for name in ("units.py", "images.py", "work.py", "definitions.py"):
+    for name in (
+        "units.py",
+        "images.py",
+        "work.py",
+        "definitions.py",
+        "rows.py",
+        "ablation.py",
+        "tables.py",
+    ):
         assert "judge" not in (PACKAGE / name).read_text()
         assert "open_source" not in (PACKAGE / name).read_text()
     # Who may attack test images, and nobody else.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jobs.benches.accuracy.checks import check_result, read_result, required_rows
-from jobs.benches.accuracy.definitions import Options, table_of
+from jobs.benches.accuracy.definitions import Options
 from jobs.benches.accuracy.rendering import (
     README,
     committed,
@@ -20,6 +20,7 @@ from jobs.benches.accuracy.rendering import (
     rendered,
 )
 from jobs.benches.accuracy.scores import label_robust_score, sealed
+from jobs.benches.accuracy.tables import table_of
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.store.documents import dump_json
 

@@ -11,9 +11,10 @@ import pytest
 
 from jobs.benches.accuracy import work
 from jobs.benches.accuracy.command import accuracy
-from jobs.benches.accuracy.definitions import Options, TableName, table_of
+from jobs.benches.accuracy.definitions import Options, TableName
 from jobs.benches.accuracy.rendering import rendered
 from jobs.benches.accuracy.splits import Workplace, make_splits
+from jobs.benches.accuracy.tables import table_of
 from jobs.benches.accuracy.units import ImagesUnit, LabelsUnit, StudentUnit
 from jobs.benches.otm import otm
 

@@ -105,10 +105,10 @@ def _run(
     result: str | None,
     plan: bool,
 ) -> None:
-    from jobs.benches.accuracy.definitions import table_of
     from jobs.benches.accuracy.judge import before_text, refuse_second_opening
     from jobs.benches.accuracy.scores import score, sealed
     from jobs.benches.accuracy.splits import make_splits
+    from jobs.benches.accuracy.tables import table_of
     from jobs.benches.accuracy.work import bring, print_plan, rows_of, stages_of
 
     if processes > 1 and device != "cpu":
