@@ -240,8 +240,8 @@ def test_solver_runs_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_class_of_one_image_is_its_own_barycenter(solver: str) -> None:
     found = solve(cloud(0, num=1), 1, solver)
-    assert_allclose(found.atoms_KD, cloud(0, num=1), rtol=1e-6)
-    assert_allclose(found.cost, 0, atol=1e-10)
+    assert_allclose(found.atoms_KD, cloud(0, num=1), rtol=ROUNDED)
+    assert_allclose(found.cost, 0, atol=1e-11)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -250,15 +250,15 @@ def test_fewer_distinct_images_than_atoms(solver: str, copies: tuple[int, ...]) 
     features = np.repeat(cloud(0, num=len(copies)), copies, axis=0)
     found = solve(features, 10, solver)
     assert np.isfinite(found.weights_K).all()
-    assert_allclose(found.weights_K.sum(), 1)
+    assert_allclose(found.weights_K.sum(), 1, rtol=1e-12)
     assert_cost_is_exact(found, features)
     if solver == "lloyd":
         assert found.weights_K.min() > 0
-        assert_allclose(found.cost, 0, atol=1e-10)
+        assert_allclose(found.cost, 0, atol=1e-12)
     if solver == "lloyd" and len(copies) > 1:
         for image, count in zip(cloud(0, num=3), copies, strict=True):
             at_image = (found.atoms_KD == image).all(axis=1)
-            assert_allclose(found.weights_K[at_image].sum(), count / 30)
+            assert_allclose(found.weights_K[at_image].sum(), count / 30, rtol=1e-12)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jobs.benches.accuracy.definitions import Group, Options, Row, TeacherRecipe, variants
+from jobs.benches.accuracy.definitions import Options, variants
+from jobs.benches.accuracy.rows import group_of, recovered
 from jobs.benches.reporting import mean_and_std
 from jobs.train_diffusion import Training
 from wmdd_ray.config import DiffusionConfig, DistillConfig
@@ -267,24 +268,9 @@ def _wmdd(asked: _Asked, place: Workplace) -> Students:
     from jobs.benches.accuracy.work import units_of_row
 
     best = asked.recipe
-    row = Row(
-        name="best",
-        title="WMDD",
-        kind="recover",
-        barycenters=best.barycenters,
-        recover=best.recover,
-    )
-    group = Group(
-        title=f"ipc {asked.ipc}",
-        ipc=asked.ipc,
-        tiles=best.recover.tiles,
-        teachers=(TeacherRecipe(name="convnet3", squeeze=best.squeeze),),
-        relabel=best.relabel,
-        student=replace(best.evaluate, batch_size=min(best.evaluate.batch_size, 10 * asked.ipc)),
-        rows=(row,),
-        distill_seeds=asked.seeds,
-        student_seeds=1,
-    )
+    row = recovered("best", "WMDD", best)
+    options = replace(asked.options, distill_seeds=asked.seeds, student_seeds=1)
+    group = group_of(f"ipc {asked.ipc}", asked.ipc, best, (row,), options)
     return units_of_row(group, row, place).students
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from jobs.benches.accuracy.definitions import Group, Options, Row, TeacherRecipe, variants
+from jobs.benches.accuracy.definitions import Options, variants
+from jobs.benches.accuracy.rows import group_of, recovered
 from wmdd_ray.config import DistillConfig, SqueezeConfig
 
 if TYPE_CHECKING:
@@ -75,24 +76,9 @@ class Cell:
                 moments="global",
                 iterations=self.iterations,
             )
-        row = Row(
-            name=self.method,
-            title=METHODS[self.method],
-            kind="recover",
-            barycenters=best.barycenters,
-            recover=recover,
-        )
-        batch_size = min(best.evaluate.batch_size, 10 * self.ipc)
-        group = Group(
-            title=f"ipc {self.ipc}",
-            ipc=self.ipc,
-            tiles=best.recover.tiles,
-            # The seed is of the name: plain and curved teachers start from the same weights.
-            teachers=(TeacherRecipe(name="convnet3", squeeze=self.squeeze),),
-            relabel=best.relabel,
-            student=replace(best.evaluate, batch_size=batch_size),
-            rows=(row,),
-            distill_seeds=1,
-            student_seeds=self.seeds,
-        )
+        row = recovered(self.method, METHODS[self.method], replace(best, recover=recover))
+        # A teacher's seed is of its name: plain and curved ones start from the same weights.
+        recipe = replace(best, squeeze=self.squeeze)
+        options = replace(self.options, distill_seeds=1, student_seeds=self.seeds)
+        group = group_of(f"ipc {self.ipc}", self.ipc, recipe, (row,), options)
         return units_of_row(group, row, place).students["soft"]
