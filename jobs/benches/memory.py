@@ -136,8 +136,8 @@ def barycenter_peaks(class_images: int, num_classes: int) -> Peaks:
         return stage_peaks(folder, {"features": make_up}, "barycenters", num_classes=num_classes)
 
 
-def relabel_peaks(epochs: int, num_classes: int = 600) -> Peaks:
-    """Watch the labels of an image a class in so many epochs, ten a unit, by a loop in the driver."""
+def relabel_peaks(epochs: int, num_classes: int = 600, epochs_per_unit: int = 10) -> Peaks:
+    """Watch the labels of an image a class in so many epochs, some of them a unit, by a loop in the driver."""
 
     def make_images(stage: StageRun) -> dict[str, Any]:
         from wmdd_ray.stages.recover import key_of
@@ -149,7 +149,7 @@ def relabel_peaks(epochs: int, num_classes: int = 600) -> Peaks:
             stage.room.commit_unit(f"{label:05d}", content, attempt=1)
         return {}
 
-    relabel = RelabelConfig(epochs=epochs, epochs_per_unit=10)
+    relabel = RelabelConfig(epochs=epochs, epochs_per_unit=epochs_per_unit)
     config = replace(
         _CONFIG,
         ipc=1,
