@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from wmdd_ray.config import (
     EvaluateConfig,
     HardLabelConfig,
     NetworkConfig,
+    RelabelConfig,
     ViewConfig,
 )
 from wmdd_ray.core.training import train_student
@@ -104,17 +106,19 @@ def units_of_row(group: Group, row: Row, place: Workplace) -> Trained:
     )
     of_kind = {
         "soft": replace(student, hard=HardLabelConfig()),
-        # By any soft labels and any loss to them, so that groups that differ in those share them.
+        # By any loss to soft labels, so that groups that differ in it share them.
         "hard": replace(
             student.for_labels("hard"), **{name: getattr(EvaluateConfig(), name) for name in _SOFT}
         ),
     }
+    # Students by hard labels read no soft ones, and groups that differ in those alone share them.
+    unread: dict[str, Any] = {"teachers": teachers[:1], "relabel": RelabelConfig()}
     per_set = group.student_seeds * (group.distill_seeds if full else 1)
     students = {
         kind: tuple(
             StudentUnit(
                 data=place.data,
-                labeled=each if kind == "soft" else replace(each, teachers=teachers[:1]),
+                labeled=each if kind == "soft" else replace(each, **unread),
                 student=of_kind[kind],
                 labels=kind,
                 # All differ: where the sets of a row are the same images, students of one seed would be the same too.
