@@ -51,7 +51,9 @@ S3Uri = Callable[[], str]
 
 # Below the ports that Linux gives to outgoing connections and to whoever asks for any: a free one of those may be taken again
 # before the server that it is meant for binds it. Ray, with its many processes, takes dozens.
-_PORTS = range(20_000, 32_768)
+# Processes of one test run (pytest-xdist) have different ones.
+_PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+_PORTS = range(20_000, 32_768)[_PROCESS :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
 _given: set[int] = set()
 
 
