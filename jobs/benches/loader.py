@@ -168,7 +168,7 @@ def _step(dataset: DistilledDataset, width: int | None) -> Callable[[Any], None]
     import torch
 
     from wmdd_ray.core.networks import build_network
-    from wmdd_ray.core.training import soft_label_loss
+    from wmdd_ray.core.student_losses import soft_label_loss
 
     network = build_network(
         NetworkConfig(width=width),

@@ -129,7 +129,7 @@ def _term_s(
     """Return the seconds of the term alone, forward and backward: the mean of ten."""
     import torch
 
-    from wmdd_ray.core.training import transport_loss
+    from wmdd_ray.core.student_losses import transport_loss
 
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, num_classes)

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.special import softmax
-from scipy.stats import entropy
 from sklearn.datasets import load_digits
 from torch import distributed, nn
 
+from tests.core.test_student_losses import random_logits
 from wmdd_ray.config import EvaluateConfig, NetworkConfig, SqueezeConfig, ViewConfig
 from wmdd_ray.core import training
 from wmdd_ray.core.batches import eval_batches, in_memory_batches, order_of, steps_of
@@ -28,16 +27,11 @@ from wmdd_ray.core.optimizer import (
     take_step,
     training_state,
 )
-from wmdd_ray.core.sinkhorn import sinkhorn_distance
 from wmdd_ray.core.soft_labels import label_views
 from wmdd_ray.core.training import (
     accuracy,
-    hard_label_loss,
-    logit_loss,
-    soft_label_loss,
     train_classifier,
     train_student,
-    transport_loss,
 )
 from wmdd_ray.core.views import StoredImages, draw_views, to_input
 from wmdd_ray.errors import ConfigError
@@ -468,61 +462,6 @@ def test_a_network_in_distributed_data_parallel_trains_to_the_same_weights(
 # The student
 
 
-def random_logits(n: int, seed: int, num_classes: int = 10) -> torch.Tensor:
-    return 3 * torch.randn(n, num_classes, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("temperature", [1.0, 20.0])
-def test_soft_label_loss_is_the_mean_divergence_of_the_tempered_softmaxes(
-    temperature: float,
-) -> None:
-    student, teacher = random_logits(6, 0), random_logits(6, 1)
-    p, q = (softmax(x.double().numpy() / temperature, axis=1) for x in (teacher, student))
-    divergence_B = entropy(p, q, axis=1)
-    loss = soft_label_loss(student, teacher, temperature).item()
-    np.testing.assert_allclose(loss, divergence_B.mean(), rtol=1e-4)
-    weights = np.array([0, 1, 2, 0.5, 0.5, 2])
-    loss = soft_label_loss(student, teacher, temperature, torch.tensor(weights)).item()
-    np.testing.assert_allclose(loss, (weights * divergence_B).mean(), rtol=1e-4)
-
-
-def test_soft_label_loss_ignores_a_constant_in_a_row_and_is_zero_at_the_teacher() -> None:
-    teacher = random_logits(4, 0)
-    shift = torch.tensor([[5.0], [-3.0], [0.0], [100.0]])
-    torch.testing.assert_close(
-        soft_label_loss(teacher + shift, teacher, 4.0), torch.tensor(0.0), rtol=0, atol=1e-5
-    )
-
-
-def test_logit_loss_is_the_mean_squared_error_of_centered_logits() -> None:
-    student, teacher = random_logits(6, 0), random_logits(6, 1)
-    s, t = (x.double().numpy() for x in (student, teacher))
-    error_BY = (s - s.mean(axis=1, keepdims=True)) - (t - t.mean(axis=1, keepdims=True))
-    error_B = (error_BY**2).mean(axis=1)
-    np.testing.assert_allclose(logit_loss(student, teacher).item(), error_B.mean(), rtol=1e-5)
-    weights = np.array([0, 1, 2, 0.5, 0.5, 2])
-    loss = logit_loss(student, teacher, torch.tensor(weights)).item()
-    np.testing.assert_allclose(loss, (weights * error_B).mean(), rtol=1e-5)
-    shift = torch.tensor([[5.0], [-3.0], [0.0], [100.0], [1.0], [2.0]])
-    torch.testing.assert_close(logit_loss(student + shift, teacher), logit_loss(student, teacher))
-
-
-def test_hard_label_loss_is_the_cross_entropy_to_the_mixed_classes() -> None:
-    student = random_logits(4, 0)
-    classes, partners = torch.tensor([0, 3, 9, 2]), torch.tensor([1, 3, 0, 5])
-    share = torch.tensor([1.0, 0.25, 0.0, 0.5])
-    target = torch.zeros(4, 10)
-    for row in range(4):
-        target[row, classes[row]] += share[row]
-        target[row, partners[row]] += 1 - share[row]
-    loss_B = nn.functional.cross_entropy(student, target, reduction="none")
-    loss = hard_label_loss(student, classes, partners, share)
-    torch.testing.assert_close(loss, loss_B.mean())
-    weights = torch.tensor([0.0, 1.0, 2.0, 1.0])
-    loss = hard_label_loss(student, classes, partners, share, weights)
-    torch.testing.assert_close(loss, (weights * loss_B).mean())
-
-
 def soft_epochs(
     network: nn.Module, images: torch.Tensor
 ) -> Any:  # Callable[[int], tuple[Views, ndarray]]
@@ -822,33 +761,6 @@ def test_the_loss_of_a_step_is_that_to_the_soft_labels_plus_the_weighted_cross_e
     assert abs(loss_of(0, "soft", weighted=False) / soft - 1) > 1e-4
     assert abs(loss_of(0, "hard", weighted=False) / hard - 1) > 1e-4
     np.testing.assert_allclose(loss_of(0.5, "soft"), soft + 0.5 * hard, rtol=1e-5)
-
-
-def test_transport_loss_is_the_entropic_cost_of_centered_logits_and_a_share_of_their_mean_cost() -> (
-    None
-):
-    rng = np.random.default_rng(0)
-    student, teacher = (torch.tensor(rng.normal(0, 3, (12, 10))).float() for _ in range(2))
-    options: dict[str, Any] = {"regularization": 0.1, "iterations": 20}
-    found = transport_loss(student, teacher, **options)
-    costs = torch.cdist(*(x - x.mean(dim=1, keepdim=True) for x in (student, teacher)), p=1) / 10
-    expected = sinkhorn_distance(costs, regularization=0.1 * float(costs.mean()), iterations=20)
-    torch.testing.assert_close(found, expected)
-    moved = torch.linspace(-5, 5, 12)[:, None]
-    torch.testing.assert_close(transport_loss(student + moved, teacher, **options), found)
-    # It is of batches: whose output is whose does not count.
-    torch.testing.assert_close(transport_loss(student, teacher.flip(0), **options), found)
-    scaled = transport_loss(100 * student, 100 * teacher, **options)
-    torch.testing.assert_close(scaled, 100 * found, rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("batch", [1, 8])
-def test_transport_loss_of_a_student_that_is_its_teacher_is_finite(batch: int) -> None:
-    student = torch.zeros(batch, 10, requires_grad=True)
-    loss = transport_loss(student, torch.zeros(batch, 10), regularization=0.1, iterations=10)
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert float(loss.detach()) == pytest.approx(0, abs=1e-9)
-    assert student.grad is not None and not student.grad.any()
 
 
 @pytest.mark.parametrize("loss", ["kl", "mse"])
