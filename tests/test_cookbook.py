@@ -94,7 +94,7 @@ class Shell:
         elif "&" in commands.split():
             commands = commands.replace("python ", f"{shlex.quote(sys.executable)} ", 1)
             variables = {**os.environ, **self._variables}
-            subprocess.run(["bash", "-c", commands], env=variables, check=True, timeout=120)
+            subprocess.run(["bash", "-c", commands], env=variables, check=True, timeout=400)
         else:
             lines = commands.replace("\\\n", " ").splitlines()
             return "".join(self._line(line) for line in lines)
@@ -118,7 +118,7 @@ class Shell:
             assert job, line
             assert JOBS[job[1]](words[2:]) == 0, line
         else:
-            subprocess.run(words, check=True, timeout=60)
+            subprocess.run(words, check=True, timeout=300)
         return self._heard()
 
 

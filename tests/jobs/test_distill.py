@@ -76,9 +76,12 @@ def test_the_card_reports_the_results(finished_run: FinishedRun) -> None:
 
 
 @slow
-def test_the_same_command_again_does_no_work_and_says_the_same(finished_run: FinishedRun) -> None:
+def test_the_same_command_again_does_no_work_and_says_the_same(
+    finished_run: FinishedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = tiny.markers(finished_run.out)
     assert len(before) == sum(tiny.UNITS.values())
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # where none is: it needs no Ray
     again = tiny.typed(finished_run.out)
     assert again.exit_code == 0, again.stderr
     assert tiny.markers(finished_run.out) == before
@@ -87,8 +90,6 @@ def test_the_same_command_again_does_no_work_and_says_the_same(finished_run: Fin
         again.stdout.partition("this run took")[0]
         == (finished_run.typed.stdout.partition("this run took")[0])
     )
-    # It starts no Ray: what is left is the import of torch.
-    assert again.seconds < finished_run.typed.seconds / 2
     tiny.assert_same_payloads(finished_run.out, finished_run.payloads)
 
 

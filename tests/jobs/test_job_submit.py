@@ -162,7 +162,7 @@ def submit(
         env=env or head.environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
     )
 
 
@@ -227,7 +227,7 @@ ENDED = (JobStatus.STOPPED, JobStatus.SUCCEEDED, JobStatus.FAILED)
 
 
 def wait_until_ended(client: JobSubmissionClient, job: str) -> JobStatus:
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 300
     while (status := client.get_job_status(job)) not in ENDED:
         assert time.monotonic() < deadline, f"{status}; {client.get_job_logs(job)}"
         time.sleep(0.2)
@@ -244,7 +244,7 @@ def test_a_stopped_job_says_so_keeps_its_units_and_goes_on_when_submitted_again_
     client = JobSubmissionClient(open_head.address)
     uploaded = {"working_dir": str(tiny.ROOT)}
     job = client.submit_job(entrypoint=shlex.join(command), runtime_env=uploaded)
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 300
     while not (before := tiny.markers(out, "features")):
         assert time.monotonic() < deadline, client.get_job_logs(job)
         time.sleep(0.05)

@@ -101,7 +101,7 @@ def typed(out: Path | str, *options: str) -> Typed:
         start_new_session=True,
     )
     try:
-        stdout, stderr = process.communicate(timeout=240)
+        stdout, stderr = process.communicate(timeout=500)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -145,7 +145,7 @@ def forked(
         log=log,
         death=(die_in, die_by, die_at_step),
     )
-    process.join(timeout=120)
+    process.join(timeout=300)
     if process.is_alive():
         process.kill()
         process.join()

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from tests.conftest import free_port
 from wmdd_ray.store.filesystem import Store
@@ -93,12 +94,20 @@ class SeaweedFS:
         self.process.wait()
 
 
-def create_all(uri: str, keys: list[str], writer: str, begin_at: float) -> list[bool]:
-    """Return which of the keys this writer created; several processes try each of them at the same moment."""
+_together: Any = None
+
+
+def meet_at(barrier: Any) -> None:
+    """Prepare a process of `create_all`."""
+    global _together
+    _together = barrier
+
+
+def create_all(uri: str, keys: list[str], writer: str) -> list[bool]:
+    """Return which of the keys this writer created; all processes of the barrier try each of them at the same moment."""
     store = Store(uri)
-    store.exists("key")  # connects
     won = []
-    for i, key in enumerate(keys):
-        time.sleep(max(0.0, begin_at + 0.03 * i - time.time()))
+    for key in keys:
+        _together.wait(timeout=120)
         won.append(store.create(key, f"{key} by {writer}".encode()))
     return won
