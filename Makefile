@@ -19,7 +19,7 @@ distill: $(STAMP)
 	$(BIN)/python jobs/distill.py --ipc 10 $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 chaos: $(STAMP)
 	$(BIN)/python -m pytest tests/chaos -m chaos_long -s $(ARGS)
