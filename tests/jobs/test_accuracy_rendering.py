@@ -185,6 +185,45 @@ def test_what_differs_between_groups_is_said_of_each() -> None:
     assert "crops from 50 %" in recipe and "instance" not in recipe and "KL" not in recipe
 
 
+def test_neighbors_with_the_same_rows_share_a_table_that_says_what_each_does_unlike_the_most() -> (
+    None
+):
+    result = json.loads(json.dumps(made_up() | {"table": "ablation"}))
+    usual, full = result["groups"]
+    usual["student"]["ema_decay"] = 0.99
+    others = [json.loads(json.dumps(usual)) for _ in range(3)]
+    result["groups"] = [*others[:2], usual, others[2], full]
+    for group, name in zip(
+        result["groups"][:4], ("as usual", "KL at T 4", "more views", "no average"), strict=True
+    ):
+        group["title"] = f"{name}, ipc 10"
+    result["groups"][1]["student"]["temperature"] = 4.0
+    for found in (row[kind] for row in usual["rows"] for kind in ("soft", "hard")):
+        found["views"] = 2000
+    del result["groups"][3]["student"]["ema_decay"]
+    lines = rendered(sealed(result), "r.json").splitlines()
+    head, _ = (line for line in lines if line.startswith("**"))
+    assert head == (
+        "**ipc 10**: 1,000 views, ema_decay 0.99; by soft labels: KL at T 20; labels by convnet3; 1 set x 2 students; "
+        "except where said."
+    )
+    merged = lines[lines.index(head) : -5]
+    firsts = [line.split(" | ")[:2] for line in merged if line.startswith("| ")]
+    rows = [row["title"] for row in usual["rows"]]
+    titles = [
+        "as usual",
+        "KL at T 4 (by soft labels: KL at T 4)",
+        "more views (2,000 views)",
+        "no average (no ema_decay 0.99)",
+    ]
+    assert firsts == [
+        ["| labels and student", "trained on"],
+        *([f"| {title if row == rows[0] else ''}", row] for title in titles for row in rows),
+    ]
+    ours = "| 80.0 ± 1.4 | 70.0 ± 1.4 | 2 | 35.0 KB | 1.5 MB | 2.0 | 0.238 (+0.200, +0.050) |"
+    assert lines.count(f"|  | the best {ours}") == len(titles)
+
+
 def test_what_was_computed_in_half_precision_is_said() -> None:
     result = made_up()
     assert "bfloat16" not in rendered(sealed(result), "r.json")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ README = ROOT / "README.md"
 
 LABELS = ("soft", "hard")
 _PARTS = ("Recipe", "By soft labels", "By hard labels")
+_BUDGET, _REST = "Budget", "Rest"
 _HALF = "bfloat16"
 _Recipe = dict[str, dict[str, str]]
 """Part -> setting -> what is done, in words."""
@@ -55,8 +58,8 @@ def rendered(content: bytes, where: str) -> str:
         *([" ".join(recipe)] if recipe else []),
         f"({result['hardware']}; torch {versions['torch']}, Python {versions['python']}, revision {result['git_revision']}.)",
     ]
-    for group in groups:
-        lines += ["", *_group_lines(group, shared)]
+    for run in _runs(groups):
+        lines += ["", *_run_lines(run, shared)]
     return "\n".join(lines) + "\n"
 
 
@@ -126,41 +129,96 @@ def _views_text(views: dict[str, Any]) -> str:
 
 def _shared(recipes: list[_Recipe]) -> _Recipe:
     """Return what is the same in all groups, which is said once."""
+    usual = _usual(recipes)
     return {
         part: {
             name: text
-            for name, text in recipes[0][part].items()
+            for name, text in told.items()
             if all(recipe[part].get(name) == text for recipe in recipes)
         }
-        for part in _PARTS
+        for part, told in usual.items()
     }
 
 
-def _group_lines(group: dict[str, Any], shared: _Recipe) -> list[str]:
-    own = [
-        ", ".join(text for name, text in told.items() if name not in shared[part])
-        for part, told in _recipe(group).items()
-    ]
-    views = group["rows"][0]["soft"]["views"]
+def _usual(recipes: list[_Recipe]) -> _Recipe:
+    """Return what most groups do, setting by setting: the first's where as many do another thing."""
+    usual: _Recipe = {}
+    for part in recipes[0]:
+        names = dict.fromkeys(name for recipe in recipes for name in recipe[part])
+        counts = {name: Counter(recipe[part].get(name) for recipe in recipes) for name in names}
+        most = {name: count.most_common(1)[0][0] for name, count in counts.items()}
+        usual[part] = {name: text for name, text in most.items() if text is not None}
+    return usual
+
+
+def _without(recipe: _Recipe, said: _Recipe) -> _Recipe:
+    """Return what of a recipe is not said yet, and of what is said what the recipe has not."""
+    return {
+        part: {
+            **{name: text for name, text in told.items() if said.get(part, {}).get(name) != text},
+            **{name: f"no {text}" for name, text in said.get(part, {}).items() if name not in told},
+        }
+        for part, told in recipe.items()
+    }
+
+
+def _told(group: dict[str, Any]) -> _Recipe:
+    """Return a group's recipe between its budget and its labels and seeds."""
     others = len(group.get("labelers", [])) - 1
     labelers = group["labeled_by"] + (f" and {others} more" if others > 0 else "")
     sets = group["distill_seeds"]
     seeds = f"{sets} {'set' if sets == 1 else 'sets'} x {group['student_seeds']} students"
-    every, *kinds = own
-    settings = [", ".join(filter(None, (f"{views:,} views", every)))]
-    settings += [
-        f"{part.lower()}: {text}" for part, text in zip(_PARTS[1:], kinds, strict=True) if text
+    budget = {"views": f"{group['rows'][0]['soft']['views']:,} views"}
+    rest = {"labelers": f"labels by {labelers}", "seeds": seeds}
+    return {_BUDGET: budget, **_recipe(group), _REST: rest}
+
+
+def _text(recipe: _Recipe) -> str:
+    every = ", ".join([*recipe[_BUDGET].values(), *recipe[_PARTS[0]].values()])
+    kinds = [
+        f"{part.lower()}: {', '.join(told.values())}"
+        for part in _PARTS[1:]
+        if (told := recipe[part])
     ]
-    head = f"**{group['title']}**: {'; '.join(settings)}; labels by {labelers}; {seeds}."
+    return "; ".join(filter(None, (every, *kinds, *recipe[_REST].values())))
+
+
+def _runs(groups: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return neighbors of one ipc and the same rows together: they differ in labels and student, and share a table."""
+
+    def rows_of(group: dict[str, Any]) -> tuple[Any, ...]:
+        return group["ipc"], *(row["title"] for row in group["rows"])
+
+    return [list(run) for _, run in groupby(groups, rows_of)]
+
+
+def _run_lines(groups: list[dict[str, Any]], shared: _Recipe) -> list[str]:
+    """Return one table of groups with the same rows; what one does unlike the most stands beside its rows."""
+    alone = len(groups) == 1
+    told = [_told(group) for group in groups]
+    usual = _usual(told)
+    ending = f", ipc {groups[0]['ipc']}"
+    title = groups[0]["title"] if alone else ending.removeprefix(", ")
+    exceptions = "" if alone else "; except where said"
+    head = f"**{title}**: {_text(_without(usual, shared))}{exceptions}."
     columns = "trained on|soft labels|hard labels|students|images|labels|seconds to distil, fastest"
     titles = columns.split("|")
-    if has_scores := any("lrs" in row for row in group["rows"]):
+    if has_scores := any("lrs" in row for group in groups for row in group["rows"]):
         titles.append("LRS (HLR, IOR)")
-    table = [_line(titles), "|---" + "|---:" * (len(titles) - 1) + "|"]
-    return [head, "", *table, *[_row_line(row, has_scores) for row in group["rows"]]]
+    rule = "|---" + "|---:" * (len(titles) - 1) + "|"
+    lines = [_line(titles if alone else ["labels and student", *titles])]
+    lines += [rule if alone else f"|---{rule}"]
+    for group, recipe in zip(groups, told, strict=True):
+        own = _text(_without(recipe, usual))
+        name = group["title"].removesuffix(ending) + (f" ({own})" if own else "")
+        for row in group["rows"]:
+            cells = _row_cells(row, has_scores)
+            lines.append(_line(cells if alone else [name, *cells]))
+            name = ""
+    return [head, "", *lines]
 
 
-def _row_line(row: dict[str, Any], has_scores: bool) -> str:
+def _row_cells(row: dict[str, Any], has_scores: bool) -> list[str]:
     top1 = [different(row[kind]) for kind in LABELS]
     soft, hard = (
         f"{100 * told['mean']:.1f} ± {100 * told['std']:.1f}" for told in map(spread, top1)
@@ -176,7 +234,7 @@ def _row_line(row: dict[str, Any], has_scores: bool) -> str:
         cells.append(
             f"{parts['lrs']:.3f} ({parts['hlr']:+.3f}, {parts['ior']:+.3f})" if parts else "–"
         )
-    return _line(cells)
+    return cells
 
 
 def _line(cells: list[str]) -> str:
