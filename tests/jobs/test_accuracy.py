@@ -225,7 +225,7 @@ def test_every_table_has_equal_budgets_and_ids_of_its_own(name: Any, finished: P
     ids = [unit.id for stage in stages for unit in stage if unit.room != "features"]
     assert len(set(ids)) == len(ids)
     # One pass over the data a teacher.
-    assert len(stages[1]) == len(stages[0]) == (2 if name == "cross" else 1)
+    assert len(stages[1]) == len(stages[0]) == {"cross": 2, "ablation": 3}.get(name, 1)
 
 
 def test_the_ablation_takes_back_every_difference_between_best_and_paper_one_at_a_time(
@@ -245,7 +245,14 @@ def test_the_ablation_takes_back_every_difference_between_best_and_paper_one_at_
         "recipe_of",
         lambda name, ipc, variant="best": plain if variant == "paper" else best,
     )
-    images, *students, published = table_of("ablation", Options()).groups
+    images, in_turn, *students, published = table_of("ablation", Options()).groups
+    assert [teacher.name for teacher in in_turn.teachers] == [
+        "convnet3",
+        "convnet3-1",
+        "convnet3-2",
+    ]
+    assert (in_turn.relabel, in_turn.student) == (images.relabel, images.student)
+    assert in_turn.rows == images.rows[:2]
     names = [row.name for row in images.rows]
     taken_back = ["moments", "start", "tiles", "residual_blends"]
     built = list(ablation.IMAGE_OPTIONS)
@@ -272,7 +279,7 @@ def test_the_ablation_takes_back_every_difference_between_best_and_paper_one_at_
 
 @pytest.mark.parametrize("ipc", [1, 10])
 def test_everything_that_was_built_for_a_recipe_is_in_its_ablation_once(ipc: int) -> None:
-    images, *students, published = table_of("ablation", Options(ipc=(ipc,))).groups
+    images, _, *students, published = table_of("ablation", Options(ipc=(ipc,))).groups
     assert len({ablation.images_of(row) for row in images.rows}) == len(images.rows)
     recipes = [(g.relabel, g.student) for g in (images, *students, published)]
     assert len(set(recipes)) == len(recipes)
@@ -301,13 +308,13 @@ def test_every_row_and_group_of_the_ablation_trains_students_that_best_does_not(
 ) -> None:
     # On digits' arrays, which are as good as any to count units.
     _, place, _ = opened_at(finished)
-    images, *others = table_of("ablation", Options(ipc=(ipc,))).groups
+    images, in_turn, *others = table_of("ablation", Options(ipc=(ipc,))).groups
 
     def students(group: Group, row: Row) -> set[str]:
         return {s.id for s in work.units_of_row(group, row, place).students["soft"]}
 
     random, best, *rows = images.rows
-    pairs = [(images, row) for row in (best, *rows)] + [(g, g.rows[1]) for g in others]
+    pairs = [(images, row) for row in (best, *rows)] + [(g, g.rows[1]) for g in (in_turn, *others)]
     found = [students(group, row) for group, row in pairs]
     assert len(set().union(*found)) == sum(map(len, found))
     beside = [students(group, group.rows[0]) for group in others]

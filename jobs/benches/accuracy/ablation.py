@@ -6,7 +6,13 @@ from dataclasses import fields, replace
 from typing import Any
 
 from jobs.benches.accuracy.definitions import RANDOM, Group, Options, Row, variants
-from jobs.benches.accuracy.rows import divides, group_of, main_rows, recovered
+from jobs.benches.accuracy.rows import (
+    divides,
+    group_of,
+    main_rows,
+    recovered,
+    several_teachers,
+)
 from wmdd_ray.config import DistillConfig
 
 # What differs between recipes without being a choice that an ablation asks about; student and label epochs go together.
@@ -18,8 +24,8 @@ _NO_CHOICE = {"network", "num_seeds", "baselines", "all_real_epochs", "diffusion
 def ablation(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Group]:
     """Return `best` with each of its differences from `paper` taken back, and with each option that neither has, one at a time.
 
-    What is of the images are rows of one group; what is of labels and student are groups, each with random real images. The
-    last group is all of `paper`.
+    What is of the images are rows of one group, but for several teachers, which are a group, as is what is of labels and
+    student, each with random real images. The last group is all of `paper`.
     """
     groups = []
     for ipc in ipcs:
@@ -46,6 +52,9 @@ def ablation(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Grou
                 rows[name] = row
         whole = group_of(f"images, ipc {ipc}", ipc, best, tuple(rows.values()), options)
         groups.append(whole)
+        teachers = several_teachers(whole.teachers[0], _TEACHERS)
+        title = f"images by {_TEACHERS} teachers in turn, ipc {ipc}"
+        groups.append(group_of(title, ipc, best, (random, ours), options, teachers))
         students = _students_of_paper(paper, best)
         for title, changed in {**students, **_students_of_neither(best)}.items():
             group = group_of(f"{title}, ipc {ipc}", ipc, changed, (random, ours), options)
@@ -86,6 +95,8 @@ _STUDENT_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "loss by the atoms' weights": ("evaluate", {"weighted_loss": True}),
 }
 _MORE_EPOCHS = 3
+# Teachers that the images are recovered through in turn, iteration by iteration, each with atoms and moments of its own.
+_TEACHERS = 3
 # Of one atom, the mean of its class, these are what `best` is: it has all the weight, and no margin.
 _OF_SEVERAL = ("solver", "margin_fraction", "weighted_moments", "weighted_loss")
 

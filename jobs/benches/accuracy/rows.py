@@ -16,6 +16,12 @@ def teachers_of(config: DistillConfig, options: Options) -> tuple[TeacherRecipe,
     return (TeacherRecipe(name="convnet3", squeeze=config.squeeze, given=options.given),)
 
 
+def several_teachers(first: TeacherRecipe, count: int) -> tuple[TeacherRecipe, ...]:
+    """Return a teacher and `count` - 1 more of its recipe, from other random starts."""
+    others = [replace(first, name=f"{first.name}-{i}", given="") for i in range(1, count)]
+    return (first, *others)
+
+
 def group_of(
     title: str,
     ipc: int,
