@@ -402,7 +402,7 @@ def test_a_table_whose_driver_was_killed_goes_on_to_the_numbers_of_one_process(
     students = [p for p in done if p.parents[1].name == "students"]
     assert 1 <= len(students) < 12
     assert not (tmp_path / "opened").exists()
-    bench.main(arguments(tmp_path, rows=names))
+    bench.main(arguments(tmp_path, rows=names, processes=2))
     assert {p: p.read_bytes() for p in done} == done
     expected = {row["name"]: row for row in result_of(finished)["groups"][0]["rows"]}
     for row in result_of(tmp_path)["groups"][0]["rows"]:

@@ -124,7 +124,7 @@ def _run(
     if split == "test":
         refuse_second_opening(table, rows, place)
     bring(stages, place, processes)
-    found = score(table, rows, place, uri, split)
+    found = score(table, rows, place, uri, split, processes)
     path = Path(result or Path(out) / f"accuracy-{name}{'' if split == 'test' else '-val'}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(sealed(found))

@@ -178,10 +178,7 @@ def bring(stages: Sequence[Sequence[Unit]], place: Workplace, processes: int) ->
                     unit.bring(place)
                     line.finished(unit, seconds[unit.id])
         return
-    context = get_context("spawn")
-    with ProcessPoolExecutor(
-        processes, mp_context=context, initializer=_begin, initargs=(os.getpid(),)
-    ) as pool:
+    with workers(processes) as pool:
         for stage in open_stages:
             futures = {pool.submit(unit.bring, place): unit for unit in stage}
             try:
@@ -191,6 +188,16 @@ def bring(stages: Sequence[Sequence[Unit]], place: Workplace, processes: int) ->
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+
+def workers(processes: int) -> ProcessPoolExecutor:
+    """Return a pool of processes with one computing thread each, which end with this one."""
+    return ProcessPoolExecutor(
+        processes,
+        mp_context=get_context("spawn"),
+        initializer=_begin,
+        initargs=(os.getpid(),),
+    )
 
 
 class _Line:
