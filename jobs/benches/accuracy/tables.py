@@ -34,7 +34,7 @@ _LABELERS = (2, 4)
 # EDC's weight of cross-entropy beside mean squared error, and the transport term's.
 _OTM: dict[str, Any] = {"loss": "mse", "ce_weight": 0.025}
 _SINKHORN_WEIGHT = 0.1
-# A pass of ResNet-18 takes two cores as long as fifty of the narrow ConvNet-3, and teaches more.
+# A pass of ResNet-18 takes as long as fifty of the narrow ConvNet-3: eight would be over an hour of one core.
 _RESIDUAL_EPOCHS = 3
 
 
