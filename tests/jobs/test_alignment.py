@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,12 @@ def test_the_table_says_of_each_group_who_labels_and_by_what_loss(tmp_path: Path
     assert len({str(row["hard"]["weights"]) for row in ours}) == 1
     assert len({str(row["soft"]["weights"]) for row in ours}) == 6
     text = rendered(path.read_bytes(), "here")
-    assert "**LIA: 4 teachers, ipc 2**" in text and "labels by convnet3 and 3 more;" in text
-    assert "MSE to logits, ce_weight 0.025, Sinkhorn distance 0.1; labels by convnet3;" in text
+    named = dict(re.findall(r"^\| ([^|(]+?)(?: \((.+)\))? \| random real", text, re.MULTILINE))
+    assert list(named) == SETTINGS
+    assert named["one teacher"] == ""
+    assert named["LIA: 4 teachers"] == "labels by convnet3 and 3 more"
+    loss = "by soft labels: MSE to logits, ce_weight 0.025"
+    assert named["OTM: CE + MSE + Sinkhorn"] == f"{loss}, Sinkhorn distance 0.1"
 
 
 @pytest.mark.slow
