@@ -592,7 +592,8 @@ class HardLabelConfig:
     """What students do otherwise when they learn from the images' classes alone."""
 
     views: ViewConfig = field(default_factory=lambda: ViewConfig(mix="none"))
-    """Views, drawn as they train: small crops and mixtures say much by soft labels and mislead by hard ones."""
+    """Views, drawn as they train: small crops say much by soft labels and mislead by hard ones. Mixtures help where the crops are
+    large: on Fashion-MNIST at ipc 10, CutMix of crops of 80 % of the area and more is 3 points better than these."""
     norm: Norm = "batch"
     """Normalization of `convnet3` students. InstanceNorm, the literature's, is worth 6 points at ipc 1 on Fashion-MNIST by hard
     labels, where a batch is all there is, and costs 2 by soft ones."""

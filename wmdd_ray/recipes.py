@@ -113,7 +113,9 @@ def fashion_mnist(ipc: int) -> DistillConfig:
             epochs=300,
             optimizer="muon",
             learning_rate=0.005,
-            hard=HardLabelConfig(norm="instance"),
+            hard=HardLabelConfig(
+                views=ViewConfig(crop_scale_min=0.8, mix="cutmix"), norm="instance"
+            ),
             all_real_epochs=4,
         ),
     )
