@@ -311,14 +311,17 @@ def test_every_row_and_group_of_the_ablation_trains_students_that_best_does_not(
     images, in_turn, *others = table_of("ablation", Options(ipc=(ipc,))).groups
 
     def students(group: Group, row: Row) -> set[str]:
-        return {s.id for s in work.units_of_row(group, row, place).students["soft"]}
+        # Those of the labels that the group changes: what is of hard labels alone leaves soft ones alone.
+        labels: units.Labels = "soft" if group.student.hard == images.student.hard else "hard"
+        return {s.id for s in work.units_of_row(group, row, place).students[labels]}
 
     random, best, *rows = images.rows
     pairs = [(images, row) for row in (best, *rows)] + [(g, g.rows[1]) for g in (in_turn, *others)]
     found = [students(group, row) for group, row in pairs]
     assert len(set().union(*found)) == sum(map(len, found))
     beside = [students(group, group.rows[0]) for group in others]
-    assert not set().union(*beside) & students(images, random)
+    whole = work.units_of_row(images, random, place).students
+    assert not set().union(*beside) & {s.id for each in whole.values() for s in each}
 
 
 def names_in_ablation(**options: Any) -> set[str]:

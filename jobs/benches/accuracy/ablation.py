@@ -95,6 +95,7 @@ _STUDENT_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "loss by the atoms' weights": ("evaluate", {"weighted_loss": True}),
 }
 _MORE_EPOCHS = 3
+_SMALLER_CROPS = 0.5
 # Teachers that the images are recovered through in turn, iteration by iteration, each with atoms and moments of its own.
 _TEACHERS = 3
 # Of one atom, the mean of its class, these are what `best` is: it has all the weight, and no margin.
@@ -150,9 +151,20 @@ def _students_of_neither(best: DistillConfig) -> dict[str, DistillConfig]:
         for title, (part, changes) in _STUDENT_OPTIONS.items()
         if _applies(best, changes)
     }
+    views = best.evaluate.hard.views
+    mix = "none" if views.mix != "none" else "cutmix"
+    changed["smaller crops by hard labels"] = _with_hard_views(best, crop_scale_min=_SMALLER_CROPS)
+    changed[f"mix {mix} by hard labels"] = _with_hard_views(best, mix=mix)
     epochs = _MORE_EPOCHS * best.evaluate.epochs
     found = {**changed, f"{epochs} epochs": _with_epochs(best, epochs)}
     return {title: config for title, config in found.items() if config != best}
+
+
+def _with_hard_views(config: DistillConfig, **changes: Any) -> DistillConfig:
+    """Return the recipe with other views for hard labels; `paper` says nothing of them, and has those of `best`."""
+    hard = config.evaluate.hard
+    hard = replace(hard, views=replace(hard.views, **changes))
+    return replace(config, evaluate=replace(config.evaluate, hard=hard))
 
 
 def _with_epochs(config: DistillConfig, epochs: int) -> DistillConfig:
