@@ -209,15 +209,7 @@ def test_a_second_teacher_that_was_cut_goes_on_and_the_first_is_not_trained_agai
         began.append(options["start_epoch"])  # type: ignore[arg-type]
         train(*args, on_epoch=on_epoch_or_cut, **options)  # type: ignore[arg-type]
 
-    class Waiting(squeeze.Checkpoints):
-        """Has each state arrive before the training goes on, and is cut."""
-
-        def maybe(self, get_state: Any) -> None:
-            super().maybe(get_state)
-            assert self._pending is not None
-            self._pending.result()
-
-    monkeypatch.setattr(squeeze, "Checkpoints", Waiting)
+    monkeypatch.setattr(squeeze, "Checkpoints", tiny.WaitingCheckpoints)
     monkeypatch.setattr(squeeze, "train_classifier", cut)
     monkeypatch.setattr(squeeze, "_STATE_EVERY_S", -1.0)
     options = (*TWO, "--until", "squeeze")

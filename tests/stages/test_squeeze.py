@@ -169,6 +169,7 @@ def test_training_that_was_cut_goes_on_from_its_last_stored_epoch_with_the_same_
         began.append(options["start_epoch"])  # type: ignore[arg-type]
         train(*args, on_epoch=on_epoch_or_cut, **options)  # type: ignore[arg-type]
 
+    monkeypatch.setattr(squeeze, "Checkpoints", tiny.WaitingCheckpoints)
     monkeypatch.setattr(squeeze, "train_classifier", cut)
     monkeypatch.setattr(squeeze, "_STATE_EVERY_S", -1.0)
     out = tmp_path / "run"

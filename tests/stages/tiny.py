@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -24,7 +25,9 @@ from unittest import mock
 
 from jobs import distill
 from wmdd_ray.config import DistillConfig
+from wmdd_ray.core.optimizer import State
 from wmdd_ray.progress import StageLine
+from wmdd_ray.stages.checkpoints import Checkpoints
 from wmdd_ray.store.filesystem import Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -284,3 +287,12 @@ def markers(out: Path, *rooms: str) -> dict[str, tuple[bytes, list[int]]]:
             times = [file.stat().st_mtime_ns for file in (path, *files)]
             found[path.relative_to(out).as_posix()] = content, times
     return found
+
+
+class WaitingCheckpoints(Checkpoints):
+    """Has each state arrive before the training goes on, or is cut: the next is not stored while one is on its way."""
+
+    def maybe(self, get_state: Callable[[], State]) -> None:
+        super().maybe(get_state)
+        assert self._pending is not None
+        self._pending.result()
