@@ -248,7 +248,8 @@ def test_a_terminated_run_does_not_wait_for_a_tracker(
     stage.event("unit_told", unit="teacher", values={"epoch": 1, "loss": 1.0})
     started = time.monotonic()
     stage.run.end(143)
-    assert time.monotonic() - started < 2.5
+    # Not the 20 s of a run that ends by itself; the margin is a busy machine's.
+    assert time.monotonic() - started < 10
     go.set()
 
 

@@ -122,7 +122,8 @@ def test_a_server_without_an_end_is_left_at_the_deadline(
             ArtifactError, match=rf"cannot .*{store.uri}.*no whole answer in time \(at most 1 s"
         ):
             OPERATIONS[operation](store)
-        assert 0.9 < time.monotonic() - started < 3
+        # Not the server's 60 s and more; the margin is a busy machine's.
+        assert 0.9 < time.monotonic() - started < 20
         assert len(faulty.requests) <= ATTEMPTS
 
 
