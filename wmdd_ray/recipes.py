@@ -83,9 +83,11 @@ def fashion_mnist(ipc: int) -> DistillConfig:
     """Return Fashion-MNIST (IDX files) at its own 28 pixels, sized for two cores: a narrow ConvNet-3.
 
     Below ten images a class each stored image holds four small ones that are optimized at length: more pictures are worth
-    more than sharper ones. Ten are whole real images, touched up (README, Accuracy).
+    more than sharper ones. Ten are whole real images, touched up, at atoms that spread as far as the class does (README,
+    Accuracy).
     """
     network = NetworkConfig(arch="convnet3", width=32)
+    barycenters = BarycenterConfig(solver="lloyd" if ipc < 10 else "sliced")
     if ipc < 10:
         recover = RecoverConfig(tiles=2, crop_scale_min=0.5, roll_px=2, diffusion=_SMALL_UNET)
     else:
@@ -106,6 +108,7 @@ def fashion_mnist(ipc: int) -> DistillConfig:
         ),
         features=FeaturesConfig(chunk_images=2048),
         squeeze=SqueezeConfig(network=network, epochs=8, batch_size=128, crop_scale_min=0.7),
+        barycenters=barycenters,
         recover=recover,
         relabel=RelabelConfig(epochs=300, views=ViewConfig(crop_scale_min=0.25)),
         evaluate=EvaluateConfig(

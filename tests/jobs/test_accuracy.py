@@ -339,10 +339,11 @@ def test_options_that_the_rest_of_a_recipe_rules_out_are_left_out_of_its_ablatio
     assert all_of_it - names_in_ablation(ipc=(10,), iterations=3) == short
     assert "with_residual_blends" in names_in_ablation(ipc=(10,), iterations=4)
     # One atom is a mean, whatever it is found by.
-    idle = {"sliced", "with_margin", "with_mean", "with_weighted_moments"}
+    idle = {"without_solver", "uniform", "with_margin", "with_mean", "with_weighted_moments"}
     alone = {*idle, "loss by the atoms' weights", "batch size 100"}
     assert all_of_it - names_in_ablation(ipc=(1,), tiles=1) >= alone
-    assert not names_in_ablation(ipc=(1,), tiles=1) & alone
+    assert not names_in_ablation(ipc=(1,), tiles=1) & {*alone, "sliced"}
+    assert "sliced" in names_in_ablation(ipc=(1,))
 
 
 def test_residual_blends_are_left_out_where_best_starts_from_noise(

@@ -70,6 +70,7 @@ def ablation(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Grou
 # What was built for images and neither variant has: row -> (part, title, changes).
 IMAGE_OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sliced": ("barycenters", "a sliced Wasserstein barycenter", {"solver": "sliced"}),
+    "uniform": ("barycenters", "atoms of equal weight", {"solver": "uniform"}),
     "with_margin": ("barycenters", "3 of 10 atoms at the class's margin", {"margin_fraction": 0.3}),
     "with_rbf_mmd": ("recover", "RBF MMD for the Wasserstein term", {"feature_term": "rbf_mmd"}),
     "with_mean": ("recover", "mean matching for the Wasserstein term", {"feature_term": "mean"}),

@@ -72,6 +72,7 @@ def units_of_row(group: Group, row: Row, place: Workplace) -> Trained:
     features = tuple(FeaturesUnit(data=place.data, teacher=teacher) for teacher in teachers)
     labelers = tuple(teacher_unit(recipe, place) for recipe in group.labelers) or teachers[:1]
     needs_teacher = row.kind not in ("random", "full")
+    needs_atoms = row.kind in ("nearest", "recover")
     full = row.kind == "full"
     num_images = len(place.train.labels_N)
     if not full:
@@ -85,7 +86,7 @@ def units_of_row(group: Group, row: Row, place: Workplace) -> Trained:
             ipc=group.ipc,
             seed=seed,
             features=features if needs_teacher else (),
-            barycenters=row.barycenters if needs_teacher else BarycenterConfig(),
+            barycenters=row.barycenters if needs_atoms else BarycenterConfig(),
             recover=row.recover,
         )
         for seed in range(1 if full else group.distill_seeds)
