@@ -233,7 +233,8 @@ class BarycenterConfig:
     """The weighted atoms of each class: min W2^2(sum_j w_j delta(z_j), 1/N sum_n delta(x_n))."""
 
     solver: Literal["lloyd", "uniform", "emd", "sinkhorn", "sliced"] = "lloyd"
-    """`lloyd` is exact block descent with free weights; `uniform` fixes them to 1/K; `emd` is the paper's alternation."""
+    """`lloyd` is exact block descent with free weights; `uniform` fixes them to 1/K; `emd` is the paper's alternation; the atoms of
+    `sliced`, 1/K each, spread as far as the class in every direction, where the others' are means."""
     max_iters: int = 100
     """Most iterations of a start."""
     tol: float = 1e-6
