@@ -209,16 +209,16 @@ def test_shifted_features_give_shifted_atoms(seed: int, shift: list[float]) -> N
     assert_allclose(there.cost, here.cost, rtol=0, atol=3 * 3.2e-5**2)
 
 
-@given(seed=st.integers(0, 2**32), factor=st.floats(1e-3, 1e3))
+@given(seed=st.integers(0, 2**32), power=st.integers(-10, 10))
 @settings(max_examples=25, deadline=None)
-def test_scaled_features_scale_the_cost_by_the_square(seed: int, factor: float) -> None:
+def test_scaled_features_scale_the_cost_by_the_square(seed: int, power: int) -> None:
     features = cloud(seed, num=20, width=3).astype(np.float64)
+    # By a power of two, which rounds nothing; by 0.001 the atoms of seed 125 come in another order.
+    factor = 2.0**power
     here, there = solve(features, 4, seed=seed), solve(factor * features, 4, seed=seed)
-    # Both are rounded, and their product is not.
-    assert_allclose(there.atoms_KD, factor * here.atoms_KD.astype(np.float64), rtol=2 * ROUNDED)
+    assert_array_equal(there.atoms_KD, factor * here.atoms_KD)
     assert_array_equal(there.weights_K, here.weights_K)
-    tolerance = cost_rounding(factor * features) + atom_rounding(factor * features)
-    assert_allclose(there.cost, factor**2 * here.cost, rtol=0, atol=2 * tolerance)  # of both
+    assert there.cost == factor**2 * here.cost
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
