@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from jobs.asked import Asked
 from jobs.checks.report import many
 from wmdd_ray.card import ROW_NAMES, results_table
 from wmdd_ray.progress import duration
 from wmdd_ray.rooms import StageCommit
 from wmdd_ray.run import Run
 from wmdd_ray.store.documents import seal
-
-if TYPE_CHECKING:
-    from jobs.evaluate import Asked
 
 RESULTS_KEY = "results.json"
 

@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 import torch
 
-from jobs import evaluate
+from jobs import asked, evaluate
 from tests.conftest import S3Uri
 from tests.stages.tiny import FinishedRun
 from wmdd_ray.attacks import Attacked
@@ -461,8 +461,8 @@ def test_options_that_would_do_nothing_are_refused_with_the_one_they_contradict(
 
 
 def test_a_name_with_dataset_in_it_has_its_own_default_place() -> None:
-    assert evaluate.default_out("s3://b/runs/fm-ipc10/dataset") == "runs/evaluate-fm-ipc10"
-    assert evaluate.default_out("/data/other people/sre2l/") == "runs/evaluate-other-people-sre2l"
+    assert asked.default_out("s3://b/runs/fm-ipc10/dataset") == "runs/evaluate-fm-ipc10"
+    assert asked.default_out("/data/other people/sre2l/") == "runs/evaluate-other-people-sre2l"
 
 
 @pytest.fixture(scope="module")
