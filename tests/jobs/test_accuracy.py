@@ -29,6 +29,7 @@ from jobs.benches.accuracy.tables import table_of
 from jobs.benches.accuracy.units import StudentUnit
 from wmdd_ray.config import EvaluateConfig, RecoverConfig, RelabelConfig, SourceConfig
 from wmdd_ray.errors import ConfigError
+from wmdd_ray.stages.checkpoints import Checkpoints
 from wmdd_ray.store import codecs
 from wmdd_ray.store.documents import unseal
 from wmdd_ray.store.sources import load_images, open_source
@@ -441,6 +442,35 @@ def test_a_student_that_was_stopped_goes_on_with_the_same_weights(
     files, metrics = student.do(place)
     assert list(files.values()) == [expected]
     assert metrics["views"] == student.marker(place).metrics["views"]
+
+
+def test_images_that_were_stopped_go_on_with_the_same_pixels_and_the_seconds_of_both_attempts(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, place, rows = opened_at(copied)
+    images = next(row for row in rows if row.row.name == "best").images[0]
+    expected = images.file(place)
+    names = sorted(p.stem for p in (copied / "images" / "units").glob(f"{images.id}-g*.json"))
+    (copied / "images" / "units" / f"{names.pop()}.json").unlink()
+    others_s = sum(place.room("images").read_unit(name).seconds for name in names)
+    now, kept, stopped = 0.0, Checkpoints.maybe, iter([False, True])
+
+    def stop(self: Checkpoints, get_state: Any) -> None:
+        nonlocal now
+        now += 1000
+        kept(self, get_state)
+        assert self._pending is not None
+        self._pending.result()
+        if next(stopped, False):
+            raise Killed
+
+    monkeypatch.setattr("wmdd_ray.stages.checkpoints.time.monotonic", lambda: now)
+    monkeypatch.setattr(Checkpoints, "maybe", stop)
+    with pytest.raises(Killed):
+        images.do(place)
+    files, metrics = images.do(place)
+    assert list(files.values()) == [expected]
+    assert metrics["seconds"] == pytest.approx(4000 + others_s, abs=0.001)
 
 
 def test_a_teacher_that_was_stopped_goes_on_with_the_same_weights(

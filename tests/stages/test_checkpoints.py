@@ -76,6 +76,23 @@ def test_going_on_from_a_state_never_overwrites_it_first(tmp_path: Path) -> None
     assert [*steps, loaded(room)] == [4, 3]
 
 
+def test_seconds_are_those_of_a_run_that_never_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("wmdd_ray.stages.checkpoints.time.monotonic", lambda: now)
+    for began, stored, killed, expected in ((100, 107, 109, 9), (500, 504, 506, 13), (0, 1, 1, 12)):
+        now = began
+        keep = Checkpoints(Room(Store(str(tmp_path)), "images", "one"), "g0", 0.5)
+        keep.load()
+        now = stored
+        keep.maybe(lambda: state(1))
+        assert keep._pending is not None
+        keep._pending.result()
+        now = killed
+        assert keep.seconds == expected
+
+
 def test_a_state_is_put_while_the_work_goes_on_and_none_is_taken_before_it_arrived(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _SLOTS = 2
 _NUMBER = "checkpoint_number"
+_SECONDS = "checkpoint_seconds"
 
 
 class Checkpoints:
@@ -37,9 +38,15 @@ class Checkpoints:
         self._folder = f"partial/{unit}"
         self._every_s = every_s
         self._number = 0
-        self._last = time.monotonic()
+        self._began = self._last = time.monotonic()
+        self._before_s = 0.0
         self._pool = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """The time since this object was made, and what it took earlier attempts to reach the state that was loaded."""
+        return self._before_s + time.monotonic() - self._began
 
     def load(self) -> State | None:
         """Return the newest state that is whole, or None."""
@@ -54,6 +61,7 @@ class Checkpoints:
             return None
         newest = max(found, key=lambda state: int(state[_NUMBER]))
         self._number = int(newest.pop(_NUMBER))
+        self._before_s = float(newest.pop(_SECONDS, 0.0))
         return newest
 
     def maybe(self, get_state: Callable[[], State]) -> None:
@@ -65,7 +73,8 @@ class Checkpoints:
                 return
             self._pending.result()
         self._number += 1
-        content = codecs.encode_state({**get_state(), _NUMBER: np.array(self._number)})
+        own = {_NUMBER: np.array(self._number), _SECONDS: np.array(self.seconds)}
+        content = codecs.encode_state({**get_state(), **own})
         self._pending = self._pool.submit(
             self._store.put, self._key(self._number % _SLOTS), content
         )

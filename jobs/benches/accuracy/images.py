@@ -75,7 +75,7 @@ def make_images(unit: ImagesUnit, place: Workplace) -> Made:
 
 
 class _Maker:
-    """Makes the images of all classes of a unit; the seconds of groups that an earlier attempt finished count too."""
+    """Makes the images of all classes of a unit; the seconds of what an earlier attempt finished count too."""
 
     def __init__(self, unit: ImagesUnit, place: Workplace) -> None:
         self.unit, self.place = unit, place
@@ -116,11 +116,10 @@ class _Maker:
         """Return a group of classes; each is committed by itself, so that a kill costs a part of one at most."""
         unit, place = self.unit, self.place
         room, name = place.room(unit.room), f"{unit.id}-g{number:02d}"
-        started = time.perf_counter()
         if (attempt := room.begin_unit(name)) is not None:
+            keep = Checkpoints(room, name, unit.recover.checkpoint_s)
             networks = self._networks()
             targets = [self._target(label) for label in labels]
-            keep = Checkpoints(room, name, unit.recover.checkpoint_s)
             source = place.source
             images = recover_group(
                 networks,
@@ -138,8 +137,7 @@ class _Maker:
             files = {
                 f"{name}/{c.label:05d}.safetensors": codecs.encode_class_images(c) for c in images
             }
-            seconds = time.perf_counter() - started
-            room.commit_unit(name, files, attempt=attempt, seconds=seconds)
+            room.commit_unit(name, files, attempt=attempt, seconds=keep.seconds)
             keep.clear()
         marker = room.read_unit(name)
         return [codecs.decode_class_images(room.read(f)) for f in marker.files], marker.seconds
