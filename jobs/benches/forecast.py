@@ -158,6 +158,7 @@ def unit_seconds(name: str, ipc: int, rates: dict[str, float]) -> Stages:
     from wmdd_ray.stages import evaluate, recover, relabel
 
     config, num_classes = recipe_of("imagenet1k", ipc), _CLASSES[name]
+    units = evaluate.longest_first(evaluate.unit_ids(config))
     student_s = num_classes * ipc * config.evaluate.epochs / rates["student"]
     label_s = num_classes * ipc * config.evaluate.epochs / rates["label"]
     return {
@@ -169,10 +170,10 @@ def unit_seconds(name: str, ipc: int, rates: dict[str, float]) -> Stages:
             len(labels) * ipc * len(epochs) / rates["label"]
             for epochs, labels in relabel.blocks(config, num_classes).values()
         ],
-        # Rows of real images are labeled while their student trains.
+        # Rows of real images are labeled while their student by soft labels trains.
         "evaluate": [
-            student_s + (0 if unit.startswith("distilled") else label_s)
-            for unit in evaluate.unit_ids(config)
+            student_s + (label_s if row != "distilled" and labels == "soft" else 0)
+            for row, labels, _ in map(evaluate.parts_of, units)
         ],
     }
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs import bench
-from jobs.benches.forecast import Forecast
+from jobs.benches.forecast import Forecast, unit_seconds
 from jobs.benches.simulation import Cluster, Units, random_lives, simulate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,6 +123,15 @@ def test_at_64_workers_isolated_ones_keep_95_percent_and_one_group_does_not() ->
     )
     assert isolated["recover"] > 95 > group["recover"]
     assert isolated["with_boot"] > 95 > group["with_boot"]
+
+
+def test_students_that_label_while_they_train_take_longer_and_begin_first() -> None:
+    rates = {"recover": 500, "label": 900, "student": 500}
+    students = unit_seconds("imagenet1k", 10, rates)["evaluate"]
+    passes = 1000 * 10 * 300
+    alone, labeling = passes / 500, passes / 500 + passes / 900
+    # Three of each: distilled, random and nearest images, by soft and by hard labels.
+    assert students == pytest.approx([labeling] * 6 + [alone] * 12)
 
 
 # Command line

@@ -7,7 +7,7 @@ images are opened once a worker and used after training only; the last epoch is 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -54,11 +54,10 @@ def rows(config: DistillConfig) -> tuple[str, ...]:
 
 
 def unit_ids(config: DistillConfig) -> tuple[str, ...]:
-    """Return one unit a (row, labels, seed), the longest first."""
-    order = sorted(rows(config), key=lambda row: row != "all_real")
+    """Return one unit a (row, labels, seed), as the table has them."""
     return tuple(
         f"{row}-{labels}-s{seed:03d}"
-        for row in order
+        for row in rows(config)
         for labels in config.evaluate.labels
         for seed in range(config.evaluate.num_seeds)
     )
@@ -68,6 +67,16 @@ def parts_of(unit: str) -> tuple[str, LabelKind, int]:
     """Return (row, labels, seed) of a unit."""
     row, labels, seed = unit.rsplit("-", 2)
     return row, "soft" if labels == "soft" else "hard", int(seed[1:])
+
+
+def longest_first(units: Sequence[str]) -> list[str]:
+    """Return the units as workers take them: all real images, then what is labeled while its student trains, then the rest."""
+
+    def rank(unit: str) -> tuple[bool, bool]:
+        row, labels, _ = parts_of(unit)
+        return row != "all_real", row == "distilled" or labels == "hard"
+
+    return sorted(units, key=rank)
 
 
 def key_of(unit: str) -> str:
@@ -119,7 +128,7 @@ def train_students(
     units = unit_ids(config)
     val = Listed.of(stage.run.source("val"), config.source)
     opened = partial(open_worker, room=stage.room, sets=sets, val=val, config=config, kept=keep)
-    do_units(stage, units, opened)
+    do_units(stage, longest_first(units), opened)
     markers = stage.room.read_units(units)
     results = {
         unit: documents.load_json(stage.room.read(marker.files[0]), unit)
