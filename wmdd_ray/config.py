@@ -499,7 +499,7 @@ class RelabelConfig:
     """Numbers that logits are kept in: half precision, or steps below a row's largest, 255 at most."""
     step: float = 0.125
     """Size of the steps of `int8`, in logits; the error is at most half of it, and larger steps take fewer bytes. A twentieth of
-    the students' temperature (1 at FKD's 20) cost up to 0.3 points on Fashion-MNIST (README)."""
+    the students' temperature (1 at FKD's 20) cost up to 0.2 points on Fashion-MNIST (README)."""
     stored_views: Literal["seed", "rows"] = "seed"
     """`seed` stores what views are drawn again from, to the bit, instead of the boxes (33 bytes a view); rows are kept with mixing
     shares from a Beta distribution other than --relabel.views.mix-alpha 1, which machines may round differently."""
@@ -619,7 +619,7 @@ class EvaluateConfig:
     epochs: int = 300
     """Passes over the images; label epochs are cycled when fewer are stored."""
     batch_size: int = 25
-    """Images of one optimizer step (small batches are worth 4 to 6 points at ipc 10 on Fashion-MNIST)."""
+    """Images of one optimizer step (25 instead of 100 is worth 2.7 points at ipc 10 on Fashion-MNIST: README, ablation)."""
     optimizer: OptimizerName = "adamw"
     """Student optimizer. `muon` orthogonalizes the steps of the hidden weight matrices (Jordan et al. 2024) and leaves the first
     layer, the classifier, biases and norms to AdamW; OGM (CVPR 2026) reports 39.4 -> 47.0 by it on ImageNet-1K at ipc 10."""
@@ -818,8 +818,8 @@ class Resources:
     """CPUs, and with them computing threads, of one worker (one: on shared cores two threads ran 4 to 7 times slower)."""
     executor: Literal["auto", "train", "actors"] = "auto"
     """What the workers are: one Ray Train group, which a lost worker starts again as a whole, or isolated actors, of which a lost
-    one costs its own unit; auto takes a group up to 8 workers with 4 units each, where it is 98 % efficient at 5 % of the nodes
-    lost an hour (simulated; at 64 workers 90 against 98 %)."""
+    one costs its own unit; auto takes a group up to 8 workers with 4 units each, where recover is 97 % efficient at 5 % of the
+    nodes lost an hour (ImageNet-1K, simulated; at 64 workers 87 against 97 %)."""
     max_actors: int = 1000
     """Most barycenter and embedding actors."""
 
