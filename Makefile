@@ -1,7 +1,7 @@
 # From a fresh clone, with Python >= 3.11, git and make:
 #   make distill   the main job: distill the embedded digits, 10 images a class
 #   make test      the tests, two files at a time;  ARGS='-k barycenter' goes to pytest, ARGS='-n 0 --pdb' works in one process
-#   make chaos     200 kills of drivers, workers, nodes and heads, over an hour; WMDD_CHAOS_SEED, WMDD_CHAOS_KILLS
+#   make chaos     200 kills of drivers, workers, nodes and heads, about an hour; WMDD_CHAOS_SEED, WMDD_CHAOS_KILLS
 #   make lint      ruff and mypy
 #   make bench ARGS=barycenter    measure this machine; also: recover, features, orchestration
 #   make clean     remove the environment and caches, never results

@@ -92,7 +92,7 @@ class DistilledDataset(Dataset[Item]):
             cache_gib: most memory of a process for label epochs. When all of them are larger, an
                 order that stays within an epoch (`sampler`, `epoch`) reads each of them once.
             epochs: passes over the images; None is one of every label epoch. More of them use the labels several times, which
-                at 75 of 300 costs little (README); fewer leave the last label epochs out.
+                at 60 of 300 costs little (README); fewer leave the last label epochs out.
             teacher_device: where the teacher computes logits that were not stored. A loader with workers needs "cpu" or
                 `multiprocessing_context="spawn"`.
 

@@ -35,7 +35,8 @@ class PrepareConfig:
     """Largest shorter side, pixels; larger images are resized to it (antialiased; JPEG stays JPEG at quality 95, others become
     PNG), all others keep every byte. 256 is what ImageNet's recipes resize to."""
     shard_mb: int = 64
-    """Most bytes of a Parquet file, MiB. A worker holds four to eight times as much beside its own 170 MiB (measured at 64)."""
+    """Most bytes of a Parquet file, MiB. A worker holds up to twice as much beside its own 170 MiB (measured at 64, with images
+    of 10 KB)."""
     seed: int = 0
     """Seed of the held-out split."""
     format: Format = "auto"

@@ -49,7 +49,7 @@ class Classes:
     ipc: int = 10
     """Atoms of a class."""
     actors: tuple[int, ...] = (2, 24, 48)
-    """Actors, in turn; a Ray with so many logical CPUs is started for each, and an actor takes about 120 MiB."""
+    """Actors, in turn; a Ray with so many logical CPUs is started for each, and an actor takes about 170 MiB."""
     stores: tuple[str, ...] = ("disk", "s3")
     """Where listing, reading and committing the units is measured: a folder, and an S3 server (moto) on this machine."""
     cluster_actors: int = 1000

@@ -67,7 +67,9 @@ class Forecast:
     actor_start_s: float = 20.0
     """The same of an actor: process, imports, teacher, first CUDA call."""
     checkpoint_s: float = 20.0
-    """Seconds of work between two checkpoints of recover and of students."""
+    """Seconds of work between two checkpoints of a student."""
+    recover_checkpoint_s: float = 120.0
+    """The same of recover, as ImageNet's recipe has it."""
     stall_s: float = 0.0
     """Seconds that a checkpoint holds up the work; 0: it is written in the background."""
     overhead_s: float = 2.0
@@ -130,11 +132,12 @@ class Forecast:
         rng = np.random.default_rng(seed)
         spread_U = np.exp(rng.normal(0, self.spread, len(unit_s)))
         workers = min(workers, len(unit_s))
+        checkpoint_s = {"recover": self.recover_checkpoint_s, "relabel": 0.0}
         size = {"one_group": workers, "groups_of_8": min(8, workers), "actors": 1}[design]
         units = Units(
             seconds=(np.asarray(unit_s) * spread_U).tolist(),
             overhead_s=self.overhead_s,
-            checkpoint_s=0.0 if stage == "relabel" else self.checkpoint_s,
+            checkpoint_s=checkpoint_s.get(stage, self.checkpoint_s),
             stall_s=self.stall_s,
             write_s=2.0,
         )

@@ -203,7 +203,7 @@ def load_all_real(train: Listed) -> tuple[np.ndarray, np.ndarray]:
 def _baseline_images(
     row: str, room: Room, source: Source, config: DistillConfig, num_classes: int
 ) -> np.ndarray:
-    """Return real images of as many stored bytes as the distilled set has, in its order of classes."""
+    """Return as many real images as the distilled set stores, in its order of classes."""
     files = {f.key: f for m in room.committed().units.values() for f in m.files}
     chosen = []
     for label in range(num_classes):
