@@ -17,7 +17,7 @@ import torch
 from tests.stages import tiny
 from tests.stages.tiny import FinishedRun
 from wmdd_ray.events import read_events
-from wmdd_ray.stages import recover
+from wmdd_ray.stages import evaluate, recover
 from wmdd_ray.stages.workers import DoUnit, Report
 from wmdd_ray.store.filesystem import Store
 
@@ -86,4 +86,26 @@ def test_two_workers_of_which_one_is_killed_redo_only_unfinished_units_with_the_
         ("unit_retried", 1),
         ("unit_started", 2),
         ("unit_done", 2),
+    ]
+
+
+def test_students_that_take_longest_are_the_first_and_none_is_lost() -> None:
+    rows = ("distilled", "random_real", "all_real")
+    units = [
+        f"{row}-{labels}-s{seed:03d}"
+        for row in rows
+        for labels in ("soft", "hard")
+        for seed in (0, 1)
+    ]
+    ordered = evaluate.longest_first(units)
+    assert ordered == [
+        *("all_real-soft-s000", "all_real-soft-s001", "all_real-hard-s000", "all_real-hard-s001"),
+        *("random_real-soft-s000", "random_real-soft-s001"),
+        *(
+            "distilled-soft-s000",
+            "distilled-soft-s001",
+            "distilled-hard-s000",
+            "distilled-hard-s001",
+        ),
+        *("random_real-hard-s000", "random_real-hard-s001"),
     ]
