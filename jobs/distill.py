@@ -22,17 +22,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tyro
 
 from jobs import endings
-from wmdd_ray.card import results_table, size
 from wmdd_ray.config import DistillConfig, Reporting, Resources, StageName, refuse_secrets
-from wmdd_ray.progress import StageLine, duration
-from wmdd_ray.provenance import hardware, versions
+from wmdd_ray.product.card import results_table, size
 from wmdd_ray.recipes import recipe_of
-from wmdd_ray.rooms import StageCommit
-from wmdd_ray.run import Run, Stage, StageRun, expected_plan, fingerprint, flatten, run_pipeline
+from wmdd_ray.spine.provenance import hardware, versions
+from wmdd_ray.spine.rooms import StageCommit
+from wmdd_ray.spine.run import (
+    Run,
+    Stage,
+    StageRun,
+    expected_plan,
+    fingerprint,
+    flatten,
+    run_pipeline,
+)
 from wmdd_ray.store.documents import dump_json
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
-from wmdd_ray.tracking import TrackedRun, trackers_of
+from wmdd_ray.telling.progress import StageLine, duration
+from wmdd_ray.telling.trackers import TrackedRun, trackers_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +100,10 @@ def distill(job: Job) -> int:
     tracked = tracked_run(run)
     trackers = [] if job.dry_run else trackers_of(job.reporting, tracked)
     # Imported here: stages load torch and Ray, which a wrong option should not have to wait for.
+    from wmdd_ray.executors.metrics import LiveWatch
+    from wmdd_ray.executors.train_groups import sweep_notes
     from wmdd_ray.stages import recover
-    from wmdd_ray.stages.metrics import LiveWatch
     from wmdd_ray.stages.pipeline import PIPELINE
-    from wmdd_ray.stages.train_groups import sweep_notes
 
     if job.dry_run:
         print_plan(run, PIPELINE)

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 from wmdd_ray.errors import WmddError
-from wmdd_ray.progress import AboveTheBar
-from wmdd_ray.run import Run
+from wmdd_ray.spine.run import Run
+from wmdd_ray.telling.progress import AboveTheBar
 
 _GRACE_S = 10.0
 _RESUME = "finished units are kept: run the same command again to go on"
@@ -62,7 +62,7 @@ def log_above_the_bar(*, verbose: bool) -> None:
 
 def join_cluster(out: str, *, verbose: bool) -> None:
     """Join or start the cluster for a run under `out`, and go on hearing requests to terminate."""
-    from wmdd_ray.stages.cluster import connect
+    from wmdd_ray.executors.cluster import connect
 
     try:
         connect(out, verbose=verbose)

@@ -21,13 +21,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs import distill, endings
-from jobs.asked import Asked, parse
-from jobs.results import print_summary, write_results
+from jobs.evaluation.options import Asked, parse
+from jobs.evaluation.results import print_summary, write_results
 from wmdd_ray.errors import DataError
-from wmdd_ray.progress import StageLine
-from wmdd_ray.run import Run, run_pipeline
+from wmdd_ray.spine.run import Run, run_pipeline
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
+from wmdd_ray.telling.progress import StageLine
 
 
 def main(arguments: list[str]) -> int:
@@ -44,11 +44,11 @@ def main(arguments: list[str]) -> int:
 def evaluate(asked: Asked) -> int:
     """Train and test the students that are missing, and print the table."""
     started = time.monotonic()
-    from wmdd_ray.attacks import require_libraries
+    from wmdd_ray.executors.metrics import LiveWatch
+    from wmdd_ray.executors.train_groups import sweep_notes
+    from wmdd_ray.robustness.attacks import require_libraries
     from wmdd_ray.stages import attack
-    from wmdd_ray.stages.given_set import config_of, stages
-    from wmdd_ray.stages.metrics import LiveWatch
-    from wmdd_ray.stages.train_groups import sweep_notes
+    from wmdd_ray.units.given_set import config_of, stages
 
     run = open_run(asked)
     configs = {student: config_of(asked.config, student) for student in asked.students}

@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
-from wmdd_ray.card import size
 from wmdd_ray.config import LabelKind, refuse_secrets
 from wmdd_ray.errors import WmddError
-from wmdd_ray.export import Export, Format, export
+from wmdd_ray.product.card import size
+from wmdd_ray.product.export import Export, Format, export
 
 
 @dataclass(frozen=True, kw_only=True)

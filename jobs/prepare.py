@@ -25,13 +25,11 @@ import tyro
 from jobs import endings
 from jobs.checks.report import many
 from jobs.distill import tracked_run
-from wmdd_ray.card import size
 from wmdd_ray.config import DistillConfig, Resources, refuse_secrets
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError, LostRaceError
-from wmdd_ray.prepare import SPLITS, PrepareConfig, check_class_names
-from wmdd_ray.progress import StageLine, duration
-from wmdd_ray.provenance import versions
-from wmdd_ray.run import Run, difference, expected_plan, run_pipeline
+from wmdd_ray.product.card import size
+from wmdd_ray.spine.provenance import versions
+from wmdd_ray.spine.run import Run, difference, expected_plan, run_pipeline
 from wmdd_ray.store.documents import FileEntry, encode_manifest, entries_of, read_sealed
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
@@ -40,6 +38,8 @@ from wmdd_ray.store.sources.listing import NoSuchSplitError
 from wmdd_ray.store.sources.opening import PREPARED_KEY
 from wmdd_ray.store.sources.webdataset_index import parse_class_names
 from wmdd_ray.store.uris import local_path
+from wmdd_ray.telling.progress import StageLine, duration
+from wmdd_ray.units.splitting import SPLITS, PrepareConfig, check_class_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ def prepare(job: Job) -> int:
     started = time.monotonic()
     run = open_run(job)
     # Imported here: Ray, which a wrong option should not have to wait for.
-    from wmdd_ray.stages.metrics import LiveWatch
+    from wmdd_ray.executors.metrics import LiveWatch
     from wmdd_ray.stages.prepare import SCAN, WRITE, delete_parts
 
     plans = {"scan": expected_plan(run, SCAN, {})}

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
-from wmdd_ray.card import size
 from wmdd_ray.config import DistillConfig, refuse_secrets
 from wmdd_ray.errors import ConfigError, WmddError
+from wmdd_ray.product.card import size
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
 
@@ -90,9 +90,9 @@ def page_of(
         DataError: `data` is no data set.
     """
     # Imported here: stages load torch and Ray, which a wrong option should not have to wait for.
-    from jobs.pages.classes import chosen_labels, shown_classes
-    from jobs.pages.facts import read_run
-    from jobs.pages.page import render
+    from wmdd_ray.product.pages.classes import chosen_labels, shown_classes
+    from wmdd_ray.product.pages.facts import read_run
+    from wmdd_ray.product.pages.page import render
     from wmdd_ray.stages.pipeline import PIPELINE
 
     facts = read_run(store, PIPELINE, config)

@@ -23,15 +23,15 @@ import tyro
 
 from jobs import endings
 from wmdd_ray.config import SourceConfig, refuse_secrets
-from wmdd_ray.diffusion_card import CLASSES_KEY, INDEX_KEY, check_widths
+from wmdd_ray.diffusion.card import CLASSES_KEY, INDEX_KEY, check_widths
 from wmdd_ray.errors import ConfigError, DataError
-from wmdd_ray.progress import StageLine, duration
-from wmdd_ray.provenance import hardware, versions
 from wmdd_ray.recipes import recipe_of
-from wmdd_ray.run import difference, fingerprint
+from wmdd_ray.spine.provenance import hardware, versions
+from wmdd_ray.spine.run import difference, fingerprint
 from wmdd_ray.store.documents import read_sealed, seal
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, load_images, open_source
+from wmdd_ray.telling.progress import StageLine, duration
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from wmdd_ray.core.optimizer import State
-    from wmdd_ray.diffusion import DiffusionModel
+    from wmdd_ray.diffusion.model import DiffusionModel
 
 _PLAN_KEY = "training/plan.json"
 _PREVIEW_IMAGES, _PREVIEW_STEPS = 6, 25
@@ -148,7 +148,7 @@ def train(job: Job) -> int:
     if mine and store.exists(INDEX_KEY):
         print(f"found whole     {store.uri}")
         return 0
-    from wmdd_ray.diffusion import save_model
+    from wmdd_ray.diffusion.model import save_model
 
     # Before the folder is claimed: it shall not be of options that never trained.
     _, labels_N, images_NHWC, _ = _loaded(job, source)
@@ -242,9 +242,9 @@ def _trained(
     """Return the trained model, and the losses of the epochs of this run."""
     import torch
 
-    from wmdd_ray.diffusion import DiffusionModel, trained_card
-    from wmdd_ray.rooms import Room
-    from wmdd_ray.stages.checkpoints import Checkpoints
+    from wmdd_ray.diffusion.model import DiffusionModel, trained_card
+    from wmdd_ray.spine.checkpoints import Checkpoints
+    from wmdd_ray.spine.rooms import Room
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep = Checkpoints(Room(store, ""), "training", job.checkpoint_s)
@@ -297,9 +297,9 @@ def train_unet(
     """
     import torch
 
-    from wmdd_ray.core.denoising import train_denoiser
     from wmdd_ray.core.synthesis import deterministic_convolutions
-    from wmdd_ray.diffusion import new_unet
+    from wmdd_ray.diffusion.denoising import train_denoiser
+    from wmdd_ray.diffusion.model import new_unet
 
     with torch.random.fork_rng([]):
         torch.manual_seed(training.seed)
@@ -337,8 +337,8 @@ def _preview(model: DiffusionModel, seed: int) -> bytes:
     from functools import partial
 
     from wmdd_ray.config import DiffusionConfig
-    from wmdd_ray.core.sampling import SampleTarget, sample_group
-    from wmdd_ray.pictures import preview
+    from wmdd_ray.diffusion.sampling import SampleTarget, sample_group
+    from wmdd_ray.product.pictures import preview
 
     names = model.card.class_names[:20]
     device = next(model.network.parameters()).device

@@ -27,8 +27,8 @@ from jobs.benches.rooms import s3_server, store_rows
 from wmdd_ray.config import Resources
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.records import ClassFeatures, Moments
-from wmdd_ray.rooms import StageCommit
-from wmdd_ray.run import Progress, Run, Stage, StageRun, run_pipeline
+from wmdd_ray.spine.rooms import StageCommit
+from wmdd_ray.spine.run import Progress, Run, Stage, StageRun, run_pipeline
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
 
@@ -104,8 +104,8 @@ def open_run(options: Classes, folder: str, num_actors: int) -> Run:
 
 def stages(options: Classes) -> tuple[Stage, ...]:
     """Return the pipeline's barycenters behind a features stage that needs neither a teacher nor Ray."""
-    from wmdd_ray.stages.class_features import class_key, class_unit
     from wmdd_ray.stages.pipeline import PIPELINE
+    from wmdd_ray.units.class_features import class_key, class_unit
 
     def make_up(stage: StageRun) -> dict[str, Any]:
         classes = [synthetic_class(seed)[: options.num_images] for seed in range(_DISTINCT)]

@@ -37,7 +37,7 @@ from wmdd_ray.config import (
     SqueezeConfig,
 )
 from wmdd_ray.records import ClassImages
-from wmdd_ray.run import Progress, Run, Stage, StageRun, run_pipeline
+from wmdd_ray.spine.run import Progress, Run, Stage, StageRun, run_pipeline
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import open_source
@@ -123,7 +123,7 @@ def barycenter_peaks(class_images: int, num_classes: int) -> Peaks:
     """Watch the barycenters of so many classes, each of so many images."""
 
     def make_up(stage: StageRun) -> dict[str, Any]:
-        from wmdd_ray.stages.class_features import class_key, class_unit
+        from wmdd_ray.units.class_features import class_key, class_unit
 
         rng = np.random.default_rng(0)
         for label in range(num_classes):
@@ -219,7 +219,7 @@ def commit_untrained(stage: StageRun) -> dict[str, Any]:
     import torch
 
     from wmdd_ray.core.networks import build_network
-    from wmdd_ray.stages.teacher import commit_teacher
+    from wmdd_ray.units.teacher import commit_teacher
 
     names, source = stage.run.source("train").class_names, stage.config.source
     torch.manual_seed(0)

@@ -68,7 +68,7 @@ def prepare_peaks(num_shards: int, shard_mb: int, shard_images: int) -> Watched:
     """Watch the job on so many images."""
     from jobs.prepare import Job
     from jobs.prepare import prepare as run_job
-    from wmdd_ray.prepare import PrepareConfig
+    from wmdd_ray.units.splitting import PrepareConfig
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         data, made = Path(folder) / "data", Path(folder) / "out"

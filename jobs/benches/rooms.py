@@ -17,7 +17,7 @@ from unittest import mock
 import fsspec
 
 from jobs.benches.reporting import Row
-from wmdd_ray.rooms import Room, StageCommit
+from wmdd_ray.spine.rooms import Room, StageCommit
 from wmdd_ray.store.documents import seal
 from wmdd_ray.store.filesystem import Store
 

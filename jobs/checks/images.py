@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 
 from jobs.checks.report import Finding, Visit, many
-from wmdd_ray.card import size
 from wmdd_ray.config import Arch, NetworkConfig
 from wmdd_ray.errors import BadImageError
+from wmdd_ray.product.card import size
 from wmdd_ray.store.images import decode_image
 from wmdd_ray.store.sources import RawImage, Shard, Source
 from wmdd_ray.store.sources.parquet import ParquetSource
@@ -154,9 +154,9 @@ def check_teacher(visit: Visit) -> Iterator[Finding]:
     import torch
 
     from wmdd_ray.core.networks import build_network, load_weights, network_of
-    from wmdd_ray.stages.given_teacher import check_names, given_weights
-    from wmdd_ray.stages.held_out import Listed
-    from wmdd_ray.stages.teacher import measure, read_teacher
+    from wmdd_ray.units.given_teacher import check_names, given_weights
+    from wmdd_ray.units.held_out import Listed
+    from wmdd_ray.units.teacher import measure, read_teacher
 
     config, run = visit.job.config, visit.run
     names = run.source("train").class_names

@@ -29,7 +29,7 @@ from jobs.benches.accuracy.tables import table_of
 from jobs.benches.accuracy.units import StudentUnit
 from wmdd_ray.config import EvaluateConfig, RecoverConfig, RelabelConfig, SourceConfig
 from wmdd_ray.errors import ConfigError
-from wmdd_ray.stages.checkpoints import Checkpoints
+from wmdd_ray.spine.checkpoints import Checkpoints
 from wmdd_ray.store import codecs
 from wmdd_ray.store.documents import unseal
 from wmdd_ray.store.sources import load_images, open_source
@@ -464,7 +464,7 @@ def test_images_that_were_stopped_go_on_with_the_same_pixels_and_the_seconds_of_
         if next(stopped, False):
             raise Killed
 
-    monkeypatch.setattr("wmdd_ray.stages.checkpoints.time.monotonic", lambda: now)
+    monkeypatch.setattr("wmdd_ray.spine.checkpoints.time.monotonic", lambda: now)
     monkeypatch.setattr(Checkpoints, "maybe", stop)
     with pytest.raises(Killed):
         images.do(place)

@@ -16,7 +16,7 @@ from jobs.endings import Terminated
 from tests.stages import tiny
 from tests.stages.tiny import ROOMS, FinishedRun
 from wmdd_ray.errors import LostRaceError
-from wmdd_ray.stages import cluster
+from wmdd_ray.executors import cluster
 
 slow = pytest.mark.slow
 

@@ -15,25 +15,26 @@ import pytest
 import safetensors.numpy
 import torch
 
-from jobs import asked, evaluate
+from jobs import evaluate
+from jobs.evaluation import options as asked
 from tests.conftest import S3Uri
 from tests.stages.tiny import FinishedRun
-from wmdd_ray.attacks import Attacked
 from wmdd_ray.config import DistillConfig, RelabelConfig, SourceConfig, ViewConfig
 from wmdd_ray.core.views import draw_views
 from wmdd_ray.errors import DataError
-from wmdd_ray.export import export
+from wmdd_ray.executors.metrics import RayMetrics
+from wmdd_ray.product.export import export
+from wmdd_ray.robustness.attacks import Attacked
 from wmdd_ray.stages import attack
-from wmdd_ray.stages.given_set import Given, GivenSets
-from wmdd_ray.stages.held_out import Listed
-from wmdd_ray.stages.metrics import RayMetrics
-from wmdd_ray.stages.real_images import random_real
-from wmdd_ray.stages.training_sets import Input
 from wmdd_ray.store import documents
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.images import encode_png
 from wmdd_ray.store.sources import load_images, open_source
-from wmdd_ray.tracking import Number
+from wmdd_ray.telling.trackers import Number
+from wmdd_ray.units.given_set import Given, GivenSets
+from wmdd_ray.units.held_out import Listed
+from wmdd_ray.units.real_images import random_real
+from wmdd_ray.units.training_sets import Input
 
 # The student of the tiny run, in the driver.
 STUDENT = (

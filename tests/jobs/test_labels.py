@@ -48,7 +48,7 @@ def tiny_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     teacher = replace(teacher, weights=weights)
     few = partial(files.synthetic_rows, num_views=100)
     monkeypatch.setattr(files, "synthetic_rows", few)
-    monkeypatch.setattr("wmdd_ray.stages.teacher.read_teacher", lambda room: teacher)
+    monkeypatch.setattr("wmdd_ray.units.teacher.read_teacher", lambda room: teacher)
     return [str(tmp_path / "teacher"), str(folder)]
 
 
@@ -137,7 +137,7 @@ def test_what_a_student_learns_from_is_what_the_file_holds(
     tiny_bench: list[str], tmp_path: Path
 ) -> None:
     from wmdd_ray.recipes import recipe_of
-    from wmdd_ray.stages.teacher import read_teacher
+    from wmdd_ray.units.teacher import read_teacher
 
     teacher, data = tiny_bench
     recipe = recipe_of("fashion_mnist", 1)

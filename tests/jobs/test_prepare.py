@@ -38,15 +38,15 @@ from tests.store.written_sources import (
     WRITERS,
     write_imagefolder,
 )
-from wmdd_ray.prepare import PrepareConfig, check_class_names, held_out, output_files
-from wmdd_ray.progress import StageLine
 from wmdd_ray.recipes import recipe_of
-from wmdd_ray.rooms import Room, UnitMarker
+from wmdd_ray.spine.rooms import Room, UnitMarker
 from wmdd_ray.stages import prepare as stage
 from wmdd_ray.store import codecs, parts
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.shrink import kept_image
 from wmdd_ray.store.sources import open_source
+from wmdd_ray.telling.progress import StageLine
+from wmdd_ray.units.splitting import PrepareConfig, check_class_names, held_out, output_files
 
 COUNTS = {"ant eater": 23, "пчела": 12, "猫": 1}
 LARGE = {"ant eater": 3, "пчела": 2}
@@ -403,7 +403,7 @@ def test_a_teacher_with_the_same_names_passes_and_one_in_another_order_is_refuse
     finished_run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from jobs.checks.order import probe_class_order
-    from wmdd_ray.stages.teacher import TEACHER_KEY, UNIT, read_teacher
+    from wmdd_ray.units.teacher import TEACHER_KEY, UNIT, read_teacher
 
     digits = open_source("digits", recipe_of("digits", 1, "best").source, split="train")
     assert probe_class_order(str(finished_run.out), digits, "imagenet1k") > 0.5

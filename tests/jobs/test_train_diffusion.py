@@ -13,12 +13,12 @@ import torch
 from jobs import train_diffusion
 from jobs.benches.otg.command import otg
 from jobs.benches.otg.scores import markdown
-from wmdd_ray.core import denoising
 from wmdd_ray.core.optimizer import State
-from wmdd_ray.diffusion import load_model, new_unet
-from wmdd_ray.diffusion_card import read_card
+from wmdd_ray.diffusion import denoising
+from wmdd_ray.diffusion.card import read_card
+from wmdd_ray.diffusion.model import load_model, new_unet
 from wmdd_ray.errors import ConfigError
-from wmdd_ray.stages.checkpoints import Checkpoints
+from wmdd_ray.spine.checkpoints import Checkpoints
 
 TINY = (
     *("--widths", "8", "--batch-size", "512", "--epochs", "3", "--checkpoint-s", "1e-9"),

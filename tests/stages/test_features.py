@@ -20,11 +20,11 @@ from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.networks import last_linear, network_of
 from wmdd_ray.core.selection import margin_of
 from wmdd_ray.records import ClassBarycenter
-from wmdd_ray.run import Room
+from wmdd_ray.spine.run import Room
 from wmdd_ray.stages import barycenters
-from wmdd_ray.stages.teacher import TEACHER_KEY
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.units.teacher import TEACHER_KEY
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
 

@@ -13,13 +13,13 @@ from tests.stages.tiny import FinishedRun
 from wmdd_ray.core.joint import solve_joint
 from wmdd_ray.core.networks import last_linear, network_of
 from wmdd_ray.records import ClassBarycenter
-from wmdd_ray.rooms import Room
-from wmdd_ray.run import unit_seed
+from wmdd_ray.spine.rooms import Room
+from wmdd_ray.spine.run import unit_seed
 from wmdd_ray.stages import barycenters
-from wmdd_ray.stages.class_features import ClassFeaturesReader
-from wmdd_ray.stages.teacher import TEACHER_KEY
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.units.class_features import ClassFeaturesReader
+from wmdd_ray.units.teacher import TEACHER_KEY
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
 

@@ -21,10 +21,10 @@ from wmdd_ray.core.soft_labels import label_views
 from wmdd_ray.core.views import to_input
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.errors import ConfigError, WmddError
-from wmdd_ray.export import export as export_set
+from wmdd_ray.product.export import export as export_set
 from wmdd_ray.stages import evaluate, relabel, squeeze
-from wmdd_ray.stages.teacher import units_of
-from wmdd_ray.stages.training_sets import _stored_labels
+from wmdd_ray.units.teacher import units_of
+from wmdd_ray.units.training_sets import _stored_labels
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
 

@@ -17,10 +17,10 @@ from tests.stages.tiny import FinishedRun
 from wmdd_ray.core.networks import build_network
 from wmdd_ray.errors import WmddError
 from wmdd_ray.records import Teacher
-from wmdd_ray.run import Room
+from wmdd_ray.spine.run import Room
 from wmdd_ray.stages import squeeze
-from wmdd_ray.stages.teacher import read_teacher
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.units.teacher import read_teacher
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 slow = pytest.mark.slow

@@ -26,9 +26,9 @@ from unittest import mock
 from jobs import distill
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.optimizer import State
-from wmdd_ray.progress import StageLine
-from wmdd_ray.stages.checkpoints import Checkpoints
+from wmdd_ray.spine.checkpoints import Checkpoints
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.telling.progress import StageLine
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("teacher", "features", "barycenters", "images", "labels", "dataset", "evaluation")

@@ -15,20 +15,20 @@ from typing import Any
 import numpy as np
 import ray
 
-from wmdd_ray.card import dataset_card, options_of
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.tiles import tile
 from wmdd_ray.errors import LostRaceError
-from wmdd_ray.pictures import preview
-from wmdd_ray.provenance import versions
+from wmdd_ray.executors.actors import fan_out
+from wmdd_ray.executors.cluster import width
+from wmdd_ray.product.card import dataset_card, options_of
+from wmdd_ray.product.pictures import preview
 from wmdd_ray.records import ClassImages
-from wmdd_ray.rooms import Room, StageCommit
-from wmdd_ray.run import StageRun, Work
+from wmdd_ray.spine.provenance import versions
+from wmdd_ray.spine.rooms import Room, StageCommit
+from wmdd_ray.spine.run import StageRun, Work
 from wmdd_ray.stages import recover
-from wmdd_ray.stages.actors import fan_out
-from wmdd_ray.stages.cluster import width
-from wmdd_ray.stages.teacher import TEACHER_KEY, key_of, units_of
 from wmdd_ray.store import codecs, documents
+from wmdd_ray.units.teacher import TEACHER_KEY, key_of, units_of
 
 # Images of one Parquet file: some 10 to 100 MB.
 _FILE_IMAGES = 1000

@@ -19,7 +19,9 @@ import numpy as np
 import safetensors.numpy
 import torch
 
-from wmdd_ray.attacks import (
+from wmdd_ray.config import Arch, AttackConfig, AttackName, DistillConfig
+from wmdd_ray.executors.workers import DoUnit, Report, do_units
+from wmdd_ray.robustness.attacks import (
     NAMES,
     SETTINGS,
     SUSPECT_SHARE,
@@ -31,15 +33,13 @@ from wmdd_ray.attacks import (
     robust_to_cw,
     worst_case,
 )
-from wmdd_ray.config import Arch, AttackConfig, AttackName, DistillConfig
-from wmdd_ray.provenance import hardware, versions
-from wmdd_ray.rooms import Room
-from wmdd_ray.run import Run, Stage, StageRun, Work, unit_seed
+from wmdd_ray.spine.provenance import hardware, versions
+from wmdd_ray.spine.rooms import Room
+from wmdd_ray.spine.run import Run, Stage, StageRun, Work, unit_seed
 from wmdd_ray.stages import evaluate
-from wmdd_ray.stages.held_out import Listed
-from wmdd_ray.stages.real_images import draw_of_classes
-from wmdd_ray.stages.workers import DoUnit, Report, do_units
 from wmdd_ray.store import documents
+from wmdd_ray.units.held_out import Listed
+from wmdd_ray.units.real_images import draw_of_classes
 
 SAMPLE = "attacked"
 _SAMPLE_UNIT, _SAMPLE_KEY = "images", "images.safetensors"

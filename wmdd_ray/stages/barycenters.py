@@ -14,12 +14,12 @@ import numpy as np
 import ray
 
 from wmdd_ray.config import DistillConfig
+from wmdd_ray.executors.actors import fan_out
 from wmdd_ray.records import Barycenter, ClassBarycenter, ClassFeatures
-from wmdd_ray.rooms import Room
-from wmdd_ray.run import StageRun, Work, unit_seed
-from wmdd_ray.stages.actors import fan_out
-from wmdd_ray.stages.class_features import ClassFeaturesReader
+from wmdd_ray.spine.rooms import Room
+from wmdd_ray.spine.run import StageRun, Work, unit_seed
 from wmdd_ray.store import codecs, documents
+from wmdd_ray.units.class_features import ClassFeaturesReader
 
 # Real images of a class that the mosaic start crops from (300 in RDED).
 _POOL = 300
@@ -58,7 +58,7 @@ def read_barycenter(
 def plan(stage: StageRun) -> Work:
     """Return one unit a class."""
     # Imported here: actors import this module, and need no torch.
-    from wmdd_ray.stages.teacher import feature_width
+    from wmdd_ray.units.teacher import feature_width
 
     num_classes = len(stage.run.source("train").class_names)
     width_D = feature_width(stage.config, num_classes)
@@ -122,7 +122,7 @@ def _last_layer(stage: StageRun) -> tuple[np.ndarray, np.ndarray] | None:
     import torch
 
     from wmdd_ray.core.networks import last_linear, network_of
-    from wmdd_ray.stages.teacher import read_teacher
+    from wmdd_ray.units.teacher import read_teacher
 
     linear = last_linear(network_of(read_teacher(stage.run.room("teacher")), torch.device("cpu")))
     return linear.weight.detach().numpy(), linear.bias.detach().numpy()

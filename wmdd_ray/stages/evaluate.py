@@ -21,15 +21,15 @@ from wmdd_ray.core.class_order import confusion
 from wmdd_ray.core.networks import build_network, load_weights, weights_of
 from wmdd_ray.core.optimizer import State
 from wmdd_ray.core.training import accuracy, train_student
-from wmdd_ray.provenance import hardware, versions
+from wmdd_ray.executors.workers import DoUnit, Report, do_units
 from wmdd_ray.records import StudentResult
-from wmdd_ray.rooms import Room
-from wmdd_ray.run import StageRun, Work, unit_seed
-from wmdd_ray.stages.checkpoints import Checkpoints
-from wmdd_ray.stages.held_out import HeldOut, Listed
-from wmdd_ray.stages.training_sets import TILED, OpenSets, open_sets
-from wmdd_ray.stages.workers import DoUnit, Report, do_units
+from wmdd_ray.spine.checkpoints import Checkpoints
+from wmdd_ray.spine.provenance import hardware, versions
+from wmdd_ray.spine.rooms import Room
+from wmdd_ray.spine.run import StageRun, Work, unit_seed
 from wmdd_ray.store import codecs, documents
+from wmdd_ray.units.held_out import HeldOut, Listed
+from wmdd_ray.units.training_sets import TILED, OpenSets, open_sets
 
 _STATE_EVERY_S = 20.0
 

@@ -22,15 +22,15 @@ import ray.data
 
 from wmdd_ray.config import DistillConfig, SourceConfig
 from wmdd_ray.errors import DataError
+from wmdd_ray.executors.cluster import root_cause, width
 from wmdd_ray.records import FeatureChunk
-from wmdd_ray.rooms import Room, UnitMarker, marker_of
-from wmdd_ray.run import StageRun, Work
-from wmdd_ray.stages.class_features import is_class_unit
-from wmdd_ray.stages.cluster import root_cause, width
+from wmdd_ray.spine.rooms import Room, UnitMarker, marker_of
+from wmdd_ray.spine.run import StageRun, Work
 from wmdd_ray.stages.regroup import regroup_by_class
-from wmdd_ray.stages.teacher import feature_width, read_teacher
 from wmdd_ray.store import codecs
 from wmdd_ray.store.sources import Shard, Source, decoded_chunks, refuse_too_many_bad
+from wmdd_ray.units.class_features import is_class_unit
+from wmdd_ray.units.teacher import feature_width, read_teacher
 
 # Above this many (class, chunk) reads, one shuffle is cheaper than every class reading its rows out of many chunks.
 _REGROUP_READS = 20_000

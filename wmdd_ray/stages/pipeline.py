@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from wmdd_ray.run import Stage
+from wmdd_ray.spine.run import Stage
 from wmdd_ray.stages import assemble, barycenters, evaluate, features, recover, relabel, squeeze
 
 

@@ -24,11 +24,10 @@ import pyarrow.parquet as pq
 import ray.data
 
 from wmdd_ray.errors import ArtifactError, BadImageError, DataError
-from wmdd_ray.prepare import DEFAULT_VAL_FRACTION, SPLITS, PrepareConfig, held_out, output_files
-from wmdd_ray.rooms import Room, UnitMarker, marker_of
-from wmdd_ray.run import Stage, StageRun, Work
-from wmdd_ray.stages.cluster import root_cause
-from wmdd_ray.stages.heap import return_freed_memory
+from wmdd_ray.executors.cluster import root_cause
+from wmdd_ray.executors.heap import return_freed_memory
+from wmdd_ray.spine.rooms import Room, UnitMarker, marker_of
+from wmdd_ray.spine.run import Stage, StageRun, Work
 from wmdd_ray.store.documents import FileEntry
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.parts import decode_frame, decode_index, encode_frame, encode_part, rank_of
@@ -37,6 +36,13 @@ from wmdd_ray.store.sources import RawImage, Shard, Source, refuse_too_many_bad
 from wmdd_ray.store.sources.classes import one_line
 from wmdd_ray.store.sources.files import open_whole, read_ahead, reading
 from wmdd_ray.store.uris import arrow_filesystem
+from wmdd_ray.units.splitting import (
+    DEFAULT_VAL_FRACTION,
+    SPLITS,
+    PrepareConfig,
+    held_out,
+    output_files,
+)
 
 PARTS_ROOM = ".scan"  # hidden: whoever lists the output sees Parquet files only
 DATA_ROOM = "data"

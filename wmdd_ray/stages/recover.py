@@ -1,8 +1,8 @@
 """recover: the distilled images, on Ray Train workers that take groups of classes from a load-balanced stream.
 
-They are optimized against the teacher (`core/synthesis.py`), or sampled from a diffusion model (`stages/diffusion.py`); whoever
+They are optimized against the teacher (`core/synthesis.py`), or sampled from a diffusion model (`diffusion/recovery.py`); whoever
 reads the room need not know. Where samples are led by their influence, a classifier of latents is a unit before all groups
-(`stages/surrogate.py`).
+(`diffusion/surrogate.py`).
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from wmdd_ray.core.networks import network_of
 from wmdd_ray.core.optimizer import State
 from wmdd_ray.core.synthesis import ClassTarget, recover_group
 from wmdd_ray.core.tiles import shrink, tile, tile_side
-from wmdd_ray.diffusion import DiffusionModel, load_model
-from wmdd_ray.diffusion_card import read_card
+from wmdd_ray.diffusion import recovery as diffusion
+from wmdd_ray.diffusion import surrogate
+from wmdd_ray.diffusion.card import read_card
+from wmdd_ray.diffusion.model import DiffusionModel, load_model
+from wmdd_ray.executors.workers import DoUnit, Report, do_units
 from wmdd_ray.records import ClassBarycenter, ClassImages, Teacher
-from wmdd_ray.rooms import Room
-from wmdd_ray.run import StageRun, Work, unit_seed
-from wmdd_ray.stages import barycenters, diffusion, surrogate
-from wmdd_ray.stages.checkpoints import Checkpoints
-from wmdd_ray.stages.teacher import read_teacher
-from wmdd_ray.stages.workers import DoUnit, Report, do_units
+from wmdd_ray.spine.checkpoints import Checkpoints
+from wmdd_ray.spine.rooms import Room
+from wmdd_ray.spine.run import StageRun, Work, unit_seed
+from wmdd_ray.stages import barycenters
 from wmdd_ray.store import codecs
 from wmdd_ray.store.images import decode_image
 from wmdd_ray.store.sources import Source
+from wmdd_ray.units.teacher import read_teacher
 
 
 def options(config: DistillConfig) -> dict[str, Any]:

@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 
-from wmdd_ray.rooms import Room
-from wmdd_ray.run import StageRun
-from wmdd_ray.stages.class_features import class_key, class_part, class_unit, merge_class_features
-from wmdd_ray.stages.cluster import root_cause
+from wmdd_ray.executors.cluster import root_cause
+from wmdd_ray.spine.rooms import Room
+from wmdd_ray.spine.run import StageRun
 from wmdd_ray.store import codecs
+from wmdd_ray.units.class_features import class_key, class_part, class_unit, merge_class_features
 
 _MAX_PARTITIONS = 256
 

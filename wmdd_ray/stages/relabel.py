@@ -19,13 +19,13 @@ from wmdd_ray.core.networks import labeler_of
 from wmdd_ray.core.soft_labels import compress, concatenate_labels, label_views
 from wmdd_ray.core.views import concatenate_views, draw_block, draw_views, is_exact, to_input
 from wmdd_ray.core.views import renamed as renamed
+from wmdd_ray.executors.workers import DoUnit, Report, do_units
 from wmdd_ray.records import SoftLabelBlock, SoftLabels, ViewDraw
-from wmdd_ray.rooms import Room
-from wmdd_ray.run import StageRun, Work, unit_seed
+from wmdd_ray.spine.rooms import Room
+from wmdd_ray.spine.run import StageRun, Work, unit_seed
 from wmdd_ray.stages.recover import read_images
-from wmdd_ray.stages.teacher import read_teacher, units_of
-from wmdd_ray.stages.workers import DoUnit, Report, do_units
 from wmdd_ray.store import codecs
+from wmdd_ray.units.teacher import read_teacher, units_of
 
 # Bytes of a stored view besides its logits: two boxes, a mix box, indices, flips, share.
 _VIEW_BYTES = 54

@@ -28,17 +28,17 @@ from wmdd_ray.core.networks import build_network
 from wmdd_ray.core.optimizer import State, load_training_state, make_optimizer, training_state
 from wmdd_ray.core.training import train_classifier
 from wmdd_ray.errors import WmddError
-from wmdd_ray.run import StageRun, Work, unit_seed
-from wmdd_ray.stages import train_groups, workers
-from wmdd_ray.stages.checkpoints import Checkpoints
-from wmdd_ray.stages.cluster import width
+from wmdd_ray.executors import train_groups, workers
+from wmdd_ray.executors.cluster import width
+from wmdd_ray.executors.heap import keep_freed_memory
+from wmdd_ray.executors.queue import UnitQueue
+from wmdd_ray.spine.checkpoints import Checkpoints
+from wmdd_ray.spine.run import StageRun, Work, unit_seed
 from wmdd_ray.stages.features import check_listed
-from wmdd_ray.stages.given_teacher import import_teacher
-from wmdd_ray.stages.heap import keep_freed_memory
-from wmdd_ray.stages.held_out import Listed
-from wmdd_ray.stages.queue import UnitQueue
-from wmdd_ray.stages.teacher import UNIT, commit_teacher, measure, units_of
 from wmdd_ray.store.sources import Shard, Source, decoded_chunks
+from wmdd_ray.units.given_teacher import import_teacher
+from wmdd_ray.units.held_out import Listed
+from wmdd_ray.units.teacher import UNIT, commit_teacher, measure, units_of
 
 _STATE_EVERY_S = 20.0
 _STREAM_CHUNK_IMAGES = 256

@@ -25,8 +25,8 @@ from wmdd_ray.core.tiles import shrink, tile, tile_side
 from wmdd_ray.core.transport import squared_distances_KN
 from wmdd_ray.errors import DataError
 from wmdd_ray.records import Barycenter, ClassFeatures, ClassImages
-from wmdd_ray.run import unit_seed
-from wmdd_ray.stages.checkpoints import Checkpoints
+from wmdd_ray.spine.checkpoints import Checkpoints
+from wmdd_ray.spine.run import unit_seed
 from wmdd_ray.store import codecs
 
 # Real images of a class that RDED draws its crops from.

@@ -14,7 +14,7 @@ from jobs.benches.accuracy.definitions import Table
 from jobs.benches.accuracy.splits import Labeled, Workplace, load_split
 from jobs.benches.accuracy.work import Trained, stages_of, unfinished
 from wmdd_ray.errors import ConfigError
-from wmdd_ray.run import fingerprint
+from wmdd_ray.spine.run import fingerprint
 from wmdd_ray.store.documents import read_sealed, seal
 from wmdd_ray.store.filesystem import Store
 

@@ -25,7 +25,7 @@ from jobs.benches.accuracy.work import (
 from wmdd_ray.core.batches import eval_batches
 from wmdd_ray.core.training import accuracy
 from wmdd_ray.errors import ArtifactError
-from wmdd_ray.provenance import hardware, versions
+from wmdd_ray.spine.provenance import hardware, versions
 from wmdd_ray.store.documents import seal
 
 _BATCH_IMAGES = 500

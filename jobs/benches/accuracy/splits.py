@@ -20,7 +20,7 @@ import numpy as np
 
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import ConfigError, DataError
-from wmdd_ray.rooms import Room
+from wmdd_ray.spine.rooms import Room
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import load_images, open_source
 

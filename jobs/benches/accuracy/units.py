@@ -44,9 +44,9 @@ from wmdd_ray.core.training import accuracy, train_classifier, train_student
 from wmdd_ray.core.views import StoredImages, concatenate_views, draw_views, take, to_input
 from wmdd_ray.errors import DataError
 from wmdd_ray.records import ClassFeatures, SoftLabelBlock, Teacher, Views
-from wmdd_ray.rooms import UnitMarker
-from wmdd_ray.run import fingerprint, unit_seed
-from wmdd_ray.stages.checkpoints import Checkpoints
+from wmdd_ray.spine.checkpoints import Checkpoints
+from wmdd_ray.spine.rooms import UnitMarker
+from wmdd_ray.spine.run import fingerprint, unit_seed
 from wmdd_ray.store import codecs
 
 Labels = Literal["soft", "hard"]

@@ -39,7 +39,7 @@ from wmdd_ray.config import (
 )
 from wmdd_ray.core.training import train_student
 from wmdd_ray.core.views import StoredImages, draw_views
-from wmdd_ray.stages.heap import keep_freed_memory
+from wmdd_ray.executors.heap import keep_freed_memory
 
 LABELS: tuple[Labels, ...] = ("soft", "hard")
 _MEASURED_IMAGES = 100

@@ -66,9 +66,9 @@ def labels(
     from jobs.benches.accuracy.work import duration, speed_on
     from jobs.benches.labels.files import synthetic_rows
     from jobs.benches.labels.students import Comparison
-    from wmdd_ray.rooms import Room
-    from wmdd_ray.stages.teacher import read_teacher
+    from wmdd_ray.spine.rooms import Room
     from wmdd_ray.store.filesystem import Store
+    from wmdd_ray.units.teacher import read_teacher
 
     torch.set_num_threads(1)
     for name, given in (("ipc", ipc), ("steps", steps), ("shared", shared)):

@@ -23,8 +23,8 @@ from wmdd_ray.core.networks import build_network, load_weights, network_of, weig
 from wmdd_ray.core.training import accuracy, train_student
 from wmdd_ray.core.views import StoredImages
 from wmdd_ray.records import Teacher
-from wmdd_ray.rooms import Room
-from wmdd_ray.run import fingerprint
+from wmdd_ray.spine.rooms import Room
+from wmdd_ray.spine.run import fingerprint
 from wmdd_ray.stages.recover import read_images
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store

@@ -15,7 +15,7 @@ from jobs.benches.reporting import mean_and_std
 from jobs.train_diffusion import Training
 from wmdd_ray.config import DiffusionConfig, DistillConfig
 from wmdd_ray.errors import WmddError
-from wmdd_ray.provenance import hardware, versions
+from wmdd_ray.spine.provenance import hardware, versions
 
 if TYPE_CHECKING:
     from jobs.benches.accuracy.splits import Workplace

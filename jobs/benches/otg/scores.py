@@ -14,10 +14,10 @@ import torch
 from jobs.benches.accuracy.splits import Labeled, Workplace
 from jobs.benches.accuracy.units import ImagesUnit, formed_images, network_at
 from jobs.benches.otg.units import SurrogateUnit, influences_at, model_at
-from wmdd_ray.core.influence import influence
 from wmdd_ray.core.synthesis import features_of
 from wmdd_ray.core.transport import exact_cost
 from wmdd_ray.core.views import to_input
+from wmdd_ray.diffusion.influence import influence
 
 
 def w2(place: Workplace, unit: ImagesUnit, real: Labeled) -> float:

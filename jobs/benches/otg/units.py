@@ -18,20 +18,20 @@ from jobs.benches.accuracy.splits import Workplace
 from jobs.benches.accuracy.units import ImagesUnit, Speed, Unit, network_at
 from jobs.train_diffusion import Training, train_unet
 from wmdd_ray.config import DiffusionConfig, NetworkConfig
-from wmdd_ray.core.influence import (
+from wmdd_ray.core.optimizer import State
+from wmdd_ray.core.synthesis import deterministic_convolutions
+from wmdd_ray.core.tiles import tile
+from wmdd_ray.diffusion.influence import (
     ClassInfluence,
     class_influence,
     surrogate_of,
     train_surrogate,
 )
-from wmdd_ray.core.optimizer import State
-from wmdd_ray.core.synthesis import deterministic_convolutions
-from wmdd_ray.core.tiles import tile
-from wmdd_ray.diffusion import DiffusionModel, load_model, save_model
+from wmdd_ray.diffusion.model import DiffusionModel, load_model, save_model
+from wmdd_ray.diffusion.recovery import sampled
 from wmdd_ray.recipes import recipe_of
-from wmdd_ray.run import unit_seed
-from wmdd_ray.stages.checkpoints import Checkpoints
-from wmdd_ray.stages.diffusion import sampled
+from wmdd_ray.spine.checkpoints import Checkpoints
+from wmdd_ray.spine.run import unit_seed
 from wmdd_ray.store import codecs
 
 # Real images of a class that samples are led by, as the pipeline's.

@@ -11,9 +11,9 @@ import numpy as np
 
 from jobs.benches.accuracy.splits import Labeled, Workplace, load_split
 from jobs.benches.accuracy.units import Speed, StudentUnit, Unit
-from wmdd_ray.attacks import Attacked, attack
 from wmdd_ray.config import AttackConfig, AttackName
-from wmdd_ray.run import unit_seed
+from wmdd_ray.robustness.attacks import Attacked, attack
+from wmdd_ray.spine.run import unit_seed
 
 # Passes of a network forth and back that an image takes which no attack makes fall, for the plan: a query is a third of one.
 _PASSES: dict[AttackName, int] = {

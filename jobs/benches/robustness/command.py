@@ -11,7 +11,7 @@ from jobs.benches.accuracy.definitions import Options
 from jobs.benches.robustness.cells import Cell, Method
 from wmdd_ray.config import AttackConfig, AttackName, CurvatureForm, SqueezeConfig
 from wmdd_ray.errors import WmddError
-from wmdd_ray.provenance import hardware, versions
+from wmdd_ray.spine.provenance import hardware, versions
 
 
 def robustness(
@@ -74,8 +74,8 @@ def robustness(
     from jobs.benches.robustness.attacks import attacks_on, images_of, stages_of
     from jobs.benches.robustness.cost import step_cost
     from jobs.benches.robustness.scores import markdown, scored, targets
-    from wmdd_ray.attacks import SETTINGS, libraries, require_libraries
     from wmdd_ray.recipes import recipe_of
+    from wmdd_ray.robustness.attacks import SETTINGS, libraries, require_libraries
 
     try:
         for option, given in (("ipc", ipc), ("methods", methods)):

@@ -13,8 +13,8 @@ from jobs.benches.accuracy.units import StudentUnit
 from jobs.benches.reporting import mean_and_std
 from jobs.benches.robustness.attacks import AttackUnit
 from jobs.benches.robustness.cells import METHODS, Cell
-from wmdd_ray.attacks import contradictions, robust_to_cw
 from wmdd_ray.config import AttackName
+from wmdd_ray.robustness.attacks import contradictions, robust_to_cw
 
 
 def scored(

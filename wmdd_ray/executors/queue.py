@@ -1,0 +1,112 @@
+"""The units of a stage that are left, and who works on which. No Ray: it lives in the driver, or in an actor."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from wmdd_ray.errors import WmddError
+from wmdd_ray.spine.rooms import MAX_ATTEMPTS, unit_given_up
+
+
+class UnitQueue:
+    """The units that are left, and who works on which. Rebuilt by running again: it holds nothing of its own.
+
+    Args:
+        units: Unfinished unit ids, in the order to hand them out (most expensive first).
+        on_change: Called with (units done, note) after every report; in the driver only.
+        on_event: Called as on_event(event, **about); in the driver only. Elsewhere events wait for `drain`.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[str],
+        on_change: Callable[[float, str], None] | None = None,
+        on_event: Callable[..., None] | None = None,
+    ) -> None:
+        self._waiting = deque(units)
+        self._taken: dict[str, tuple[int, float]] = {}
+        self._nodes: dict[int, str] = {}
+        self._takes: Counter[str] = Counter()
+        self._deaths: Counter[str] = Counter()
+        self._fractions: dict[str, float] = {}
+        self._done = 0
+        self._note = ""
+        self._error: WmddError | None = None
+        self._events: list[dict[str, Any]] = []
+        self._on_change, self._on_event = on_change, on_event
+
+    def join(self, rank: int, world: int, node: str = "") -> None:
+        """Enter as `rank` of a group of `world`. What this rank, or one beyond the group, had taken before is free again."""
+        for unit, (holder, _) in list(self._taken.items()):
+            if holder == rank or holder >= world:
+                self._event("unit_retried", unit, reason="its group of workers was started again")
+                del self._taken[unit]
+                self._fractions.pop(unit, None)
+                self._waiting.appendleft(unit)
+        self._nodes[rank] = node
+
+    def take(self, rank: int) -> str | None:
+        """Return the next unit, or None when nothing is left to begin."""
+        if self._error or not self._waiting:
+            return None
+        unit = self._waiting.popleft()
+        self._taken[unit] = (rank, time.monotonic())
+        self._takes[unit] += 1
+        self._event("unit_started", unit)
+        return unit
+
+    def report(
+        self, unit: str, fraction: float, note: str, values: dict[str, float] | None = None
+    ) -> None:
+        """Note the fraction of a unit that is done, 1 finishes it, and hand on the values that it tells."""
+        if values:
+            self._event("unit_told", unit, values=values)
+        if fraction >= 1:
+            if unit in self._taken:
+                seconds = time.monotonic() - self._taken[unit][1]
+                self._event("unit_done", unit, seconds=round(seconds, 3))
+            self._taken.pop(unit, None)
+            self._fractions.pop(unit, None)
+            self._done += 1
+        else:
+            self._fractions[unit] = fraction
+        self._note = note or self._note
+        if self._on_change:
+            self._on_change(*self.progress())
+
+    def fail(self, unit: str, error: WmddError) -> None:
+        """Stop handing out units because of a deliberate error."""
+        self._event("unit_failed", unit, reason=str(error))
+        self._error = self._error or error
+
+    def lose(self, reasons: dict[int, str]) -> None:
+        """Note that ranks died, by themselves and not with their group; their units have so many attempts and no more."""
+        for unit, (holder, _) in self._taken.items():
+            if holder in reasons:
+                self._deaths[unit] += 1
+                if self._deaths[unit] >= MAX_ATTEMPTS:
+                    self.fail(unit, unit_given_up(unit, f"by {reasons[holder]}"))
+
+    def progress(self) -> tuple[float, str]:
+        """Return (units done, with the fractions under way; last note)."""
+        return self._done + sum(self._fractions.values()), self._note
+
+    def error(self) -> WmddError | None:
+        """Return the first deliberate error."""
+        return self._error
+
+    def drain(self) -> list[dict[str, Any]]:
+        """Return the events since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def _event(self, event: str, unit: str, **about: Any) -> None:
+        holder = self._taken.get(unit, (-1, 0.0))[0]
+        about |= {"unit": unit, "node": self._nodes.get(holder, ""), "attempt": self._takes[unit]}
+        if self._on_event:
+            self._on_event(event, **about)
+        else:
+            self._events.append({"event": event, **about})
