@@ -100,15 +100,14 @@ def distill(job: Job) -> int:
     tracked = tracked_run(run)
     trackers = [] if job.dry_run else trackers_of(job.reporting, tracked)
     # Imported here: stages load torch and Ray, which a wrong option should not have to wait for.
-    from wmdd_ray.executors.metrics import LiveWatch
-    from wmdd_ray.executors.train_groups import sweep_notes
+    from wmdd_ray.executors.dispatch import sweep_notes, watch_of
     from wmdd_ray.stages import recover
     from wmdd_ray.stages.pipeline import PIPELINE
 
     if job.dry_run:
         print_plan(run, PIPELINE)
         return 0
-    run.watch = LiveWatch(tracked, trackers)
+    run.watch = watch_of(run, tracked, trackers)
     with endings.ended(run):
         if run.config.recover.method == "diffusion":
             # A wrong name is better told before the teacher is trained.
@@ -147,7 +146,7 @@ def open_run(job: Job) -> Run:
         )
 
     def connect() -> None:
-        endings.join_cluster(out, verbose=job.verbose)
+        endings.join_cluster(out, job.resources, verbose=job.verbose)
         # Only now: a run that was refused, or had nothing to do, is not what made the rooms.
         write_run_record(run)
 

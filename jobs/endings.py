@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
+from wmdd_ray.config import Resources
 from wmdd_ray.errors import WmddError
 from wmdd_ray.spine.run import Run
 from wmdd_ray.telling.progress import AboveTheBar
@@ -60,8 +61,10 @@ def log_above_the_bar(*, verbose: bool) -> None:
     )
 
 
-def join_cluster(out: str, *, verbose: bool) -> None:
+def join_cluster(out: str, resources: Resources, *, verbose: bool) -> None:
     """Join or start the cluster for a run under `out`, and go on hearing requests to terminate."""
+    if resources.executor == "here":
+        return
     from wmdd_ray.executors.cluster import connect
 
     try:

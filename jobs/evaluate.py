@@ -44,18 +44,18 @@ def main(arguments: list[str]) -> int:
 def evaluate(asked: Asked) -> int:
     """Train and test the students that are missing, and print the table."""
     started = time.monotonic()
-    from wmdd_ray.executors.metrics import LiveWatch
-    from wmdd_ray.executors.train_groups import sweep_notes
+    from wmdd_ray.executors.dispatch import sweep_notes, watch_of
+    from wmdd_ray.robustness import results
     from wmdd_ray.robustness.attacks import require_libraries
     from wmdd_ray.stages import attack
-    from wmdd_ray.units.given_set import config_of, stages
+    from wmdd_ray.stages.given_set import config_of, stages
 
     run = open_run(asked)
     configs = {student: config_of(asked.config, student) for student in asked.students}
     if asked.attack.names:
         require_libraries(asked.attack.names, len(run.source("train").class_names))
     real = run.source("real").fingerprint() if asked.config.evaluate.baselines else None
-    run.watch = LiveWatch(distill.tracked_run(run), [])
+    run.watch = watch_of(run, distill.tracked_run(run))
     with endings.ended(run):
         work = stages(asked.config, asked.students, real)
         if asked.attack.names:
@@ -69,7 +69,7 @@ def evaluate(asked: Asked) -> int:
         for student in asked.students
         for row in commits[student].metrics["table"]
     ]
-    attacked = attack.results(run, configs, asked.attack) if asked.attack.names else None
+    attacked = results.results(run, configs, asked.attack) if asked.attack.names else None
     write_results(run, asked, commits, table, attacked)
     print_summary(run, asked, commits, table, attacked, time.monotonic() - started)
     return 0
@@ -115,7 +115,7 @@ def open_run(asked: Asked) -> Run:
         open_source=open_split,
         # The longest name of an architecture would touch the numbers.
         progress=lambda name: StageLine(f"{name:<{width}}"),
-        connect=lambda: endings.join_cluster(asked.out, verbose=job.verbose),
+        connect=lambda: endings.join_cluster(asked.out, job.resources, verbose=job.verbose),
         unsafe_commits=job.allow_unsafe_commits,
     )
     return run

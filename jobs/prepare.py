@@ -92,7 +92,7 @@ def prepare(job: Job) -> int:
     started = time.monotonic()
     run = open_run(job)
     # Imported here: Ray, which a wrong option should not have to wait for.
-    from wmdd_ray.executors.metrics import LiveWatch
+    from wmdd_ray.executors.dispatch import watch_of
     from wmdd_ray.stages.prepare import SCAN, WRITE, delete_parts
 
     plans = {"scan": expected_plan(run, SCAN, {})}
@@ -108,7 +108,7 @@ def prepare(job: Job) -> int:
             f"(chance {100 / len(images.class_names):.1f} %)"
         )
     if found is None:
-        run.watch = LiveWatch(tracked_run(run), [])
+        run.watch = watch_of(run, tracked_run(run))
         with endings.ended(run):
             commits = run_pipeline(run, (SCAN, WRITE), overwrite=job.overwrite)
         made = commits[WRITE.room]
@@ -144,7 +144,7 @@ def open_run(job: Job) -> Run:
         resources=Resources(),
         open_source=open_split,
         progress=StageLine,
-        connect=lambda: endings.join_cluster(job.out, verbose=job.verbose),
+        connect=lambda: endings.join_cluster(job.out, run.resources, verbose=job.verbose),
         unsafe_commits=job.allow_unsafe_commits,
     )
     return run

@@ -338,7 +338,7 @@ def _preview(model: DiffusionModel, seed: int) -> bytes:
 
     from wmdd_ray.config import DiffusionConfig
     from wmdd_ray.diffusion.sampling import SampleTarget, sample_group
-    from wmdd_ray.product.pictures import preview
+    from wmdd_ray.units.pictures import preview
 
     names = model.card.class_names[:20]
     device = next(model.network.parameters()).device

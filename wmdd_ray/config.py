@@ -818,10 +818,11 @@ class Resources:
     """GPUs of one worker; -1 takes one when the cluster has GPUs, else none."""
     cpus_per_worker: int = 1
     """CPUs, and with them computing threads, of one worker (one: on shared cores two threads ran 4 to 7 times slower)."""
-    executor: Literal["auto", "train", "actors"] = "auto"
-    """What the workers are: one Ray Train group, which a lost worker starts again as a whole, or isolated actors, of which a lost
-    one costs its own unit; auto takes a group up to 8 workers with 4 units each, where recover is 93 to 97 % efficient at 5 %
-    of the nodes lost an hour (ImageNet, simulated; at 64 workers and ipc 100 81 against 97 %)."""
+    executor: Literal["auto", "train", "actors", "here"] = "auto"
+    """Where units run: `here` in this process alone, without Ray; else workers of Ray: one Ray Train group, which a lost worker
+    starts again as a whole, or isolated actors, of which a lost one costs its own unit; auto takes a group up to 8 workers with 4
+    units each, where recover is 93 to 97 % efficient at 5 % of the nodes lost an hour (ImageNet, simulated; at 64 workers and ipc
+    100 81 against 97 %)."""
     max_actors: int = 1000
     """Most barycenter and embedding actors."""
 

@@ -160,15 +160,15 @@ def started_rows(run: Run, num_actors: int) -> list[Row]:
     """Start the stage's actors, all at once, and say what each took until it could work."""
     import ray
 
-    from wmdd_ray.stages.barycenters import BarycenterActor
+    from wmdd_ray.units.atoms import ClassSolver
 
-    actor_class = ray.remote(num_cpus=1)(BarycenterActor)
+    actor_class = ray.remote(num_cpus=1)(ClassSolver)
     arguments = (run.room("barycenters"), run.room("features"), (), run.config)
     started = time.perf_counter()
     actors = [actor_class.remote(*arguments) for _ in range(num_actors)]
     ray.get([actor.ready.remote() for actor in actors])
     seconds = time.perf_counter() - started
-    here = [p for p, title in descendants(os.getpid()).items() if "BarycenterActor" in title]
+    here = [p for p, title in descendants(os.getpid()).items() if "ClassSolver" in title]
     memory = [shares_mib(pid) for pid in here]
     rows = [
         row("actors started", "1/s", num_actors / seconds, num_actors),

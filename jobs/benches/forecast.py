@@ -158,25 +158,25 @@ class Forecast:
 def unit_seconds(name: str, ipc: int, rates: dict[str, float]) -> Stages:
     """Return stage -> seconds of its units on one GPU, with the units that the code cuts."""
     # Imported here: stages load torch and Ray.
-    from wmdd_ray.stages import evaluate, recover, relabel
+    from wmdd_ray.units import images, labels, students
 
     config, num_classes = recipe_of("imagenet1k", ipc), _CLASSES[name]
-    units = evaluate.longest_first(evaluate.unit_ids(config))
+    units = students.longest_first(students.unit_ids(config))
     student_s = num_classes * ipc * config.evaluate.epochs / rates["student"]
     label_s = num_classes * ipc * config.evaluate.epochs / rates["label"]
     return {
         "recover": [
-            len(labels) * ipc * config.recover.iterations / rates["recover"]
-            for labels in recover.groups(config, num_classes).values()
+            len(group) * ipc * config.recover.iterations / rates["recover"]
+            for group in images.groups(config, num_classes).values()
         ],
         "relabel": [
-            len(labels) * ipc * len(epochs) / rates["label"]
-            for epochs, labels in relabel.blocks(config, num_classes).values()
+            len(classes) * ipc * len(epochs) / rates["label"]
+            for epochs, classes in labels.blocks(config, num_classes).values()
         ],
         # Rows of real images are labeled while their student by soft labels trains.
         "evaluate": [
-            student_s + (label_s if row != "distilled" and labels == "soft" else 0)
-            for row, labels, _ in map(evaluate.parts_of, units)
+            student_s + (label_s if row != "distilled" and kind == "soft" else 0)
+            for row, kind, _ in map(students.parts_of, units)
         ],
     }
 

@@ -140,7 +140,7 @@ def relabel_peaks(epochs: int, num_classes: int = 600, epochs_per_unit: int = 10
     """Watch the labels of an image a class in so many epochs, some of them a unit, by a loop in the driver."""
 
     def make_images(stage: StageRun) -> dict[str, Any]:
-        from wmdd_ray.stages.recover import key_of
+        from wmdd_ray.units.images import key_of
 
         pixels = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
         for label in range(num_classes):

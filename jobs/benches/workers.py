@@ -28,13 +28,20 @@ from wmdd_ray.config import Resources
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.spine.events import read_events
 from wmdd_ray.spine.rooms import Room, StageCommit
-from wmdd_ray.spine.run import Progress, Run, Stage, StageRun, Work, run_pipeline
+from wmdd_ray.spine.run import (
+    DoUnit,
+    Progress,
+    Report,
+    Run,
+    Stage,
+    StageRun,
+    Work,
+    run_pipeline,
+)
 from wmdd_ray.store.filesystem import Store
 
 if TYPE_CHECKING:
     import torch
-
-    from wmdd_ray.executors.workers import DoUnit, Report
 
 Executor = Literal["train", "actors"]
 
@@ -146,7 +153,7 @@ def lose_one(options: Workers, executor: Executor, folder: str) -> dict[str, flo
     diary.mkdir(parents=True)
 
     def work(stage: StageRun) -> dict[str, Any]:
-        from wmdd_ray.executors.workers import do_units
+        from wmdd_ray.executors.dispatch import do_units
 
         do_units(
             stage, units, partial(open_sleeper, diary=diary, room=stage.room, unit_s=options.unit_s)

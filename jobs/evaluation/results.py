@@ -111,7 +111,7 @@ def print_summary(
 
 def print_attacks(attacked: dict[str, Any]) -> None:
     """Print the accuracies under attack, and what in them cannot be."""
-    from wmdd_ray.stages.attack import markdown
+    from wmdd_ray.robustness.results import markdown
 
     print(
         f"\nunder attack    top-1 %, {attacked['images']} held-out images, as many of each class; eps is the largest change of a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,16 +16,21 @@ from wmdd_ray.core.optimizer import State
 from wmdd_ray.core.synthesis import deterministic_convolutions, features_of
 from wmdd_ray.core.tiles import shrink, tile_side
 from wmdd_ray.core.views import to_input
+from wmdd_ray.diffusion import surrogate
 from wmdd_ray.diffusion.card import ModelCard, check_card, class_ids_of, read_card
 from wmdd_ray.diffusion.influence import LEAST_SIDE, class_influence
-from wmdd_ray.diffusion.model import DiffusionModel, fit_pictures
+from wmdd_ray.diffusion.model import DiffusionModel, fit_pictures, load_model
 from wmdd_ray.diffusion.sampling import SampleTarget, sample_group
 from wmdd_ray.errors import ArtifactError, ConfigError
 from wmdd_ray.records import ClassImages, Teacher
+from wmdd_ray.spine.rooms import Room
+from wmdd_ray.spine.run import Report
 
 OnStep = Callable[[int, Callable[[], State]], None]
 ReadReal = Callable[[int, int], np.ndarray]
 """(label, side) -> real images of the class that guide its samples, uint8 (M, side, side, C)."""
+RealAt = Callable[[int, DistillConfig, int | None], np.ndarray]
+"""(label, options by which images are read, most) -> random real images of a class, uint8 (M, H, W, C)."""
 
 
 def options(config: DistillConfig) -> dict[str, Any]:
@@ -161,3 +167,90 @@ def check_unchanged(model: DiffusionModel, identity: str) -> None:
             f"--recover.diffusion.model {model.card.uri}: expected the model that this run began with ({identity}), found another "
             f"({model.card.identity}); leave it alone while the run works, or put the first one back"
         )
+
+
+class Sampler:
+    """Makes the images of recover by a diffusion model, and its surrogate where there is one (`units.images.Maker`).
+
+    Args:
+        config: The options.
+        room: The stage's room, for the surrogate.
+        network: The teacher.
+        teacher: Its record.
+        real_at: Reads real images.
+        model_identity: The model that the run began with.
+        seed: Seed of the samples.
+        device: Where the model computes.
+
+    Raises:
+        ArtifactError: The model has changed since the run began.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        room: Room,
+        network: torch.nn.Module,
+        teacher: Teacher,
+        real_at: RealAt,
+        *,
+        model_identity: str,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._config, self._room, self._real_at = config, room, real_at
+        self._network, self._teacher, self._seed, self._device = network, teacher, seed, device
+        self._model = load_model(config.recover.diffusion.model, device)
+        check_unchanged(self._model, model_identity)
+        self._surrogates: tuple[torch.nn.Module, ...] | None = None
+        self.num_steps = num_steps(config)
+
+    def prepare(self, unit: str, report: Report) -> bool:
+        if unit != surrogate.UNIT:
+            return False
+        most = self._config.recover.diffusion.influence_latents
+        surrogate.make(
+            self._room,
+            self._model,
+            partial(self._real, most=most),
+            self._config,
+            num_classes=self._teacher.num_classes,
+            device=self._device,
+            report=report,
+        )
+        return True
+
+    def make(
+        self, labels: range, *, state: State | None, on_step: OnStep
+    ) -> tuple[list[ClassImages], float]:
+        started = time.perf_counter()
+        images = sampled(
+            labels,
+            self._model,
+            self._network,
+            self._teacher,
+            self._real,
+            self._config,
+            seed=self._seed,
+            surrogate=self._read_surrogates(),
+            device=self._device,
+            state=state,
+            on_step=on_step,
+        )
+        return images, time.perf_counter() - started
+
+    def _real(self, label: int, side: int, most: int | None = None) -> np.ndarray:
+        return self._real_at(label, source_at(self._config, side), most)
+
+    def _read_surrogates(self) -> tuple[torch.nn.Module, ...]:
+        if self._surrogates is None:
+            self._surrogates = ()
+            if surrogate.is_needed(self._config):
+                self._surrogates = surrogate.read(
+                    self._room,
+                    self._model,
+                    self._config,
+                    num_classes=self._teacher.num_classes,
+                    device=self._device,
+                )
+        return self._surrogates

@@ -14,10 +14,9 @@ from wmdd_ray.core.synthesis import deterministic_convolutions
 from wmdd_ray.diffusion.card import ModelCard
 from wmdd_ray.diffusion.influence import surrogate_of, surrogate_parameters, train_surrogate
 from wmdd_ray.diffusion.model import DiffusionModel
-from wmdd_ray.executors.workers import Report
 from wmdd_ray.spine.checkpoints import Checkpoints
 from wmdd_ray.spine.rooms import Room
-from wmdd_ray.spine.run import unit_seed
+from wmdd_ray.spine.run import Report, unit_seed
 from wmdd_ray.store import codecs
 
 UNIT = "surrogate"
@@ -103,13 +102,7 @@ def make(
     room.commit_unit(
         UNIT,
         {_KEY: codecs.encode_state(weights)},
-        # As a group of no class has them, and its own losses by epoch.
-        metrics={
-            "labels": [],
-            "losses": [],
-            "epoch_losses": losses,
-            "seconds_in_core": round(now - in_core, 4),
-        },
+        metrics={"epoch_losses": losses, "seconds_in_core": round(now - in_core, 4)},
         attempt=attempt,
         seconds=now - started,
     )

@@ -12,7 +12,7 @@ from ray.actor import ActorClass, ActorHandle
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
 from wmdd_ray.errors import WmddError
-from wmdd_ray.executors.cluster import last_line, root_cause
+from wmdd_ray.executors.causes import last_line, root_cause
 from wmdd_ray.spine.rooms import MAX_ATTEMPTS, unit_given_up
 from wmdd_ray.spine.run import StageRun
 

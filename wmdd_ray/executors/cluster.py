@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import logging
 import os
-import re
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,9 +13,8 @@ from pathlib import Path
 
 import ray
 
-from wmdd_ray import errors
 from wmdd_ray.config import Resources
-from wmdd_ray.errors import ConfigError, WmddError
+from wmdd_ray.errors import ConfigError
 
 # A laptop: up to this many CPUs, worker processes (each imports torch, 11 to 24 s) cost more than they bring.
 _LAPTOP_CPUS = 4
@@ -157,27 +155,3 @@ def _refuse_more_than_here(
                 f"--num-workers {num_workers} of --{option} {asked:g}: this machine has {has:g} {kind}s; lower them, or join a "
                 "cluster that has more (RAY_ADDRESS, or ray job submit)"
             )
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """Return the deliberate error inside what Ray wrapped around it, or `error` itself when there is none."""
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [error]
-    while pending:
-        inner = pending.pop()
-        if inner is None or id(inner) in seen:
-            continue
-        seen.add(id(inner))
-        if isinstance(inner, WmddError) and type(inner).__module__ == "wmdd_ray.errors":
-            return inner
-        pending += [inner.__cause__, inner.__context__, getattr(inner, "cause", None)]
-        pending += list(getattr(inner, "worker_failures", {}).values())
-    # Ray Data hands on what a worker raised as text only.
-    told = re.findall(r"wmdd_ray\.errors\.(\w+): (.+)", str(error))
-    return getattr(errors, told[-1][0])(told[-1][1]) if told else error
-
-
-def last_line(error: BaseException) -> str:
-    """Return the last line of an error's text, which is what Ray's long ones come down to."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1].strip()}" if lines else repr(error)

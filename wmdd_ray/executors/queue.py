@@ -1,14 +1,38 @@
-"""The units of a stage that are left, and who works on which. No Ray: it lives in the driver, or in an actor."""
+"""The units of a stage that are left, who works on which, and the loop of a worker. No Ray: it lives in the driver or an actor."""
 
 from __future__ import annotations
 
+import logging
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from wmdd_ray.errors import WmddError
+from wmdd_ray.executors.causes import last_line
 from wmdd_ray.spine.rooms import MAX_ATTEMPTS, unit_given_up
+from wmdd_ray.spine.run import DoUnit, Report
+
+logger = logging.getLogger(__name__)
+
+
+class Queue(Protocol):
+    """What a worker calls of a `UnitQueue`, wherever it lives."""
+
+    def join(self, rank: int, world: int, node: str = "") -> None:
+        """Enter a group of workers."""
+
+    def take(self, rank: int) -> str | None:
+        """Return the next unit."""
+
+    def report(
+        self, unit: str, fraction: float, note: str, values: dict[str, float] | None = None
+    ) -> None:
+        """Note how far a unit is."""
+
+    def fail(self, unit: str, error: WmddError) -> None:
+        """Stop because of a deliberate error."""
 
 
 class UnitQueue:
@@ -110,3 +134,35 @@ class UnitQueue:
             self._on_event(event, **about)
         else:
             self._events.append({"event": event, **about})
+
+
+def work_through(queue: Queue, do_unit: DoUnit, *, rank: int = 0, world: int = 1) -> None:
+    """Do one unit of the queue after another, until none is left or one fails; the queue holds the error."""
+    queue.join(rank, world, socket.gethostname())
+    while (unit := queue.take(rank)) is not None:
+        try:
+            do_unit(unit, reporter(queue, unit))
+        except WmddError as error:
+            queue.fail(unit, error)
+            return
+        except Exception as error:
+            # Not let through to Ray Train, which would start the group again for a fault that comes back every time.
+            failure = WmddError(f"unit {unit}: {last_line(error)}; --verbose shows where")
+            failure.__cause__ = error
+            logger.info("unit %s", unit, exc_info=True)
+            queue.fail(unit, failure)
+            return
+        queue.report(unit, 1.0, "")
+
+
+def reporter(queue: Queue, unit: str) -> Report:
+    """Return a report function that speaks at most twice a second: units may step thousands of times a second."""
+    last = time.monotonic()
+
+    def report(fraction: float, note: str = "", **values: float) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 0.5:
+            last = time.monotonic()
+            queue.report(unit, min(fraction, 0.999), note, values)
+
+    return report

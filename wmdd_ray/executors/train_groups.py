@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,15 +15,40 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from wmdd_ray.errors import WmddError
-from wmdd_ray.executors.cluster import Width, last_line, root_cause
+from wmdd_ray.executors.causes import last_line, root_cause
+from wmdd_ray.executors.cluster import Width
+from wmdd_ray.executors.dispatch import NOTES_FOLDER
 from wmdd_ray.executors.queue import UnitQueue
-from wmdd_ray.spine.run import Run, StageRun
+from wmdd_ray.spine.run import StageRun
 
 # Restarts of a group without any progress in between.
 _MAX_RESTARTS = 8
 _POLL_S = 1.0
-# Where Ray Train keeps its own notes of a group under a run's root; nothing there counts, and it goes with the group.
-_FOLDER = "train"
+
+
+class RemoteQueue:
+    """A queue in an actor, as the workers of a group call it."""
+
+    def __init__(self, actor: ActorHandle) -> None:
+        self._actor = actor
+
+    def join(self, rank: int, world: int, node: str = "") -> None:
+        """Enter a group of workers."""
+        ray.get(self._actor.join.remote(rank, world, node))
+
+    def take(self, rank: int) -> str | None:
+        """Return the next unit."""
+        return ray.get(self._actor.take.remote(rank))
+
+    def report(
+        self, unit: str, fraction: float, note: str, values: dict[str, float] | None = None
+    ) -> None:
+        """Note how far a unit is."""
+        ray.get(self._actor.report.remote(unit, fraction, note, values))
+
+    def fail(self, unit: str, error: WmddError) -> None:
+        """Stop because of a deliberate error."""
+        ray.get(self._actor.fail.remote(unit, error))
 
 
 @contextlib.contextmanager
@@ -88,7 +112,7 @@ def fit_until_done(stage: StageRun, queue: ActorHandle, fit: Callable[[RunConfig
                 raise error from failure
             before = done
         finally:
-            stage.run.store.delete(f"{_FOLDER}/{stage.run.token}")
+            stage.run.store.delete(f"{NOTES_FOLDER}/{stage.run.token}")
     error = ray.get(queue.error.remote())
     if error is not None:
         raise error
@@ -128,7 +152,7 @@ def _train_run_config(stage: StageRun, queue: ActorHandle) -> RunConfig:
     """Return Ray Train's run. It stores nothing that counts, but in a place that all nodes see."""
     return RunConfig(
         name=f"{stage.stage.name}-{time.time_ns()}",
-        storage_path=stage.run.store.url(f"{_FOLDER}/{stage.run.token}"),
+        storage_path=stage.run.store.url(f"{NOTES_FOLDER}/{stage.run.token}"),
         failure_config=FailureConfig(max_failures=_MAX_RESTARTS, max_preemption_failures=-1),
         callbacks=[_Blame(queue)],
     )
@@ -143,20 +167,3 @@ class _Blame(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         reasons = {rank: last_line(error) for rank, error in worker_exceptions.items()}
         ray.get(self._queue.lose.remote(reasons))
-
-
-@contextlib.contextmanager
-def quiet_environment() -> Iterator[None]:
-    """Hold back the log lines with which Ray Train announces its local mode."""
-    train_logger = logging.getLogger("ray.train")
-    level = train_logger.level
-    train_logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        train_logger.setLevel(level)
-
-
-def sweep_notes(run: Run) -> None:
-    """Remove the notes that killed drivers left; called when a run has ended well, and so nobody else is at work."""
-    run.store.delete(_FOLDER)

@@ -2,7 +2,7 @@
 
 A worker takes the next unit, works, commits it to storage, and asks again; there is no barrier in between. Workers are
 
-- none: the loop runs in the driver (Ray Train's local mode);
+- none: the loop runs in the driver (`here.py`);
 - a group of Ray Train workers. When one dies, Ray Train starts the group again: the units that were under way go back into
   the queue and go on from their checkpoints;
 - isolated actors, for wide stages. When one dies, its unit goes to another, and nobody else notices.
@@ -11,113 +11,59 @@ A worker takes the next unit, works, commits it to storage, and asks again; ther
 from __future__ import annotations
 
 import contextlib
-import logging
 import socket
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 import ray.train
 import torch
 from ray.actor import ActorHandle
-from ray.train import RunConfig, ScalingConfig
+from ray.train import RunConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from wmdd_ray.errors import WmddError
+from wmdd_ray.executors import here
 from wmdd_ray.executors.actors import fan_out
-from wmdd_ray.executors.cluster import Width, last_line, width
+from wmdd_ray.executors.cluster import Width, width
 from wmdd_ray.executors.heap import keep_freed_memory
-from wmdd_ray.executors.queue import UnitQueue
-from wmdd_ray.executors.train_groups import fit_until_done, queue_actor, quiet_environment, scaling
-from wmdd_ray.spine.run import StageRun
-
-logger = logging.getLogger(__name__)
+from wmdd_ray.executors.queue import work_through
+from wmdd_ray.executors.train_groups import RemoteQueue, fit_until_done, queue_actor, scaling
+from wmdd_ray.spine.run import OpenWorker, StageRun
 
 # A larger group loses too much by its restarts, and one with few units a worker by waiting for its last, for it gives its
-# machines back together (jobs/bench.py scale simulation).
+# machines back together (measured by simulation: the comment at --executor has the numbers).
 _MAX_GROUP, _MIN_SHARE = 8, 4
-
-Report = Callable[..., None]
-"""report(fraction, note, **values): says which fraction of the unit under way is done, with a short note and, at the end of
-an epoch, `epoch` (from 1) and `loss`."""
-
-DoUnit = Callable[[str, Report], None]
-"""Works on one unit and commits it."""
-
-OpenWorker = Callable[[torch.device], DoUnit]
-"""Loads what a worker keeps, on its device. Picklable."""
 
 
 def do_units(
-    stage: StageRun,
-    units: Sequence[str],
-    open_worker: OpenWorker,
-    *,
-    among: Sequence[str] | None = None,
+    stage: StageRun, units: Sequence[str], open_worker: OpenWorker, num_finished: int
 ) -> None:
-    """Do every unit of `units` that is not finished yet, on as many workers as the run's resources say.
-
-    Args:
-        stage: The stage; its progress line shows units done.
-        units: Unit ids, most expensive first: all of the stage, or those that can be done now.
-        open_worker: Picklable; called once a worker with its device, loads what the worker keeps.
-        among: All unit ids of the stage where `units` are some of them; the caller has started the progress line, for all.
-
-    Raises:
-        WmddError: A unit failed deliberately, or workers died too often. Finished units stay finished.
-    """
-    finished = stage.room.finished()
-    left = [unit for unit in units if unit not in finished]
-    every = units if among is None else among
-    found = sum(unit in finished for unit in every)
-    if among is None:
-        stage.progress.start(len(units), found)
-    if not left:
-        return
+    """Do the units on as many workers as the run's resources say; `num_finished` others of the stage are done."""
     wide = width(stage.resources)
     executor = stage.resources.executor
     if executor == "auto":
-        steady = wide.num_workers <= _MAX_GROUP and len(left) >= _MIN_SHARE * wide.num_workers
+        steady = wide.num_workers <= _MAX_GROUP and len(units) >= _MIN_SHARE * wide.num_workers
         executor = "train" if steady else "actors"
     if wide.num_workers == 0:
-        _run_here(stage, left, open_worker, wide, found)
+        keep_freed_memory()
+        here.do_units(stage, units, open_worker, num_finished)
     elif executor == "train":
-        _run_group(stage, left, open_worker, wide, found)
+        _run_group(stage, units, open_worker, wide, num_finished)
     else:
-        _run_actors(stage, left, open_worker, wide, found)
-
-
-def _run_here(
-    stage: StageRun, left: list[str], open_worker: OpenWorker, wide: Width, found: int
-) -> None:
-    """Work in the driver: Ray Train's local mode."""
-    queue = UnitQueue(
-        left, lambda done, note: stage.progress.update(found + done, note), stage.event
-    )
-    trainer = DataParallelTrainer(
-        _worker_loop,
-        train_loop_config={"open_worker": open_worker, "cpus": wide.cpus, "queue": queue},
-        scaling_config=ScalingConfig(num_workers=0),
-    )
-    with quiet_environment():
-        trainer.fit()
-    error = queue.error()
-    if error is not None:
-        raise error
+        _run_actors(stage, units, open_worker, wide, num_finished)
 
 
 def _run_group(
-    stage: StageRun, left: list[str], open_worker: OpenWorker, wide: Width, found: int
+    stage: StageRun, units: Sequence[str], open_worker: OpenWorker, wide: Width, num_finished: int
 ) -> None:
     """Work on one elastic group of Ray Train workers."""
-    with queue_actor(stage, left, found) as queue:
+    with queue_actor(stage, units, num_finished) as queue:
 
         def fit(run_config: RunConfig) -> None:
             DataParallelTrainer(
                 _worker_loop,
                 train_loop_config={"open_worker": open_worker, "cpus": wide.cpus, "queue": queue},
-                scaling_config=scaling(wide, min(wide.num_workers, len(left))),
+                scaling_config=scaling(wide, min(wide.num_workers, len(units))),
                 run_config=run_config,
             ).fit()
 
@@ -125,23 +71,23 @@ def _run_group(
 
 
 def _run_actors(
-    stage: StageRun, left: list[str], open_worker: OpenWorker, wide: Width, found: int
+    stage: StageRun, units: Sequence[str], open_worker: OpenWorker, wide: Width, num_finished: int
 ) -> None:
     """Work on isolated actors."""
-    done = 0
+    done = num_finished
 
     def finish(unit: str, result: None) -> None:
         nonlocal done
         done += 1
-        stage.progress.update(found + done)
+        stage.progress.update(done)
 
     def look(actors: list[ActorHandle]) -> None:
-        told = [actor.progress.remote() for actor in actors]
-        here, _ = ray.wait(told, num_returns=len(told), timeout=1.0) if told else ([], [])
+        refs = [actor.progress.remote() for actor in actors]
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=1.0) if refs else ([], [])
         with contextlib.suppress(ray.exceptions.RayError):
-            parts = ray.get(here)
+            parts = ray.get(ready)
             note = parts[0][1] if parts else ""
-            stage.progress.update(found + done + sum(part[0] for part in parts), note)
+            stage.progress.update(done + sum(part[0] for part in parts), note)
             for _, _, unit, values in parts:
                 if values:
                     stage.event("unit_told", unit=unit, values=values)
@@ -151,7 +97,7 @@ def _run_actors(
         stage,
         actor,
         (open_worker, wide.cpus),
-        left,
+        units,
         max_actors=wide.num_workers,
         first_actors=wide.num_workers,
         on_done=finish,
@@ -166,7 +112,7 @@ class UnitActor:
         keep_freed_memory()
         torch.set_num_threads(cpus)
         self._cpus = cpus
-        self._do_unit = open_worker(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self._do_unit = open_worker(here.device_here())
         self._unit = ""
         self._progress: tuple[float, str, str, dict[str, float]] = (0.0, "", "", {})
 
@@ -189,47 +135,16 @@ class UnitActor:
         self._progress = (min(fraction, 0.999), note, self._unit, values)
 
 
-def call(queue: UnitQueue | ActorHandle, method: str, *args: Any) -> Any:
-    """Call the queue, whether it lives in this process or in its actor."""
-    if isinstance(queue, UnitQueue):
-        return getattr(queue, method)(*args)
-    return ray.get(getattr(queue, method).remote(*args))
-
-
 def _worker_loop(config: dict[str, Any]) -> None:
     keep_freed_memory()
-    context = ray.train.get_context()
-    queue, rank = config["queue"], context.get_world_rank()
     torch.set_num_threads(config["cpus"])
-    do_unit = config["open_worker"](device_of_worker())
-    call(queue, "join", rank, context.get_world_size(), socket.gethostname())
-    while (unit := call(queue, "take", rank)) is not None:
-        try:
-            do_unit(unit, reporter(queue, unit))
-        except WmddError as error:
-            call(queue, "fail", unit, error)
-            return
-        except Exception as error:
-            # Not let through to Ray Train, which would start the group again for a fault that comes back every time.
-            told = WmddError(f"unit {unit}: {last_line(error)}; --verbose shows where")
-            told.__cause__ = error
-            logger.info("unit %s", unit, exc_info=True)
-            call(queue, "fail", unit, told)
-            return
-        call(queue, "report", unit, 1.0, "")
-
-
-def reporter(queue: UnitQueue | ActorHandle, unit: str) -> Report:
-    """Return a report function that speaks at most twice a second: units may step thousands of times a second."""
-    last = time.monotonic()
-
-    def report(fraction: float, note: str = "", **values: float) -> None:
-        nonlocal last
-        if time.monotonic() - last >= 0.5:
-            last = time.monotonic()
-            call(queue, "report", unit, min(fraction, 0.999), note, values)
-
-    return report
+    context = ray.train.get_context()
+    work_through(
+        RemoteQueue(config["queue"]),
+        config["open_worker"](device_of_worker()),
+        rank=context.get_world_rank(),
+        world=context.get_world_size(),
+    )
 
 
 def device_of_worker() -> torch.device:

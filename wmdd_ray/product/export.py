@@ -9,7 +9,6 @@ Legend: N images, T small images in a stored one, Y classes, H W pixels, C chann
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
@@ -43,6 +42,7 @@ from wmdd_ray.store.documents import (
     read_sealed,
     read_verified,
     seal,
+    set_id,
 )
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.images import encode_png
@@ -165,14 +165,6 @@ def export(
         files=tuple(written),
         found=found,
     )
-
-
-def set_id(entries: Sequence[FileEntry]) -> str:
-    """Return the SHA-256 of a data set: over the names and checksums of its files."""
-    digest = hashlib.sha256()
-    for entry in sorted(entries, key=lambda entry: entry.key):
-        digest.update(f"{entry.key} {entry.sha256}\n".encode())
-    return digest.hexdigest()
 
 
 def folder_names(class_names: Sequence[str]) -> tuple[str, ...]:

@@ -16,16 +16,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wmdd_ray.config import DistillConfig, Resources
 from wmdd_ray.errors import ConfigError, LostRaceError
 from wmdd_ray.spine.events import EventLog
+from wmdd_ray.spine.numbers import StageNumbers
 from wmdd_ray.spine.rooms import Room, StageCommit
 from wmdd_ray.store.documents import read_sealed, seal
 from wmdd_ray.store.filesystem import Store
 
+if TYPE_CHECKING:
+    import torch
+
 logger = logging.getLogger(__name__)
+
+Report = Callable[..., None]
+"""report(fraction, note, **values): says which fraction of the unit under way is done, with a short note and, at the end of
+an epoch, `epoch` (from 1) and `loss`."""
+
+DoUnit = Callable[[str, Report], None]
+"""Works on one unit and commits it."""
+
+OpenWorker = Callable[["torch.device"], DoUnit]
+"""Loads what a worker keeps, on its device. Picklable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +58,7 @@ class Stage:
     """A row of the pipeline's table of contents.
 
     `options` picks the part of the configuration that the stage's bytes depend on. `inputs` are the rooms that it
-    reads. `plan` names its units. `work` does them and returns the room's metrics.
+    reads. `plan` names its units. `work` does them and returns the room's metrics. `numbers` says what its units tell.
     """
 
     name: str
@@ -55,6 +69,7 @@ class Stage:
     options: Callable[[DistillConfig], dict[str, Any]]
     plan: Callable[[StageRun], Work]
     work: Callable[[StageRun], dict[str, Any]]
+    numbers: StageNumbers = StageNumbers()
 
 
 @dataclass(kw_only=True)
@@ -117,7 +132,7 @@ class Run:
 
 
 class Watch:
-    """Somebody who follows a run at work. The base class does not; `executors/metrics.py` has the one of the jobs."""
+    """Somebody who follows a run at work. The base class does not; `telling/watch.py` has the one of the jobs."""
 
     def begin(self, run: Run) -> None:
         """Say that there is work to do, and a cluster to do it on."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -157,3 +158,11 @@ def read_manifest(store: Store) -> tuple[dict[str, Any], list[FileEntry]]:
             f"{manifest.get('format_version')!r}; install the wmdd_ray version that wrote it"
         )
     return manifest, entries_of(manifest.pop("files", None), store.url(MANIFEST_KEY))
+
+
+def set_id(entries: Sequence[FileEntry]) -> str:
+    """Return the SHA-256 of a data set: over the names and checksums of its files."""
+    digest = hashlib.sha256()
+    for entry in sorted(entries, key=lambda entry: entry.key):
+        digest.update(f"{entry.key} {entry.sha256}\n".encode())
+    return digest.hexdigest()

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from socket import gethostname
@@ -23,57 +23,14 @@ from typing import Any
 
 from wmdd_ray.config import Reporting
 from wmdd_ray.errors import ConfigError
+from wmdd_ray.spine.numbers import STEPS, Number
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.uris import local_path
 
 logger = logging.getLogger(__name__)
 
-STEPS = {
-    "squeeze": "epoch",
-    "barycenters": "class",
-    "recover": "iteration",
-    "evaluate": "epoch",
-    "top1": "seed",
-    "progress": "seconds",
-}
-"""Group of a number -> what its steps count. `progress` counts whole seconds since the run began."""
-
 _MLFLOW_METRICS, _MLFLOW_PARAMS, _MLFLOW_LENGTH = 1000, 100, 6000  # limits of its REST API
 _PUT_EVERY_S = 15.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Number:
-    """One number of a run.
-
-    `metric` is what it measures; with `stage` and `part` (a loss term, a row of the table) it is a series. `detail` (a unit's
-    id) makes a further series of it for trackers; `seconds` is the time of day, since 1970.
-    """
-
-    stage: str
-    metric: str
-    value: float
-    step: int
-    part: str = ""
-    detail: str = ""
-    seconds: float = field(default_factory=time.time)
-
-    @property
-    def group(self) -> str:
-        """What its series stands with, and what its step counts."""
-        if self.metric in ("loss", "cost"):
-            return self.stage
-        return self.metric if self.metric in STEPS else "progress"
-
-    @property
-    def name(self) -> str:
-        """Name of its series: `recover/loss/bn/g00003`, `top1/distilled-soft`, `progress/features/units_done`."""
-        parts: tuple[str, ...] = (self.metric, self.part, self.detail)
-        if self.group == "progress":
-            parts = (self.stage, *parts)
-        elif self.group == self.metric:
-            parts = (self.part or self.stage, self.detail)
-        return "/".join((self.group, *filter(None, parts)))
 
 
 class Tracker:

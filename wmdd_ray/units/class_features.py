@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -72,4 +73,25 @@ def class_part(chunk: FeatureChunk, label: int) -> ClassFeatures:
         keys=tuple(chunk.keys[i] for i in rows),
         features_ND=chunk.features_ND[rows],
         moments=chunk.moments[label],
+    )
+
+
+def encoded_parts(room: Room, unit: str) -> Iterator[tuple[int, bytes]]:
+    """Yield (label, encoded features) of every class in a committed chunk."""
+    chunk = codecs.decode_feature_chunk(room.read(room.read_unit(unit).files[0]))
+    for label in chunk.moments:
+        yield label, codecs.encode_class_features(class_part(chunk, label))
+
+
+def commit_class(room: Room, label: int, parts: Sequence[bytes]) -> None:
+    """Merge a class's encoded parts, in the order of their chunks, and commit them, unless that is done."""
+    attempt = room.begin_unit(class_unit(label), point=0)
+    if attempt is None:
+        return
+    decoded = [codecs.decode_class_features(part) for part in parts]
+    room.commit_unit(
+        class_unit(label),
+        {class_key(label): codecs.encode_class_features(merge_class_features(decoded))},
+        attempt=attempt,
+        metrics={"num_images": sum(len(part.keys) for part in decoded)},
     )

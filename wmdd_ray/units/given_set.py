@@ -9,25 +9,22 @@ Legend: N images that a student sees, V views, Y classes, H W pixels, C channels
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from wmdd_ray.config import Arch, DistillConfig, LabelKind
+from wmdd_ray.config import DistillConfig, LabelKind
 from wmdd_ray.core.networks import labeler_of
 from wmdd_ray.core.soft_labels import compress, decompress
 from wmdd_ray.core.views import StoredImages, draw_views, take
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.errors import ArtifactError, DataError
-from wmdd_ray.product.export import set_id
 from wmdd_ray.records import Teacher, Views
 from wmdd_ray.spine.rooms import Room
-from wmdd_ray.spine.run import Stage, StageRun, Work, unit_seed
-from wmdd_ray.stages import evaluate, squeeze
-from wmdd_ray.store.documents import load_json, read_manifest
+from wmdd_ray.spine.run import unit_seed
+from wmdd_ray.store.documents import load_json, read_manifest, set_id
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source
 from wmdd_ray.units.held_out import Listed
@@ -87,77 +84,6 @@ def own_set(uri: str) -> OwnSet | None:
             meta, files = read_manifest(store)
             return OwnSet(uri=store.uri, meta=meta, identity=set_id(files))
     return None
-
-
-def stages(
-    config: DistillConfig, students: Sequence[Arch], real: str | None = None
-) -> tuple[Stage, ...]:
-    """Return the stages that test a set: the given teacher, if there is one, then a room a student architecture.
-
-    Args:
-        config: students' recipe, views, teacher, and how images are read; `run.source` opens `train` (the set), `val`,
-            and `real` for baselines.
-        students: architectures.
-        real: fingerprint of the real images that baselines are drawn from.
-    """
-    teacher: tuple[Stage, ...] = ()
-    if config.teacher is not None:
-        teacher = (
-            Stage(
-                name="teacher",
-                room="teacher",
-                version=1,
-                inputs=(),
-                reads_data=True,
-                options=squeeze.options,
-                plan=squeeze.plan,
-                work=squeeze.work,
-            ),
-        )
-    return (*teacher, *(_stage_of(student, config, real) for student in students))
-
-
-def config_of(config: DistillConfig, student: Arch) -> DistillConfig:
-    """Return the configuration with a student's architecture."""
-    network = replace(config.evaluate.network, arch=student)
-    return replace(config, evaluate=replace(config.evaluate, network=network))
-
-
-def _stage_of(student: Arch, config: DistillConfig, real: str | None) -> Stage:
-    own = config_of(config, student)
-
-    def plan(stage: StageRun) -> Work:
-        units = evaluate.unit_ids(own)
-        return Work(units=units, estimated_bytes=2000 * len(units))
-
-    def options(_: DistillConfig) -> dict[str, Any]:
-        relabel = {"views": asdict(own.relabel.views), "epochs": own.relabel.epochs}
-        about = {"source": asdict(own.source), "relabel": relabel, "real_data": real}
-        return {**evaluate.options(own), **about}
-
-    def work(stage: StageRun) -> dict[str, Any]:
-        given, baselines = stage.run.source("train"), own.evaluate.baselines
-        sets = partial(
-            open_given,
-            own_uri=given.uri if isinstance(given, OwnSet) else None,
-            listed=None if isinstance(given, OwnSet) else listed_set(given, own),
-            real=Listed.of(stage.run.source("real"), own.source) if baselines else None,
-            teacher_room=stage.run.room("teacher") if own.teacher is not None else None,
-            config=own,
-        )
-        # Kept, so that attacks can be asked for later without training again.
-        return evaluate.train_students(stage, own, sets, keep=True)
-
-    return Stage(
-        name=student,
-        room=student,
-        version=2,
-        inputs=("teacher",) if config.teacher is not None else (),
-        reads_data=True,
-        options=options,
-        plan=plan,
-        work=work,
-    )
 
 
 def listed_set(source: Source, config: DistillConfig) -> Listed:

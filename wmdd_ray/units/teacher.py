@@ -1,24 +1,40 @@
-"""The teacher as a committed artifact: measured and written by squeeze, read by the later stages."""
+"""A teacher: trained on real images, measured on held-out ones, and committed; read by the later stages."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from wmdd_ray.config import DistillConfig, NetworkConfig
+from wmdd_ray.core.batches import ORDER, Batch, in_memory_batches, steps_of
 from wmdd_ray.core.class_order import confusion, permuted_classes
 from wmdd_ray.core.networks import build_network, last_linear, weights_of
+from wmdd_ray.core.optimizer import State, load_training_state, make_optimizer, training_state
+from wmdd_ray.core.training import train_classifier
 from wmdd_ray.errors import DataError
 from wmdd_ray.records import Teacher
+from wmdd_ray.spine.checkpoints import Checkpoints
 from wmdd_ray.spine.rooms import Room
+from wmdd_ray.spine.run import Report, unit_seed
 from wmdd_ray.store import codecs
+from wmdd_ray.store.sources import Source, decoded_chunks
 from wmdd_ray.units.held_out import HeldOut, Listed
 
 UNIT = "teacher"
 TEACHER_KEY = "teacher.safetensors"
+
+_STATE_EVERY_S = 20.0
+# Of images that are streamed: records of a shard that are decoded at once, and images that are shuffled among each other.
+CHUNK_IMAGES = 256
+SHUFFLED_IMAGES = 4096
+
+EpochBatches = Callable[[int], Iterator[Batch]]
+"""Epoch -> its batches (images uint8 NHWC, labels int64) of this worker."""
 
 
 def units_of(config: DistillConfig) -> tuple[str, ...]:
@@ -121,3 +137,197 @@ def commit_teacher(
         attempt=attempt,
         seconds=seconds,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A teacher to be trained, as it travels to the workers. `train` are all real images where they fit into memory."""
+
+    unit: str
+    room: Room
+    config: DistillConfig
+    class_names: tuple[str, ...]
+    num_images: int
+    train: Listed | None
+    val: Listed
+
+    @property
+    def seed(self) -> int:
+        """The seed of weights, order and augmentation."""
+        return unit_seed(self.config.seed, "squeeze", self.unit)
+
+
+def train_teacher(
+    training: Training,
+    report: Report,
+    *,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+    parallel: Callable[[torch.nn.Module], torch.nn.Module] = lambda network: network,
+    streamed: EpochBatches | None = None,
+) -> None:
+    """Train a teacher on one of `world` workers. Rank 0 keeps the resumable state, measures the result and commits it.
+
+    Args:
+        training: What to train.
+        report: Told how far the unit is; by rank 0.
+        device: Where this worker computes.
+        rank: Which worker this is.
+        world: How many there are; they share each batch.
+        parallel: Makes the network average its gradients over the workers.
+        streamed: The batches, where the images do not fit into memory.
+
+    Raises:
+        DataError: The teacher is no better than chance, or its classes are in another order (`measure`).
+    """
+    started = time.perf_counter()
+    config, unit, room = training.config, training.unit, training.room
+    torch.manual_seed(training.seed)
+    network = build_network(
+        config.squeeze.network,
+        num_classes=len(training.class_names),
+        channels=config.source.channels,
+        image_size=config.source.image_size,
+    ).to(device)
+    network.to(memory_format=torch.channels_last)
+    squeeze = config.squeeze.at_ipc(config.ipc)
+    optimizer = make_optimizer(
+        network, "sgd", learning_rate=squeeze.learning_rate, weight_decay=squeeze.weight_decay, momentum=squeeze.momentum
+    )  # fmt: skip
+    keep = Checkpoints(room, unit, _STATE_EVERY_S)
+    first_epoch, losses, curvatures = _resume(keep, network, optimizer, rank, world)
+    attempt = room.begin_unit(unit) if rank == 0 else None
+
+    def get_state(epoch: int) -> State:
+        state = training_state(network, optimizer)
+        state |= {"epoch": np.array(epoch), "losses": np.array(losses)}
+        return state | ({"curvatures": np.array(curvatures)} if curvatures else {})
+
+    def on_curvature(epoch: int, term: float) -> None:
+        curvatures.append(round(term, 4))
+
+    def on_epoch(epoch: int, loss: float) -> None:
+        losses.append(round(loss, 4))
+        if rank == 0:
+            which = "" if unit == UNIT else f"{unit}, "
+            curvature = f", curvature {curvatures[-1]:.3f}" if curvatures else ""
+            report(
+                (epoch + 1) / (squeeze.epochs + 1),
+                f"{which}epoch {epoch + 1}/{squeeze.epochs}, loss {loss:.3f}{curvature}",
+                epoch=epoch + 1,
+                loss=loss,
+            )
+            keep.maybe(lambda: get_state(epoch + 1))
+
+    train_classifier(
+        parallel(network),
+        optimizer,
+        streamed or _in_memory(training, squeeze.batch_size, rank, world),
+        squeeze,
+        steps_per_epoch=steps_of(training.num_images, squeeze.batch_size),
+        mean_C=config.source.mean,
+        std_C=config.source.std,
+        seed=training.seed,
+        rank=rank,
+        start_epoch=first_epoch,
+        on_epoch=on_epoch,
+        on_curvature=on_curvature,
+    )
+    if attempt is None:
+        return
+    network.eval()
+    top1 = measure(network, training.val, config, f"the trained {unit}", device)
+    extra: dict[str, Any] = {"losses": losses}
+    if curvatures:
+        extra |= {"curvatures": curvatures, "curvature_weight": squeeze.curvature_weight}
+    commit_teacher(
+        room,
+        config,
+        squeeze.network,
+        network,
+        training.class_names,
+        top1,
+        started,
+        extra,
+        attempt=attempt,
+        unit=unit,
+    )
+    keep.clear()
+
+
+def _resume(
+    keep: Checkpoints,
+    network: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rank: int,
+    world: int,
+) -> tuple[int, list[float], list[float]]:
+    """Load the state of an interrupted training; return (first epoch, losses so far, curvature terms so far)."""
+    held = [keep.load() if rank == 0 else None]
+    if world > 1:
+        # Read once, because two readings of a store can find two states, and all workers have to begin at one.
+        device = next(network.parameters()).device
+        torch.distributed.broadcast_object_list(held, src=0, device=device)
+    state = held[0]
+    if state is None:
+        return 0, [], []
+    epoch, losses = int(state.pop("epoch")), state.pop("losses").tolist()
+    curvatures = state.pop("curvatures", np.zeros(0)).tolist()
+    load_training_state(network, optimizer, state)
+    return epoch, losses, curvatures
+
+
+def _in_memory(training: Training, batch_size: int, rank: int, world: int) -> EpochBatches:
+    assert training.train is not None, "images that are not streamed are in memory"
+    loaded = training.train.load(1 << 62)
+    assert loaded is not None
+    images_NHWC, labels_N = loaded
+    return lambda epoch: in_memory_batches(
+        images_NHWC,
+        labels_N,
+        batch_size=batch_size,
+        seed=training.seed,
+        epoch=epoch,
+        rank=rank,
+        world=world,
+    )
+
+
+def shuffled_stream(training: Training, source: Source) -> EpochBatches:
+    """Return the batches of images that do not fit into memory, for one worker that decodes them itself.
+
+    The order of the shards, and that of the images within a buffer of `SHUFFLED_IMAGES`, are drawn from (seed, epoch).
+    """
+    config, batch_size = training.config.source, training.config.squeeze.batch_size
+    shards = source.shards(CHUNK_IMAGES)
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        rng = np.random.default_rng([training.seed, epoch, ORDER])
+        images: list[np.ndarray] = []
+        labels: list[int] = []
+        for position in rng.permutation(len(shards)):
+            for chunk in decoded_chunks(source, shards[position], config, CHUNK_IMAGES):
+                images += list(chunk.images_NHWC)
+                labels += chunk.labels_N.tolist()
+                while len(images) >= SHUFFLED_IMAGES + batch_size:
+                    yield _draw(images, labels, batch_size, rng)
+        while len(images) >= batch_size:
+            yield _draw(images, labels, batch_size, rng)
+
+    return batches
+
+
+def _draw(
+    images: list[np.ndarray], labels: list[int], count: int, rng: np.random.Generator
+) -> Batch:
+    """Take `count` random images out of the buffer; the last ones move into their places."""
+    chosen = []
+    for _ in range(count):
+        i = int(rng.integers(len(images)))
+        chosen.append((images[i], labels[i]))
+        images[i], labels[i] = images[-1], labels[-1]
+        images.pop()
+        labels.pop()
+    pixels, classes = zip(*chosen, strict=True)
+    return torch.from_numpy(np.stack(pixels)), torch.tensor(classes)

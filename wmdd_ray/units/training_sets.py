@@ -13,17 +13,17 @@ from wmdd_ray.config import DistillConfig, LabelKind
 from wmdd_ray.core.networks import labeler_of
 from wmdd_ray.core.soft_labels import compress, decompress, label_views
 from wmdd_ray.core.tiles import shrink, tile_side
-from wmdd_ray.core.views import StoredImages, concatenate_views, draw_views
+from wmdd_ray.core.views import StoredImages, concatenate_views, draw_views, renamed
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.records import Teacher, Views
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.run import unit_seed
-from wmdd_ray.stages import barycenters
-from wmdd_ray.stages.recover import read_real
-from wmdd_ray.stages.relabel import blocks, renamed
 from wmdd_ray.store.sources import Source
+from wmdd_ray.units import atoms
 from wmdd_ray.units.held_out import Listed
+from wmdd_ray.units.images import read_real
+from wmdd_ray.units.labels import blocks
 
 _ALL_REAL_BYTES = 4 << 30
 # Labels of a baseline are kept for the next seed up to this many logits.
@@ -207,7 +207,7 @@ def _baseline_images(
     files = {f.key: f for m in room.committed().units.values() for f in m.files}
     chosen = []
     for label in range(num_classes):
-        found = barycenters.read_barycenter(room, files, label)
+        found = atoms.read_barycenter(room, files, label)
         keys = {
             "random_real": found.random_keys[: config.ipc],
             "nearest_real": found.whole_keys,

@@ -18,8 +18,8 @@ from wmdd_ray.core.soft_labels import compress, decompress, label_views
 from wmdd_ray.core.views import StoredImages, concatenate_views, draw_block
 from wmdd_ray.dataset import cycled
 from wmdd_ray.records import SoftLabelBlock, ViewDraw, Views
-from wmdd_ray.stages.relabel import draw_of, unlabeled_block
 from wmdd_ray.store import codecs
+from wmdd_ray.units.labels import draw_of, unlabeled_block
 
 # Logits of the synthetic set: spread of the others, and how far the true class and the mixed-in one stand out.
 _SPREAD, _PEAK = 2.5, 8.0

@@ -25,9 +25,9 @@ from wmdd_ray.core.views import StoredImages
 from wmdd_ray.records import Teacher
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.run import fingerprint
-from wmdd_ray.stages.recover import read_images
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.units.images import read_images
 
 _BATCH_IMAGES = 256
 

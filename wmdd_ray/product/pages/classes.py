@@ -12,12 +12,12 @@ from wmdd_ray.product.pages.facts import RunFacts
 from wmdd_ray.product.pages.projection import project
 from wmdd_ray.product.pages.thumbnails import fit, thumbnail
 from wmdd_ray.records import ClassBarycenter, ClassFeatures, ClassImages, Teacher
-from wmdd_ray.stages.barycenters import key_of as barycenter_key
-from wmdd_ray.stages.recover import key_of as images_key
-from wmdd_ray.stages.recover import read_real, start_images
 from wmdd_ray.store import codecs
 from wmdd_ray.store.sources import Source
+from wmdd_ray.units.atoms import key_of as barycenter_key
 from wmdd_ray.units.class_features import ClassFeaturesReader
+from wmdd_ray.units.images import key_of as images_key
+from wmdd_ray.units.images import read_real, start_images
 from wmdd_ray.units.teacher import read_teacher
 
 PICTURE_BYTES = 9_000_000

@@ -1,0 +1,87 @@
+"""The stages that test a set which is given: its teacher, if there is one, then a room of students an architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+from wmdd_ray.config import Arch, DistillConfig
+from wmdd_ray.spine.run import Stage, StageRun, Work
+from wmdd_ray.stages import evaluate, squeeze
+from wmdd_ray.units.given_set import OwnSet, listed_set, open_given
+from wmdd_ray.units.held_out import Listed
+from wmdd_ray.units.students import unit_ids
+
+
+def stages(
+    config: DistillConfig, students: Sequence[Arch], real: str | None = None
+) -> tuple[Stage, ...]:
+    """Return the stages that test a set: the given teacher, if there is one, then a room a student architecture.
+
+    Args:
+        config: students' recipe, views, teacher, and how images are read; `run.source` opens `train` (the set), `val`,
+            and `real` for baselines.
+        students: architectures.
+        real: fingerprint of the real images that baselines are drawn from.
+    """
+    teacher: tuple[Stage, ...] = ()
+    if config.teacher is not None:
+        teacher = (
+            Stage(
+                name="teacher",
+                room="teacher",
+                version=1,
+                inputs=(),
+                reads_data=True,
+                options=squeeze.options,
+                plan=squeeze.plan,
+                work=squeeze.work,
+            ),
+        )
+    return (*teacher, *(_stage_of(student, config, real) for student in students))
+
+
+def config_of(config: DistillConfig, student: Arch) -> DistillConfig:
+    """Return the configuration with a student's architecture."""
+    network = replace(config.evaluate.network, arch=student)
+    return replace(config, evaluate=replace(config.evaluate, network=network))
+
+
+def _stage_of(student: Arch, config: DistillConfig, real: str | None) -> Stage:
+    own = config_of(config, student)
+
+    def plan(stage: StageRun) -> Work:
+        units = unit_ids(own)
+        return Work(units=units, estimated_bytes=2000 * len(units))
+
+    def options(_: DistillConfig) -> dict[str, Any]:
+        relabel = {"views": asdict(own.relabel.views), "epochs": own.relabel.epochs}
+        about = {"source": asdict(own.source), "relabel": relabel, "real_data": real}
+        return {**evaluate.options(own), **about}
+
+    def work(stage: StageRun) -> dict[str, Any]:
+        given, baselines = stage.run.source("train"), own.evaluate.baselines
+        sets = partial(
+            open_given,
+            own_uri=given.uri if isinstance(given, OwnSet) else None,
+            listed=None if isinstance(given, OwnSet) else listed_set(given, own),
+            real=Listed.of(stage.run.source("real"), own.source) if baselines else None,
+            teacher_room=stage.run.room("teacher") if own.teacher is not None else None,
+            config=own,
+        )
+        # Kept, so that attacks can be asked for later without training again.
+        return evaluate.train_students(stage, own, sets, keep=True)
+
+    return Stage(
+        name=student,
+        room=student,
+        version=2,
+        inputs=("teacher",) if config.teacher is not None else (),
+        reads_data=True,
+        options=options,
+        plan=plan,
+        work=work,
+        numbers=evaluate.NUMBERS,
+    )
