@@ -211,7 +211,9 @@ def test_units_cover_every_class_once_whatever_the_numbers(
 ) -> None:
     from dataclasses import replace
 
-    from wmdd_ray.stages import assemble, recover, relabel
+    from wmdd_ray.units import dataset_files
+    from wmdd_ray.units import images as images_of
+    from wmdd_ray.units import labels as labels_of
 
     config = recipe_of("digits", ipc)
     config = replace(
@@ -221,10 +223,13 @@ def test_units_cover_every_class_once_whatever_the_numbers(
         evaluate=replace(config.evaluate, epochs=epochs),
     )
     everything = list(range(num_classes))
-    for units in (recover.groups(config, num_classes), assemble.image_files(config, num_classes)):
+    for units in (
+        images_of.groups(config, num_classes),
+        dataset_files.image_files(config, num_classes),
+    ):
         assert [label for labels in units.values() for label in labels] == everything
     seen: dict[int, list[int]] = {epoch: [] for epoch in range(epochs)}
-    for labeled, labels in relabel.blocks(config, num_classes).values():
+    for labeled, labels in labels_of.blocks(config, num_classes).values():
         for epoch in labeled:
             seen[epoch] += labels.tolist()
     assert all(sorted(labels) == everything for labels in seen.values())

@@ -17,8 +17,7 @@ import torch
 from tests.stages import tiny
 from tests.stages.tiny import FinishedRun
 from wmdd_ray.config import DiffusionConfig, RecoverConfig
-from wmdd_ray.diffusion import recovery as diffusion
-from wmdd_ray.diffusion import surrogate
+from wmdd_ray.diffusion import recovery, surrogate
 from wmdd_ray.diffusion.card import (
     LEVELS_KEY,
     SCHEDULERS,
@@ -31,8 +30,9 @@ from wmdd_ray.diffusion.model import fit_pictures, load_model, new_unet, save_mo
 from wmdd_ray.diffusion.sampling import SampleTarget, sample_group
 from wmdd_ray.errors import ArtifactError, ConfigError, WmddError
 from wmdd_ray.recipes import recipe_of
-from wmdd_ray.stages import recover
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.stages import recover
+from wmdd_ray.units import images
 
 DIGITS = tuple("0123456789")
 OTHERS = ("1", "0", *DIGITS[2:])
@@ -119,26 +119,26 @@ def test_a_group_of_a_dit_that_is_killed_goes_on_from_its_step_and_ends_with_the
     assert tiny.markers(before_recover, "images") == {}
 
     steps: list[str] = []
-    count = recover.Checkpoints.maybe
+    count = images.Checkpoints.maybe
 
-    def counted(self: recover.Checkpoints, get_state: Any) -> None:
+    def counted(self: images.Checkpoints, get_state: Any) -> None:
         steps.append(self._folder.split("/")[1])
         count(self, get_state)
 
-    monkeypatch.setattr(recover.Checkpoints, "maybe", counted)
+    monkeypatch.setattr(images.Checkpoints, "maybe", counted)
     assert tiny.job(before_recover, *often) == 0
     # Four images of six steps each; the first group had come to step 15.
     assert [steps.count(f"g{i:05d}") for i in range(5)] == [24 - 15, 24, 24, 24, 24]
     tiny.assert_same_payloads(before_recover, tiny.payloads(whole), "images")
 
-    images = recover.read_images(tiny_room(whole), range(10))
-    for one in images:
+    made = images.read_images(tiny_room(whole), range(10))
+    for one in made:
         assert one.images_KHWC.shape == (4, 16, 16, 1)
         np.testing.assert_allclose(one.weights_K, 0.25)
         assert one.curve_at_P is not None and one.curve_at_P.tolist() == [1, 2, 3, 4]
         assert one.losses == {"ot": pytest.approx(float(one.curves["ot"][-1]))}
         assert one.features_KD is not None and np.isfinite(one.features_KD).all()
-    assert len({one.images_KHWC.tobytes() for one in images}) == 10
+    assert len({one.images_KHWC.tobytes() for one in made}) == 10
 
 
 def tiny_room(out: Path) -> Any:
@@ -191,7 +191,7 @@ def test_a_surrogate_is_a_unit_before_the_groups_and_both_go_on_where_they_were(
     assert len(commit.units[surrogate.UNIT].metrics["epoch_losses"]) == 2
     plain = shutil.copytree(before_recover, before_recover.with_name("plain"))
     assert tiny.job(plain, *options(unet)) == 0
-    led, unled = (recover.read_images(tiny_room(out), range(10)) for out in (whole, plain))
+    led, unled = (images.read_images(tiny_room(out), range(10)) for out in (whole, plain))
     assert all((a.images_KHWC != b.images_KHWC).any() for a, b in zip(led, unled, strict=True))
 
     begun: list[int] = []
@@ -218,7 +218,7 @@ def test_a_surrogate_is_a_unit_before_the_groups_and_both_go_on_where_they_were(
         patch.setattr(surrogate.Checkpoints, "maybe", at_once)
         assert tiny.job(before_recover, *asked) != 0
         assert tiny.markers(before_recover, "images") == {}
-        patch.setattr(diffusion, "sampled", not_sampled)
+        patch.setattr(recovery, "sampled", not_sampled)
         assert tiny.job(before_recover, *asked) != 0
         assert list(tiny.markers(before_recover, "images")) == ["images/units/surrogate.json"]
         assert begun == [1, 2]
@@ -247,11 +247,11 @@ def test_images_without_influence_are_not_made_again_because_there_is_such_an_op
 
 def test_latents_too_small_for_a_surrogate_are_told_before_any_work(unet: Path) -> None:
     small = card(shape_CHW=(1, 4, 4), num_classes=10)
-    diffusion.checked(small, tiny.config(*options(unet)), DIGITS)
+    recovery.checked(small, tiny.config(*options(unet)), DIGITS)
     with pytest.raises(
         ConfigError, match=r"influence-weight: expected 0 for m, whose latents are 4"
     ):
-        diffusion.checked(small, tiny.config(*options(unet, *INFLUENCE)), DIGITS)
+        recovery.checked(small, tiny.config(*options(unet, *INFLUENCE)), DIGITS)
 
 
 def test_without_guidance_the_images_are_those_of_diffusers_own_pipeline(

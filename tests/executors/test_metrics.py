@@ -16,17 +16,19 @@ import ray
 from tests.stages import tiny
 from tests.stages.tiny import FinishedRun
 from wmdd_ray.config import Resources
-from wmdd_ray.executors import metrics
-from wmdd_ray.executors.metrics import LiveWatch
-from wmdd_ray.executors.queue import UnitQueue
-from wmdd_ray.executors.workers import reporter
+from wmdd_ray.executors.metrics import RayWatch
+from wmdd_ray.executors.queue import UnitQueue, reporter
 from wmdd_ray.spine.events import read_events
+from wmdd_ray.spine.numbers import Number
 from wmdd_ray.spine.rooms import Room, UnitMarker
 from wmdd_ray.spine.run import Progress, Run, StageRun
+from wmdd_ray.stages import evaluate, recover, relabel
 from wmdd_ray.stages.pipeline import PIPELINE
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
-from wmdd_ray.telling.trackers import Number, TrackedRun, Tracker
+from wmdd_ray.telling import watch as watching
+from wmdd_ray.telling.trackers import TrackedRun, Tracker
+from wmdd_ray.telling.watch import LiveWatch
 
 # Ray hands its metrics on every ten seconds.
 _EXPORT_S = 60.0
@@ -132,7 +134,7 @@ def test_a_run_that_reports_has_the_same_payloads(redone: Path, finished_run: Fi
 def test_the_event_log_has_ray_datas_own_statistics(finished_run: FinishedRun) -> None:
     told = [e for e in read_events(Store(str(finished_run.out))) if e["event"] == "data_statistics"]
     assert [event["stage"] for event in told] == ["features"]
-    assert re.search(r"MapBatches\(Embedder\).*: \d+ tasks executed", told[0]["text"])
+    assert re.search(r"MapBatches\(EmbeddingActor\).*: \d+ tasks executed", told[0]["text"])
     assert (
         "statistics" not in finished_run.typed.stderr
         and "Operator" not in finished_run.typed.stderr
@@ -164,7 +166,7 @@ class Images:
 def squeezing(ray_local: None, tmp_path: Path) -> Iterator[tuple[StageRun, LiveWatch, Heard]]:
     """A stage at work whose watch tells a tracker."""
     heard = Heard()
-    watch = LiveWatch(TrackedRun(name="run", key="key", options={}), [heard])
+    watch = RayWatch(TrackedRun(name="run", key="key", options={}), [heard])
     run = Run(
         store=Store(str(tmp_path)),
         config=tiny.config(),
@@ -227,7 +229,7 @@ def test_a_marker_that_cannot_be_read_is_one_warning_and_no_end(
     warnings: list[str] = []
     # Not caplog, which hears nothing once Ray Train has run in this process.
     monkeypatch.setattr(
-        metrics.logger, "warning", lambda text, *about: warnings.append(text % about)
+        watching.logger, "warning", lambda text, *about: warnings.append(text % about)
     )
     for unit in ("lost", "lost too"):
         stage.event("unit_done", unit=unit)
@@ -288,7 +290,8 @@ def test_students_of_any_stage_tell_their_top1_by_row_and_seed(
         finished="2026-01-01T00:00:00Z",
     )
     under_way: Any = SimpleNamespace(stage=SimpleNamespace(name=stage))
-    found = metrics.numbers_of(under_way, marker)
+    tells = relabel.NUMBERS if stage == "relabel" else evaluate.NUMBERS
+    found = tells.numbers(under_way, marker)
     assert [(n.metric, n.part, n.step, n.value) for n in found] == (
         [("top1", *expected, 0.5)] if expected else []
     )
@@ -298,7 +301,7 @@ def test_the_surrogate_of_sampled_images_tells_its_losses_by_epoch_and_no_images
     marker = UnitMarker(
         unit="surrogate",
         files=(),
-        metrics={"labels": [], "losses": [], "epoch_losses": [2.0, 1.5]},
+        metrics={"epoch_losses": [2.0, 1.5]},
         seconds=1.0,
         host="host",
         run="run",
@@ -308,10 +311,10 @@ def test_the_surrogate_of_sampled_images_tells_its_losses_by_epoch_and_no_images
     under_way: Any = SimpleNamespace(
         stage=SimpleNamespace(name="recover"), config=SimpleNamespace(num_atoms=4)
     )
-    found = metrics.numbers_of(under_way, marker)
+    found = recover.NUMBERS.numbers(under_way, marker)
     assert [(n.metric, n.part, n.detail, n.step, n.value) for n in found] == [
         ("loss", "surrogate", "", 1, 2.0),
         ("loss", "surrogate", "", 2, 1.5),
     ]
-    assert metrics.curves_of(under_way, marker) == []
-    assert metrics.images_of(under_way, marker) == 0
+    assert recover.NUMBERS.curves(under_way, marker) == []
+    assert recover.NUMBERS.images(under_way, marker) == 0

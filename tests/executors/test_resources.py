@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import ray
 import torch
@@ -29,14 +28,17 @@ from jobs import distill
 from tests.stages import scarcity, tiny
 from tests.stages.scarcity import Holding, Hunger, SmallDisk, SmallUnits, Unavailable
 from tests.stages.tiny import ROOM_OF, ROOMS, STAGES, FinishedRun
+from wmdd_ray.executors import streams
 from wmdd_ray.executors.actors import fan_out
-from wmdd_ray.executors.workers import DoUnit, Report, do_units
+from wmdd_ray.executors.dispatch import do_units
 from wmdd_ray.records import FeatureChunk
-from wmdd_ray.spine.rooms import MAX_ATTEMPTS, Room
-from wmdd_ray.spine.run import Progress, StageRun
-from wmdd_ray.stages import barycenters, features, recover
+from wmdd_ray.spine.rooms import MAX_ATTEMPTS, Room, UnitMarker
+from wmdd_ray.spine.run import DoUnit, Progress, Report, StageRun
+from wmdd_ray.stages import barycenters, recover
 from wmdd_ray.stages.pipeline import PIPELINE
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.sources.chunks import DecodedChunk
+from wmdd_ray.units.features import chunk_unit
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
 
@@ -162,24 +164,20 @@ def let_starve(stage: str, hunger: Hunger, monkeypatch: pytest.MonkeyPatch) -> N
     """Make the workers of a stage take memory in a unit until the kernel kills them."""
 
     # Made here, so that they travel with what they are to do; by their own names, which Ray shows.
-    class BarycenterActor(barycenters.BarycenterActor):
+    class ClassSolver(barycenters.ClassSolver):
         def work(self, unit: str) -> float:
             hunger.eat(unit)
             return super().work(unit)
 
-    class Embedder(features.Embedder):
-        def __call__(self, batch: pa.Table) -> pa.Table:
-            self._unit = batch["unit"][0].as_py()
-            return super().__call__(batch)
-
-        def _embed(self, *chunk: Any) -> FeatureChunk:
-            hunger.eat(self._unit)
-            return super()._embed(*chunk)
+    class Embedder(streams.Embedder):
+        def _features(self, chunk: DecodedChunk) -> FeatureChunk:
+            hunger.eat(chunk_unit(chunk.shard_id, chunk.chunk))
+            return super()._features(chunk)
 
     if stage == "barycenters":
-        monkeypatch.setattr(barycenters, "BarycenterActor", BarycenterActor)
+        monkeypatch.setattr(barycenters, "ClassSolver", ClassSolver)
     elif stage == "features":
-        monkeypatch.setattr(features, "Embedder", Embedder)
+        monkeypatch.setattr(streams, "Embedder", Embedder)
     else:
         worker = partial(hungry_worker, hunger=hunger, inner=recover.open_worker)
         monkeypatch.setattr(recover, "open_worker", worker)
@@ -429,13 +427,13 @@ def test_two_hundred_chunks_leave_no_process_descriptor_thread_or_memory(
 ) -> None:
     folder = str(tmp_path)
 
-    class Embedder(features.Embedder):
-        def __call__(self, batch: pa.Table) -> pa.Table:
-            result = super().__call__(batch)
+    class Embedder(streams.Embedder):
+        def embed(self, chunk: DecodedChunk) -> UnitMarker:
+            marker = super().embed(chunk)
             scarcity.write_holding(folder)
-            return result
+            return marker
 
-    monkeypatch.setattr(features, "Embedder", Embedder)
+    monkeypatch.setattr(streams, "Embedder", Embedder)
     out = tiny.copy_rooms(finished_run.out, tmp_path / "warm", "teacher")
     free = free_cpus()
     assert tiny.job(out, "--until", "features") == 0

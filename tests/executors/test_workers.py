@@ -16,10 +16,11 @@ import torch
 
 from tests.stages import tiny
 from tests.stages.tiny import FinishedRun
-from wmdd_ray.executors.workers import DoUnit, Report
 from wmdd_ray.spine.events import read_events
-from wmdd_ray.stages import evaluate, recover
+from wmdd_ray.spine.run import DoUnit, Report
+from wmdd_ray.stages import recover
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.units import students
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
 
@@ -97,7 +98,7 @@ def test_students_that_take_longest_are_the_first_and_none_is_lost() -> None:
         for labels in ("soft", "hard")
         for seed in (0, 1)
     ]
-    ordered = evaluate.longest_first(units)
+    ordered = students.longest_first(units)
     assert ordered == [
         *("all_real-soft-s000", "all_real-soft-s001", "all_real-hard-s000", "all_real-hard-s001"),
         *("random_real-soft-s000", "random_real-soft-s001"),

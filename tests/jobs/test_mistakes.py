@@ -27,7 +27,7 @@ from jobs import distill, evaluate, export, prepare, report
 from tests.conftest import S3Uri, free_port
 from tests.stages import scarcity, tiny
 from tests.stages.tiny import FinishedRun
-from wmdd_ray.stages import features
+from wmdd_ray.executors import streams
 from wmdd_ray.store import codecs, retries
 
 JOBS: dict[str, Callable[[list[str]], int]] = {
@@ -468,7 +468,7 @@ def test_a_mistake_about_storage_is_answered_by_what_to_do(
 def test_a_class_that_is_too_small_is_refused_before_an_image_is_read(
     make: Callable[..., None], ray_local: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "_stream", lambda *_: pytest.fail("images are read"))
+    monkeypatch.setattr(streams, "embedded", lambda *_: pytest.fail("images are read"))
     make(next(mistake for mistake in LOCAL if "--ipc 10 --data" in mistake.typed))
 
 

@@ -18,7 +18,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -46,6 +45,7 @@ from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.shrink import kept_image
 from wmdd_ray.store.sources import open_source
 from wmdd_ray.telling.progress import StageLine
+from wmdd_ray.units.prepared import Scanner, Writer
 from wmdd_ray.units.splitting import PrepareConfig, check_class_names, held_out, output_files
 
 COUNTS = {"ant eater": 23, "пчела": 12, "猫": 1}
@@ -269,14 +269,14 @@ class _Dying:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class _DyingScan(_Dying, stage._Scan):
+class _DyingScan(_Dying, Scanner):
     def _commit(self, *args: Any, **options: Any) -> UnitMarker:
         marker = super()._commit(*args, **options)
         self._die()  # a part is committed, and nobody was told
         return marker
 
 
-class _DyingWrite(_Dying, stage._Write):
+class _DyingWrite(_Dying, Writer):
     def _table(self, rows_N: np.ndarray) -> tuple[bytes, dict[str, Any]]:
         made = super()._table(rows_N)
         self._die()  # a file is made and not stored
@@ -293,8 +293,8 @@ def test_a_worker_that_is_killed_in_either_pass_is_replaced_and_the_bytes_are_th
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr(stage, "_Scan", partial(_DyingScan, str(tmp_path / "scan")))
-    monkeypatch.setattr(stage, "_Write", partial(_DyingWrite, str(tmp_path / "write")))
+    monkeypatch.setattr(stage, "Scanner", partial(_DyingScan, str(tmp_path / "scan")))
+    monkeypatch.setattr(stage, "Writer", partial(_DyingWrite, str(tmp_path / "write")))
     assert prepare.main([str(data), "--out", str(out), *OPTIONS]) == 0, capsys.readouterr().err
     assert (tmp_path / "scan").exists() and (tmp_path / "write").exists()
     assert payloads(out) == payloads(prepared)
@@ -308,27 +308,27 @@ def test_a_shard_whose_reader_died_goes_on_after_its_last_part(
     config = PrepareConfig(shard_mb=1, max_side=64)
     source = open_source(str(data), config.source, split="train")
     (shard, *_) = source.shards(2048)
-    row = {"split": ["train"], "shard": [shard.written()], "parts": [0], "records": [0]}
+    row = {"split": "train", "shard": shard.written(), "parts": 0, "records": 0}
 
-    def begun(name: str, row: dict[str, Any]) -> tuple[Store, Iterator[pa.Table]]:
+    def begun(name: str, row: dict[str, Any]) -> tuple[Store, Iterator[UnitMarker]]:
         room = Room(Store(str(tmp_path)), name, run="r")
-        return room.store, stage._Scan(room, {"train": source}, config)(pa.table(row))
+        return room.store, Scanner(room, {"train": source}, config).work(row)
 
     whole, undisturbed = begun("whole", row)
     assert len(list(undisturbed)) >= 2
     store, dying = begun("dying", row)
-    first = json.loads(next(dying)["marker"][0].as_py())
+    first = next(dying)
     del dying
-    before = (tmp_path / "dying" / "units" / f"{first['unit']}.json").stat().st_mtime_ns
+    before = (tmp_path / "dying" / "units" / f"{first.unit}.json").stat().st_mtime_ns
     if driver_knows:
-        row |= {"parts": [1], "records": [first["metrics"]["records"]]}
+        row |= {"parts": 1, "records": first.metrics["records"]}
     store, again = begun("dying", row)
-    markers = [json.loads(table["marker"][0].as_py()) for table in again]
-    assert first["unit"] not in [marker["unit"] for marker in markers]
-    assert (tmp_path / "dying" / "units" / f"{first['unit']}.json").stat().st_mtime_ns == before
+    markers = list(again)
+    assert first.unit not in [marker.unit for marker in markers]
+    assert (tmp_path / "dying" / "units" / f"{first.unit}.json").stat().st_mtime_ns == before
     made, expected = ({key: s.get(key) for key in s.list("parts")} for s in (store, whole))
     assert made == expected
-    records = first["metrics"]["records"] + sum(m["metrics"]["records"] for m in markers)
+    records = first.metrics["records"] + sum(m.metrics["records"] for m in markers)
     assert records == shard.num_images
 
 

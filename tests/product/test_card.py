@@ -12,8 +12,8 @@ from huggingface_hub import DatasetCard
 from PIL import Image
 
 from wmdd_ray.product.card import classes_text, dataset_card, results_table, size
-from wmdd_ray.product.pictures import preview
 from wmdd_ray.recipes import recipe_of
+from wmdd_ray.units.pictures import preview
 
 # Soft labels lose the second class, hard labels lose a little of it.
 RECALL = {

@@ -20,6 +20,7 @@ from wmdd_ray.records import Teacher
 from wmdd_ray.spine.run import Room
 from wmdd_ray.stages import squeeze
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.units import teacher as training
 from wmdd_ray.units.teacher import read_teacher
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -156,7 +157,7 @@ def test_training_that_was_cut_goes_on_from_its_last_stored_epoch_with_the_same_
     if curved:
         whole = tmp_path / "whole"
         assert tiny.job(whole, *options) == 0
-    train = squeeze.train_classifier
+    train = training.train_classifier
     began: list[int] = []
 
     @functools.wraps(train)
@@ -169,9 +170,9 @@ def test_training_that_was_cut_goes_on_from_its_last_stored_epoch_with_the_same_
         began.append(options["start_epoch"])  # type: ignore[arg-type]
         train(*args, on_epoch=on_epoch_or_cut, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(squeeze, "Checkpoints", tiny.WaitingCheckpoints)
-    monkeypatch.setattr(squeeze, "train_classifier", cut)
-    monkeypatch.setattr(squeeze, "_STATE_EVERY_S", -1.0)
+    monkeypatch.setattr(training, "Checkpoints", tiny.WaitingCheckpoints)
+    monkeypatch.setattr(training, "train_classifier", cut)
+    monkeypatch.setattr(training, "_STATE_EVERY_S", -1.0)
     out = tmp_path / "run"
     assert tiny.job(out, *options) == 1
     assert any((out / "teacher/partial/teacher").glob("state-?.safetensors"))

@@ -106,7 +106,7 @@ def embedded(
             ray.data.from_items(rows, override_num_blocks=len(rows))
             .map_batches(decode, batch_size=1, batch_format="pyarrow")
             .map_batches(
-                _EmbeddingActor,
+                EmbeddingActor,
                 batch_size=1,
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
@@ -117,7 +117,9 @@ def embedded(
     return _markers(stage, stream)
 
 
-class _EmbeddingActor:
+class EmbeddingActor:
+    """Keeps an `Embedder`; Ray's statistics and errors show its name."""
+
     def __init__(self, **arguments: Any) -> None:
         self._embedder = Embedder(**arguments)
 
