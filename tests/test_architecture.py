@@ -37,7 +37,8 @@ ALLOWED = {
         ),
         *("wmdd_ray.config", "wmdd_ray.core", "wmdd_ray.errors", "wmdd_ray.records"),
     ),
-    "wmdd_ray/config.py": ("wmdd_ray.errors",),
+    "wmdd_ray/config.py": ("wmdd_ray.errors", "wmdd_ray.options"),
+    "wmdd_ray/options.py": ("wmdd_ray.errors",),
     "wmdd_ray/records.py": ("numpy", "wmdd_ray.errors"),
     "wmdd_ray/errors.py": (),
 }
