@@ -9,7 +9,6 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from wmdd_ray.card import dataset_card, options_of
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.tiles import tile
 from wmdd_ray.errors import LostRaceError
+from wmdd_ray.options import fingerprint_options
 from wmdd_ray.pictures import preview
 from wmdd_ray.provenance import versions
 from wmdd_ray.records import ClassImages
@@ -38,7 +38,7 @@ PREVIEW_KEY = "preview.png"
 
 def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that the assembled set depends on."""
-    return {"assemble": asdict(config.assemble)}
+    return {"assemble": fingerprint_options(config.assemble)}
 
 
 def image_files(config: DistillConfig, num_classes: int) -> dict[str, range]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -32,6 +31,7 @@ from wmdd_ray.attacks import (
     worst_case,
 )
 from wmdd_ray.config import Arch, AttackConfig, AttackName, DistillConfig
+from wmdd_ray.options import fingerprint_options
 from wmdd_ray.provenance import hardware, versions
 from wmdd_ray.rooms import Room
 from wmdd_ray.run import Run, Stage, StageRun, Work, unit_seed
@@ -80,7 +80,8 @@ def sample_stage(config: DistillConfig, asked: AttackConfig) -> Stage:
     """Return the stage that draws the held-out images which all students are attacked on."""
 
     def options(_: DistillConfig) -> dict[str, Any]:
-        return {"images": asked.images, "seed": config.seed, "source": asdict(config.source)}
+        source = fingerprint_options(config.source)
+        return {"images": asked.images, "seed": config.seed, "source": source}
 
     def work(stage: StageRun) -> dict[str, Any]:
         if _SAMPLE_UNIT not in stage.room.finished():

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import socket
 import time
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import ray
 
 from wmdd_ray.config import DistillConfig
+from wmdd_ray.options import fingerprint_options
 from wmdd_ray.records import Barycenter, ClassBarycenter, ClassFeatures
 from wmdd_ray.rooms import Room
 from wmdd_ray.run import StageRun, Work, unit_seed
@@ -27,14 +27,11 @@ _POOL = 300
 
 def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that the barycenters depend on."""
-    solved = asdict(config.barycenters)
-    if config.barycenters.label_weight is None:
-        del solved["label_weight"]  # each class by itself, as before there was a choice
     return {
         "ipc": config.ipc,
         "num_atoms": config.num_atoms,
         "seed": config.seed,
-        "barycenters": solved,
+        "barycenters": fingerprint_options(config.barycenters),
     }
 
 

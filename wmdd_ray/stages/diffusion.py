@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from wmdd_ray.core.views import to_input
 from wmdd_ray.diffusion import DiffusionModel, fit_pictures
 from wmdd_ray.diffusion_card import ModelCard, check_card, class_ids_of, read_card
 from wmdd_ray.errors import ArtifactError, ConfigError
+from wmdd_ray.options import fingerprint_options
 from wmdd_ray.records import ClassImages, Teacher
 
 OnStep = Callable[[int, Callable[[], State]], None]
@@ -29,19 +30,10 @@ ReadReal = Callable[[int, int], np.ndarray]
 
 def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that sampled images depend on, and which model `model` is now."""
-    recover = config.recover
-    sampling = asdict(recover.diffusion)
-    if recover.diffusion.influence_weight == 0:
-        # Images from before there was this term are the same.
-        sampling = {k: v for k, v in sampling.items() if not k.startswith("influence_")}
-    return {
-        "method": recover.method,
-        "tiles": recover.tiles,
-        "images_per_group": recover.images_per_group,
-        "mixed_precision": recover.mixed_precision,
-        "diffusion": sampling,
-        "model": read_card(recover.diffusion.model).identity,
-    }
+    recover = fingerprint_options(config.recover)
+    used = ("method", "tiles", "images_per_group", "mixed_precision", "diffusion")
+    model = read_card(config.recover.diffusion.model).identity
+    return {**{name: recover[name] for name in used}, "model": model}
 
 
 def checked(

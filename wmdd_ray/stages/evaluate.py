@@ -21,6 +21,7 @@ from wmdd_ray.core.class_order import confusion
 from wmdd_ray.core.networks import build_network, load_weights, weights_of
 from wmdd_ray.core.optimizer import State
 from wmdd_ray.core.training import accuracy, train_student
+from wmdd_ray.options import fingerprint_options
 from wmdd_ray.provenance import hardware, versions
 from wmdd_ray.records import StudentResult
 from wmdd_ray.rooms import Room
@@ -36,12 +37,7 @@ _STATE_EVERY_S = 20.0
 
 def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that the results depend on."""
-    evaluate = asdict(config.evaluate)
-    if config.evaluate.sinkhorn_weight == 0:
-        # A term that is left out is as it was when there was none.
-        for name in ("sinkhorn_weight", "sinkhorn_regularization", "sinkhorn_iterations"):
-            del evaluate[name]
-    return {"seed": config.seed, "evaluate": evaluate}
+    return {"seed": config.seed, "evaluate": fingerprint_options(config.evaluate)}
 
 
 def rows(config: DistillConfig) -> tuple[str, ...]:

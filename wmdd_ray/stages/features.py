@@ -22,6 +22,7 @@ import ray.data
 
 from wmdd_ray.config import DistillConfig, SourceConfig
 from wmdd_ray.errors import DataError
+from wmdd_ray.options import fingerprint_options
 from wmdd_ray.records import FeatureChunk
 from wmdd_ray.rooms import Room, UnitMarker, marker_of
 from wmdd_ray.run import StageRun, Work
@@ -38,7 +39,7 @@ _REGROUP_READS = 20_000
 
 def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that the features depend on."""
-    return {"source": asdict(config.source), "features": asdict(config.features)}
+    return {name: fingerprint_options(getattr(config, name)) for name in ("source", "features")}
 
 
 def plan(stage: StageRun) -> Work:

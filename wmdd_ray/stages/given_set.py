@@ -9,7 +9,7 @@ Legend: N images that a student sees, V views, Y classes, H W pixels, C channels
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from wmdd_ray.core.views import StoredImages, draw_views, take
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.errors import ArtifactError, DataError
 from wmdd_ray.export import set_id
+from wmdd_ray.options import fingerprint_options
 from wmdd_ray.records import Teacher, Views
 from wmdd_ray.rooms import Room
 from wmdd_ray.run import Stage, StageRun, Work, unit_seed
@@ -131,8 +132,9 @@ def _stage_of(student: Arch, config: DistillConfig, real: str | None) -> Stage:
         return Work(units=units, estimated_bytes=2000 * len(units))
 
     def options(_: DistillConfig) -> dict[str, Any]:
-        relabel = {"views": asdict(own.relabel.views), "epochs": own.relabel.epochs}
-        about = {"source": asdict(own.source), "relabel": relabel, "real_data": real}
+        relabel = fingerprint_options(own.relabel)
+        relabel = {name: relabel[name] for name in ("views", "epochs")}
+        about = {"source": fingerprint_options(own.source), "relabel": relabel, "real_data": real}
         return {**evaluate.options(own), **about}
 
     def work(stage: StageRun) -> dict[str, Any]:

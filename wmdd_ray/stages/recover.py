@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cache, partial
 from typing import Any
 
@@ -26,6 +25,7 @@ from wmdd_ray.core.synthesis import ClassTarget, recover_group
 from wmdd_ray.core.tiles import shrink, tile, tile_side
 from wmdd_ray.diffusion import DiffusionModel, load_model
 from wmdd_ray.diffusion_card import read_card
+from wmdd_ray.options import fingerprint_options
 from wmdd_ray.records import ClassBarycenter, ClassImages, Teacher
 from wmdd_ray.rooms import Room
 from wmdd_ray.run import StageRun, Work, unit_seed
@@ -42,10 +42,7 @@ def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that the images depend on."""
     if config.recover.method == "diffusion":
         return {"seed": config.seed, "recover": diffusion.options(config)}
-    recover = asdict(config.recover)
-    for name in ("checkpoint_s", "method", "diffusion"):
-        del recover[name]
-    return {"seed": config.seed, "recover": recover}
+    return {"seed": config.seed, "recover": fingerprint_options(config.recover)}
 
 
 def groups(config: DistillConfig, num_classes: int) -> dict[str, range]:

@@ -7,7 +7,7 @@ worker's memory and mix among themselves. A set of up to `slice_images` images i
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from wmdd_ray.core.networks import labeler_of
 from wmdd_ray.core.soft_labels import compress, concatenate_labels, label_views
 from wmdd_ray.core.views import concatenate_views, draw_block, draw_views, is_exact, to_input
 from wmdd_ray.core.views import renamed as renamed
+from wmdd_ray.options import fingerprint_options
 from wmdd_ray.records import SoftLabelBlock, SoftLabels, ViewDraw
 from wmdd_ray.rooms import Room
 from wmdd_ray.run import StageRun, Work, unit_seed
@@ -35,12 +36,9 @@ _FILE_BYTES = 2000
 
 def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that the labels depend on."""
-    relabel = asdict(config.relabel)
-    # How the number of teachers comes about makes no difference, and one was all that there were.
-    del relabel["teachers"], relabel["teacher_schedule"]
-    if config.num_teachers > 1:
-        relabel["teachers"] = config.num_teachers
-    return {"seed": config.seed, "relabel": relabel}
+    # How the number of teachers comes about makes no difference.
+    relabel = replace(config.relabel, teachers=config.num_teachers, teacher_schedule=())
+    return {"seed": config.seed, "relabel": fingerprint_options(relabel)}
 
 
 def blocks(config: DistillConfig, num_classes: int) -> dict[str, tuple[range, np.ndarray]]:
