@@ -57,6 +57,11 @@ def test_every_option_says_what_it_means() -> None:
             r"--relabel.views.crop-scale-min: expected in \(0, 1\]",
         ),
         (
+            RelabelConfig,
+            {"views": options.ViewConfig(mix_alpha=0.8)},
+            r"--relabel.views.mix-alpha: expected in \[1, 1\], got 0.8",
+        ),
+        (
             options.HardLabelConfig,
             {"views": options.ViewConfig(crop_scale_min=0)},
             r"--evaluate.hard.views.crop-scale-min: expected in \(0, 1\]",
@@ -201,7 +206,7 @@ def test_the_paper_variant_is_what_the_paper_and_its_scripts_say(
     for part, values in PAPER.items():
         assert values == {key: getattr(getattr(paper, part), key) for key in values}
     views = paper.relabel.views
-    assert (views.crop_scale_min, views.mix, views.mix_alpha) == (0.08, "cutmix", 1.0)
+    assert (views.crop_scale_min, views.mix) == (0.08, "cutmix")
     recover = paper.recover
     assert (recover.bn_weight, recover.learning_rate, recover.roll_px) == OF_DATA[name]
     assert (recover.flip, views.flip) == (best.recover.flip, best.relabel.views.flip)

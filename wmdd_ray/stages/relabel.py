@@ -17,7 +17,7 @@ import torch
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.networks import labeler_of
 from wmdd_ray.core.soft_labels import compress, concatenate_labels, label_views
-from wmdd_ray.core.views import concatenate_views, draw_block, draw_views, is_exact, to_input
+from wmdd_ray.core.views import concatenate_views, draw_block, draw_views, to_input
 from wmdd_ray.core.views import renamed as renamed
 from wmdd_ray.options import fingerprint_options
 from wmdd_ray.records import SoftLabelBlock, SoftLabels, ViewDraw
@@ -85,7 +85,7 @@ def plan(stage: StageRun) -> Work:
 
 def by_seed(config: DistillConfig) -> bool:
     """Whether views are drawn again by the reader."""
-    return config.relabel.stored_views == "seed" and is_exact(config.relabel.views)
+    return config.relabel.stored_views == "seed"
 
 
 def work(stage: StageRun) -> dict[str, Any]:
@@ -184,7 +184,6 @@ def draw_of(config: DistillConfig, index_N: np.ndarray, *, image_size: int, name
         crop_scale_min=views.crop_scale_min,
         flip=views.flip,
         mix=views.mix,
-        mix_alpha=views.mix_alpha,
     )
 
 
