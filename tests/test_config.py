@@ -47,7 +47,11 @@ def test_every_option_says_what_it_means() -> None:
         (SourceConfig, {"image_size": 64}, "--source.resize: expected at least image_size 64"),
         (SourceConfig, {"channels": 1}, "--source.mean: expected 1 values, one a channel"),
         (options.SqueezeConfig, {"epochs": 0}, "--squeeze.epochs: expected >= 1"),
-        (options.FeaturesConfig, {"chunk_images": 0}, "--features.chunk-images"),
+        (
+            DistillConfig,
+            {"features": options.FeaturesConfig(chunk_images=0)},
+            "--features.chunk-images: expected >= 1, got 0",
+        ),
         (options.BarycenterConfig, {"num_starts": 0}, "--barycenters.num-starts: expected >= 1"),
         (options.RecoverConfig, {"beta1": 1.0}, r"--recover.beta1: expected in \[0, 1\), got 1.0"),
         (options.RecoverConfig, {"crop_scale_min": 0}, r"--recover.crop-scale-min.*\(0, 1\]"),
@@ -62,8 +66,8 @@ def test_every_option_says_what_it_means() -> None:
             r"--relabel.views.mix-alpha: expected in \[1, 1\], got 0.8",
         ),
         (
-            options.HardLabelConfig,
-            {"views": options.ViewConfig(crop_scale_min=0)},
+            options.EvaluateConfig,
+            {"hard": options.HardLabelConfig(views=options.ViewConfig(crop_scale_min=0))},
             r"--evaluate.hard.views.crop-scale-min: expected in \(0, 1\]",
         ),
         (RelabelConfig, {"slice_images": 0}, "--relabel.slice-images: expected >= 1"),
@@ -91,8 +95,11 @@ def test_every_option_says_what_it_means() -> None:
             {"network": options.NetworkConfig(norm="instance")},
             "--squeeze.network.norm: expected batch, .* got 'instance'",
         ),
-        (options.HardLabelConfig, {"learning_rate": 0.0}, "--evaluate.hard.learning-rate: .* > 0"),
-        (options.HardLabelConfig, {"optimizer": "lion"}, "--evaluate.hard.optimizer: .*adamw"),
+        (
+            options.EvaluateConfig,
+            {"hard": options.HardLabelConfig(optimizer="lion")},  # type: ignore[arg-type]
+            "--evaluate.hard.optimizer: expected one of adamw",
+        ),
         (
             options.RecoverConfig,
             {"diffusion": options.DiffusionConfig(ot_weight=0.5)},

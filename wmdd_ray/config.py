@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, get_args
 
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.options import check, option, require
@@ -25,8 +25,7 @@ Baseline = Literal["random_real", "nearest_real", "random_tiles", "nearest_tiles
 Schedule = Literal["cosine", "half_cosine"]
 CurvatureForm = Literal["gradient", "loss"]
 AttackName = Literal["pgd", "square", "autoattack", "cw", "mim"]
-# Smallest side of a tile, pixels.
-_TILE_PIXELS = 4
+_TILE_PIXELS = 4  # smallest side of a tile
 StageName = Literal[
     "squeeze", "features", "barycenters", "recover", "relabel", "assemble", "evaluate"
 ]
@@ -69,13 +68,11 @@ class NetworkConfig:
     """A classifier architecture, of the teacher or of a student."""
 
     arch: Arch = "convnet3"
-    """`convnet3` is the small-image literature's three-block network (here with BatchNorm); the others are torchvision's;
-    `vit_tiny`, its VisionTransformer with 4 layers of width 128 on 7 x 7 patches, can be a student only: it has no BatchNorm."""
+    """`convnet3` is the small-image literature's three blocks; `vit_tiny`, 4 layers of width 128, has no BatchNorm: a student only."""
     width: int = option(64, ge=1)
     """Channels of each ConvNet-3 block (128 in the literature); not used by the other architectures."""
     small_stem: bool = False
-    """3x3 stride-1 first convolution without max-pool (ResNet) or stride 1 (MobileNetV2), for images of 64 px and less; the
-    other architectures have no stem and ignore it."""
+    """3x3 stride-1 first convolution without max-pool (ResNet) or stride 1 (MobileNetV2), for images of 64 px and less."""
     norm: Norm = "batch"
     """Normalization of `convnet3`: BatchNorm, which a teacher must have, or the literature's InstanceNorm."""
 
@@ -107,23 +104,18 @@ class SqueezeConfig:
     flip: bool = True
     """Random horizontal flip with probability 1/2 (off for digits: a mirrored digit is no digit)."""
     mixed_precision: bool = False
-    """bfloat16 autocast of the forward pass, on CPU too; loss and optimizer stay float32. On in the recipes from 64 px up
-    (Tiny-ImageNet, ImageNette, ImageNet-1K)."""
+    """bfloat16 autocast of the forward pass, on CPU too; loss and optimizer stay float32."""
     curvature_weight: float = option(0.0, ge=0, absent_at=0)
-    """Coefficient of the curvature of the loss around each image, which makes the teacher, and what is distilled by it, harder to
-    attack (GUARD). A mean over images: the authors' lambda 100 at batch 128 is 0.78 here. 0 leaves the term out."""
+    """Coefficient of the curvature of the loss around each image, for a teacher and images that are harder to attack (GUARD). A
+    mean over images: the authors' lambda 100 at batch 128 is 0.78 here. 0 leaves the term out."""
     curvature_step: float = option(3.0, gt=0, only_with="curvature_weight")
-    """Length of the step along the input gradient over which the curvature is taken, L2 in normalized input units (3 in GUARD's
-    CIFAR script, a twentieth of an image's own length there)."""
+    """Step along the input gradient over which the curvature is taken, L2 in normalized input units (3 in GUARD's CIFAR script)."""
     curvature_form: CurvatureForm = option("gradient", only_with="curvature_weight")
-    """What is penalized: `gradient` is GUARD's published |grad L(x + z) - grad L(x)|, by double backward; `loss` is
-    |L(x + z) - L(x)|, which the authors' ImageNet script computes instead, at their weight of 1e-4."""
+    """`gradient` is GUARD's |grad L(x + z) - grad L(x)|, by double backward; `loss`, |L(x + z) - L(x)|, its ImageNet script's."""
     curvature_ipc_power: float = option(0.0, ge=0, absent_at=0)
-    """p in curvature_weight x (10 / ipc)^p, so that the weight is that of ipc 10. GUARD finds that robustness pays at small ipc and
-    costs clean accuracy at large (ImageNet-1K: +6.0 at ipc 10, -6.9 at 50) and gives no rule; this one is ours. 0 is no rule."""
+    """p in curvature_weight x (10 / ipc)^p; at large ipc robustness costs more clean accuracy (GUARD). The rule is ours."""
     min_top1: float = option(0.0, ge=0, lt=1)
-    """Refuse a teacher below this held-out top-1, in [0, 1]; 0 means three times chance level, and with fewer than five
-    classes half way from chance to 1."""
+    """Refuse a teacher below this held-out top-1, in [0, 1]; 0 is three times chance (below five classes half way to 1)."""
     memory_limit_gib: float = option(4.0, in_fingerprint=False)
     """Training images are held decoded in memory up to this size per worker; above it they are streamed every epoch."""
 
@@ -155,17 +147,14 @@ class FeaturesConfig:
     regroup: Literal["auto", "always", "never"] = "auto"
     """Sort the features into one file a class with a Ray Data shuffle; `auto` does so when the source's files mix many classes."""
 
-    def __post_init__(self) -> None:
-        check(self, "features.")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BarycenterConfig:
     """The weighted atoms of each class: min W2^2(sum_j w_j delta(z_j), 1/N sum_n delta(x_n))."""
 
     solver: Literal["lloyd", "uniform", "emd", "sinkhorn", "sliced"] = "lloyd"
-    """`lloyd` is exact block descent with free weights; `uniform` fixes them to 1/K; `emd` is the paper's alternation; the atoms of
-    `sliced`, 1/K each, spread as far as the class in every direction, where the others' are means."""
+    """`lloyd`: exact block descent, free weights; `uniform`: weights 1/K; `emd`: the paper's alternation; `sliced`: 1/K each, spread
+    as far as the class in every direction, where the others' atoms are means."""
     max_iters: int = option(100, ge=1)
     """Most iterations of a start."""
     tol: float = option(1e-6, ge=0)
@@ -179,9 +168,8 @@ class BarycenterConfig:
     margin_fraction: float = option(0.0, ge=0, le=1)
     """Share of the atoms that are the barycenter of the quarter of the class nearest to the decision boundary (ours)."""
     label_weight: float | None = option(None, ge=0, absent_at=None)
-    """Take the barycenter of all classes at once in the space of features and label embeddings (the rows of the teacher's last
-    layer), whose mean squared distance between classes is this times that of features within a class. A small weight lets
-    classes of few images share atoms with their neighbors; unset, as with a large one, each class is by itself (ours)."""
+    """One barycenter of all classes, in features and label embeddings (rows of the teacher's last layer): the mean squared distance
+    between classes, over that within one. Small weights let small classes share atoms; unset, each class is by itself (ours)."""
 
     def __post_init__(self) -> None:
         check(self, "barycenters.")
@@ -210,7 +198,7 @@ class DiffusionConfig:
     """Part of the denoising in which images are guided, from noise (0) to image (1): IGD's steps 45 to 30 of 50."""
     ot_weight: float = option(0.0, ge=0)
     """beta1 of OTG: the most that a guided step changes a value of the latent (or of a pixel in [-1, 1]) along the gradient of
-    the transport distance between the class's images so far and its real ones. 0 samples the model as it is."""
+    the transport distance between the class's images so far and its real ones. 0 leaves it out."""
     regularization: float = option(0.1, gt=0)
     """Entropic regularization of that distance, a share of the mean distance between real latents of the class."""
     sinkhorn_iterations: int = option(50, ge=1)
@@ -218,18 +206,15 @@ class DiffusionConfig:
     real_per_step: int = option(64, ge=1)
     """Real latents of the class that a guided step compares with, drawn anew from at most a few hundred kept."""
     diversity_weight: float = option(0.0, ge=0)
-    """Root mean square change of a value of the latent, at most, that a guided step makes away from the nearest earlier image of
-    the class by cosine similarity (IGD's deviation term). 0 leaves it out."""
+    """Most RMS change of the latent in a guided step, away from the class's nearest earlier image (IGD's deviation term)."""
     influence_weight: float = option(0.0, ge=0, absent_at=0)
-    """Root mean square change of a value of the latent that a guided step makes to train as the class does: it turns the loss
-    gradient in a small classifier, trained on real latents first, to that of the class's real latents (IGD's influence term, whose
-    k = 5 is in a unit that we do not know). 0 leaves it out."""
+    """RMS change of the latent in a guided step that turns the loss gradient in a small classifier, trained on real latents first,
+    to that of the class's real latents (IGD's influence term, whose k = 5 is in a unit that we do not know). 0 leaves it out."""
     influence_epochs: tuple[int, ...] = option((0, 5, 18, 52), ge=0, only_with="influence_weight")
-    """Epochs of that classifier's training after which the gradients are compared, ascending; 0 is untrained, and the last one ends
-    the training (IGD: 0 5 18 52 for ImageNet-1K, 0 2 11 40 for ImageNette, 0 5 16 40 for ImageWoof)."""
+    """Epochs of that classifier after which gradients are compared, ascending; the last one ends its training (IGD: 0 5 18 52 for
+    ImageNet-1K, 0 2 11 40 for ImageNette, 0 5 16 40 for ImageWoof)."""
     influence_latents: int = option(200, ge=1, only_with="influence_weight")
-    """Real latents of a class, at most, by which the classifier is trained and the class's gradient taken (200 in IGD for the
-    latter); of at most a few hundred kept."""
+    """Most real latents of a class that the classifier is trained on and compared with (200 in IGD)."""
 
     def __post_init__(self) -> None:
         refuse_secrets("recover.diffusion.model", self.model)
@@ -268,8 +253,7 @@ class RecoverConfig:
     moments: Literal["per_class", "global", "blend", "none"] = "per_class"
     """BatchNorm target: the class's own moments (PCBN), the teacher's running ones (SRe2L), half of each loss (EDC), or nothing."""
     bn_weight: float = option(10.0, ge=0)
-    """Coefficient of the moment term, lambda of the paper (10 to 500 in WMDD's; on Fashion-MNIST 10 is the best of 1, 10, 100 from
-    noise, and 1 is 0.6 points better from real images by hard labels: README)."""
+    """Coefficient of the moment term, lambda of the paper (10 to 500 in WMDD's; README compares 1, 10 and 100 on Fashion-MNIST)."""
     weighted_moments: bool = False
     """Weight each image's share of the synthetic moments by its atom's weight (paper eq. for PCBN; off in the released run)."""
     ema_statistics: float = option(0.0, ge=0, lt=1)
@@ -297,23 +281,17 @@ class RecoverConfig:
 
     def __post_init__(self) -> None:
         check(self, "recover.")
-        diffusion, blends = self.diffusion, self.residual_blends
-        samples = self.method == "diffusion"
-        named, model = (
-            diffusion.model.strip() != "",
-            "a folder, URI or hub name of a diffusers pipeline",
+        samples, model = self.method == "diffusion", self.diffusion.model
+        expected = (
+            "a diffusers pipeline's folder, URI or hub name; jobs/train_diffusion.py makes one"
         )
-        expected = f"{model} for --recover.method diffusion (jobs/train_diffusion.py makes one)"
-        require(named or not samples, "recover.diffusion.model", expected, diffusion.model)
+        require(model.strip() != "" or not samples, "recover.diffusion.model", expected, model)
         for name in ("ot-weight", "diversity-weight", "influence-weight"):
-            weight = getattr(diffusion, name.replace("-", "_"))
-            expected = (
-                "0 with --recover.method inversion; add --recover.method diffusion, or leave it out"
-            )
+            weight = getattr(self.diffusion, name.replace("-", "_"))
+            expected = "0 without diffusion; add --recover.method diffusion, or leave it out"
             require(weight == 0 or samples, f"recover.diffusion.{name}", expected, weight)
-        most = max(0, self.iterations - 1)
-        expected = f"in [0, {most}], one less than the iterations"
-        ok = blends <= most or self.iterations == 0
+        most, blends = max(0, self.iterations - 1), self.residual_blends
+        ok, expected = blends <= most or not self.iterations, f"in [0, {most}], below iterations"
         require(ok, "recover.residual-blends", expected, blends)
         expected = f"a real start for --recover.residual-blends {blends}"
         require(blends == 0 or self.start != "noise", "recover.start", expected, self.start)
@@ -346,13 +324,11 @@ class RelabelConfig:
     precision: Literal["fp16", "int8"] = "fp16"
     """Numbers that logits are kept in: half precision, or steps below a row's largest, 255 at most."""
     step: float = 0.125
-    """Size of the steps of `int8`, in logits; the error is at most half of it, and larger steps take fewer bytes. A twentieth of
-    the students' temperature (1 at FKD's 20) cost up to 0.2 points on Fashion-MNIST (README)."""
+    """Size of the steps of `int8`, in logits: the error is at most half of it, and larger steps take fewer bytes (README)."""
     stored_views: Literal["seed", "rows"] = "seed"
     """`seed` stores what views are drawn again from, to the bit, instead of the boxes (33 bytes a view)."""
     labels: Literal["stored", "online"] = "stored"
-    """`online` stores no logits: the data set ships the teacher, and whoever trains on it computes them in the loader, on the
-    views that stored ones would have."""
+    """`online` stores no logits: the data set ships the teacher, which labels the same views in the loader."""
     top_k: int = option(10, ge=1)
     """Logits that `top_k` keeps."""
     batch_size: int = option(256, ge=1)
@@ -364,11 +340,10 @@ class RelabelConfig:
     epochs_per_unit: int = option(25, ge=1)
     """Label epochs that make one unit of work and one file."""
     teachers: int = option(1, ge=1, absent_at=1)
-    """Teachers whose mean logits are the labels: the one that images are made for, and more of the same training from other random
-    starts. With --teacher they are taken from that run. One, as in WMDD; the mean of several, as in CV-DD and LIA."""
+    """Teachers whose mean logits are the labels (one in WMDD, several in CV-DD and LIA); images are made for the first, the others
+    are of the same training from other random starts. With --teacher they are taken from that run."""
     teacher_schedule: tuple[tuple[int, int], ...] = option((), absent_at=())
-    """Teachers by ipc, as LIA has few at small ipc and more at large: (ipc, teachers) pairs of rising ipc, of which the last one
-    not above --ipc counts; below the first, `teachers`. `10 2 50 4` is 2 from 10 images a class on, and 4 from 50."""
+    """Teachers by ipc (LIA): (ipc, teachers) pairs of rising ipc, of which the last one not above --ipc counts, as `10 2 50 4`."""
 
     def __post_init__(self) -> None:
         check(self, "relabel.")
@@ -379,11 +354,9 @@ class RelabelConfig:
         require(rising, "relabel.teacher-schedule", expected, pairs)
         # Half precision holds steps from 2^-14 with all their bits.
         require(2**-14 <= self.step <= 1000, "relabel.step", "in [2^-14, 1000]", self.step)
-        ok, labels = self.labels == "stored" or not self.batch_statistics, self.labels
-        expected = (
-            "stored with --relabel.batch-statistics, for no other loader has the same batches"
-        )
-        require(ok, "relabel.labels", expected, labels)
+        ok = self.labels == "stored" or not self.batch_statistics
+        expected = "stored with --relabel.batch-statistics, for every loader has other batches"
+        require(ok, "relabel.labels", expected, self.labels)
 
     def teachers_at(self, ipc: int) -> int:
         """Return the number of teachers at `ipc`."""
@@ -402,27 +375,19 @@ class AssembleConfig:
     preview_images: int = option(10, ge=1)
     """Most images of a class shown in `preview.png`."""
 
-    def __post_init__(self) -> None:
-        check(self, "assemble.")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HardLabelConfig:
     """What students do otherwise when they learn from the images' classes alone."""
 
     views: ViewConfig = ViewConfig(mix="none")
-    """Views, drawn as they train: small crops say much by soft labels and mislead by hard ones. Mixtures help where the crops are
-    large: on Fashion-MNIST at ipc 10, CutMix of crops of 80 % of the area and more is 3 points better than these."""
+    """Views, drawn as they train: small crops mislead by hard labels, and mixtures help where crops are large (README)."""
     norm: Norm = "batch"
-    """Normalization of `convnet3` students. InstanceNorm, the literature's, is worth 6 points at ipc 1 on Fashion-MNIST by hard
-    labels, where a batch is all there is, and costs 2 by soft ones."""
+    """Normalization of `convnet3` students: InstanceNorm, the literature's, is better by hard labels at ipc 1 (README)."""
     optimizer: OptimizerName = "adamw"
     """Optimizer, as `--evaluate.optimizer`."""
     learning_rate: float = option(1e-3, gt=0)
     """Peak rate."""
-
-    def __post_init__(self) -> None:
-        check(self, "evaluate.hard.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -434,10 +399,9 @@ class EvaluateConfig:
     epochs: int = option(300, ge=1)
     """Passes over the images; label epochs are cycled when fewer are stored."""
     batch_size: int = option(25, ge=2)
-    """Images of one optimizer step (25 instead of 100 is worth 2.7 points at ipc 10 on Fashion-MNIST: README, ablation)."""
+    """Images of one optimizer step, at least 2 (BatchNorm); 25 is worth 2.7 points over 100 at ipc 10 on Fashion-MNIST (README)."""
     optimizer: OptimizerName = "adamw"
-    """Student optimizer. `muon` orthogonalizes the steps of the hidden weight matrices (Jordan et al. 2024) and leaves the first
-    layer, the classifier, biases and norms to AdamW; OGM (CVPR 2026) reports 39.4 -> 47.0 by it on ImageNet-1K at ipc 10."""
+    """`muon` orthogonalizes the steps of hidden weight matrices (Jordan et al. 2024, OGM); AdamW has all others."""
     learning_rate: float = option(1e-3, gt=0)
     """Peak rate, the same for both parts of `muon`, whose steps are scaled to the size of AdamW's (Liu et al. 2025)."""
     schedule: Schedule = "cosine"
@@ -445,40 +409,31 @@ class EvaluateConfig:
     weight_decay: float = 0.01
     """Decoupled (AdamW, Muon) or L2 (SGD) decay of parameters with more than one dimension."""
     loss: StudentLoss = "kl"
-    """Loss to the soft labels: KL divergence at `temperature` (FKD), or mean squared error between logits that are centered
-    per image (G-VBSM, EDC)."""
+    """Loss to the soft labels: KL divergence at `temperature` (FKD), or MSE of logits centered per image (G-VBSM, EDC)."""
     temperature: float = option(20.0, gt=0)
     """Temperature of the KL divergence to the soft labels (20 in FKD); `mse` has none."""
     ce_weight: float = option(0.0, ge=0)
     """Coefficient of the cross-entropy to the hard label, mixed as the view is, on top of the soft labels' loss (0.025 in EDC)."""
     sinkhorn_weight: float = option(0.0, ge=0, absent_at=0)
-    """Coefficient of the entropic optimal-transport distance between a batch of the student's outputs and the teacher's of the same
-    views, on top of the soft labels' loss (OTM; its kappa1 is `ce_weight`, its kappa2 the 1 of `loss mse`; its own weight is not
-    published). With `mse`, 0.1 and 1 made no measurable difference on Fashion-MNIST at ipc 10; beside the small gradients of `kl`
-    0.01 cost 2 points. 0 leaves it out."""
+    """Coefficient of the entropic transport distance between a batch of the student's outputs and the teacher's, on top of the soft
+    labels' loss (OTM; its kappa1 is `ce_weight`, its kappa2 the 1 of `loss mse`, its own weight not published). 0 leaves it out."""
     sinkhorn_regularization: float = option(0.1, gt=0, only_with="sinkhorn_weight")
-    """Entropic regularization of that distance, a share of the mean cost in the batch (ours; SinKD has an absolute 0.1 where the
-    outputs are probabilities at temperature 2)."""
+    """Entropic regularization of that distance, a share of the mean cost in the batch (ours; SinKD has an absolute 0.1)."""
     sinkhorn_iterations: int = option(10, ge=1, only_with="sinkhorn_weight")
     """Sinkhorn iterations a step."""
     ema_decay: float = option(0.0, ge=0, lt=1)
-    """Decay a step of the weights' moving average, which is what is tested (0.99 in EDC); bias-corrected as Adam's moments are,
-    so that the random start has no part in it; 0 tests the last weights."""
+    """Decay a step of the weights' moving average, bias-corrected, which is tested (0.99 in EDC); 0 tests the last weights."""
     mixed_precision: bool = False
-    """bfloat16 autocast of the student's forward pass, on CPU too (2 to 2.5 times the steps per second with AVX512-BF16 on
-    ConvNet-3); losses, optimizer and test stay float32."""
+    """bfloat16 autocast of the student's forward pass, on CPU too; losses, optimizer and test stay float32."""
     weighted_loss: bool = False
     """Multiply an image's loss by its atom's weight, normalized to mean 1 over the data set."""
     num_seeds: int = option(3, ge=1)
     """Students of each row; the table shows mean and standard deviation."""
     labels: tuple[LabelKind, ...] = ("soft", "hard")
-    """Labels that students learn from: the teacher's soft ones on the stored views, or the images' classes. Every row is trained
-    with each: soft labels alone hide how much of an accuracy is the labels'."""
+    """What students learn from: the teacher's soft labels on stored views, or the classes; every row is trained with each."""
     hard: HardLabelConfig = HardLabelConfig()
     """What is different for hard labels."""
-    baselines: tuple[Baseline, ...] = (
-        *("random_real", "nearest_real", "random_tiles", "nearest_tiles", "all_real"),
-    )
+    baselines: tuple[Baseline, ...] = get_args(Baseline)
     """Real-image rows beside the distilled set, of as many stored images (but `all_real`), trained by the identical recipe; the
     `tiles` rows hold as many small real images as the distilled set has tiles, and are left out where it has none."""
     all_real_epochs: int = option(20, ge=1)
@@ -496,13 +451,10 @@ class EvaluateConfig:
         """Return the recipe of students of these labels: for hard ones with what `hard` has otherwise."""
         if labels == "soft":
             return self
-        norm = self.hard.norm if self.network.arch == "convnet3" else "batch"
-        return replace(
-            self,
-            network=replace(self.network, norm=norm),
-            optimizer=self.hard.optimizer,
-            learning_rate=self.hard.learning_rate,
-        )
+        hard = self.hard
+        norm = hard.norm if self.network.arch == "convnet3" else "batch"
+        changed = replace(self, network=replace(self.network, norm=norm))
+        return replace(changed, optimizer=hard.optimizer, learning_rate=hard.learning_rate)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -593,9 +545,8 @@ class Resources:
     cpus_per_worker: int = option(1, ge=1)
     """CPUs, and with them computing threads, of one worker (one: on shared cores two threads ran 4 to 7 times slower)."""
     executor: Literal["auto", "train", "actors"] = "auto"
-    """What the workers are: one Ray Train group, which a lost worker starts again as a whole, or isolated actors, of which a lost
-    one costs its own unit; auto takes a group up to 8 workers with 4 units each, where recover is 93 to 97 % efficient at 5 %
-    of the nodes lost an hour (ImageNet, simulated; at 64 workers and ipc 100 81 against 97 %)."""
+    """One Ray Train group (`train`), which a lost worker starts again as a whole, or isolated actors, of which a lost one costs its
+    own unit; `auto` takes a group up to 8 workers with 4 units each (README, scale)."""
     max_actors: int = option(1000, ge=1)
     """Most barycenter and embedding actors."""
 
@@ -605,17 +556,12 @@ class Resources:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reporting:
-    """Who is told of a run's numbers while it runs, besides the terminal and Ray's own metrics. Never changes the result.
-
-    A tracker that is not installed is an error at once; one that fails later is left out with a warning.
-    """
+    """Who is told of a run's numbers besides the terminal and Ray's metrics. One that fails later is left out with a warning."""
 
     tensorboard: str | None = None
-    """Folder or URI that gets a folder of TensorBoard event files, named like the last part of --out (needs tensorboardX, which
-    Ray Train brings along)."""
+    """Folder or URI that gets a folder of TensorBoard event files, named like the last part of --out (by tensorboardX)."""
     mlflow: str | None = None
-    """MLflow tracking URI, such as http://host:5000 or sqlite:///mlflow.db; its experiment is MLFLOW_EXPERIMENT_NAME, else wmdd_ray
-    (needs `pip install mlflow`)."""
+    """MLflow tracking URI, as sqlite:///mlflow.db; experiment MLFLOW_EXPERIMENT_NAME, else wmdd_ray (needs `pip install mlflow`)."""
     wandb: str | None = None
     """Weights & Biases PROJECT or ENTITY/PROJECT, with WANDB_API_KEY, or WANDB_MODE=offline (needs `pip install wandb`)."""
 

@@ -567,7 +567,7 @@ def test_options_that_cannot_be_are_refused(option: str, value: Any) -> None:
 
 def test_diffusion_without_a_model_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"--recover\.diffusion\.model: expected a folder, URI or"
+        ConfigError, match=r"--recover\.diffusion\.model: expected .* folder, URI or"
     ):
         RecoverConfig(method="diffusion")
 
