@@ -16,6 +16,7 @@ SOURCES = sorted([*ROOT.glob("wmdd_ray/**/*.py"), *ROOT.glob("jobs/**/*.py")])
 # From the bottom up: a room may import what stands before its own row, its own files, and nothing else of the project.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("wmdd_ray.errors",),
+    ("wmdd_ray.options",),
     ("wmdd_ray.config", "wmdd_ray.records"),
     ("wmdd_ray.recipes",),
     ("wmdd_ray.core", "wmdd_ray.store"),
@@ -45,7 +46,8 @@ ALLOWED = {
         ),
         *("wmdd_ray.config", "wmdd_ray.core", "wmdd_ray.errors", "wmdd_ray.records"),
     ),
-    "wmdd_ray.config": ("wmdd_ray.errors",),
+    "wmdd_ray.config": ("wmdd_ray.errors", "wmdd_ray.options"),
+    "wmdd_ray.options": ("wmdd_ray.errors",),
     "wmdd_ray.records": ("numpy", "wmdd_ray.errors"),
     "wmdd_ray.errors": (),
 }

@@ -278,9 +278,7 @@ def _as_published(best: DistillConfig) -> DistillConfig:
         relabel=replace(
             best.relabel,
             epochs=300,
-            views=ViewConfig(
-                crop_scale_min=0.08, flip=best.relabel.views.flip, mix="cutmix", mix_alpha=1.0
-            ),
+            views=ViewConfig(crop_scale_min=0.08, flip=best.relabel.views.flip, mix="cutmix"),
             compression="full",
             precision="fp16",
             labels="stored",

@@ -255,7 +255,6 @@ def write_random_set(folder: str, ipc: int = 10, size: int = 28, epochs: int = 3
         crop_scale_min=relabel.views.crop_scale_min,
         flip=relabel.views.flip,
         mix=relabel.views.mix,
-        mix_alpha=relabel.views.mix_alpha,
     )
     for first in range(0, epochs, relabel.epochs_per_unit):
         block = range(first, min(first + relabel.epochs_per_unit, epochs))

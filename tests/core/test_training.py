@@ -713,8 +713,8 @@ def test_cross_entropy_joins_a_loss_by_its_weight_and_reads_the_partners_class()
         ({"optimizer": "adam"}, "--evaluate.optimizer: expected one of adamw, sgd, muon"),
         ({"schedule": "half"}, "--evaluate.schedule: expected one of cosine, half_cosine"),
         ({"loss": "MSE"}, "--evaluate.loss: expected one of kl, mse, got 'MSE'"),
-        ({"sinkhorn_weight": -1.0}, "--evaluate.sinkhorn-weight: expected finite, >= 0, got -1.0"),
-        ({"sinkhorn_regularization": 0.0}, "--evaluate.sinkhorn-regularization: expected .* > 0"),
+        ({"sinkhorn_weight": -1.0}, "--evaluate.sinkhorn-weight: expected >= 0, got -1.0"),
+        ({"sinkhorn_regularization": 0.0}, "--evaluate.sinkhorn-regularization: expected > 0"),
         ({"sinkhorn_iterations": 0}, "--evaluate.sinkhorn-iterations: expected >= 1, got 0"),
     ],
 )

@@ -171,11 +171,11 @@ def test_what_differs_between_groups_is_said_of_each() -> None:
         "schedule": "half_cosine",
     }
     student["hard"] |= {"norm": "batch", "learning_rate": 0.01}
-    relabel["views"] |= {"mix": "mixup", "mix_alpha": 0.4}
+    relabel["views"] |= {"mix": "none"}
     lines = rendered(sealed(result), "r.json").splitlines()
     assert (
         "**all real images**: 1,000 views, half cosine schedule, bfloat16; by soft labels: crops from 25 % of the area, flips, "
-        "Mixup (alpha 0.4), MSE to logits, ce_weight 0.025; by hard labels: sgd at 0.01, batch norm; labels by convnet3; "
+        "no mixing, MSE to logits, ce_weight 0.025; by hard labels: sgd at 0.01, batch norm; labels by convnet3; "
         "1 set x 2 students."
     ) in lines
     assert any(

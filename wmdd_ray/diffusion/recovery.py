@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from wmdd_ray.diffusion.influence import LEAST_SIDE, class_influence
 from wmdd_ray.diffusion.model import DiffusionModel, fit_pictures, load_model
 from wmdd_ray.diffusion.sampling import SampleTarget, sample_group
 from wmdd_ray.errors import ArtifactError, ConfigError
+from wmdd_ray.options import fingerprint_options
 from wmdd_ray.records import ClassImages, Teacher
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.run import Report
@@ -35,19 +36,10 @@ RealAt = Callable[[int, DistillConfig, int | None], np.ndarray]
 
 def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that sampled images depend on, and which model `model` is now."""
-    recover = config.recover
-    sampling = asdict(recover.diffusion)
-    if recover.diffusion.influence_weight == 0:
-        # Images from before there was this term are the same.
-        sampling = {k: v for k, v in sampling.items() if not k.startswith("influence_")}
-    return {
-        "method": recover.method,
-        "tiles": recover.tiles,
-        "images_per_group": recover.images_per_group,
-        "mixed_precision": recover.mixed_precision,
-        "diffusion": sampling,
-        "model": read_card(recover.diffusion.model).identity,
-    }
+    recover = fingerprint_options(config.recover)
+    used = ("method", "tiles", "images_per_group", "mixed_precision", "diffusion")
+    model = read_card(config.recover.diffusion.model).identity
+    return {**{name: recover[name] for name in used}, "model": model}
 
 
 def checked(

@@ -6,12 +6,12 @@ or none.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.errors import LostRaceError
 from wmdd_ray.executors.dispatch import do_each
+from wmdd_ray.options import fingerprint_options
 from wmdd_ray.product.card import dataset_card, options_of
 from wmdd_ray.spine.provenance import versions
 from wmdd_ray.spine.rooms import Room, StageCommit
@@ -25,7 +25,7 @@ CARD_KEY = "README.md"
 
 def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that the assembled set depends on."""
-    return {"assemble": asdict(config.assemble)}
+    return {"assemble": fingerprint_options(config.assemble)}
 
 
 def plan(stage: StageRun) -> Work:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ import safetensors.numpy
 
 from wmdd_ray.config import Arch, AttackConfig, AttackName, DistillConfig
 from wmdd_ray.executors.dispatch import do_units
+from wmdd_ray.options import fingerprint_options
 from wmdd_ray.robustness.attacks import SETTINGS, libraries
 from wmdd_ray.robustness.units import (
     SAMPLE,
@@ -48,7 +48,8 @@ def sample_stage(config: DistillConfig, asked: AttackConfig) -> Stage:
     """Return the stage that draws the held-out images which all students are attacked on."""
 
     def options(_: DistillConfig) -> dict[str, Any]:
-        return {"images": asked.images, "seed": config.seed, "source": asdict(config.source)}
+        source = fingerprint_options(config.source)
+        return {"images": asked.images, "seed": config.seed, "source": source}
 
     def work(stage: StageRun) -> dict[str, Any]:
         if SAMPLE_UNIT not in stage.room.finished():

@@ -5,7 +5,6 @@ Those of images and labels together (`label_weight`) are one task: they need the
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.networks import last_linear, network_of
 from wmdd_ray.executors.dispatch import do_each
+from wmdd_ray.options import fingerprint_options
 from wmdd_ray.spine.numbers import Number, StageNumbers
 from wmdd_ray.spine.rooms import UnitMarker
 from wmdd_ray.spine.run import StageRun, Work
@@ -23,14 +23,11 @@ from wmdd_ray.units.teacher import feature_width, read_teacher
 
 def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that the barycenters depend on."""
-    solved = asdict(config.barycenters)
-    if config.barycenters.label_weight is None:
-        del solved["label_weight"]  # each class by itself, as before there was a choice
     return {
         "ipc": config.ipc,
         "num_atoms": config.num_atoms,
         "seed": config.seed,
-        "barycenters": solved,
+        "barycenters": fingerprint_options(config.barycenters),
     }
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.executors.dispatch import do_units
+from wmdd_ray.options import fingerprint_options
 from wmdd_ray.spine.numbers import Number, StageNumbers
 from wmdd_ray.spine.provenance import hardware, versions
 from wmdd_ray.spine.rooms import UnitMarker
@@ -27,12 +28,7 @@ from wmdd_ray.units.training_sets import OpenSets, open_sets
 
 def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that the results depend on."""
-    evaluate = asdict(config.evaluate)
-    if config.evaluate.sinkhorn_weight == 0:
-        # A term that is left out is as it was when there was none.
-        for name in ("sinkhorn_weight", "sinkhorn_regularization", "sinkhorn_iterations"):
-            del evaluate[name]
-    return {"seed": config.seed, "evaluate": evaluate}
+    return {"seed": config.seed, "evaluate": fingerprint_options(config.evaluate)}
 
 
 def plan(stage: StageRun) -> Work:

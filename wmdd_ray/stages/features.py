@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.executors.dispatch import ray_or_here
+from wmdd_ray.options import fingerprint_options
 from wmdd_ray.spine.rooms import UnitMarker
 from wmdd_ray.spine.run import StageRun, Work
 from wmdd_ray.store.sources import Shard, Source, refuse_too_many_bad
@@ -28,7 +28,7 @@ _REGROUP_READS = 20_000
 
 def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that the features depend on."""
-    return {"source": asdict(config.source), "features": asdict(config.features)}
+    return {name: fingerprint_options(getattr(config, name)) for name in ("source", "features")}
 
 
 def plan(stage: StageRun) -> Work:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from wmdd_ray.config import Arch, DistillConfig
+from wmdd_ray.options import fingerprint_options
 from wmdd_ray.spine.run import Stage, StageRun, Work
 from wmdd_ray.stages import evaluate, squeeze
 from wmdd_ray.units.given_set import OwnSet, listed_set, open_given
@@ -57,8 +58,9 @@ def _stage_of(student: Arch, config: DistillConfig, real: str | None) -> Stage:
         return Work(units=units, estimated_bytes=2000 * len(units))
 
     def options(_: DistillConfig) -> dict[str, Any]:
-        relabel = {"views": asdict(own.relabel.views), "epochs": own.relabel.epochs}
-        about = {"source": asdict(own.source), "relabel": relabel, "real_data": real}
+        relabel = fingerprint_options(own.relabel)
+        relabel = {name: relabel[name] for name in ("views", "epochs")}
+        about = {"source": fingerprint_options(own.source), "relabel": relabel, "real_data": real}
         return {**evaluate.options(own), **about}
 
     def work(stage: StageRun) -> dict[str, Any]:

@@ -6,7 +6,6 @@ reads the room need not know. Where samples are led by their influence, a classi
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ from wmdd_ray.config import DistillConfig
 from wmdd_ray.diffusion import recovery, surrogate
 from wmdd_ray.diffusion.card import read_card
 from wmdd_ray.executors.dispatch import do_units
+from wmdd_ray.options import fingerprint_options
 from wmdd_ray.spine.numbers import Number, StageNumbers
 from wmdd_ray.spine.rooms import UnitMarker
 from wmdd_ray.spine.run import StageRun, Work
@@ -27,10 +27,7 @@ def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that the images depend on."""
     if config.recover.method == "diffusion":
         return {"seed": config.seed, "recover": recovery.options(config)}
-    recover = asdict(config.recover)
-    for name in ("checkpoint_s", "method", "diffusion"):
-        del recover[name]
-    return {"seed": config.seed, "recover": recover}
+    return {"seed": config.seed, "recover": fingerprint_options(config.recover)}
 
 
 def check_model(config: DistillConfig, class_names: tuple[str, ...]) -> str:

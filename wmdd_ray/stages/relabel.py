@@ -6,7 +6,7 @@ worker's memory and mix among themselves. A set of up to `slice_images` images i
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.executors.dispatch import do_units
+from wmdd_ray.options import fingerprint_options
 from wmdd_ray.spine.numbers import StageNumbers
 from wmdd_ray.spine.rooms import UnitMarker
 from wmdd_ray.spine.run import StageRun, Work
@@ -27,12 +28,9 @@ _FILE_BYTES = 2000
 
 def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that the labels depend on."""
-    relabel = asdict(config.relabel)
-    # How the number of teachers comes about makes no difference, and one was all that there were.
-    del relabel["teachers"], relabel["teacher_schedule"]
-    if config.num_teachers > 1:
-        relabel["teachers"] = config.num_teachers
-    return {"seed": config.seed, "relabel": relabel}
+    # How the number of teachers comes about makes no difference.
+    relabel = replace(config.relabel, teachers=config.num_teachers, teacher_schedule=())
+    return {"seed": config.seed, "relabel": fingerprint_options(relabel)}
 
 
 def plan(stage: StageRun) -> Work:

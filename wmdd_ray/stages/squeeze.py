@@ -6,12 +6,12 @@ level or with its classes in another order is refused.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.networks import build_network
 from wmdd_ray.executors.dispatch import ray_or_here
+from wmdd_ray.options import fingerprint_options
 from wmdd_ray.spine.numbers import Number, StageNumbers
 from wmdd_ray.spine.rooms import UnitMarker
 from wmdd_ray.spine.run import StageRun, Work
@@ -25,22 +25,15 @@ from wmdd_ray.units.teacher import UNIT, Training, units_of
 def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that the teachers depend on; given ones do not depend on the training's."""
     several = {"teachers": config.num_teachers} if config.num_teachers > 1 else {}
+    source = fingerprint_options(config.source)
     if config.teacher is not None:
-        squeeze = {"network": asdict(config.squeeze.network), "min_top1": config.squeeze.min_top1}
-        about = {"teacher": config.teacher, "source": asdict(config.source), "squeeze": squeeze}
-        return about | several
-    squeeze = asdict(config.squeeze.at_ipc(config.ipc))
-    # Where the curvature's weight comes from makes no difference to the teacher, nor what it would have been.
-    del squeeze["memory_limit_gib"], squeeze["curvature_ipc_power"]
-    if squeeze["curvature_weight"] == 0:
-        del squeeze["curvature_weight"], squeeze["curvature_step"], squeeze["curvature_form"]
-    return {
-        "teacher": None,
-        "seed": config.seed,
-        "source": asdict(config.source),
-        "squeeze": squeeze,
-        **several,
-    }
+        squeeze = fingerprint_options(config.squeeze)
+        squeeze = {name: squeeze[name] for name in ("network", "min_top1")}
+        return {"teacher": config.teacher, "source": source, "squeeze": squeeze, **several}
+    # Where the curvature's weight comes from makes no difference to the teacher.
+    squeeze = fingerprint_options(config.squeeze.at_ipc(config.ipc))
+    about = {"teacher": None, "seed": config.seed, "source": source}
+    return {**about, "squeeze": squeeze, **several}
 
 
 def plan(stage: StageRun) -> Work:

@@ -134,6 +134,7 @@ def decode_soft_labels(
         draw = None
         if "draw" in meta:
             draw = ViewDraw(**{**meta["draw"], "index_N": _from_runs(meta["draw"]["index_N"])})
+            _refuse_mixup(draw.mix == "mixup")
             views = _redrawn(draw, meta, draw_block)
         else:
             arrays = {
@@ -143,6 +144,8 @@ def decode_soft_labels(
             for name, dtype in _VIEW_MATRICES.items():
                 arrays[name] = from_binary_rows(table[name.removesuffix("_V4")], dtype)
             views = Views(**arrays)
+            has_box_V = (views.mix_box_V4[:, 2:] > views.mix_box_V4[:, :2]).all(axis=1)
+            _refuse_mixup(bool(((views.share_V < 1) & ~has_box_V).any()))
         return SoftLabelBlock(
             first_epoch=meta["first_epoch"],
             num_epochs=meta["num_epochs"],
@@ -152,6 +155,14 @@ def decode_soft_labels(
         )
 
     return decode_soft_labels(content)
+
+
+def _refuse_mixup(blended: bool) -> None:
+    if blended:
+        raise ArtifactError(
+            "expected views mixed by CutMix or not at all, found MixUp's, which earlier versions of wmdd_ray drew; run relabel "
+            "and assemble again (--overwrite)"
+        )
 
 
 def _redrawn(

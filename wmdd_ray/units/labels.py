@@ -15,7 +15,6 @@ from wmdd_ray.core.views import (
     concatenate_views,
     draw_block,
     draw_views,
-    is_exact,
     renamed,
     to_input,
 )
@@ -54,7 +53,7 @@ def key_of(unit: str) -> str:
 
 def by_seed(config: DistillConfig) -> bool:
     """Whether views are drawn again by the reader."""
-    return config.relabel.stored_views == "seed" and is_exact(config.relabel.views)
+    return config.relabel.stored_views == "seed"
 
 
 def open_worker(
@@ -133,7 +132,6 @@ def draw_of(config: DistillConfig, index_N: np.ndarray, *, image_size: int, name
         crop_scale_min=views.crop_scale_min,
         flip=views.flip,
         mix=views.mix,
-        mix_alpha=views.mix_alpha,
     )
 
 

@@ -120,9 +120,7 @@ def _recipe(group: dict[str, Any]) -> _Recipe:
 
 
 def _views_text(views: dict[str, Any]) -> str:
-    mix = {"cutmix": "CutMix", "mixup": "Mixup", "none": "no mixing"}[views["mix"]]
-    if views["mix"] != "none" and views["mix_alpha"] != 1:
-        mix += f" (alpha {views['mix_alpha']:g})"
+    mix = {"cutmix": "CutMix", "none": "no mixing"}[views["mix"]]
     flips = ", flips" if views["flip"] else ""
     return f"crops from {100 * views['crop_scale_min']:g} % of the area{flips}, {mix}"
 

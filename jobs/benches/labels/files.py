@@ -108,7 +108,6 @@ def synthetic_rows(step: float, shared: int, num_views: int = _SYNTHETIC_VIEWS) 
         crop_scale_min=views.crop_scale_min,
         flip=views.flip,
         mix=views.mix,
-        mix_alpha=views.mix_alpha,
     )
     drawn = draw_block(draw, range(1))
     logits_VY[view_V, view_V % classes] += _PEAK * drawn.share_V
