@@ -381,7 +381,7 @@ class RecoverConfig:
     """BatchNorm target: the class's own moments (PCBN), the teacher's running ones (SRe2L), half of each loss (EDC), or nothing."""
     bn_weight: float = 10.0
     """Coefficient of the moment term, lambda of the paper (10 to 500 in WMDD's; on Fashion-MNIST 10 is the best of 1, 10, 100 from
-    noise, and 1 is 0.6 points better from real images by hard labels: README)."""
+    noise, and 1 is 0.6 points better from real images by hard labels: jobs/benches/results)."""
     weighted_moments: bool = False
     """Weight each image's share of the synthetic moments by its atom's weight (paper eq. for PCBN; off in the released run)."""
     ema_statistics: float = 0.0
@@ -501,7 +501,7 @@ class RelabelConfig:
     """Numbers that logits are kept in: half precision, or steps below a row's largest, 255 at most."""
     step: float = 0.125
     """Size of the steps of `int8`, in logits; the error is at most half of it, and larger steps take fewer bytes. A twentieth of
-    the students' temperature (1 at FKD's 20) cost up to 0.2 points on Fashion-MNIST (README)."""
+    the students' temperature (1 at FKD's 20) cost up to 0.2 points on Fashion-MNIST (jobs/benches/results)."""
     stored_views: Literal["seed", "rows"] = "seed"
     """`seed` stores what views are drawn again from, to the bit, instead of the boxes (33 bytes a view); rows are kept with mixing
     shares from a Beta distribution other than --relabel.views.mix-alpha 1, which machines may round differently."""
@@ -621,7 +621,7 @@ class EvaluateConfig:
     epochs: int = 300
     """Passes over the images; label epochs are cycled when fewer are stored."""
     batch_size: int = 25
-    """Images of one optimizer step (25 instead of 100 is worth 2.7 points at ipc 10 on Fashion-MNIST: README, ablation)."""
+    """Images of one optimizer step (25 instead of 100 is worth 2.7 points at ipc 10 on Fashion-MNIST: jobs/benches/results)."""
     optimizer: OptimizerName = "adamw"
     """Student optimizer. `muon` orthogonalizes the steps of the hidden weight matrices (Jordan et al. 2024) and leaves the first
     layer, the classifier, biases and norms to AdamW; OGM (CVPR 2026) reports 39.4 -> 47.0 by it on ImageNet-1K at ipc 10."""
@@ -750,7 +750,7 @@ class DistillConfig:
     recipe: str = "digits"
     """Name of the recipe that the defaults come from."""
     variant: Literal["best", "paper"] = "best"
-    """Which defaults: `best` is what proved best (README), `paper` is WMDD as it was published."""
+    """Which defaults: `best` is what proved best (jobs/benches/results), `paper` is WMDD as it was published."""
     ipc: int = 10
     """Distilled images per class."""
     seed: int = 0
