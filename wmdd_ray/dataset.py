@@ -8,8 +8,8 @@ Item i is image i mod N as the label epoch i // N shows it, so one pass of a loa
 training. Views are self-contained and rendered on demand: any batch size, any order and any number
 of workers give the same pixels. Views that were not stored are drawn again, and compared with what
 was labeled; logits that were not stored (`labels=online`) are computed by the teacher, batch by
-batch, in the process that loads them: another batch changes them by about 1e-6. Every object is verified by size and SHA-256 when it is read.
-Needs neither Ray nor a GPU.
+batch, in the process that loads them: another batch changes them by about 1e-6. Every object is
+verified by size and SHA-256 when it is read. Needs neither Ray nor a GPU.
 
 Legend: N images, V views, Y classes, C channels, H W pixels.
 """
