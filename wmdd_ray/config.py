@@ -253,7 +253,7 @@ class RecoverConfig:
     moments: Literal["per_class", "global", "blend", "none"] = "per_class"
     """BatchNorm target: the class's own moments (PCBN), the teacher's running ones (SRe2L), half of each loss (EDC), or nothing."""
     bn_weight: float = option(10.0, ge=0)
-    """Coefficient of the moment term, lambda of the paper (10 to 500 in WMDD's; README compares 1, 10 and 100 on Fashion-MNIST)."""
+    """Coefficient of the moment term, lambda of the paper (10 to 500 in WMDD's; 1, 10, 100 compared: jobs/benches/results)."""
     weighted_moments: bool = False
     """Weight each image's share of the synthetic moments by its atom's weight (paper eq. for PCBN; off in the released run)."""
     ema_statistics: float = option(0.0, ge=0, lt=1)
@@ -324,7 +324,7 @@ class RelabelConfig:
     precision: Literal["fp16", "int8"] = "fp16"
     """Numbers that logits are kept in: half precision, or steps below a row's largest, 255 at most."""
     step: float = 0.125
-    """Size of the steps of `int8`, in logits: the error is at most half of it, and larger steps take fewer bytes (README)."""
+    """Size of the steps of `int8`, in logits: the error is at most half of it, and larger ones take fewer bytes (jobs/benches/results)."""
     stored_views: Literal["seed", "rows"] = "seed"
     """`seed` stores what views are drawn again from, to the bit, instead of the boxes (33 bytes a view)."""
     labels: Literal["stored", "online"] = "stored"
@@ -399,7 +399,7 @@ class EvaluateConfig:
     epochs: int = option(300, ge=1)
     """Passes over the images; label epochs are cycled when fewer are stored."""
     batch_size: int = option(25, ge=2)
-    """Images of one optimizer step, at least 2 (BatchNorm); 25 is worth 2.7 points over 100 at ipc 10 on Fashion-MNIST (README)."""
+    """Images of one optimizer step, at least 2 (BatchNorm); 25 is worth 2.7 points over 100 at ipc 10 on Fashion-MNIST."""
     optimizer: OptimizerName = "adamw"
     """`muon` orthogonalizes the steps of hidden weight matrices (Jordan et al. 2024, OGM); AdamW has all others."""
     learning_rate: float = option(1e-3, gt=0)

@@ -1,7 +1,7 @@
 """Complete, named configurations. A recipe is a function of ipc; a variant of one is `dataclasses.replace`.
 
-`digits` and `fashion_mnist` were tuned and run for this repository (README). The ImageNet recipes have not been run here: they
-carry the same kinds of choices with the numbers that were published since WMDD (`_TOUCHED_UP`, `_STUDENT`).
+`digits` and `fashion_mnist` were tuned and run for this repository (jobs/benches/results). The ImageNet recipes have not been run
+here: they carry the same kinds of choices with the numbers that were published since WMDD (`_TOUCHED_UP`, `_STUDENT`).
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def fashion_mnist(ipc: int) -> DistillConfig:
     """Return Fashion-MNIST (IDX files) at its own 28 pixels, sized for two cores: a narrow ConvNet-3.
 
     Below ten images a class each stored image holds four small ones that are optimized at length: more pictures are worth
-    more than sharper ones. Ten are whole real images, touched up, at atoms that spread as far as the class does (README,
-    Accuracy).
+    more than sharper ones. Ten are whole real images, touched up, at atoms that spread as far as the class does
+    (jobs/benches/results).
     """
     network = NetworkConfig(arch="convnet3", width=32)
     barycenters = BarycenterConfig(solver="lloyd" if ipc < 10 else "sliced")

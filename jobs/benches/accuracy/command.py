@@ -35,7 +35,7 @@ def accuracy(
     plan: bool = False,
     render: bool = False,
 ) -> None:
-    """Students on distilled and real images under one budget: a table for the README. Resumable; needs no Ray.
+    """Students on distilled and real images under one budget: a table of jobs/benches/results. Resumable; needs no Ray.
 
     Choose options with `--split val`, which trains the same students and scores them on held-out training images; the
     test split is opened once an --out and table, after the last student, and refused to any other configuration; a result
@@ -65,7 +65,7 @@ def accuracy(
         bf16: Train and recover in bfloat16: 1.5 to 2.5 times as fast on processors that have it, and much slower on others.
         result: File that the result is written to; in `out` by default, to be committed to jobs/benches/results.
         plan: Print the units and their estimated seconds, and do nothing.
-        render: Only write the committed results into README.md.
+        render: Only write the committed results into the README beside them, and their summary into the root one.
     """
     try:
         if render:

@@ -1,4 +1,4 @@
-"""Tables of the README out of committed results."""
+"""Tables of the pages for readers, out of committed results."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from jobs.benches.accuracy.checks import read_result
 from jobs.benches.accuracy.judge import before_text
 from jobs.benches.accuracy.scores import different, spread
+from jobs.benches.accuracy.summary import summary_lines
 from wmdd_ray.errors import ArtifactError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -25,6 +26,7 @@ _HALF = "bfloat16"
 _Recipe = dict[str, dict[str, str]]
 """Part -> setting -> what is done, in words."""
 _PUBLISHED = "published"
+_SUMMARY = "summary"
 
 
 def committed(results: Path = RESULTS) -> dict[str, Path]:
@@ -264,27 +266,34 @@ def published_lines() -> list[str]:
 
 
 def render(readme: Path = README, results: Path = RESULTS) -> list[str]:
-    """Write the tables of all committed results, and the published numbers, between their markers in the README.
+    """Write all tables into the README of `results`, and their summary into the root README, between their markers.
 
     Returns:
         The names of the results.
 
     Raises:
-        ArtifactError: A result may not be shown, or the README has no place for it.
+        ArtifactError: A result may not be shown, or a page has no place for it.
     """
-    text, paths = readme.read_text(encoding="utf-8"), committed(results)
-    tables = {name: rendered(path.read_bytes(), str(path)) for name, path in paths.items()}
-    for name, table in {**tables, _PUBLISHED: "\n".join(published_lines()) + "\n"}.items():
-        begin, end = markers(name)
-        if begin not in text or end not in text:
-            raise ArtifactError(f"{readme}: expected the lines {begin} and {end} around the table")
-        before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
-        text = f"{before}{begin}\n{table}{end}{after}"
-    readme.write_text(text, encoding="utf-8")
+    contents = {name: path.read_bytes() for name, path in committed(results).items()}
+    tables = {name: rendered(content, name) for name, content in contents.items()}
+    _fill(results / "README.md", tables | {_PUBLISHED: "\n".join(published_lines()) + "\n"})
+    summary = summary_lines(read_result(content, name) for name, content in contents.items())
+    _fill(readme, {_SUMMARY: "\n".join(summary) + "\n"})
     return list(tables)
 
 
+def _fill(page: Path, tables: dict[str, str]) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        begin, end = markers(name)
+        if begin not in text or end not in text:
+            raise ArtifactError(f"{page}: expected the lines {begin} and {end} around the table")
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}\n{table}{end}{after}"
+    page.write_text(text, encoding="utf-8")
+
+
 def markers(name: str) -> tuple[str, str]:
-    """Return the lines around a table in the README."""
+    """Return the lines around a table in its page."""
     return f"<!-- accuracy:{name} -->", f"<!-- /accuracy:{name} -->"

@@ -54,7 +54,7 @@ def _features(network: torch.nn.Module, images_NHWC: np.ndarray, place: Workplac
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """Return the tables for the README: the choice of the weights, and what came of it."""
+    """Return the tables of the bench: the choice of the weights, and what came of it."""
 
     def text(found: dict[str, Any], scale: float = 1, digits: int = 2) -> str:
         return f"{scale * found['mean']:.{digits}f} ± {scale * found['std']:.{digits}f}"

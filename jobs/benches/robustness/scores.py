@@ -97,7 +97,7 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """Return the tables for the README."""
+    """Return the tables of the bench."""
     names = list(record["rows"][0]["robust"])
     head = [
         "trained on",
