@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
-from jobs.benches.accuracy.command import accuracy
+from jobs.benches.study.command import accuracy
 from jobs.benches.barycenter import barycenter
 from jobs.benches.features import features
 from jobs.benches.labels.command import labels

@@ -233,9 +233,10 @@ class DiffusionConfig:
 class RecoverConfig:
     """Making of the distilled images: by default, optimized against the teacher's features and BatchNorm moments."""
 
-    method: Literal["inversion", "diffusion"] = option("inversion", absent_at="inversion")
-    """`inversion` optimizes pixels against the teacher (WMDD); `diffusion` samples a diffusion model that `diffusion.model` names,
-    and of the options below uses images_per_group, tiles, mixed_precision and checkpoint_s alone."""
+    method: Literal["inversion", "diffusion", "real"] = option("inversion", absent_at="inversion")
+    """`inversion` optimizes pixels against the teacher (WMDD); `real` keeps the real images that it would `start` from; `diffusion`
+    samples a diffusion model that `diffusion.model` names, and of the options below uses images_per_group, tiles, mixed_precision
+    and checkpoint_s alone."""
     diffusion: DiffusionConfig = option(DiffusionConfig(), only_with="method")
     """Options of `method diffusion`."""
     iterations: int = option(2000, ge=0)
@@ -260,8 +261,9 @@ class RecoverConfig:
     """Share of earlier iterations in the synthetic moments that are compared (0.8 in EDC, 0.4 in G-VBSM)."""
     ce_weight: float = option(0.0, ge=0)
     """Coefficient of the teacher's cross-entropy on top of the feature term (1 in the reference's README, 0 in its late runs)."""
-    start: Literal["noise", "nearest", "random", "mosaic"] = "nearest"
-    """First iterate: noise (paper), the real image nearest to the atom, a random one, or the teacher's easiest crops (RDED)."""
+    start: Literal["noise", "nearest", "random", "mosaic", "herding"] = "nearest"
+    """First iterate: noise (paper), the real image nearest to the atom, a random one, the teacher's easiest crops (RDED), or the
+    images whose mean feature stays nearest to the class's (herding, Welling 2009)."""
     tiles: int = option(1, ge=1)
     """A stored image is a grid of tiles x tiles small ones, each with an atom of its own (IDC's multi-formation, 2 there)."""
     residual_blends: int = option(0, ge=0)
@@ -293,6 +295,8 @@ class RecoverConfig:
         most, blends = max(0, self.iterations - 1), self.residual_blends
         ok, expected = blends <= most or not self.iterations, f"in [0, {most}], below iterations"
         require(ok, "recover.residual-blends", expected, blends)
+        expected = "a real start for --recover.method real"
+        require(self.method != "real" or self.start != "noise", "recover.start", expected, "noise")
         expected = f"a real start for --recover.residual-blends {blends}"
         require(blends == 0 or self.start != "noise", "recover.start", expected, self.start)
 
@@ -324,7 +328,7 @@ class RelabelConfig:
     precision: Literal["fp16", "int8"] = "fp16"
     """Numbers that logits are kept in: half precision, or steps below a row's largest, 255 at most."""
     step: float = 0.125
-    """Size of the steps of `int8`, in logits: the error is at most half of it, and larger ones take fewer bytes (jobs/benches/results)."""
+    """Size of the steps of `int8`, in logits: the error is at most half of it, and larger ones take fewer bytes."""
     stored_views: Literal["seed", "rows"] = "seed"
     """`seed` stores what views are drawn again from, to the bit, instead of the boxes (33 bytes a view)."""
     labels: Literal["stored", "online"] = "stored"

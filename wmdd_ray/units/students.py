@@ -35,11 +35,11 @@ def rows(config: DistillConfig) -> tuple[str, ...]:
     )
 
 
-def unit_ids(config: DistillConfig) -> tuple[str, ...]:
-    """Return one unit a (row, labels, seed), as the table has them."""
+def unit_ids(config: DistillConfig, of: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return one unit a (row, labels, seed) of the rows, as the table has them; of all rows by default."""
     return tuple(
         f"{row}-{labels}-s{seed:03d}"
-        for row in rows(config)
+        for row in of or rows(config)
         for labels in config.evaluate.labels
         for seed in range(config.evaluate.num_seeds)
     )

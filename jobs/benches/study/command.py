@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Literal
 
-from jobs.benches.accuracy.definitions import Options, TableName
-from wmdd_ray.errors import ConfigError, WmddError
-from wmdd_ray.store.filesystem import Store
+from jobs.benches.study.definitions import Options, TableName
+from wmdd_ray.errors import WmddError
 
 
 def accuracy(
@@ -22,7 +20,6 @@ def accuracy(
     distill_seeds: int | None = None,
     split: Literal["test", "val"] = "test",
     processes: int = 1,
-    device: str = "cpu",
     teacher: str | None = None,
     width: int | None = None,
     epochs: int | None = None,
@@ -46,7 +43,7 @@ def accuracy(
             with other terms), `longtail` (digits, of which the last class has a twelfth of the first's images), `alignment`
             (several labeling teachers and the transport term of students) and `alignment_digits`.
         data: Real images; the recipe's by default, and for Fashion-MNIST the folder with the IDX files.
-        out: Folder of the units; what is there already is not done again.
+        out: Folder of the jobs; what is there already is not done again.
         ipc: Images a class; the table's own by default.
         rows: Rows to have; `random_real` always is. A result of `main` is rendered with all its rows of real images only.
         groups: Groups to have, by parts of their titles ("LIA"); each keeps all its rows.
@@ -54,8 +51,7 @@ def accuracy(
         distill_seeds: Distilled sets a row; 3 up to ipc 10, 1 above.
         split: Images that students are scored on.
         processes: Processes with one computing thread each.
-        device: Torch device; `cuda` with one process.
-        teacher: A teacher.safetensors to take instead of training one (ConvNet-3).
+        teacher: A run whose teacher is taken instead of training one (ConvNet-3).
         width: Channels of teachers' and students' ConvNet-3 blocks.
         epochs: Student epochs and label epochs.
         full_epochs: Student epochs on all real images.
@@ -64,16 +60,15 @@ def accuracy(
         tiles: Small images along a side of each stored one, in `best` and in the real rows beside it.
         bf16: Train and recover in bfloat16: 1.5 to 2.5 times as fast on processors that have it, and much slower on others.
         result: File that the result is written to; in `out` by default, to be committed to jobs/benches/results.
-        plan: Print the units and their estimated seconds, and do nothing.
+        plan: Print the jobs of each stage, and do nothing.
         render: Only write the committed results into the README beside them, and their summary into the root one.
     """
     try:
         if render:
-            from jobs.benches.accuracy.rendering import render as render_tables
+            from jobs.benches.study.rendering import render as render_tables
 
             print(f"rendered: {', '.join(render_tables()) or 'nothing is committed'}")
             return
-        given = _give_teacher(teacher, out)
         options = Options(
             ipc=ipc,
             rows=rows,
@@ -87,9 +82,9 @@ def accuracy(
             iterations=iterations,
             tiles=tiles,
             bf16=bf16,
-            given=given,
+            given=teacher or "",
         )
-        _run(table, options, data, out, split, processes, device, result, plan)
+        _run(table, options, data, out, split, processes, result, plan)
     except WmddError as error:
         raise SystemExit(f"accuracy: {error}") from error
 
@@ -101,30 +96,27 @@ def _run(
     out: str,
     split: Literal["test", "val"],
     processes: int,
-    device: str,
     result: str | None,
     plan: bool,
 ) -> None:
-    from jobs.benches.accuracy.judge import before_text, refuse_second_opening
-    from jobs.benches.accuracy.scores import score, sealed
-    from jobs.benches.accuracy.splits import make_splits
-    from jobs.benches.accuracy.tables import table_of
-    from jobs.benches.accuracy.work import bring, print_plan, rows_of, stages_of
+    from jobs.benches.study.engine import Study
+    from jobs.benches.study.judge import before_text, refuse_second_opening
+    from jobs.benches.study.scores import score, sealed
+    from jobs.benches.study.splits import make_place
+    from jobs.benches.study.tables import table_of
+    from jobs.benches.study.work import jobs_of, print_plan, rows_of
 
-    if processes > 1 and device != "cpu":
-        raise ConfigError(f"--processes: expected 1 on {device}, got {processes}")
     table = table_of(name, options)
     uri = data or ("digits" if table.dataset == "digits" else "fashion-mnist")
-    place = make_splits(out, uri, table.source, table.held_out, device, table.imbalance)
-    rows = rows_of(table, place)
-    stages = stages_of(rows)
+    study = Study(make_place(out, uri, table.source, table.held_out, table.imbalance))
+    rows = rows_of(table, study)
     if plan:
-        print_plan(stages, place, processes)
+        print_plan(rows, study)
         return
     if split == "test":
-        refuse_second_opening(table, rows, place)
-    bring(stages, place, processes)
-    found = score(table, rows, place, uri, split, processes)
+        refuse_second_opening(table, rows, study)
+    study.bring(jobs_of(rows), processes)
+    found = score(table, rows, study, uri, split, processes)
     path = Path(result or Path(out) / f"accuracy-{name}{'' if split == 'test' else '-val'}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(sealed(found))
@@ -138,13 +130,3 @@ def _run(
     if before := before_text(found["opened_before"] or []):
         print(before)
     print(f"written: {path}")
-
-
-def _give_teacher(teacher: str | None, out: str) -> str:
-    """Copy a given teacher into the folder of the table, and return its SHA-256."""
-    if teacher is None:
-        return ""
-    content = Path(teacher).read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    Store(out).child("given").create(f"{digest}.safetensors", content)
-    return digest

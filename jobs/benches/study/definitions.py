@@ -47,7 +47,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherRecipe:
-    """A teacher as it is trained, or the SHA-256 of one that was given as a file."""
+    """A teacher as it is trained, or a run whose teacher is given."""
 
     name: str
     squeeze: SqueezeConfig
@@ -57,7 +57,7 @@ class TeacherRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Rows under one budget. The first of `teachers` labels, or the mean of `labelers`; recovered rows use all of `teachers`.
+    """Rows under one budget. `teacher` labels, or the mean of `labelers`, the first of which it is.
 
     `student.epochs` and `relabel.epochs` are passes over stored images that are read as tiles x tiles small ones; a row with
     fewer small images has as many more passes.
@@ -66,7 +66,7 @@ class Group:
     title: str
     ipc: int
     tiles: int
-    teachers: tuple[TeacherRecipe, ...]
+    teacher: TeacherRecipe
     relabel: RelabelConfig
     student: EvaluateConfig
     rows: tuple[Row, ...]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from jobs.benches.accuracy.ablation import ablation
-from jobs.benches.accuracy.definitions import (
+from jobs.benches.study.ablation import ablation
+from jobs.benches.study.definitions import (
     FULL,
     RANDOM,
     Group,
@@ -19,7 +19,7 @@ from jobs.benches.accuracy.definitions import (
     require_equal_budgets,
     variants,
 )
-from jobs.benches.accuracy.rows import group_of, main_rows, recovered, several_teachers, teachers_of
+from jobs.benches.study.rows import group_of, main_rows, recovered, several_teachers, teacher_of
 from wmdd_ray.config import NetworkConfig
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.recipes import recipe_of
@@ -100,22 +100,22 @@ def _cross(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Group]
         paper, best = variants(dataset, ipc, options)
         keep = {RANDOM, "nearest_real", "best"}
         rows = tuple(row for row in main_rows(paper, best) if row.name in keep)
-        seen = teachers_of(best, options)
+        seen = teacher_of(best, options)
         # Two cores take hours for these networks; bfloat16 halves them.
         epochs = options.teacher_epochs or _RESIDUAL_EPOCHS
         squeeze = replace(best.squeeze, network=residual, mixed_precision=True, epochs=epochs)
         other = TeacherRecipe(name="resnet18", squeeze=squeeze)
-        pairs: list[tuple[tuple[TeacherRecipe, ...], NetworkConfig]] = [
+        pairs: list[tuple[TeacherRecipe, NetworkConfig]] = [
             (seen, best.evaluate.network),
             (seen, residual),
-            ((other,), NetworkConfig(arch="mobilenet_v2", small_stem=True)),
-            ((other,), NetworkConfig(arch="vit_tiny")),
+            (other, NetworkConfig(arch="mobilenet_v2", small_stem=True)),
+            (other, NetworkConfig(arch="vit_tiny")),
         ]
-        for teachers, network in pairs:
-            title = f"{teachers[0].name} to {network.arch}, ipc {ipc}"
+        for teacher, network in pairs:
+            title = f"{teacher.name} to {network.arch}, ipc {ipc}"
             student = replace(best.evaluate, network=network, mixed_precision=True)
             recipe = replace(best, evaluate=student)
-            groups.append(group_of(title, ipc, recipe, rows, options, teachers))
+            groups.append(group_of(title, ipc, recipe, rows, options, teacher))
     return groups
 
 
@@ -144,7 +144,7 @@ def _alignment(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Gr
     for ipc in ipcs:
         paper, best = variants(dataset, ipc, options)
         rows = tuple(row for row in main_rows(paper, best) if row.name in (RANDOM, "best"))
-        first = teachers_of(best, options)[0]
+        first = teacher_of(best, options)
         squared = replace(best, evaluate=replace(best.evaluate, **_OTM))
         otm = replace(squared, evaluate=replace(squared.evaluate, sinkhorn_weight=_SINKHORN_WEIGHT))
         settings = [
@@ -155,6 +155,6 @@ def _alignment(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Gr
             (f"LIA + OTM: {max(_LABELERS)} teachers", max(_LABELERS), otm),
         ]
         for title, count, recipe in settings:
-            group = group_of(f"{title}, ipc {ipc}", ipc, recipe, rows, options, (first,))
+            group = group_of(f"{title}, ipc {ipc}", ipc, recipe, rows, options, first)
             groups.append(replace(group, labelers=several_teachers(first, count)))
     return groups

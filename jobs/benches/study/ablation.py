@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
-from jobs.benches.accuracy.definitions import RANDOM, Group, Options, Row, variants
-from jobs.benches.accuracy.rows import (
+from jobs.benches.study.definitions import RANDOM, Group, Options, Row, variants
+from jobs.benches.study.rows import (
     divides,
     group_of,
     main_rows,
     recovered,
-    several_teachers,
 )
 from wmdd_ray.config import DistillConfig
 
@@ -24,8 +23,8 @@ _NO_CHOICE = {"network", "num_seeds", "baselines", "all_real_epochs", "diffusion
 def ablation(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Group]:
     """Return `best` with each of its differences from `paper` taken back, and with each option that neither has, one at a time.
 
-    What is of the images are rows of one group, but for several teachers, which are a group, as is what is of labels and
-    student, each with random real images. The last group is all of `paper`.
+    What is of the images are rows of one group; what is of labels and student are groups, each with random real images. The last
+    group is all of `paper`.
     """
     groups = []
     for ipc in ipcs:
@@ -52,9 +51,6 @@ def ablation(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Grou
                 rows[name] = row
         whole = group_of(f"images, ipc {ipc}", ipc, best, tuple(rows.values()), options)
         groups.append(whole)
-        teachers = several_teachers(whole.teachers[0], _TEACHERS)
-        title = f"images by {_TEACHERS} teachers in turn, ipc {ipc}"
-        groups.append(group_of(title, ipc, best, (random, ours), options, teachers))
         students = _students_of_paper(paper, best)
         for title, changed in {**students, **_students_of_neither(best)}.items():
             group = group_of(f"{title}, ipc {ipc}", ipc, changed, (random, ours), options)
@@ -97,8 +93,6 @@ _STUDENT_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 _MORE_EPOCHS = 3
 _SMALLER_CROPS = 0.5
-# Teachers that the images are recovered through in turn, iteration by iteration, each with atoms and moments of its own.
-_TEACHERS = 3
 # Of one atom, the mean of its class, these are what `best` is: it has all the weight, and no margin.
 _OF_SEVERAL = ("solver", "margin_fraction", "weighted_moments", "weighted_loss")
 

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.benches.accuracy.definitions import FULL, RANDOM
-from jobs.benches.accuracy.scores import label_robust_score, spread
+from jobs.benches.study.definitions import FULL, RANDOM
+from jobs.benches.study.scores import label_robust_score, spread
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.store.documents import unseal
 

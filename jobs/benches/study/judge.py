@@ -10,20 +10,26 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from jobs.benches.accuracy.definitions import Table
-from jobs.benches.accuracy.splits import Labeled, Workplace, load_split
-from jobs.benches.accuracy.work import Trained, stages_of, unfinished
+from jobs.benches.study.definitions import Table
+from jobs.benches.study.engine import Study
+from jobs.benches.study.splits import Labeled, load_split
+from jobs.benches.study.work import Trained, jobs_of, units_of
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.spine.run import fingerprint
 from wmdd_ray.store.documents import read_sealed, seal
-from wmdd_ray.store.filesystem import Store
 
 
-def configuration_of(table: Table, rows: Sequence[Trained], place: Workplace) -> dict[str, Any]:
-    """Return what a table's numbers depend on: the ids of its students, which are fingerprints of all behind them."""
-    ids = sorted(unit.id for unit in stages_of(rows)[-1])
-    about = {"table": table.name, "dataset": table.dataset, "data": place.data}
-    return {**about, "num_students": len(ids), "fingerprint": fingerprint([about, ids])}
+def configuration_of(table: Table, rows: Sequence[Trained], study: Study) -> dict[str, Any]:
+    """Return what a table's numbers depend on: the ids of its students' jobs, which are fingerprints of all behind them."""
+    jobs = {study.id(job): job for row in rows for job in row.student_jobs}
+    data = "-".join(study.place.source_of(part).fingerprint()[:8] for part in ("train", "val"))
+    about = {"table": table.name, "dataset": table.dataset, "data": data}
+    num_students = sum(len(units_of(job)) for job in jobs.values())
+    return {
+        **about,
+        "num_students": num_students,
+        "fingerprint": fingerprint([about, sorted(jobs)]),
+    }
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Opened:
     before: list[dict[str, str]]
 
 
-def open_test(table: Table, rows: Sequence[Trained], place: Workplace, uri: str) -> Opened:
+def open_test(table: Table, rows: Sequence[Trained], study: Study, uri: str) -> Opened:
     """Return the test images, with all earlier openings of the same data set in the folder.
 
     The record `opened/<data set>-<table>.json` is made before the images are read. Data sets go by their names: of the
@@ -44,24 +50,24 @@ def open_test(table: Table, rows: Sequence[Trained], place: Workplace, uri: str)
     Args:
         table: The table.
         rows: All its rows.
-        place: Where they were trained.
+        study: Where they were trained.
         uri: Where the real images are.
 
     Raises:
         ConfigError: Students are missing, or the table was opened for another configuration.
     """
-    missing = [unit for stage in stages_of(rows) for unit in unfinished(stage, place)]
+    missing = study.missing(jobs_of(rows))
     if missing or not rows:
         raise ConfigError(
-            f"the test split stays closed: {len(missing)} units of table {table.name} are not done ({missing[:1]}); "
+            f"the test split stays closed: {len(missing)} jobs of table {table.name} are not done; "
             "options are chosen on --split val"
         )
-    refuse_second_opening(table, rows, place)
+    refuse_second_opening(table, rows, study)
     record = {
         "opened": _now(),
-        **configuration_of(table, rows, place),
+        **configuration_of(table, rows, study),
     }
-    store = Store(place.out).child("opened")
+    store = study.place.store.child("opened")
     store.create(_key(table), seal(record))
     # Read after the own record is made: of two tables that open at a time at least one knows the other.
     found = {key: read_sealed(store, key) for key in store.list()}
@@ -71,10 +77,12 @@ def open_test(table: Table, rows: Sequence[Trained], place: Workplace, uri: str)
         for each in sorted(found.values(), key=lambda each: each["opened"])
         if each["dataset"] == table.dataset and each["opened"] <= opened
     ]
-    return Opened(load_split(uri, place.source, "val", place.class_names), opened, before)
+    return Opened(
+        load_split(uri, study.place.source, "val", study.place.class_names), opened, before
+    )
 
 
-def refuse_second_opening(table: Table, rows: Sequence[Trained], place: Workplace) -> None:
+def refuse_second_opening(table: Table, rows: Sequence[Trained], study: Study) -> None:
     """Refuse to go on with a table whose test split was opened for another configuration, or that is not whole any more.
 
     Who has seen test numbers trains nothing for this table any more.
@@ -82,16 +90,16 @@ def refuse_second_opening(table: Table, rows: Sequence[Trained], place: Workplac
     Raises:
         ConfigError: Says when it was opened and for what.
     """
-    store = Store(place.out).child("opened")
+    store = study.place.store.child("opened")
     if not store.exists(_key(table)):
         return
-    found, asked = read_sealed(store, _key(table)), configuration_of(table, rows, place)
-    missing = [unit for stage in stages_of(rows) for unit in unfinished(stage, place)]
+    found, asked = read_sealed(store, _key(table)), configuration_of(table, rows, study)
+    missing = study.missing(jobs_of(rows))
     if missing or found["fingerprint"] != asked["fingerprint"]:
         raise ConfigError(
-            f"the test split was opened in {place.out} for table {table.name} on {found['opened']} with configuration "
+            f"the test split was opened in {study.place.out} for table {table.name} on {found['opened']} with configuration "
             f"{found['fingerprint']} ({found['num_students']} students), and this one is {asked['fingerprint']} with "
-            f"{len(missing)} units to do; nothing is trained after that: options are chosen on --split val, before; for a new "
+            f"{len(missing)} jobs to do; nothing is trained after that: options are chosen on --split val, before; for a new "
             "table begin a new --out"
         )
 

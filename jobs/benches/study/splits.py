@@ -1,7 +1,6 @@
-"""Real images in three parts: `train` and `val` lie in the table's folder; `test` does not (`judge.py`).
+"""Real images in three parts: `train` and `val` lie in the study's folder; `test` does not (`judge.py`).
 
-Everything that is trained, selected or tuned is handed a `Workplace`, which knows the folder and no address of the data; who
-knows one nevertheless finds the test images closed while a unit works.
+Everything that is trained, selected or tuned is handed a `Place`, which knows the folder and no address of the data.
 
 Legend: N images, H W pixels, C channels.
 """
@@ -9,25 +8,21 @@ Legend: N images, H W pixels, C channels.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from wmdd_ray.config import SourceConfig
-from wmdd_ray.errors import ConfigError, DataError
+from wmdd_ray.errors import DataError
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import load_images, open_source
+from wmdd_ray.store.sources.arrays import ArraySource
 
 Split = Literal["val", "test"]
-_MEMORY_BYTES = 4 << 30
-# Of the process, so that it holds for every thread of it too.
-_test_is_closed = False
+_MEMORY_BYTES = 8 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,68 +32,77 @@ class Labeled:
     images_NHWC: np.ndarray
     labels_N: np.ndarray
 
-    def of_class(self, label: int) -> np.ndarray:
-        """Return the rows of a class, ascending."""
-        return np.flatnonzero(self.labels_N == label)
+
+class PartSource(ArraySource):
+    """A part of the training images as a source of the product: decoded, in memory-mapped files of the study."""
+
+    format = "study"
+
+    def __init__(self, place: Place, part: str, files: dict[str, int]) -> None:
+        super().__init__(place.out, files, place.source, place.class_names)
+        self._paths = [
+            Path(place.out) / "splits" / _array_key(place.split_unit, part, kind)
+            for kind in ("images", "labels")
+        ]
+
+    def _load(self) -> tuple[np.ndarray, np.ndarray]:
+        images_NHWC, labels_N = (np.load(path, mmap_mode="r") for path in self._paths)
+        return images_NHWC, np.asarray(labels_N)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workplace:
-    """What all training is handed: the folder of the table, how pixels are normalized, the device.
+class Place:
+    """What all training is handed: the folder of the study, how pixels are normalized.
 
-    `split_unit` names the unit of the room `splits` with the arrays of `train` and `val`, and `data` is their fingerprint.
+    `split_unit` names the unit of the room `splits` with the arrays of `train` and `val`.
     """
 
     out: str
     source: SourceConfig
     class_names: tuple[str, ...]
     split_unit: str
-    data: str
-    device: str = "cpu"
 
-    def room(self, name: str) -> Room:
-        """Return a room of the folder; units of one place never race, so its token is the folder's name."""
-        return Room(Store(self.out), name, "accuracy")
+    @property
+    def store(self) -> Store:
+        """The folder."""
+        return Store(self.out)
 
-    @cached_property
-    def train(self) -> Labeled:
-        """What everything is trained on and selected from; memory-mapped."""
-        return self._mapped("train")
+    @property
+    def splits(self) -> Room:
+        """The room of `train` and `val`; nobody races for it."""
+        return Room(self.store, "splits", "study")
 
-    @cached_property
-    def val(self) -> Labeled:
-        """The part of the training images that was held out: for the teacher's record and for choosing options."""
-        return self._mapped("val")
+    def source_of(self, part: str) -> PartSource:
+        """Return `train` or `val` as a source: two different ones for the pipeline, and no more there are."""
+        marker = self.splits.read_unit(self.split_unit)
+        files = {
+            f"{part}-{entry.sha256[:16]}": entry.size_bytes
+            for entry in marker.files
+            if f"/{part}-" in entry.key
+        }
+        return PartSource(self, part, files)
 
-    def _mapped(self, part: str) -> Labeled:
-        folder = Path(self.out) / "splits"
-        images, labels = (
-            np.load(folder / _array_key(self.split_unit, part, kind), mmap_mode="r")
-            for kind in ("images", "labels")
-        )
-        return Labeled(images, labels)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the maps behind: a process opens its own."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("train", "val")}
+    def load(self, part: str) -> Labeled:
+        """Return `train` or `val`."""
+        return Labeled(*self.source_of(part)._load())
 
 
-def make_splits(
-    out: str, uri: str, config: SourceConfig, held_out: int, device: str, imbalance: float = 1.0
-) -> Workplace:
+def make_place(
+    out: str, uri: str, config: SourceConfig, held_out: int, imbalance: float = 1.0
+) -> Place:
     """Store `train` and `val` of a source's training images under `out`, and return the place to work at.
 
     Args:
-        out: Folder of the table.
+        out: Folder of the study.
         uri: Where the real images are; this function and `judge.open_test` alone are told.
         config: How they are read.
         held_out: Training images that become `val`: the last of the file; 0 takes the last tenth of every class.
-        device: Torch device that everything is computed on.
         imbalance: Images of the first class of `train` over those of the last; between them the counts fall geometrically
             (the long-tailed profile of Cao et al. 2019). `val` is as it was.
     """
     source = open_source(uri, config, split="train")
-    room = Room(Store(out), "splits", "accuracy")
+    out = str(Path(out).absolute())
+    room = Room(Store(out), "splits", "study")
     unit = f"{source.fingerprint()[:12]}-{config.image_size}px-{held_out}"
     if imbalance != 1:
         unit += f"-{imbalance:g}to1"
@@ -115,28 +119,9 @@ def make_splits(
             content[_array_key(unit, part, "labels")] = _npy(whole.labels_N[rows_N])
         counts = {part: len(rows_N) for part, rows_N in parts.items()}
         room.commit_unit(unit, content, attempt=room.begin_unit(unit) or 1, metrics=counts)
-    marker = room.read_unit(unit)
-    for entry in marker.files:
+    for entry in room.read_unit(unit).files:
         room.read(entry)  # verified here once: the processes map the files
-    return Workplace(
-        out=str(Path(out).absolute()),
-        source=config,
-        class_names=source.class_names,
-        split_unit=unit,
-        data="-".join(entry.sha256[:8] for entry in marker.files),
-        device=device,
-    )
-
-
-@contextmanager
-def closed_test() -> Iterator[None]:
-    """Keep the test split closed within: who trains, selects or labels there has not seen it."""
-    global _test_is_closed
-    before, _test_is_closed = _test_is_closed, True
-    try:
-        yield
-    finally:
-        _test_is_closed = before
+    return Place(out=out, source=config, class_names=source.class_names, split_unit=unit)
 
 
 def load_split(
@@ -145,24 +130,17 @@ def load_split(
     split: Literal["train", "val"],
     class_names: tuple[str, ...] | None = None,
 ) -> Labeled:
-    """Return a split of a source as it is stored; `val` is the source's own held-out part, our test split.
-
-    Raises:
-        ConfigError: The test split is asked for while a unit works.
-    """
-    if _test_is_closed and split != "train":
-        raise ConfigError(
-            f"the test split of {uri} stays closed while a unit works: its images are read when everything is trained; train "
-            "on `Workplace.train` and choose on `Workplace.val`"
-        )
+    """Return a split of a source as it is stored; `val` is the source's own held-out part, our test split."""
     source = open_source(uri, config, split=split, class_names=class_names)
     loaded = load_images(source, config, _MEMORY_BYTES)
     if loaded is None:
-        raise DataError(f"{uri}: expected images that take at most 4 GiB decoded")
+        raise DataError(f"{uri}: expected images that take at most 8 GiB decoded")
     keys, labels_N, images_NHWC, _ = loaded
-    # Array sources number their images; they come class by class and go back into the files' order.
-    order_N = np.argsort([int(key) for key in keys])
-    return Labeled(images_NHWC[order_N], labels_N[order_N])
+    if all(key.isdecimal() for key in keys):
+        # Array sources number their images; they come class by class and go back into the files' order.
+        order_N = np.argsort([int(key) for key in keys])
+        return Labeled(images_NHWC[order_N], labels_N[order_N])
+    return Labeled(images_NHWC, labels_N)
 
 
 def _val_rows(labels_N: np.ndarray, held_out: int) -> np.ndarray:

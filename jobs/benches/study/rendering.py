@@ -9,10 +9,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jobs.benches.accuracy.checks import read_result
-from jobs.benches.accuracy.judge import before_text
-from jobs.benches.accuracy.scores import different, spread
-from jobs.benches.accuracy.summary import summary_lines
+from jobs.benches.study.checks import read_result
+from jobs.benches.study.judge import before_text
+from jobs.benches.study.scores import different, spread
+from jobs.benches.study.summary import summary_lines
 from wmdd_ray.errors import ArtifactError
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from jobs.benches.accuracy.definitions import RANDOM, Group, Kind, Options, Row, TeacherRecipe
+from jobs.benches.study.definitions import RANDOM, Group, Kind, Options, Row, TeacherRecipe
 from wmdd_ray.config import DistillConfig, RecoverConfig
 
 _TILED: tuple[Kind, ...] = ("random", "nearest", "mosaic")
 
 
-def teachers_of(config: DistillConfig, options: Options) -> tuple[TeacherRecipe, ...]:
-    """Return the one teacher of most groups."""
-    return (TeacherRecipe(name="convnet3", squeeze=config.squeeze, given=options.given),)
+def teacher_of(config: DistillConfig, options: Options) -> TeacherRecipe:
+    """Return the teacher of a recipe."""
+    return TeacherRecipe(name="convnet3", squeeze=config.squeeze, given=options.given)
 
 
 def several_teachers(first: TeacherRecipe, count: int) -> tuple[TeacherRecipe, ...]:
@@ -28,7 +28,7 @@ def group_of(
     recipe: DistillConfig,
     rows: tuple[Row, ...],
     options: Options,
-    teachers: tuple[TeacherRecipe, ...] | None = None,
+    teacher: TeacherRecipe | None = None,
 ) -> Group:
     """Return a group by a recipe's labels and student: at least 5 students a row, 3 distilled sets up to ipc 10.
 
@@ -38,7 +38,7 @@ def group_of(
         recipe: Its labels, student, and tiles.
         rows: Its rows.
         options: What the command line changes.
-        teachers: Instead of the recipe's own.
+        teacher: Instead of the recipe's own.
     """
     distill_seeds = options.distill_seeds or (3 if 0 < ipc <= 10 else 1)
     batch_size = min(recipe.evaluate.batch_size, 10 * ipc) if ipc else recipe.evaluate.batch_size
@@ -46,7 +46,7 @@ def group_of(
         title=title,
         ipc=ipc,
         tiles=recipe.recover.tiles,
-        teachers=teachers or teachers_of(recipe, options),
+        teacher=teacher or teacher_of(recipe, options),
         relabel=recipe.relabel,
         student=replace(recipe.evaluate, batch_size=batch_size),
         rows=rows,
