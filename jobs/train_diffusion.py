@@ -24,6 +24,7 @@ import tyro
 from jobs import endings
 from wmdd_ray.config import SourceConfig, refuse_secrets
 from wmdd_ray.diffusion.card import CLASSES_KEY, INDEX_KEY, check_widths
+from wmdd_ray.diffusion.training import Training, train_unet
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.spine.provenance import hardware, versions
@@ -35,54 +36,12 @@ from wmdd_ray.telling.progress import StageLine, duration
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
-    from torch import nn
 
     from wmdd_ray.core.optimizer import State
     from wmdd_ray.diffusion.model import DiffusionModel
 
 _PLAN_KEY = "training/plan.json"
 _PREVIEW_IMAGES, _PREVIEW_STEPS = 6, 25
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """What the weights depend on, beside the images."""
-
-    widths: tuple[int, ...] = (16, 32, 64)
-    """Channels at the image's resolution, at its half, and so on; multiples of 8. The last one has attention."""
-    layers: int = 1
-    """Blocks at each resolution."""
-    epochs: int = 100
-    """Passes over the images; of Fashion-MNIST 3 are as many steps."""
-    batch_size: int = 64
-    """Images of a step."""
-    learning_rate: float = 2e-3
-    """Peak rate of AdamW; cosine to 0."""
-    ema_decay: float = 0.995
-    """Decay a step of the weights' moving average, which is what is kept."""
-    drop_class: float = 0.1
-    """Share of the labels that are left out, for --recover.diffusion.guidance-scale (0.1 in DiT)."""
-    flip: bool = False
-    """Mirror half of the images (off for digits: a mirrored digit is no digit)."""
-    seed: int = 0
-    """Seed of everything random."""
-
-    def __post_init__(self) -> None:
-        for name in ("layers", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')}: expected >= 1, got {getattr(self, name)}"
-                )
-        for name in ("ema_decay", "drop_class"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')}: expected in [0, 1), got {getattr(self, name)}"
-                )
-        if not 0 < self.learning_rate < float("inf"):
-            raise ConfigError(f"--learning-rate: expected > 0, got {self.learning_rate}")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"--seed: expected in [0, 2^63), got {self.seed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,64 +231,6 @@ def _trained(
     keep.clear()
     card = trained_card(network, scheduler, class_names, store.uri)
     return DiffusionModel(card, network, None, scheduler), losses
-
-
-def train_unet(
-    training: Training,
-    images_NHWC: np.ndarray,
-    labels_N: np.ndarray,
-    *,
-    num_classes: int,
-    device: torch.device | str,
-    state: State | None,
-    on_epoch: Callable[[int, float, Callable[[], State]], None],
-) -> tuple[nn.Module, Any]:
-    """Return a UNet with the average of its weights, and its scheduler.
-
-    Args:
-        training: What the weights depend on, beside the images.
-        images_NHWC: uint8, square.
-        labels_N: int64.
-        num_classes: Classes; one more stands for none.
-        device: Where to train.
-        state: Resume from here: what `get_state` gave.
-        on_epoch: Called as on_epoch(epoch from 0, mean loss, get_state).
-    """
-    import torch
-
-    from wmdd_ray.core.synthesis import deterministic_convolutions
-    from wmdd_ray.diffusion.denoising import train_denoiser
-    from wmdd_ray.diffusion.model import new_unet
-
-    with torch.random.fork_rng([]):
-        torch.manual_seed(training.seed)
-        network, scheduler = new_unet(
-            training.widths,
-            image_size=images_NHWC.shape[1],
-            channels=images_NHWC.shape[3],
-            num_classes=num_classes,
-            layers=training.layers,
-        )
-    # A third less time on CPU, and what tensor cores want.
-    network = network.to(device, memory_format=torch.channels_last)
-    with deterministic_convolutions():
-        train_denoiser(
-            network,
-            scheduler,
-            images_NHWC,
-            labels_N,
-            null_class=num_classes,
-            epochs=training.epochs,
-            batch_size=training.batch_size,
-            learning_rate=training.learning_rate,
-            ema_decay=training.ema_decay,
-            drop_class=training.drop_class,
-            flip=training.flip,
-            seed=training.seed,
-            state=state,
-            on_epoch=on_epoch,
-        )
-    return network, scheduler
 
 
 def _preview(model: DiffusionModel, seed: int) -> bytes:

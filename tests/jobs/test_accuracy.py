@@ -16,7 +16,7 @@ import pytest
 
 from jobs import bench
 from jobs.benches.accuracy import ablation, definitions, judge, units, work
-from jobs.benches.accuracy.definitions import (
+from jobs.benches.study.definitions import (
     Group,
     Options,
     Row,
@@ -24,9 +24,9 @@ from jobs.benches.accuracy.definitions import (
     budget_of,
     require_equal_budgets,
 )
-from jobs.benches.accuracy.splits import Workplace, load_split, make_splits
-from jobs.benches.accuracy.tables import table_of
-from jobs.benches.accuracy.units import StudentUnit
+from jobs.benches.study.splits import Workplace, load_split, make_splits
+from jobs.benches.study.tables import table_of
+from jobs.benches.study.units import StudentUnit
 from wmdd_ray.config import EvaluateConfig, RecoverConfig, RelabelConfig, SourceConfig
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.spine.checkpoints import Checkpoints

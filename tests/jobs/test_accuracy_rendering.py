@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from jobs.benches.accuracy.checks import check_result, read_result, required_rows
-from jobs.benches.accuracy.definitions import Options
-from jobs.benches.accuracy.rendering import (
+from jobs.benches.study.checks import check_result, read_result, required_rows
+from jobs.benches.study.definitions import Options
+from jobs.benches.study.rendering import (
     README,
     RESULTS,
     committed,
@@ -20,9 +20,9 @@ from jobs.benches.accuracy.rendering import (
     render,
     rendered,
 )
-from jobs.benches.accuracy.scores import label_robust_score, sealed
-from jobs.benches.accuracy.summary import summary_lines
-from jobs.benches.accuracy.tables import table_of
+from jobs.benches.study.scores import label_robust_score, sealed
+from jobs.benches.study.summary import summary_lines
+from jobs.benches.study.tables import table_of
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.store.documents import dump_json
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.benches.accuracy.splits import Workplace
+from jobs.benches.study.splits import Workplace
 from jobs.benches.robustness.attacks import AttackUnit, sample_rows
 from jobs.benches.robustness.command import robustness
 from jobs.benches.robustness.scores import markdown, targets

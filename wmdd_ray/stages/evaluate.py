@@ -38,9 +38,7 @@ def plan(stage: StageRun) -> Work:
     return Work(units=units, estimated_bytes=2000 * len(units))
 
 
-def work(
-    stage: StageRun, *, of: Sequence[str] | None = None, keep: bool = False
-) -> dict[str, Any]:
+def work(stage: StageRun, *, of: Sequence[str] | None = None, keep: bool = False) -> dict[str, Any]:
     """Train every student that is not trained yet, and return the table.
 
     Args:

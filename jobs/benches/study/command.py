@@ -99,19 +99,19 @@ def _run(
     result: str | None,
     plan: bool,
 ) -> None:
-    from jobs.benches.study.engine import Study
+    from jobs.benches.study.engine import Study, print_plan
     from jobs.benches.study.judge import before_text, refuse_second_opening
     from jobs.benches.study.scores import score, sealed
     from jobs.benches.study.splits import make_place
     from jobs.benches.study.tables import table_of
-    from jobs.benches.study.work import jobs_of, print_plan, rows_of
+    from jobs.benches.study.work import jobs_of, rows_of
 
     table = table_of(name, options)
     uri = data or ("digits" if table.dataset == "digits" else "fashion-mnist")
     study = Study(make_place(out, uri, table.source, table.held_out, table.imbalance))
     rows = rows_of(table, study)
     if plan:
-        print_plan(rows, study)
+        print_plan(jobs_of(rows), study)
         return
     if split == "test":
         refuse_second_opening(table, rows, study)

@@ -14,18 +14,19 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cache
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from jobs.benches.study.splits import Place
-from wmdd_ray.config import DistillConfig, Resources
+from wmdd_ray.config import AttackConfig, AttackName, DistillConfig, Resources
 from wmdd_ray.executors.heap import keep_freed_memory
 from wmdd_ray.spine.rooms import Room, StageCommit
 from wmdd_ray.spine.run import Progress, Run, Stage, bring, expected_plan
-from wmdd_ray.stages import evaluate
+from wmdd_ray.stages import attack, evaluate
 from wmdd_ray.stages.pipeline import PIPELINE
 from wmdd_ray.telling.progress import duration
 
@@ -52,11 +53,30 @@ STAGES["students"] = replace(
 
 @dataclass(frozen=True)
 class Job:
-    """A stage's name, its configuration, and the jobs whose rooms it reads, by room."""
+    """A stage's name, its configuration, and the jobs whose rooms it reads.
+
+    `attack:NAME:EPS` is an attack on students, `sample:N` the N images that are attacked.
+    """
 
     stage: str
     config: DistillConfig
     inputs: tuple[Job, ...] = ()
+
+    @property
+    def made(self) -> Stage:
+        """The stage itself."""
+        kind, *about = self.stage.split(":")
+        if kind == "sample":
+            return attack.sample_stage(self.config, AttackConfig(images=int(about[0])))
+        if kind == "attack":
+            name, eps = cast(AttackName, about[0]), Fraction(about[1]) if about[1] else None
+            return attack.attack_stage(self.config, "students", name, eps)
+        return STAGES[kind]
+
+    @property
+    def judges(self) -> bool:
+        """Whether it works after all training and hands nothing back to it."""
+        return self.stage.partition(":")[0] in ("sample", "attack")
 
 
 @dataclass(kw_only=True)
@@ -94,7 +114,7 @@ class Study:
 
     def room(self, job: Job) -> Room:
         """Return the room of a job."""
-        return self._run(job).room(STAGES[job.stage].room)
+        return self._run(job).room(job.made.room)
 
     def closure(self, jobs: Iterable[Job]) -> list[Job]:
         """Return the jobs and all that they need, each once, what is needed first."""
@@ -149,25 +169,25 @@ class Study:
 
     def do(self, job: Job) -> None:
         """Do one job, whose inputs are there, in this process."""
-        bring(self._run(job), STAGES[job.stage], self._plan(job))
+        bring(self._run(job), job.made, self._plan(job))
 
     def _plan_of(self, job: Job) -> dict[str, Any]:
-        done = {STAGES[each.stage].room: self.id(each) for each in job.inputs}
-        run = self._bare(job.config)
-        return expected_plan(run, STAGES[job.stage], done)
+        done = {each.made.room: self.id(each) for each in job.inputs}
+        run = self._bare(job)
+        return expected_plan(run, job.made, done)
 
     def _run(self, job: Job) -> _JobRun:
-        run = self._bare(job.config)
-        run.rooms = {STAGES[each.stage].room: self.id(each) for each in (*job.inputs, job)}
+        run = self._bare(job)
+        run.rooms = {each.made.room: self.id(each) for each in (*job.inputs, job)}
         return run
 
-    def _bare(self, config: DistillConfig) -> _JobRun:
+    def _bare(self, job: Job) -> _JobRun:
         place = self.place
         return _JobRun(
             store=place.store,
-            config=config,
+            config=job.config,
             resources=Resources(executor="here"),
-            open_source=place.source_of,
+            open_source=place.judged_source_of if job.judges else place.source_of,
             progress=lambda name: Progress(),
             connect=lambda: None,
         )
@@ -203,6 +223,16 @@ def students(config: DistillConfig, jobs: dict[str, Job]) -> Job:
     """Return the job of students on the assembled set of a chain."""
     inputs = (jobs["squeeze"], jobs["barycenters"], jobs["assemble"])
     return Job("students", config, inputs)
+
+
+def print_plan(jobs: Iterable[Job], study: Study) -> None:
+    """Print how many jobs of each stage there are, and how many are to do."""
+    every = study.closure(jobs)
+    missing = {study.id(job) for job in study.missing(every)}
+    for stage in dict.fromkeys(job.stage for job in every):
+        of_stage = [job for job in every if job.stage == stage]
+        left = sum(study.id(job) in missing for job in of_stage)
+        print(f"{stage:12} {len(of_stage):5} jobs, {left:5} to do")
 
 
 class _Line:

@@ -18,7 +18,7 @@ from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.store.filesystem import Store
-from wmdd_ray.store.sources import load_images, open_source
+from wmdd_ray.store.sources import Source, load_images, open_source
 from wmdd_ray.store.sources.arrays import ArraySource
 
 Split = Literal["val", "test"]
@@ -54,13 +54,15 @@ class PartSource(ArraySource):
 class Place:
     """What all training is handed: the folder of the study, how pixels are normalized.
 
-    `split_unit` names the unit of the room `splits` with the arrays of `train` and `val`.
+    `split_unit` names the unit of the room `splits` with the arrays of `train` and `val`. `judged_uri` is the source whose own
+    held-out part is what finished students are attacked on; absent, that is `val`.
     """
 
     out: str
     source: SourceConfig
     class_names: tuple[str, ...]
     split_unit: str
+    judged_uri: str | None = None
 
     @property
     def store(self) -> Store:
@@ -81,6 +83,12 @@ class Place:
             if f"/{part}-" in entry.key
         }
         return PartSource(self, part, files)
+
+    def judged_source_of(self, part: str) -> Source:
+        """Return the sources of what works after all training."""
+        if part == "train" or self.judged_uri is None:
+            return self.source_of(part)
+        return open_source(self.judged_uri, self.source, split="val", class_names=self.class_names)
 
     def load(self, part: str) -> Labeled:
         """Return `train` or `val`."""

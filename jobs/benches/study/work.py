@@ -142,13 +142,3 @@ def rows_of(table: Table, study: Study) -> list[Trained]:
 def jobs_of(rows: Sequence[Trained]) -> list[Job]:
     """Return the jobs of some rows."""
     return [job for row in rows for job in row.jobs]
-
-
-def print_plan(rows: Sequence[Trained], study: Study) -> None:
-    """Print how many jobs of each stage there are, and how many are done."""
-    jobs = study.closure(jobs_of(rows))
-    missing = {study.id(job) for job in study.missing(jobs)}
-    for stage in dict.fromkeys(job.stage for job in jobs):
-        of_stage = [job for job in jobs if job.stage == stage]
-        left = sum(study.id(job) in missing for job in of_stage)
-        print(f"{stage:12} {len(of_stage):5} jobs, {left:5} to do")

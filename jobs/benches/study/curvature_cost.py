@@ -10,30 +10,35 @@ from typing import Any
 
 import torch
 
-from jobs.benches.accuracy.splits import Workplace
-from jobs.benches.accuracy.units import new_network
-from jobs.benches.accuracy.work import one_thread
 from jobs.benches.reporting import spread
+from jobs.benches.study.engine import one_thread
+from jobs.benches.study.splits import Place
 from wmdd_ray.config import SqueezeConfig
 from wmdd_ray.core.batches import in_memory_batches
+from wmdd_ray.core.networks import build_network
 from wmdd_ray.core.optimizer import make_optimizer
 from wmdd_ray.core.training import train_classifier
 
 _STEPS = 12
 
 
-def step_cost(curved: SqueezeConfig, place: Workplace) -> list[dict[str, Any]]:
+def step_cost(curved: SqueezeConfig, place: Place) -> list[dict[str, Any]]:
     """Return the seconds of a step of teacher training: plain and with either form, taking turns, processor time."""
     forms: dict[str, SqueezeConfig] = {"plain": replace(curved, curvature_weight=0.0)}
     for form in ("loss", "gradient"):
         forms[form] = replace(curved, curvature_weight=0.1, curvature_form=form)
     seconds: dict[str, list[float]] = {name: [] for name in forms}
-    train = place.train
+    train = place.load("train")
     with one_thread():
         for turn in range(_STEPS + 1):
             for name, config in forms.items():
                 torch.manual_seed(0)
-                network = new_network(config.network, place).to(memory_format=torch.channels_last)
+                network = build_network(
+                    config.network,
+                    num_classes=len(place.class_names),
+                    channels=place.source.channels,
+                    image_size=place.source.image_size,
+                ).to(memory_format=torch.channels_last)
                 optimizer = make_optimizer(network, "sgd", learning_rate=1e-3, weight_decay=0.0)
                 batch = next(
                     iter(

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from jobs.benches.barycenter import synthetic_class
-from jobs.benches.processes import cpu_s, descendants, local_ray, peak_mib, shares_mib
 from jobs.benches.reporting import Row, spread
-from jobs.benches.rooms import s3_server, store_rows
+from jobs.benches.scale.processes import cpu_s, descendants, local_ray, peak_mib, shares_mib
+from jobs.benches.scale.rooms import s3_server, store_rows
+from jobs.benches.speed.barycenter import synthetic_class
 from wmdd_ray.config import Resources
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.records import ClassFeatures, Moments

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs.benches.orchestration import distill, read_stage
 from jobs.benches.reporting import report, spread
+from jobs.benches.speed.orchestration import distill, read_stage
 from wmdd_ray.recipes import recipe_of
 
 

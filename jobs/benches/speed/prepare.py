@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jobs.benches.memory import compare
-from jobs.benches.processes import Peaks, watched
 from jobs.benches.reporting import Row, report
+from jobs.benches.scale.memory import compare
+from jobs.benches.scale.processes import Peaks, watched
 
 _NUM_CLASSES = 10
 _PICTURES = 20

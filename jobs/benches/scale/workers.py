@@ -21,9 +21,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jobs.benches.orchestration import distill
-from jobs.benches.processes import local_ray
 from jobs.benches.reporting import Row, spread
+from jobs.benches.scale.processes import local_ray
+from jobs.benches.speed.orchestration import distill
 from wmdd_ray.config import Resources
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.spine.events import read_events

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from jobs.benches.reporting import Row
-from jobs.benches.simulation import BOOT, Cluster, Outcome, Units, random_lives, simulate
+from jobs.benches.scale.simulation import BOOT, Cluster, Outcome, Units, random_lives, simulate
 from wmdd_ray.recipes import recipe_of
 
 # GB/s, from the vendor's data sheets.

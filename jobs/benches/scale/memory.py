@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jobs.benches.classes import class_record
-from jobs.benches.processes import Peaks, descendants, local_ray, watched
 from jobs.benches.reporting import Row
+from jobs.benches.scale.classes import class_record
+from jobs.benches.scale.processes import Peaks, descendants, local_ray, watched
 from wmdd_ray.config import (
     DistillConfig,
     FeaturesConfig,
