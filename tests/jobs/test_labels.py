@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from jobs.benches.study.splits import load_split, make_splits
 from jobs.benches.labels import files
 from jobs.benches.labels.command import labels
 from jobs.benches.labels.options import options_of
 from jobs.benches.labels.students import Comparison
+
 from jobs.benches.speed.loader import loader, write_random_set
+from jobs.benches.study.splits import load_split, make_splits
 from tests.store.written_sources import idx_of
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.store.filesystem import Store

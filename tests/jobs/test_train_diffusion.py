@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-from jobs import train_diffusion
 from jobs.benches.otg.command import otg
 from jobs.benches.otg.scores import markdown
+
+from jobs import train_diffusion
 from wmdd_ray.core.optimizer import State
 from wmdd_ray.diffusion import denoising
 from wmdd_ray.diffusion.card import read_card

@@ -9,6 +9,7 @@ from typing import Any
 from jobs.benches.study.definitions import Group, Kind, Row, Table, TeacherRecipe, budget_of
 from jobs.benches.study.engine import Job, Study, chain, student_rows, students
 from wmdd_ray.config import (
+    AssembleConfig,
     DistillConfig,
     EvaluateConfig,
     HardLabelConfig,
@@ -91,8 +92,8 @@ def jobs_of_row(table: Table, group: Group, row: Row, study: Study) -> Trained:
     of_kind: dict[LabelKind, list[Job]] = {kind: [] for kind in LABELS}
     for seed in range(1 if full else group.distill_seeds):
         config = replace(base, seed=seed)
-        online = replace(relabel, labels="online", epochs=1)
-        labeled = replace(config, relabel=online if full else relabel, evaluate=soft)
+        once = replace(relabel, epochs=1)
+        labeled = replace(config, relabel=once if full else relabel, evaluate=soft)
         jobs = chain(labeled, teacher=teacher, labelers=labelers)
         sets.append(jobs)
         of_kind["soft"].append(students(labeled, jobs))
@@ -116,6 +117,7 @@ def _config(table: Table, group: Group, row: Row) -> DistillConfig:
         squeeze=group.teacher.squeeze,
         barycenters=row.barycenters,
         recover=recover,
+        assemble=AssembleConfig(preview_classes=1, preview_images=1),  # nobody looks at them
     )
 
 
