@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
-from jobs import endings
+from jobs import command_line, endings
 from wmdd_ray.config import SourceConfig, refuse_secrets
 from wmdd_ray.diffusion.card import CLASSES_KEY, INDEX_KEY, check_widths
 from wmdd_ray.diffusion.training import Training, train_unet
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 _PLAN_KEY = "training/plan.json"
 _PREVIEW_IMAGES, _PREVIEW_STEPS = 6, 25
+_FIRST = "recipe data out epochs batch-size learning-rate widths seed overwrite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ def parse(arguments: list[str]) -> Job:
     known, _ = first.parse_known_args(arguments)
     recipe = recipe_of(known.recipe, 1)
     default = Job(recipe=known.recipe, data=recipe.data, source=recipe.source)
-    return tyro.cli(Job, args=arguments, default=default, description=__doc__)
+    return command_line.parse(Job, arguments, description=__doc__, default=default, first=_FIRST)
 
 
 def train(job: Job) -> int:
@@ -267,4 +268,4 @@ def _blank(model: DiffusionModel) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command_line.run(main)
