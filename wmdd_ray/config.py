@@ -1,9 +1,9 @@
-"""Every option of the pipeline: one frozen dataclass a stage, validated when made.
+"""Every option of the pipeline: one frozen dataclass a stage, in one file on purpose, the reference of all options.
 
-One file on purpose: it is the reference of all options, in the order of the stages, and each class is read by itself. The
-docstring under a field is its `--help` text: meaning, unit, and where the default comes from. A complete
-configuration is made by a function in `recipes.py`; a variant of one is `dataclasses.replace`. `Resources` and `Reporting`
-are kept apart because they say where the work runs and who is told, never what comes out: they take no part in fingerprints.
+The docstring under a field is its `--help` text: meaning, unit, where the default is from. Bounds, and when an option leaves the
+fingerprint, are declared with it (`options.py`); what stands in `__post_init__` are rules between options. A configuration
+is made by a function in `recipes.py`; a variant of one is `dataclasses.replace`. `Resources` and `Reporting` say where the work
+runs and who is told, never what comes out: they take no part in fingerprints.
 """
 
 from __future__ import annotations
