@@ -549,8 +549,8 @@ class Resources:
     cpus_per_worker: int = option(1, ge=1)
     """CPUs, and with them computing threads, of one worker (one: on shared cores two threads ran 4 to 7 times slower)."""
     executor: Literal["auto", "train", "actors", "here"] = "auto"
-    """Where units run: `here`, in this process without Ray; `train`, one Ray Train group, which a lost worker starts again as a whole;
-    `actors`, of which a lost one costs its own unit; `auto` takes a group up to 8 workers with 4 units each (cluster/README.md)."""
+    """Where units run: `here`, in this process without Ray; `train`, one Ray Train group, which a lost worker starts again as a
+    whole; `actors`, of which a lost one costs its own unit; `auto` takes a group up to 8 workers with 4 units each."""
     max_actors: int = option(1000, ge=1)
     """Most barycenter and embedding actors."""
 

@@ -56,7 +56,9 @@ def test_every_job_shows_its_first_options_and_no_job_names_one_that_it_has_not(
     with pytest.raises(SystemExit):
         JOBS[name].main(["--help"])
     page = capsys.readouterr().out
-    first = vars(sys.modules.get("jobs.evaluation.options") if name == "evaluate" else JOBS[name]).get("_FIRST")
+    first = vars(
+        sys.modules.get("jobs.evaluation.options") if name == "evaluate" else JOBS[name]
+    ).get("_FIRST")
     assert all(f"│ --{option}" in page for option in (first or "out").split())
 
 
