@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
+from jobs import command_line
 from jobs.benches.scale.command import scale
 from jobs.benches.speed.barycenter import barycenter
 from jobs.benches.speed.features import features
@@ -59,4 +60,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    command_line.run(main)

@@ -21,11 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
-from jobs import endings
+from jobs import command_line, endings
 from wmdd_ray.config import SourceConfig, refuse_secrets
 from wmdd_ray.diffusion.card import CLASSES_KEY, INDEX_KEY, check_widths
 from wmdd_ray.diffusion.training import Training, train_unet
 from wmdd_ray.errors import ConfigError, DataError
+from wmdd_ray.options import check, fingerprint_options, option
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.spine.provenance import hardware, versions
 from wmdd_ray.spine.run import difference, fingerprint
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 _PLAN_KEY = "training/plan.json"
 _PREVIEW_IMAGES, _PREVIEW_STEPS = 6, 25
+_FIRST = "recipe data out epochs batch-size learning-rate widths seed overwrite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +56,9 @@ class Job:
     """Training images: `digits` (embedded), a path, or a URI; the recipe's by default."""
     out: str | None = None
     """Folder or URI of the model; runs/diffusion-RECIPE by default."""
-    checkpoint_s: float = 30.0
+    checkpoint_s: float = option(30.0, gt=0)
     """Least seconds between two stored states."""
-    memory_limit_gib: float = 4.0
+    memory_limit_gib: float = option(4.0, gt=0)
     """Most of decoded images; they are held in memory."""
     overwrite: bool = False
     """Replace a model that was trained with other options or on other images."""
@@ -68,11 +70,7 @@ class Job:
     def __post_init__(self) -> None:
         refuse_secrets("out", self.out)
         refuse_secrets("data", self.data)
-        for name in ("checkpoint_s", "memory_limit_gib"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(
-                    f"--{name.replace('_', '-')}: expected a finite number > 0, got {getattr(self, name)}"
-                )
+        check(self)
         check_widths(self.training.widths, self.source.image_size)
 
 
@@ -94,7 +92,7 @@ def parse(arguments: list[str]) -> Job:
     known, _ = first.parse_known_args(arguments)
     recipe = recipe_of(known.recipe, 1)
     default = Job(recipe=known.recipe, data=recipe.data, source=recipe.source)
-    return tyro.cli(Job, args=arguments, default=default, description=__doc__)
+    return command_line.parse(Job, arguments, description=__doc__, default=default, first=_FIRST)
 
 
 def train(job: Job) -> int:
@@ -143,7 +141,7 @@ def train(job: Job) -> int:
 
 def _plan(job: Job, source: Source) -> dict[str, Any]:
     """Return what the weights depend on, in the form of a room's plan."""
-    options = {"source": asdict(job.source), "training": asdict(job.training)}
+    options = {name: fingerprint_options(getattr(job, name)) for name in ("source", "training")}
     head = {
         "version": 1,
         "options": json.loads(json.dumps(options)),
@@ -267,4 +265,4 @@ def _blank(model: DiffusionModel) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command_line.run(main)

@@ -1,9 +1,9 @@
-"""Every option of the pipeline: one frozen dataclass a stage, validated when made.
+"""Every option of the pipeline: one frozen dataclass a stage, in one file on purpose, the reference of all options.
 
-One file on purpose: it is the reference of all options, in the order of the stages, and each class is read by itself. The
-docstring under a field is its `--help` text: meaning, unit, and where the default comes from. A complete
-configuration is made by a function in `recipes.py`; a variant of one is `dataclasses.replace`. `Resources` and `Reporting`
-are kept apart because they say where the work runs and who is told, never what comes out: they take no part in fingerprints.
+The docstring under a field is its `--help` text: meaning, unit, where the default is from. Bounds, and when an option leaves the
+fingerprint, are declared with it (`options.py`); what stands in `__post_init__` are rules between options. A configuration
+is made by a function in `recipes.py`; a variant of one is `dataclasses.replace`. `Resources` and `Reporting` say where the work
+runs and who is told, never what comes out: they take no part in fingerprints.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class NetworkConfig:
     """A classifier architecture, of the teacher or of a student."""
 
     arch: Arch = "convnet3"
-    """`convnet3` is the small-image literature's three blocks; `vit_tiny`, 4 layers of width 128, has no BatchNorm: a student only."""
+    """`convnet3` is the small-image literature's; `vit_tiny`, 4 layers of width 128, has no BatchNorm and can be a student only."""
     width: int = option(64, ge=1)
     """Channels of each ConvNet-3 block (128 in the literature); not used by the other architectures."""
     small_stem: bool = False
@@ -153,8 +153,8 @@ class BarycenterConfig:
     """The weighted atoms of each class: min W2^2(sum_j w_j delta(z_j), 1/N sum_n delta(x_n))."""
 
     solver: Literal["lloyd", "uniform", "emd", "sinkhorn", "sliced"] = "lloyd"
-    """`lloyd`: exact block descent, free weights; `uniform`: weights 1/K; `emd`: the paper's alternation; `sliced`: 1/K each, spread
-    as far as the class in every direction, where the others' atoms are means."""
+    """`lloyd`: exact block descent, free weights; `uniform`: weights 1/K; `emd`: the paper's alternation; `sliced`: 1/K each,
+    spread as far as the class in every direction, where the others' atoms are means."""
     max_iters: int = option(100, ge=1)
     """Most iterations of a start."""
     tol: float = option(1e-6, ge=0)
@@ -549,10 +549,8 @@ class Resources:
     cpus_per_worker: int = option(1, ge=1)
     """CPUs, and with them computing threads, of one worker (one: on shared cores two threads ran 4 to 7 times slower)."""
     executor: Literal["auto", "train", "actors", "here"] = "auto"
-    """Where units run: `here` in this process alone, without Ray; else workers of Ray: one Ray Train group, which a lost worker
-    starts again as a whole, or isolated actors, of which a lost one costs its own unit; auto takes a group up to 8 workers with 4
-    units each, where recover is 93 to 97 % efficient at 5 % of the nodes lost an hour (ImageNet, simulated; at 64 workers and ipc
-    100 81 against 97 %)."""
+    """Where units run: `here`, in this process without Ray; `train`, one Ray Train group, which a lost worker starts again as a
+    whole; `actors`, of which a lost one costs its own unit; `auto` takes a group up to 8 workers with 4 units each."""
     max_actors: int = option(1000, ge=1)
     """Most barycenter and embedding actors."""
 
@@ -567,7 +565,7 @@ class Reporting:
     tensorboard: str | None = None
     """Folder or URI that gets a folder of TensorBoard event files, named like the last part of --out (by tensorboardX)."""
     mlflow: str | None = None
-    """MLflow tracking URI, as sqlite:///mlflow.db; experiment MLFLOW_EXPERIMENT_NAME, else wmdd_ray (needs `pip install mlflow`)."""
+    """MLflow tracking URI, as sqlite:///mlflow.db; experiment MLFLOW_EXPERIMENT_NAME, else wmdd_ray (`pip install mlflow`)."""
     wandb: str | None = None
     """Weights & Biases PROJECT or ENTITY/PROJECT, with WANDB_API_KEY, or WANDB_MODE=offline (needs `pip install wandb`)."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from wmdd_ray.errors import ConfigError
+from wmdd_ray.options import check, option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,38 +22,25 @@ class Training:
 
     widths: tuple[int, ...] = (16, 32, 64)
     """Channels at the image's resolution, at its half, and so on; multiples of 8. The last one has attention."""
-    layers: int = 1
+    layers: int = option(1, ge=1)
     """Blocks at each resolution."""
-    epochs: int = 100
+    epochs: int = option(100, ge=1)
     """Passes over the images; of Fashion-MNIST 3 are as many steps."""
-    batch_size: int = 64
+    batch_size: int = option(64, ge=1)
     """Images of a step."""
-    learning_rate: float = 2e-3
+    learning_rate: float = option(2e-3, gt=0)
     """Peak rate of AdamW; cosine to 0."""
-    ema_decay: float = 0.995
+    ema_decay: float = option(0.995, ge=0, lt=1)
     """Decay a step of the weights' moving average, which is what is kept."""
-    drop_class: float = 0.1
+    drop_class: float = option(0.1, ge=0, lt=1)
     """Share of the labels that are left out, for --recover.diffusion.guidance-scale (0.1 in DiT)."""
     flip: bool = False
     """Mirror half of the images (off for digits: a mirrored digit is no digit)."""
-    seed: int = 0
+    seed: int = option(0, ge=0, lt=2**63)
     """Seed of everything random."""
 
     def __post_init__(self) -> None:
-        for name in ("layers", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')}: expected >= 1, got {getattr(self, name)}"
-                )
-        for name in ("ema_decay", "drop_class"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')}: expected in [0, 1), got {getattr(self, name)}"
-                )
-        if not 0 < self.learning_rate < float("inf"):
-            raise ConfigError(f"--learning-rate: expected > 0, got {self.learning_rate}")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"--seed: expected in [0, 2^63), got {self.seed}")
+        check(self)
 
 
 def train_unet(
