@@ -164,19 +164,29 @@ class WeightAverage:
             average.copy_(torch.tensor(state[f"average.{name}"]).reshape(average.shape))
 
 
-def cosine_rate(peak: float, step: int, num_steps: int) -> float:
-    """Return peak (1 + cos(pi step / num_steps)) / 2: `peak` at step 0, 0 at `num_steps`."""
-    return 0.5 * peak * (1 + math.cos(math.pi * step / num_steps))
+def cosine_rate(peak: float, step: int, num_steps: int, warmup_steps: int = 0) -> float:
+    """Return peak (1 + cos(pi t / T)) / 2 with t = step - warmup_steps and T = num_steps - warmup_steps.
+
+    That is `peak` at t = 0 and 0 at `num_steps`. Before, the rate rises by peak / (warmup_steps + 1) a step from just that.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / (warmup_steps + 1)
+    return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup_steps) / (num_steps - warmup_steps)))
 
 
 def take_step(
-    optimizer: torch.optim.Optimizer, loss: torch.Tensor, peak: float, step: int, num_steps: int
+    optimizer: torch.optim.Optimizer,
+    loss: torch.Tensor,
+    peak: float,
+    step: int,
+    num_steps: int,
+    warmup_steps: int = 0,
 ) -> None:
-    """Take one step along the gradient of `loss`, at the cosine's rate."""
+    """Take one step along the gradient of `loss`, at the rate of `cosine_rate`."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     for group in optimizer.param_groups:
-        group["lr"] = cosine_rate(peak, step, num_steps)
+        group["lr"] = cosine_rate(peak, step, num_steps, warmup_steps)
     optimizer.step()
 
 
