@@ -110,21 +110,8 @@ def train_classifier(
                     device.type, dtype=torch.bfloat16, enabled=config.mixed_precision
                 ):
                     logits_BY = network(images)
-                labels = labels_B.to(device)
-                loss = F.cross_entropy(
-                    logits_BY.float(), labels, label_smoothing=config.label_smoothing
-                )
-                if config.curvature_weight > 0:
-                    term = classifier_curvature(
-                        bare,
-                        images,
-                        labels,
-                        step=config.curvature_step,
-                        form=config.curvature_form,
-                        label_smoothing=config.label_smoothing,
-                    )
-                    loss = loss + config.curvature_weight * term
-                    bent += term.detach()
+                loss, term = _classifier_loss(bare, logits_BY, images, labels_B.to(device), config)
+                bent += term.detach()
                 step = epoch * steps_per_epoch + i
                 take_step(optimizer, loss, config.learning_rate, step, num_steps, warmup_steps)
                 if average is not None:
@@ -284,6 +271,29 @@ def accuracy(network: nn.Module, batches: Iterable[Batch]) -> tuple[float, float
     network.train(was_training)
     assert count > 0, "accuracy of no images"
     return hits[0] / count, hits[1] / count
+
+
+def _classifier_loss(
+    bare: nn.Module,
+    logits_BY: torch.Tensor,
+    images_BCHW: torch.Tensor,
+    labels_B: torch.Tensor,
+    config: SqueezeConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss, and the curvature term that it holds `config.curvature_weight` times (0 without one)."""
+    smoothing = config.label_smoothing
+    loss = F.cross_entropy(logits_BY.float(), labels_B, label_smoothing=smoothing)
+    if config.curvature_weight == 0:
+        return loss, torch.zeros_like(loss)
+    term = classifier_curvature(
+        bare,
+        images_BCHW,
+        labels_B,
+        step=config.curvature_step,
+        form=config.curvature_form,
+        label_smoothing=smoothing,
+    )
+    return loss + config.curvature_weight * term, term
 
 
 def _augment(
