@@ -30,6 +30,7 @@ from wmdd_ray.core.optimizer import (
 from wmdd_ray.core.soft_labels import label_views
 from wmdd_ray.core.training import (
     accuracy,
+    classifier_optimizer,
     train_classifier,
     train_student,
 )
@@ -94,13 +95,7 @@ def train_on(
 
 
 def optimizer_of(network: nn.Module, config: SqueezeConfig) -> torch.optim.Optimizer:
-    return make_optimizer(
-        network,
-        config.optimizer,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-    )
+    return classifier_optimizer(network, config)[0]
 
 
 # Optimizers
@@ -367,22 +362,19 @@ def test_training_resumed_from_plain_arrays_gives_the_same_bytes(
 
     def start(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, WeightAverage | None]:
         network = small_network(seed=seed, channels_last=channels_last)
-        average = WeightAverage(network, config.ema_decay) if config.ema_decay else None
-        return network, optimizer_of(network, config), average
+        return network, *classifier_optimizer(network, config)
 
     whole, optimizer, average = start(0)
     saved = {}
 
     def save(epoch: int, _: float) -> None:
-        saved[epoch] = training_state(whole, optimizer) | (average.state() if average else {})
+        saved[epoch] = training_state(whole, optimizer, average)
 
     train_on(whole, data, config, optimizer=optimizer, average=average, on_epoch=save)
     resumed, again, average_again = start(7)
     # As they come back from a file: row-major, and 0-dimensional arrays with one dimension.
     state = {name: np.ascontiguousarray(array) for name, array in saved[1].items()}
-    load_training_state(resumed, again, state)
-    if average_again:
-        average_again.load(state)
+    load_training_state(resumed, again, state, average_again)
     train_on(resumed, data, config, optimizer=again, average=average_again, start_epoch=2)
     assert_same_weights(resumed, whole)
 

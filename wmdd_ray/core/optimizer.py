@@ -190,18 +190,25 @@ def take_step(
     optimizer.step()
 
 
-def training_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    """Return copies of all weights, buffers and optimizer state as plain arrays."""
+def training_state(
+    network: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None = None
+) -> State:
+    """Return copies of all weights, buffers and optimizer state as plain arrays, and of the average's."""
     state = {f"network.{k}": _array_of(v) for k, v in network.state_dict().items()}
     for index, slots in optimizer.state_dict()["state"].items():
         for name, value in slots.items():
             if value is not None:
                 state[f"optimizer.{index}.{name}"] = _array_of(value)
-    return state
+    return state if average is None else state | average.state()
 
 
-def load_training_state(network: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
-    """Put `training_state` back into a network and an optimizer that were built the same way.
+def load_training_state(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: State,
+    average: WeightAverage | None = None,
+) -> None:
+    """Put `training_state` back into a network, an optimizer and an average that were built the same way.
 
     `Optimizer.load_state_dict` alone would keep the arrays' row-major layout, and fused optimizers
     walk parameter and state by address: with weights in channels-last format they would pair wrong
@@ -225,6 +232,8 @@ def load_training_state(network: nn.Module, optimizer: torch.optim.Optimizer, st
             slots.setdefault(int(index), {})[name] = value if name != "step" else value.reshape(())
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
+    if average is not None:
+        average.load(state)
 
 
 def _array_of(value: torch.Tensor) -> np.ndarray:

@@ -46,6 +46,21 @@ from wmdd_ray.records import Views
 _RENDER_FLOATS = 1 << 24
 
 
+def classifier_optimizer(
+    network: nn.Module, config: SqueezeConfig
+) -> tuple[torch.optim.Optimizer, WeightAverage | None]:
+    """Return what `train_classifier` steps with, and averages by; the network's device and memory format are set before."""
+    optimizer = make_optimizer(
+        network,
+        config.optimizer,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+    )
+    average = WeightAverage(network, config.ema_decay) if config.ema_decay > 0 else None
+    return optimizer, average
+
+
 def train_classifier(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -68,13 +83,13 @@ def train_classifier(
     (`core.curvature`; the weight is taken as it is, see `SqueezeConfig.at_ipc`).
 
     The rate rises per step during `config.warmup_epochs`, then falls as a cosine to 0. The images are cropped, resized
-    back, shifted and flipped at random. To resume: load the `training_state` (and the average's) that `on_epoch` saved
-    after epoch e, and pass `start_epoch` = e + 1; the result is the same to the last bit.
+    back, shifted and flipped at random. To resume: load the `training_state` that `on_epoch` saved after epoch e, and
+    pass `start_epoch` = e + 1; the result is the same to the last bit.
 
     Args:
         network: classifier on its device, wrapped in DistributedDataParallel or not. Channels-last
             format (set before wrapping) makes 1.5 times the steps per second on CPU.
-        optimizer: of `make_optimizer(network, config.optimizer, ...)`.
+        optimizer: of `classifier_optimizer`.
         epoch_batches: epoch -> batches of this rank, (uint8 NHWC, int64 labels). At most
             `steps_per_epoch` are used; in distributed training every rank needs equally many.
         config: epochs, rate, augmentation, precision.
@@ -84,7 +99,7 @@ def train_classifier(
         seed: seed of the augmentation.
         rank: this worker; each draws its own augmentation.
         start_epoch: first epoch to train.
-        average: of the network's weights; updated at every step, and put into the network at the end.
+        average: of `classifier_optimizer`; updated at every step, and put into the network at the end.
         on_epoch: called with (epoch, mean loss) after every epoch.
         on_curvature: called with (epoch, mean curvature term, without its weight) before `on_epoch`, when the weight is
             positive.
@@ -192,13 +207,10 @@ def train_student(
     first = 0
     if state is not None:
         first = int(state["epoch"])
-        load_training_state(network, optimizer, {k: v for k, v in state.items() if k != "epoch"})
-        if average is not None:
-            average.load(state)
+        load_training_state(network, optimizer, state, average)
 
     def get_state() -> State:
-        found = training_state(network, optimizer) | {"epoch": np.array(epoch + 1)}
-        return found if average is None else found | average.state()
+        return training_state(network, optimizer, average) | {"epoch": np.array(epoch + 1)}
 
     def loss_of(student_BY: torch.Tensor, rows: _Rows) -> torch.Tensor:
         weights_B = None if weights is None else weights[rows.image_B]
