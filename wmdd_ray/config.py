@@ -91,16 +91,25 @@ class SqueezeConfig:
     """Passes over the real images (50 in WMDD's reference)."""
     batch_size: int = option(128, ge=2)
     """Images of one optimizer step, summed over the workers."""
+    optimizer: OptimizerName = option("sgd", absent_at="sgd")
+    """`sgd` has Nesterov momentum; `muon` orthogonalizes the steps of the hidden layers, as in `--evaluate.optimizer`."""
     learning_rate: float = option(0.05, gt=0)
-    """Peak rate of SGD with Nesterov momentum; cosine to 0."""
+    """Peak rate; cosine to 0."""
+    warmup_epochs: float = option(0.0, ge=0, absent_at=0)
+    """Epochs in which the rate first rises linearly to its peak, at most `epochs`; fractions are rounded to steps."""
     momentum: float = 0.9
     """SGD momentum."""
     weight_decay: float = 5e-4
-    """L2 penalty on all parameters with more than one dimension."""
+    """L2 (SGD) or decoupled (AdamW, Muon) decay of parameters with more than one dimension."""
+    ema_decay: float = option(0.0, ge=0, lt=1, absent_at=0)
+    """Decay a step of the weights' moving average, which becomes the teacher (`--evaluate.ema-decay`); 0 takes the last weights."""
     label_smoothing: float = option(0.0, ge=0, lt=1)
     """Mass moved from the true class to all classes."""
     crop_scale_min: float = option(0.5, gt=0, le=1)
-    """Smallest area fraction of the random resized crop, (0, 1]."""
+    """Smallest area fraction of the random resized crop, (0, 1]; 1 takes whole images."""
+    shift_px: int = option(0, ge=0, absent_at=0)
+    """Furthest that the box of the crop is moved up or down and left or right, at random, pixels; what is outside of the image
+    repeats its border (4 is the practice on CIFAR-10, with `crop_scale_min` 1)."""
     flip: bool = True
     """Random horizontal flip with probability 1/2 (off for digits: a mirrored digit is no digit)."""
     mixed_precision: bool = False
@@ -129,6 +138,10 @@ class SqueezeConfig:
         expected = "0 without --squeeze.curvature-weight; give that too, or leave this out"
         ok = power == 0 or self.curvature_weight > 0
         require(ok, "squeeze.curvature-ipc-power", expected, power)
+        expected = f"at most the {self.epochs} epochs that there are"
+        require(
+            self.warmup_epochs <= self.epochs, "squeeze.warmup-epochs", expected, self.warmup_epochs
+        )
 
     def at_ipc(self, ipc: int) -> SqueezeConfig:
         """Return the options with the curvature weight that `curvature_ipc_power` makes of it at `ipc`."""

@@ -62,9 +62,10 @@ LOCAL = [
     ),
     Mistake(
         "a recipe that does not exist",
-        "distill --recipe cifar10",
+        "distill --recipe cifar",
         2,
-        "error: --recipe: expected one of digits, fashion_mnist, imagenette, tiny_imagenet, imagenet1k, got 'cifar10'",
+        "error: --recipe: expected one of digits, fashion_mnist, cifar10, cifar100, imagenette, tiny_imagenet, "
+        "imagenet1k, got 'cifar'",
     ),
     Mistake(
         "images that are not there",

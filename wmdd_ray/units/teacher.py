@@ -14,8 +14,8 @@ from wmdd_ray.config import DistillConfig, NetworkConfig
 from wmdd_ray.core.batches import ORDER, Batch, in_memory_batches, steps_of
 from wmdd_ray.core.class_order import confusion, permuted_classes
 from wmdd_ray.core.networks import build_network, last_linear, weights_of
-from wmdd_ray.core.optimizer import State, load_training_state, make_optimizer, training_state
-from wmdd_ray.core.training import train_classifier
+from wmdd_ray.core.optimizer import State, WeightAverage, load_training_state, training_state
+from wmdd_ray.core.training import classifier_optimizer, train_classifier
 from wmdd_ray.errors import DataError
 from wmdd_ray.records import Teacher
 from wmdd_ray.spine.checkpoints import Checkpoints
@@ -192,15 +192,13 @@ def train_teacher(
     ).to(device)
     network.to(memory_format=torch.channels_last)
     squeeze = config.squeeze.at_ipc(config.ipc)
-    optimizer = make_optimizer(
-        network, "sgd", learning_rate=squeeze.learning_rate, weight_decay=squeeze.weight_decay, momentum=squeeze.momentum
-    )  # fmt: skip
+    optimizer, average = classifier_optimizer(network, squeeze)
     keep = Checkpoints(room, unit, _STATE_EVERY_S)
-    first_epoch, losses, curvatures = _resume(keep, network, optimizer, rank, world)
+    first_epoch, losses, curvatures = _resume(keep, network, optimizer, average, rank, world)
     attempt = room.begin_unit(unit) if rank == 0 else None
 
     def get_state(epoch: int) -> State:
-        state = training_state(network, optimizer)
+        state = training_state(network, optimizer, average)
         state |= {"epoch": np.array(epoch), "losses": np.array(losses)}
         return state | ({"curvatures": np.array(curvatures)} if curvatures else {})
 
@@ -231,6 +229,7 @@ def train_teacher(
         seed=training.seed,
         rank=rank,
         start_epoch=first_epoch,
+        average=average,
         on_epoch=on_epoch,
         on_curvature=on_curvature,
     )
@@ -260,6 +259,7 @@ def _resume(
     keep: Checkpoints,
     network: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
     rank: int,
     world: int,
 ) -> tuple[int, list[float], list[float]]:
@@ -274,7 +274,7 @@ def _resume(
         return 0, [], []
     epoch, losses = int(state.pop("epoch")), state.pop("losses").tolist()
     curvatures = state.pop("curvatures", np.zeros(0)).tolist()
-    load_training_state(network, optimizer, state)
+    load_training_state(network, optimizer, state, average)
     return epoch, losses, curvatures
 
 
