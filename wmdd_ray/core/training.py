@@ -196,14 +196,7 @@ def train_student(
         weight_decay=config.weight_decay,
     )
     average = WeightAverage(network, config.ema_decay) if config.ema_decay > 0 else None
-    weights = None
-    if config.weighted_loss:
-        assert weights_N is not None, "a weighted loss needs weights"
-        weights = torch.tensor(weights_N / weights_N.mean(), dtype=torch.float32, device=device)
-    classes = None
-    if labels == "hard" or config.ce_weight > 0:
-        assert classes_N is not None, "hard labels need the images' classes"
-        classes = torch.tensor(classes_N, dtype=torch.int64, device=device)
+    loss_of = _StudentLoss(config, labels, weights_N, classes_N, device)
     first = 0
     if state is not None:
         first = int(state["epoch"])
@@ -211,27 +204,6 @@ def train_student(
 
     def get_state() -> State:
         return training_state(network, optimizer, average) | {"epoch": np.array(epoch + 1)}
-
-    def loss_of(student_BY: torch.Tensor, rows: _Rows) -> torch.Tensor:
-        weights_B = None if weights is None else weights[rows.image_B]
-        hard = None
-        if classes is not None:
-            classes_B, partners_B = classes[rows.image_B], classes[rows.partner_B]
-            hard = hard_label_loss(student_BY, classes_B, partners_B, rows.share_B, weights_B)
-            if labels == "hard":
-                return hard
-        if config.loss == "mse":
-            soft = logit_loss(student_BY, rows.teacher_BY, weights_B)
-        else:
-            soft = soft_label_loss(student_BY, rows.teacher_BY, config.temperature, weights_B)
-        if config.sinkhorn_weight > 0:
-            soft = soft + config.sinkhorn_weight * transport_loss(
-                student_BY,
-                rows.teacher_BY,
-                regularization=config.sinkhorn_regularization,
-                iterations=config.sinkhorn_iterations,
-            )
-        return soft if hard is None else soft + config.ce_weight * hard
 
     for epoch in range(first, epochs):
         network.train()
@@ -260,6 +232,51 @@ def train_student(
             on_epoch(epoch, mean_loss, get_state)
     if average is not None:
         average.put_into_network()
+
+
+class _StudentLoss:
+    """The loss of a batch: to the teacher's logits, to the images' classes, or to both, as the options say."""
+
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        labels: Literal["soft", "hard"],
+        weights_N: np.ndarray | None,
+        classes_N: np.ndarray | None,
+        device: torch.device,
+    ) -> None:
+        self._config, self._labels = config, labels
+        self._weights: torch.Tensor | None = None
+        if config.weighted_loss:
+            assert weights_N is not None, "a weighted loss needs weights"
+            weights = weights_N / weights_N.mean()
+            self._weights = torch.tensor(weights, dtype=torch.float32, device=device)
+        self._classes: torch.Tensor | None = None
+        if labels == "hard" or config.ce_weight > 0:
+            assert classes_N is not None, "hard labels need the images' classes"
+            self._classes = torch.tensor(classes_N, dtype=torch.int64, device=device)
+
+    def __call__(self, student_BY: torch.Tensor, rows: _Rows) -> torch.Tensor:
+        config = self._config
+        weights_B = None if self._weights is None else self._weights[rows.image_B]
+        hard = None
+        if self._classes is not None:
+            classes_B, partners_B = self._classes[rows.image_B], self._classes[rows.partner_B]
+            hard = hard_label_loss(student_BY, classes_B, partners_B, rows.share_B, weights_B)
+            if self._labels == "hard":
+                return hard
+        if config.loss == "mse":
+            soft = logit_loss(student_BY, rows.teacher_BY, weights_B)
+        else:
+            soft = soft_label_loss(student_BY, rows.teacher_BY, config.temperature, weights_B)
+        if config.sinkhorn_weight > 0:
+            soft = soft + config.sinkhorn_weight * transport_loss(
+                student_BY,
+                rows.teacher_BY,
+                regularization=config.sinkhorn_regularization,
+                iterations=config.sinkhorn_iterations,
+            )
+        return soft if hard is None else soft + config.ce_weight * hard
 
 
 def accuracy(network: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
