@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -16,17 +17,24 @@ import pyarrow.fs as pafs
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.classes import MAX_CLASSES
-from wmdd_ray.store.sources.files import open_whole, reading, streamed
-from wmdd_ray.store.uris import arrow_filesystem
+from wmdd_ray.store.sources.files import (
+    is_inside,
+    leads_outside,
+    open_whole,
+    reading,
+    streamed,
+)
+from wmdd_ray.store.sources.passed import PassedOver
+from wmdd_ray.store.uris import arrow_filesystem, local_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
     """One unit of reading; holds all that a worker needs beside the `Source`.
 
-    `keys` names the images of random-access formats; `file` is the tar or Parquet file, relative to
-    the root. `labels` are the distinct classes inside, ascending, or None when only reading tells;
-    likewise `num_images`. `sizes` are the bytes of each of `keys`, or of `file`, as listed.
+    `keys` names the images of random-access formats; `file` is the tar or Parquet file, relative to the root. `labels` are the
+    distinct classes inside, ascending, or None when only reading tells; likewise `num_images`. `sizes` are the bytes of each of
+    `keys`, or of `file`, as listed; of a tar inside `file` also where it begins, and its bytes.
     """
 
     id: str
@@ -73,12 +81,22 @@ class Source(abc.ABC):
         class_names: Name of class `label`, in label order.
         relabel: Class of each label that the files hold, where the files number the classes in
         another order.
+        titles: What the classes are called in words, in label order, where a file of the data says so; else empty.
+        passed_over: Files under the URI that are not read, in groups. Driver only.
+        read_beside: Files that were read for what they say of the images. Driver only.
+        passed_inside: Members of the archive that `read_shard` went through last that are no part of an image.
     """
 
     format: ClassVar[str]
     # What a copy on a worker does without: the listing can be hundreds of megabytes, connections do
     # not travel.
-    _transient: ClassVar[tuple[str, ...]] = ("_files", "_filesystem")
+    _transient: ClassVar[tuple[str, ...]] = (
+        "_files",
+        "_filesystem",
+        "titles",
+        "passed_over",
+        "read_beside",
+    )
 
     def __init__(
         self,
@@ -97,6 +115,10 @@ class Source(abc.ABC):
         self.config = config
         self.class_names = class_names
         self.relabel = relabel
+        self.titles: tuple[str, ...] = ()
+        self.passed_over: tuple[PassedOver, ...] = ()
+        self.read_beside: set[str] = set()
+        self.passed_inside: tuple[PassedOver, ...] = ()
         self._files: dict[str, int] | None = files
         self._filesystem: tuple[pafs.FileSystem, str] | None = None
 
@@ -172,11 +194,20 @@ class Source(abc.ABC):
         return streamed(self.open_random(file, size_bytes))
 
     def read_if_there(self, file: str) -> bytes | None:
-        """Return the content of a small file, or None when there is none."""
+        """Return the content of a small file, or None when there is none.
+
+        Raises:
+            DataError: It is a link that leads out of the folder, and such are not to be followed.
+        """
         filesystem, path = self._connected()
+        place = local_path(self.url(file))
+        may_lead_outside = place is not None and place.exists() and not self.config.follow_links
+        if may_lead_outside and not is_inside(str(place), os.path.realpath(self.root)):
+            raise leads_outside(self.root, [file])
         with reading(self.url(file), "a file"):
             if filesystem.get_file_info(f"{path}/{file}").type != pafs.FileType.File:
                 return None
+            self.read_beside.add(file)
             with self.open_random(file) as handle:
                 return handle.read()
 

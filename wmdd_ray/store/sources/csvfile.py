@@ -23,8 +23,8 @@ from wmdd_ray.store.sources.classes import (
     one_line,
     shown,
 )
+from wmdd_ray.store.sources.endings import is_image_name
 from wmdd_ray.store.sources.files import read_ahead, reading
-from wmdd_ray.store.sources.imagefolder import is_image_name
 from wmdd_ray.store.sources.listing import (
     SPLIT_NAMES,
     Listing,
