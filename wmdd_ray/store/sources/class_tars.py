@@ -130,7 +130,7 @@ def _open_class_tars(
     if len(tars) == 1 or not all(tars[0][0] in name for name in names):
         raise DataError(
             f"{listing.root}: {tars[0][1].file} holds images ({shown(names)}) and nothing says their classes, nor do "
-            f"their names begin with {tars[0][0]!r} as in ILSVRC's tar a class; unpack it, into a folder a class or into val/ beside "
+            f"their names begin with {tars[0][0]!r} as in ILSVRC's tar a class; unpack it, into a folder a class or val/ beside "
             "the list of names and classes that belongs to it, and pass the folder"
         )
     classes = sorted(by_class)

@@ -37,16 +37,24 @@ def table_in(listing: Listing, folder: str) -> str:
     return next((join(folder, name) for name in _TABLES if join(folder, name) in listing.files), "")
 
 
-def tables_of_splits(listing: Listing) -> list[str]:
-    """Return the tables that lie in folders of the split."""
-    tables = [name for name in listing.files if "/" in name and name.rpartition("/")[2] in _TABLES]
+def is_table(name: str) -> bool:
+    """Return whether a file is a table of paths and labels, at the root or in a folder."""
+    return csvfile.is_csv(name) or name.rpartition("/")[2] in _TABLES
+
+
+def open_tables(listing: Listing) -> Source:
+    """Return the rows of the tables at the root, or of the one in the folder of the split."""
+    if any(map(csvfile.is_csv, listing.files)):
+        return csvfile.open_csv(listing)
+    tables = [name for name in listing.files if is_table(name)]
     for names in SPLIT_NAMES[listing.split]:
-        if chosen := [name for name in tables if split_word(posixpath.dirname(name)) in names]:
-            return chosen
-    return []
+        of_split = [name for name in tables if split_word(posixpath.dirname(name)) in names]
+        if len(of_split) == 1:
+            return _open_table(listing, of_split[0])
+    raise no_such_split(listing, tables)
 
 
-def open_table(listing: Listing, table: str) -> Source:
+def _open_table(listing: Listing, table: str) -> Source:
     """Return the images that a table in a folder below the root names, by paths relative to that folder."""
     folder = posixpath.dirname(table) + "/"
     return csvfile.open_csv(
@@ -72,7 +80,7 @@ def open_flat(listing: Listing, flat: Flat) -> Source:
     """
     table = table_in(listing, flat.folder) or table_in(listing, flat.split_folder)
     if table:
-        return open_table(listing, table)
+        return _open_table(listing, table)
     images = {
         posixpath.basename(name): name
         for name in sorted(listing.images)

@@ -27,7 +27,6 @@ from wmdd_ray.store.sources.listing import (
     NoSuchSplitError,
     Split,
     list_all,
-    no_such_split,
     split_word,
 )
 from wmdd_ray.store.sources.passed import (
@@ -61,8 +60,8 @@ _FORMATS: dict[str, tuple[Callable[[str], bool], Callable[[Listing], Source], st
         "image folders (CLASS/*.jpg or train/CLASS/*.jpg)",
     ),
     "csv": (
-        csvfile.is_csv,
-        lambda listing: _open_csv(listing),
+        flat.is_table,
+        flat.open_tables,
         "a table of paths and labels (labels.csv, train.csv, ...)",
     ),
 }
@@ -209,16 +208,6 @@ def _has_class_folders(listing: Listing) -> bool:
         return False
     except DataError:
         return True
-
-
-def _open_csv(listing: Listing) -> Source:
-    """Return the rows of the tables at the root, or in the folders of the splits."""
-    if any(map(csvfile.is_csv, listing.files)):
-        return csvfile.open_csv(listing)
-    tables = flat.tables_of_splits(listing)
-    if len(tables) != 1:
-        raise no_such_split(listing, tables or list(listing.files))
-    return flat.open_table(listing, tables[0])
 
 
 def _names_labels(name: str) -> bool:
