@@ -15,6 +15,7 @@ from wmdd_ray.store.sources.listing import Listing, files_of_split
 from wmdd_ray.store.sources.passed import NO_IMAGE, SYSTEM, Tally
 from wmdd_ray.store.sources.tar import Readable, tar_members
 from wmdd_ray.store.sources.webdataset import WebDatasetSource, is_tar, open_webdataset
+from wmdd_ray.store.sources.webdataset_index import read_class_names
 
 _LOOKED_AT = 4
 
@@ -108,7 +109,7 @@ def open_tars(listing: Listing) -> Source:
         root=listing.root, files=files, config=listing.config, class_names=integer_names(1)
     )
     first, size_bytes = next(iter(files.items()))
-    names = _first_names(probe, first, 0, size_bytes)
+    names = [] if read_class_names(probe) else _first_names(probe, first, 0, size_bytes)
     if names and all(map(is_tar, names)):
         tars = [tar for file, size in files.items() for tar in _inner_tars(probe, file, size)]
         names = _first_names(probe, *tars[0][1])

@@ -90,6 +90,7 @@ def samples(
             continue
         sample = Sample(stem)
         inner = _InnerStems()
+        others = Tally()
         for (_, ending), member in group:
             if ending in sample.endings:
                 sample.problem = f"the archive holds {ending} of this key more than once"
@@ -110,16 +111,18 @@ def samples(
                     sample.label = _parse_label(member.content, ending)
             else:
                 inner.add(ending)
-                passed.add(NO_IMAGE, member.name)
+                others.add(NO_IMAGE, member.name)
         if inner.whole and keys == "auto":
             raise DataError(
                 f"{where}: the keys of its members are in doubt: {stem}.{inner.whole} with its label is a sample if keys "
                 f"end at the last dot, and a part of {stem} if they end at the first, as webdataset has it; say which by "
                 "--source.tar-keys last-dot or --source.tar-keys first-dot"
             )
-        if inner.images or any(
-            is_image_ending(ending) or ending in _LABEL_ENDINGS for ending in sample.endings
-        ):
+        is_sample = any(is_image_ending(e) or e in _LABEL_ENDINGS for e in sample.endings)
+        # Images of another key's rule are a bad sample together, and not passed over one by one.
+        if is_sample or not inner.images:
+            passed.add_all(others.groups())
+        if is_sample or inner.images:
             if hash(stem) in seen:
                 sample.problem = "the archive holds this key more than once"
             seen.add(hash(stem))
