@@ -299,6 +299,17 @@ def test_brace_patterns_and_single_files_name_what_is_read(
         open_source(store.url(pattern.replace("1}", "3}")), CONFIG, split="train")
 
 
+def test_braces_in_the_name_of_a_folder_are_none_of_the_pattern(store: Store) -> None:
+    write_webdataset(store.child("set {v1}/{a,b}"))
+    for uri in ("set {v1}/{a,b}", "set {v1}/{a,b}/train-{000..001}.tar", "set {v1}"):
+        source = open_source(store.url(uri), CONFIG, split="train")
+        assert labels_of(source) == LABELS_N.tolist()
+    with pytest.raises(
+        DataError, match=r"set \{v1\}/x-\{0..1\}.tar: expected 2 files, 2 of them are"
+    ):
+        open_source(store.url("set {v1}/x-{0..1}.tar"), CONFIG, split="train")
+
+
 def test_braces_stand_for_ranges_and_lists() -> None:
     assert expand_braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
     assert expand_braces("{a,b}/{0..1}") == ["a/0", "a/1", "b/0", "b/1"]

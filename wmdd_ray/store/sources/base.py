@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -18,14 +17,13 @@ from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.classes import MAX_CLASSES
 from wmdd_ray.store.sources.files import (
-    is_inside,
-    leads_outside,
     open_whole,
     reading,
+    refuse_outside,
     streamed,
 )
 from wmdd_ray.store.sources.passed import PassedOver
-from wmdd_ray.store.uris import arrow_filesystem, local_path
+from wmdd_ray.store.uris import arrow_filesystem
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,10 +198,8 @@ class Source(abc.ABC):
             DataError: It is a link that leads out of the folder, and such are not to be followed.
         """
         filesystem, path = self._connected()
-        place = local_path(self.url(file))
-        may_lead_outside = place is not None and place.exists() and not self.config.follow_links
-        if may_lead_outside and not is_inside(str(place), os.path.realpath(self.root)):
-            raise leads_outside(self.root, [file])
+        if not self.config.follow_links:
+            refuse_outside(self.root, [file])
         with reading(self.url(file), "a file"):
             if filesystem.get_file_info(f"{path}/{file}").type != pafs.FileType.File:
                 return None

@@ -33,7 +33,8 @@ def is_image_name(name: str) -> bool:
 
 def tells_nothing(name: str) -> bool:
     """Return whether only the content of a file says if it is an image."""
-    return ending_of(name) not in IMAGE_ENDINGS | _OTHER_ENDINGS
+    ending = ending_of(name)
+    return ending not in IMAGE_ENDINGS and ending not in _OTHER_ENDINGS
 
 
 def is_image_start(start: bytes) -> bool:

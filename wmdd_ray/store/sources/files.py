@@ -22,7 +22,7 @@ from wmdd_ray.errors import ArtifactError, DataError
 from wmdd_ray.store.retries import passes, remedy, status_of
 from wmdd_ray.store.sources.classes import shown
 from wmdd_ray.store.sources.endings import is_system_name
-from wmdd_ray.store.uris import is_gcs
+from wmdd_ray.store.uris import is_gcs, local_path
 
 logger = logging.getLogger(__name__)
 
@@ -254,6 +254,20 @@ def _names_below(entry: os.DirEntry[str], name: str) -> list[str]:
         for folder, _, files in os.walk(entry.path)
         for file in files
     ]
+
+
+def refuse_outside(root: str, names: Sequence[str]) -> None:
+    """Refuse names below a root on the local disk that lead out of it by a link; on another store there are none.
+
+    Raises:
+        DataError: Some do.
+    """
+    folder = local_path(root)
+    if folder is not None:
+        top = os.path.realpath(folder)
+        outside = [name for name in names if not is_inside(f"{folder}/{name}", top)]
+        if outside:
+            raise leads_outside(root, outside)
 
 
 def leads_outside(root: str, names: Sequence[str]) -> DataError:

@@ -24,11 +24,10 @@ from wmdd_ray.store.sources.endings import (
     tells_nothing,
 )
 from wmdd_ray.store.sources.files import (
-    is_inside,
-    leads_outside,
     open_whole,
     read_ahead,
     reading,
+    refuse_outside,
     walk_local,
 )
 from wmdd_ray.store.sources.patterns import expand_braces, layout_pattern
@@ -166,11 +165,8 @@ def _list_pattern(uri: str, *, follow_links: bool) -> tuple[str, dict[str, int]]
             f"{uri}: expected {len(names)} files, {len(missing)} of them are missing: "
             f"{shown(missing)}; correct the pattern or restore the files"
         )
-    if is_disk and not follow_links:
-        top = os.path.realpath(root)
-        outside = [name for name in names if not is_inside(f"{root}/{name}", top)]
-        if outside:
-            raise leads_outside(root, outside)
+    if not follow_links:
+        refuse_outside(root, names)
     return root, {name: entry.size for name, entry in sorted(zip(names, entries, strict=True))}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from pathlib import PurePosixPath
 
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
@@ -20,7 +19,7 @@ from wmdd_ray.store.sources import (
 )
 from wmdd_ray.store.sources.base import Source
 from wmdd_ray.store.sources.classes import SHOWN, shown
-from wmdd_ray.store.sources.endings import is_image_name
+from wmdd_ray.store.sources.endings import ending_of, is_image_name
 from wmdd_ray.store.sources.layout import Flat, find_classes, is_unlabeled, join
 from wmdd_ray.store.sources.listing import (
     Listing,
@@ -192,7 +191,7 @@ def _detect(listing: Listing) -> str:
             f"{listing.root}: expected one format, found {len(matches)}: {expected}; name one by "
             "--source.format or pass the folder that holds just one"
         )
-    endings = Counter(PurePosixPath(name).suffix.lower() or "none" for name in listing.files)
+    endings = Counter(ending_of(name) or "none" for name in listing.files)
     counts = ", ".join(f"{count} x {ending}" for ending, count in endings.most_common(5))
     raise DataError(
         f"{listing.root}: expected {expected}, found {len(listing.files)} other files ({counts}): "
@@ -212,7 +211,7 @@ def _has_class_folders(listing: Listing) -> bool:
 
 def _names_labels(name: str) -> bool:
     """Return whether a table is named as the labels of images are."""
-    stem = PurePosixPath(name).stem.lower()
+    stem = name.rpartition(".")[0].lower()
     return csvfile.is_csv(name) and (stem in ("labels", "metadata") or split_word(name) == stem)
 
 
