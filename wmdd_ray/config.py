@@ -25,6 +25,7 @@ Baseline = Literal["random_real", "nearest_real", "random_tiles", "nearest_tiles
 Schedule = Literal["cosine", "half_cosine"]
 CurvatureForm = Literal["gradient", "loss"]
 AttackName = Literal["pgd", "square", "autoattack", "cw", "mim"]
+TarKeys = Literal["auto", "first-dot", "last-dot"]
 _TILE_PIXELS = 4  # smallest side of a tile
 StageName = Literal[
     "squeeze", "features", "barycenters", "recover", "relabel", "assemble", "evaluate"
@@ -57,7 +58,7 @@ class SourceConfig:
     """Where the images of a class lie, as a path below `--data`, where the folders leave a doubt: `train/{class}`,
     `{split}/{class}`, `*/{class}`, `train/{class}.*` (file names that begin with the class). `*` is any name, or part of one; what
     ends in a folder takes all below it. Of archives and Parquet the files: `full_size/*`. Empty: told by the folders themselves."""
-    tar_keys: Literal["auto", "first-dot", "last-dot"] = option("auto", in_fingerprint=False)
+    tar_keys: TarKeys = option("auto", in_fingerprint=False)
     """Where the key of a tar's member ends: at the first dot of its name, as webdataset has it, or at the last (`img_012.05.png`).
     `auto` is the first, and stops where the last would find images that the first does not."""
     max_passed_over: float = option(0.25, ge=0, le=1, in_fingerprint=False)

@@ -15,8 +15,9 @@ from tests.store.written_sources import CONFIG, NAMES, idx_of, parquet_of, tar_o
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, decoded_chunks, open_source
+from wmdd_ray.store.sources.base import told_counts
 from wmdd_ray.store.sources.endings import ending_of
-from wmdd_ray.store.sources.passed import SYSTEM, PassedOver, Tally, told_counts, total
+from wmdd_ray.store.sources.passed import SYSTEM, PassedOver, Tally, total
 
 ALL_IN = replace(
     CONFIG, layout="train/{class}", max_passed_over=1, max_bad_images=1000, tar_keys="first-dot"
@@ -206,11 +207,17 @@ def test_an_account_names_every_kind_with_an_example_and_stays_a_line() -> None:
     for i in range(5000):
         tally.add("no image", f"folder\n{i}/x.kind{i}")
     assert total(tally.groups()) == 5000 and len(tally.groups()) <= 1001
-    told = told_counts(files_read=3, passed=tally.groups(), num_images=2, num_bad=1)
+    source = open_source("digits", CONFIG, split="train")
+    source.passed_over = tally.groups()
+    told = told_counts(source, 2, 1, tally.groups()[:1])
     assert told.startswith(
-        "files seen: 5,003 = 3 read + 5,000 passed over [4,000 x others (no image: folder"
+        "5,001 files seen = 1 read + 5,000 passed over [4,000 x others (no image: folder"
     )
-    assert told.endswith("kinds more]; read: 2 images + 1 bad") and "\n" not in told
+    assert (
+        "kinds more]; in those that were read: 2 images + 1 bad + 4,000 members passed over ["
+        in told
+    )
+    assert "\n" not in told
 
 
 @pytest.mark.parametrize(("lost", "share"), [(1, 0.25), (2, 0.4)])

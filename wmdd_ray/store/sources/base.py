@@ -22,7 +22,7 @@ from wmdd_ray.store.sources.files import (
     refuse_outside,
     streamed,
 )
-from wmdd_ray.store.sources.passed import PassedOver
+from wmdd_ray.store.sources.passed import PassedOver, shown_groups, total
 from wmdd_ray.store.uris import arrow_filesystem
 
 
@@ -270,3 +270,24 @@ def class_shards(
 def file_shard_id(position: int) -> str:
     """Return the id of the shard that is the file at `position` of the sorted listing."""
     return f"s{position:05d}"
+
+
+def told_counts(
+    source: Source, num_images: int, num_bad: int, inside: Sequence[PassedOver] = ()
+) -> str:
+    """Return the account of a pass over all files of a split, in a line. Driver only.
+
+    Args:
+        source: Knows which files are read, and which are passed over.
+        num_images: Good images.
+        num_bad: Images that were named and left out.
+        inside: Members of archives that were passed over.
+    """
+    read, passed = len(source.files), total(source.passed_over)
+    told = (
+        f"{read + passed:,} files seen = {read:,} read + {passed:,} passed over{shown_groups(source.passed_over)}; in those that "
+        f"were read: {num_images:,} images + {num_bad:,} bad"
+    )
+    return told + (
+        f" + {total(inside):,} members passed over{shown_groups(inside)}" if inside else ""
+    )

@@ -5,7 +5,7 @@ files seen = files read + files passed over, and what is read = images + bad ima
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from wmdd_ray.store.sources.classes import one_line
@@ -93,32 +93,8 @@ def lost(groups: Iterable[PassedOver]) -> tuple[PassedOver, ...]:
     )
 
 
-def told_counts(
-    *,
-    files_read: int,
-    passed: Iterable[PassedOver],
-    num_images: int,
-    num_bad: int,
-    inside: Iterable[PassedOver] = (),
-) -> str:
-    """Return the account of a pass over all files of a split, in a line.
-
-    Args:
-        files_read: Files that were opened: images, archives, tables.
-        passed: Files that were not.
-        num_images: Good images.
-        num_bad: Images that were named and left out.
-        inside: Members of archives that were passed over.
-    """
-    passed, inside = tuple(passed), tuple(inside)
-    told = (
-        f"files seen: {files_read + total(passed):,} = {files_read:,} read + {total(passed):,} passed over{_shown(passed)}; "
-        f"read: {num_images:,} images + {num_bad:,} bad"
-    )
-    return told + (f" + {total(inside):,} members passed over{_shown(inside)}" if inside else "")
-
-
-def _shown(groups: tuple[PassedOver, ...]) -> str:
+def shown_groups(groups: Sequence[PassedOver]) -> str:
+    """Return the largest groups in brackets; nothing when there is none."""
     if not groups:
         return ""
     more = f", and {len(groups) - _SHOWN} kinds more" if len(groups) > _SHOWN else ""

@@ -7,8 +7,8 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
 
+from wmdd_ray.config import TarKeys
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.classes import SHOWN
 from wmdd_ray.store.sources.endings import IMAGE_ENDINGS, is_system_name
@@ -17,7 +17,6 @@ from wmdd_ray.store.sources.tar import Readable, tar_members
 
 _LABEL_ENDINGS = ("cls", "json")
 _MAX_LABEL_BYTES = 1 << 20
-TarKeys = Literal["auto", "first-dot", "last-dot"]
 # WebDataset's rule: the stem ends at the first dot of the base name.
 _FIRST_DOT = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _LAST_DOT = re.compile(r"((?:.*/)?[^./][^/]*)\.([^./]+)", re.DOTALL)
