@@ -100,8 +100,8 @@ LOCAL = [
         "no held-out images",
         f"distill --data HERE/images/train {COLOR} {SMALL}",
         4,
-        "error: HERE/images/train: expected held-out images in folders or files named test, val, valid, validation, found 'ant/', "
-        "'bee/', 'cat/'; pass held-out images as --val-data",
+        "error: HERE/images/train: expected held-out images in folders or files named dev, test, testing, val, valid, validation, "
+        "found 'ant/', 'bee/', 'cat/'; pass held-out images as --val-data",
     ),
     Mistake(
         "held-out images of other classes",

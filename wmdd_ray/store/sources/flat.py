@@ -26,8 +26,9 @@ from wmdd_ray.store.uris import arrow_filesystem
 _TABLES = ("metadata.csv", "labels.csv", "metadata.tsv", "labels.tsv")
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 _ORDERS = ("classes.txt", "synsets.txt")
-# 50,000 images of ILSVRC have lists of 1.5 MB.
+# 50,000 images of ILSVRC have lists of 1.5 MB; what a .mat file holds is compressed, at most by a thousand.
 _MAX_LIST_BYTES = 256 << 20
+_MAX_META_BYTES = 1 << 20
 
 
 def table_in(listing: Listing, folder: str) -> str:
@@ -128,11 +129,13 @@ def _lists(listing: Listing, flat: Flat) -> list[str]:
     ]
 
 
-def _read(listing: Listing, name: str) -> bytes:
+def _read(listing: Listing, name: str, max_bytes: int = _MAX_LIST_BYTES) -> bytes:
     filesystem, base = arrow_filesystem(listing.root)
     where = f"{listing.root}/{name}"
-    if listing.files[name] > _MAX_LIST_BYTES:
-        raise DataError(f"{where}: expected a list of classes, found {listing.files[name]} bytes")
+    if listing.files[name] > max_bytes:
+        raise DataError(
+            f"{where}: expected at most {max_bytes} bytes of what says the classes, found {listing.files[name]}"
+        )
     with (
         reading(where, "a list of classes"),
         open_whole(filesystem, f"{base}/{name}", where, listing.files[name]) as file,
@@ -222,7 +225,9 @@ def _ground_truth(
         )
         return {}
     try:
-        synsets = loadmat(io.BytesIO(_read(listing, meta)), squeeze_me=True)["synsets"]
+        synsets = loadmat(io.BytesIO(_read(listing, meta, _MAX_META_BYTES)), squeeze_me=True)[
+            "synsets"
+        ]
         class_of = {
             int(one["ILSVRC2012_ID"]): str(one["WNID"])
             for one in synsets
