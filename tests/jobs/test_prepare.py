@@ -449,7 +449,7 @@ def _inside(root: Path) -> list[str]:
 
 def _occupied(root: Path) -> list[str]:
     Store(str(root / "out")).put("thesis.tex", b"x")
-    return [_folder(root, "ant"), "--out", str(root / "out")]
+    return [_folder(root, "ant", "bee"), "--out", str(root / "out")]
 
 
 def _both(root: Path) -> list[str]:
