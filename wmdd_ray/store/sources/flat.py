@@ -19,7 +19,7 @@ from wmdd_ray.store.sources import csvfile
 from wmdd_ray.store.sources.base import Source
 from wmdd_ray.store.sources.classes import SHOWN, shown
 from wmdd_ray.store.sources.files import open_whole, reading
-from wmdd_ray.store.sources.layout import Flat, doubt, join
+from wmdd_ray.store.sources.layout import Flat, doubt, is_unlabeled, join
 from wmdd_ray.store.sources.listing import SPLIT_NAMES, Listing, no_such_split, split_word
 from wmdd_ray.store.uris import arrow_filesystem
 
@@ -89,10 +89,15 @@ def open_flat(listing: Listing, flat: Flat) -> Source:
     }
     refused: list[str] = []
     if listing.class_names is not None:
-        for name in _lists(listing, flat):
-            label_of = _labels(listing, name, images, refused)
-            if label_of:
-                return _listed(listing, name, images, label_of)
+        said = {name: _labels(listing, name, images, refused) for name in _lists(listing, flat)}
+        lists = [name for name, label_of in said.items() if label_of]
+        if any(said[name] != said[lists[0]] for name in lists):
+            raise DataError(
+                f"{listing.root}: expected one list of the classes of the {len(images)} images in {flat.folder}/, found lists that "
+                f"differ: {shown(lists)}; take away those that are not meant"
+            )
+        if lists:
+            return _listed(listing, lists[0], images, said[lists[0]])
     folder = f"{flat.folder}/" if flat.folder else ""
     if split_word(flat.split_folder) in SPLIT_NAMES["val"][-1]:
         raise no_such_split(listing, [f"{folder}*, {len(images)} images without labels"])
@@ -121,6 +126,7 @@ def _lists(listing: Listing, flat: Flat) -> list[str]:
         name
         for name in listing.files
         if name.lower().endswith((".txt", ".csv", ".tsv"))
+        and not is_unlabeled(posixpath.basename(name))
         and (
             split_word(posixpath.basename(name)) in words
             or (inside is not None and name.startswith(inside))

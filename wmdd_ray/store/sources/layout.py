@@ -19,7 +19,9 @@ _KINDS = frozenset({
     "images", "image", "imgs", "img", "jpegimages", "pictures", "photos", "masks", "mask", "annotations", "annotation",
     "labels", "label", "segmentation", "segmentationclass", "segmentationobject", "data", "bboxes", "thumbnails",
 })  # fmt: skip
-_UNLABELED = re.compile(r"(^|[^a-z])(pred|unlabell?ed|unsup)", re.IGNORECASE)
+_UNLABELED = re.compile(
+    r"(^|[^a-z])(pred(iction)?s?|submissions?|unlabell?ed|unsup(ervised)?)([^a-z]|$)", re.IGNORECASE
+)
 _LISTS = re.compile(
     r"(^|[^a-z])(annotations?|splits?|ground_?truth|solution|train|val|valid|validation|dev|test)[^a-z]"
     r"(.*[^a-z])?(txt|csv|tsv|json|jsonl)$",
@@ -135,7 +137,7 @@ def _refuse_others(listing: Listing, tree: Tree, base: str, others: list[str]) -
 
 
 def is_unlabeled(name: str) -> bool:
-    """Return whether a path says by itself that its images have no labels (`seg_pred/`, `unlabeled/`)."""
+    """Return whether a path says by itself that it has no labels, or no true ones (`seg_pred/`, `unlabeled/`, `submission.csv`)."""
     return _UNLABELED.search(name) is not None
 
 
@@ -146,7 +148,7 @@ def _is_flat(tree: Tree, folder: str) -> bool:
 
 def _refuse_doubts(listing: Listing, tree: Tree, folder: str, classes: list[str]) -> None:
     """Refuse folders that may be something else than classes."""
-    kinds = [name for name in classes if name.lower() in _KINDS]
+    kinds = [name for name in classes if name.lower() in _KINDS or is_unlabeled(name)]
     if kinds:
         raise doubt(
             listing,
