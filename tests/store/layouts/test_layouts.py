@@ -59,6 +59,14 @@ def check(
     return source
 
 
+def test_classes_keep_their_ids_and_have_their_words_beside_them(tmp_path: Path) -> None:
+    for name in ("tiny-imagenet", "kaggle-ilsvrc"):
+        case = next(case for case in READ if case.name == name)
+        case.write(tmp_path / name)
+        source = opened(case, tmp_path / name, "train")
+        assert source.titles == tuple(f"word of {wnid}" for wnid in source.class_names)
+
+
 @pytest.mark.parametrize("case", [*READ, *REFUSED], ids=lambda case: case.name)
 def test_layout(case: Case, tmp_path: Path) -> None:
     case.write(tmp_path)
