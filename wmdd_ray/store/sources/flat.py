@@ -7,7 +7,6 @@ Tiny-ImageNet's `val/val_annotations.txt`, Kaggle's `LOC_val_solution.csv`, `val
 from __future__ import annotations
 
 import hashlib
-import io
 import posixpath
 import re
 import zlib
@@ -21,12 +20,14 @@ from wmdd_ray.store.sources.classes import SHOWN, shown
 from wmdd_ray.store.sources.files import open_whole, reading
 from wmdd_ray.store.sources.layout import Flat, doubt, is_unlabeled, join
 from wmdd_ray.store.sources.listing import SPLIT_NAMES, Listing, no_such_split, split_word
+from wmdd_ray.store.sources.matfile import read_structs
 from wmdd_ray.store.uris import arrow_filesystem
 
 _TABLES = ("metadata.csv", "labels.csv", "metadata.tsv", "labels.tsv")
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+_SYNSET = ("ILSVRC2012_ID", "WNID", "num_children")
 _ORDERS = ("classes.txt", "synsets.txt")
-# 50,000 images of ILSVRC have lists of 1.5 MB; what a .mat file holds is compressed, at most by a thousand.
+# 50,000 images of ILSVRC have lists of 1.5 MB; meta.mat has a tenth of a megabyte.
 _MAX_LIST_BYTES = 256 << 20
 _MAX_META_BYTES = 1 << 20
 
@@ -221,9 +222,6 @@ def _ground_truth(
     listing: Listing, name: str, text: str, images: Mapping[str, str], refused: list[str]
 ) -> dict[str, str]:
     """Return the classes of ILSVRC's validation images: line k is the id of image k, and meta.mat has the class of each id."""
-    from scipy.io import loadmat  # half a second, for this file alone
-    from scipy.io.matlab import MatReadError
-
     meta = join(posixpath.dirname(name), "meta.mat")
     if meta not in listing.files:
         refused.append(
@@ -231,22 +229,16 @@ def _ground_truth(
         )
         return {}
     try:
-        synsets = loadmat(io.BytesIO(_read(listing, meta, _MAX_META_BYTES)), squeeze_me=True)[
-            "synsets"
-        ]
+        synsets = read_structs(_read(listing, meta, _MAX_META_BYTES), "synsets", _SYNSET)
         class_of = {
-            int(one["ILSVRC2012_ID"]): str(one["WNID"])
-            for one in synsets
-            if int(one["num_children"]) == 0
+            one["ILSVRC2012_ID"]: str(one["WNID"]) for one in synsets if not one["num_children"]
         }
         classes = [class_of[int(line)] for line in text.split()]
         numbers = {image: int(re.findall(r"\d+", image)[-1]) for image in images}
         if not {*numbers.values()} == {*range(1, len(classes) + 1)}:
             raise ValueError(f"{len(images)} images, {len(classes)} lines")
         said = {image: classes[number - 1] for image, number in numbers.items()}
-    except (
-        MatReadError, ValueError, KeyError, IndexError, TypeError, OSError, NotImplementedError, zlib.error,
-    ) as error:  # fmt: skip
+    except (ValueError, KeyError, IndexError, zlib.error) as error:
         raise DataError(
             f"{listing.root}/{name}: expected an id a line for images that are numbered from 1, and ILSVRC's meta.mat beside it, "
             f"found otherwise ({type(error).__name__}: {error}); restore both files"
