@@ -119,7 +119,8 @@ def open_imagefolder(listing: Listing) -> Source:
     classes = sorted({match["class"] for match in matches if match})
     _warn_of_empty_classes(listing, layout, classes)
     if listing.class_names is not None:
-        match_classes(classes, listing.class_names, f"{listing.root}/{layout}")
+        where = join(listing.root, layout.partition("{")[0]).rstrip("/")
+        match_classes(classes, listing.class_names, where)
     return ImageFolderSource(listing, files, pattern, layout, listing.class_names or tuple(classes))
 
 
