@@ -25,6 +25,7 @@ Baseline = Literal["random_real", "nearest_real", "random_tiles", "nearest_tiles
 Schedule = Literal["cosine", "half_cosine"]
 CurvatureForm = Literal["gradient", "loss"]
 AttackName = Literal["pgd", "square", "autoattack", "cw", "mim"]
+TarKeys = Literal["auto", "first-dot", "last-dot"]
 _TILE_PIXELS = 4  # smallest side of a tile
 StageName = Literal[
     "squeeze", "features", "barycenters", "recover", "relabel", "assemble", "evaluate"
@@ -53,6 +54,16 @@ class SourceConfig:
     """Largest width x height that is decoded; a larger header is refused as a bad image (64 MP covers ImageNet)."""
     follow_links: bool = False
     """Follow links out of the `--data` folder (a hub's cache, a subset made of links): say so only of links that are yours."""
+    layout: str = option("", in_fingerprint=False)
+    """Where the images of a class lie, as a path below `--data`, where the folders leave a doubt: `train/{class}`,
+    `{split}/{class}`, `*/{class}`, `train/{class}.*` (file names that begin with the class). `*` is any name, or part of one; what
+    ends in a folder takes all below it. Of archives and Parquet the files: `full_size/*`. Empty: told by the folders themselves."""
+    tar_keys: TarKeys = option("auto", in_fingerprint=False)
+    """Where the key of a tar's member ends: at the first dot of its name, as webdataset has it, or at the last (`img_012.05.png`).
+    `auto` is the first, and stops where the last would find images that the first does not."""
+    max_passed_over: float = option(0.25, ge=0, le=1, in_fingerprint=False)
+    """Largest share of a folder's files that may be no image of any class, [0, 1], text beside images not counted: beyond it the
+    run stops and says what they are."""
 
     def __post_init__(self) -> None:
         check(self, "source.")

@@ -38,6 +38,8 @@ def check_data(visit: Visit) -> Iterator[Finding]:
         shards = source.shards(_RECORDS)
         names = source.class_names
         counts = class_counts(source, shards)
+        titles = zip(names, source.titles, strict=False)
+        called = [f"{name} ({title.partition(',')[0]})" for name, title in titles] or names
         total = sum(counts.values()) if counts else source.num_images
         each = (
             f"{_span(counts.values())} of each" if counts else "how many of each only reading tells"
@@ -45,7 +47,7 @@ def check_data(visit: Visit) -> Iterator[Finding]:
         yield Finding(
             "ok",
             f"{split}: {'an unknown number of' if total is None else total} images ({source.format}, "
-            f"{size(source.total_bytes)}) of {len(names)} classes ({_shown(names)}), {each}",
+            f"{size(source.total_bytes)}) of {len(names)} classes ({_shown(called)}), {each}",
         )
         absent = [
             k

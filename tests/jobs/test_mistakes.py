@@ -96,11 +96,19 @@ LOCAL = [
         "found 1 other files (1 x .txt): 'a.txt'; check --data, --val-data and --source.format",
     ),
     Mistake(
+        "folders of folders of images",
+        "distill --recipe imagenette --data HERE/levels --out HERE/new",
+        4,
+        "error: HERE/levels: the layout is in doubt: images lie two levels down, in folders such as 'tame/cat', 'wild/ant': the "
+        "classes may be the upper 2 or the lower 3 folders; say what is meant by --source.layout '{class}', or by --source.layout "
+        "'*/{class}'",
+    ),
+    Mistake(
         "no held-out images",
         f"distill --data HERE/images/train {COLOR} {SMALL}",
         4,
-        "error: HERE/images/train: expected held-out images in folders or files named test, val, valid, validation, found 'ant/', "
-        "'bee/', 'cat/'; pass held-out images as --val-data",
+        "error: HERE/images/train: expected held-out images in folders or files named dev, test, testing, val, valid, validation, "
+        "found 'ant/', 'bee/', 'cat/'; pass held-out images as --val-data",
     ),
     Mistake(
         "held-out images of other classes",
@@ -335,6 +343,8 @@ def here(finished_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) ->
         draw(root / "other" / kind / "0.png", 0)
     for index in range(2):
         (root / "broken/train/ant" / f"{index}.png").write_bytes(b"<!DOCTYPE")
+    for kind in ("tame/cat", "wild/ant", "wild/bee"):
+        draw(root / "levels" / kind / "0.png", 0)
     (root / "notes").mkdir()
     (root / "notes/a.txt").write_text("no image")
     draw(root / "table/a.png", 0)

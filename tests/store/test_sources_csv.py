@@ -97,9 +97,11 @@ def _fields() -> dict[str, object]:
     return {name: getattr(CONFIG, name) for name in CONFIG.__slots__}
 
 
-def test_image_folders_beside_a_table_of_labels_are_a_question_and_beside_another_none(
-    store: Store,
+def test_folders_of_classes_beside_a_table_of_labels_are_a_question_and_beside_another_none(
+    tmp_path: Path,
 ) -> None:
+    store = Store(str(tmp_path))
+    write_imagefolder(store, "")
     write(store, *ROWS)
     with pytest.raises(
         DataError, match="expected one format, found 2: .*name one by --source.format"
@@ -108,6 +110,13 @@ def test_image_folders_beside_a_table_of_labels_are_a_question_and_beside_anothe
     store.delete("labels.csv")
     write(store, "1,2", name="noisy_labels.csv", header="a,b")
     assert opened(store.uri).format == "imagefolder"
+
+
+def test_one_folder_of_images_is_no_class_where_a_table_of_labels_lies_beside_it(
+    store: Store,
+) -> None:
+    write(store, *ROWS)
+    assert labels_by_path(opened(store.uri)) == EXPECTED
 
 
 def test_a_table_beside_tars_changes_nothing(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 import numpy as np
 
@@ -81,6 +82,7 @@ class Embedder:
                 "label_counts": {str(label): n for label, n in sorted(counts.items())},
                 "last": chunk.last,
                 "bad": list(chunk.bad),
+                "passed": [asdict(group) for group in chunk.passed],
                 "seconds_in_core": round(in_core, 4),
             },
             attempt=attempt,

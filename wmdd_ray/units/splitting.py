@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from wmdd_ray.config import SourceConfig, refuse_secrets
+from wmdd_ray.config import SourceConfig, TarKeys, refuse_secrets
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.options import check, option
 
@@ -51,6 +51,14 @@ class PrepareConfig:
     """Largest width x height that is decoded; a larger header is refused as a bad image."""
     follow_links: bool = False
     """Follow links out of the source's folder: say so only of links that are yours."""
+    layout: str = ""
+    """Where the images of a class lie, where the folders leave a doubt: `train/{class}`, `{split}/{class}`, `*/{class}`,
+    `train/{class}.*`; --source.layout of jobs/distill.py says it in full."""
+    tar_keys: TarKeys = "auto"
+    """Where the key of a tar's member ends: `first-dot`, as webdataset has it, or `last-dot` (`img_012.05.png`). `auto` is the
+    first, and stops where the last would find images that the first does not."""
+    max_passed_over: float = 0.25
+    """Largest share of a folder's files that may be no image of any class, [0, 1], text beside images not counted."""
 
     def __post_init__(self) -> None:
         refuse_secrets("val-data", self.val_data)
@@ -69,6 +77,9 @@ class PrepareConfig:
             max_bad_images=self.max_bad_images,
             max_image_pixels=self.max_image_pixels,
             follow_links=self.follow_links,
+            layout=self.layout,
+            tar_keys=self.tar_keys,
+            max_passed_over=self.max_passed_over,
         )
 
     @property

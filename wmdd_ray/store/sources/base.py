@@ -16,7 +16,13 @@ import pyarrow.fs as pafs
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.classes import MAX_CLASSES
-from wmdd_ray.store.sources.files import open_whole, reading, streamed
+from wmdd_ray.store.sources.files import (
+    open_whole,
+    reading,
+    refuse_outside,
+    streamed,
+)
+from wmdd_ray.store.sources.passed import PassedOver, shown_groups, total
 from wmdd_ray.store.uris import arrow_filesystem
 
 
@@ -24,9 +30,9 @@ from wmdd_ray.store.uris import arrow_filesystem
 class Shard:
     """One unit of reading; holds all that a worker needs beside the `Source`.
 
-    `keys` names the images of random-access formats; `file` is the tar or Parquet file, relative to
-    the root. `labels` are the distinct classes inside, ascending, or None when only reading tells;
-    likewise `num_images`. `sizes` are the bytes of each of `keys`, or of `file`, as listed.
+    `keys` names the images of random-access formats; `file` is the tar or Parquet file, relative to the root. `labels` are the
+    distinct classes inside, ascending, or None when only reading tells; likewise `num_images`. `sizes` are the bytes of each of
+    `keys`, or of `file`, as listed; of a tar inside `file` also where it begins, and its bytes.
     """
 
     id: str
@@ -73,12 +79,22 @@ class Source(abc.ABC):
         class_names: Name of class `label`, in label order.
         relabel: Class of each label that the files hold, where the files number the classes in
         another order.
+        titles: What the classes are called in words, in label order, where a file of the data says so; else empty.
+        passed_over: Files under the URI that are not read, in groups. Driver only.
+        read_beside: Files that were read for what they say of the images. Driver only.
+        passed_inside: Members of the archive that `read_shard` went through last that are no part of an image.
     """
 
     format: ClassVar[str]
     # What a copy on a worker does without: the listing can be hundreds of megabytes, connections do
     # not travel.
-    _transient: ClassVar[tuple[str, ...]] = ("_files", "_filesystem")
+    _transient: ClassVar[tuple[str, ...]] = (
+        "_files",
+        "_filesystem",
+        "titles",
+        "passed_over",
+        "read_beside",
+    )
 
     def __init__(
         self,
@@ -97,6 +113,10 @@ class Source(abc.ABC):
         self.config = config
         self.class_names = class_names
         self.relabel = relabel
+        self.titles: tuple[str, ...] = ()
+        self.passed_over: tuple[PassedOver, ...] = ()
+        self.read_beside: set[str] = set()
+        self.passed_inside: tuple[PassedOver, ...] = ()
         self._files: dict[str, int] | None = files
         self._filesystem: tuple[pafs.FileSystem, str] | None = None
 
@@ -172,11 +192,18 @@ class Source(abc.ABC):
         return streamed(self.open_random(file, size_bytes))
 
     def read_if_there(self, file: str) -> bytes | None:
-        """Return the content of a small file, or None when there is none."""
+        """Return the content of a small file, or None when there is none.
+
+        Raises:
+            DataError: It is a link that leads out of the folder, and such are not to be followed.
+        """
         filesystem, path = self._connected()
+        if not self.config.follow_links:
+            refuse_outside(self.root, [file])
         with reading(self.url(file), "a file"):
             if filesystem.get_file_info(f"{path}/{file}").type != pafs.FileType.File:
                 return None
+            self.read_beside.add(file)
             with self.open_random(file) as handle:
                 return handle.read()
 
@@ -243,3 +270,24 @@ def class_shards(
 def file_shard_id(position: int) -> str:
     """Return the id of the shard that is the file at `position` of the sorted listing."""
     return f"s{position:05d}"
+
+
+def told_counts(
+    source: Source, num_images: int, num_bad: int, inside: Sequence[PassedOver] = ()
+) -> str:
+    """Return the account of a pass over all files of a split, in a line. Driver only.
+
+    Args:
+        source: Knows which files are read, and which are passed over.
+        num_images: Good images.
+        num_bad: Images that were named and left out.
+        inside: Members of archives that were passed over.
+    """
+    read, passed = len(source.files), total(source.passed_over)
+    told = (
+        f"{read + passed:,} files seen = {read:,} read + {passed:,} passed over{shown_groups(source.passed_over)}; in those that "
+        f"were read: {num_images:,} images + {num_bad:,} bad"
+    )
+    return told + (
+        f" + {total(inside):,} members passed over{shown_groups(inside)}" if inside else ""
+    )

@@ -23,8 +23,8 @@ from wmdd_ray.store.sources.classes import (
     one_line,
     shown,
 )
-from wmdd_ray.store.sources.files import read_ahead, reading
-from wmdd_ray.store.sources.imagefolder import is_image_name
+from wmdd_ray.store.sources.endings import is_image_name
+from wmdd_ray.store.sources.files import read_ahead, reading, refuse_outside
 from wmdd_ray.store.sources.listing import (
     SPLIT_NAMES,
     Listing,
@@ -270,6 +270,8 @@ def _image_files(listing: Listing, rows: Sequence[_Row]) -> dict[str, int]:
     inside = [folder for folder in folders if not (folder.startswith("/") or ".." in folder)]
     common = posixpath.commonpath(inside) if inside and all(inside) else ""
     where = f"{listing.root}/{common}".rstrip("/")
+    if not listing.config.follow_links:
+        refuse_outside(listing.root, [common])
     root, found = list_files(where, follow_links=listing.config.follow_links)
     prefix = f"{common}/" if common else ""
     return {prefix + name: size for name, size in found.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,8 @@ from wmdd_ray.store.sources.base import RawImage, Shard, Source, file_shard_id
 from wmdd_ray.store.sources.classes import MAX_CLASSES, integer_names, match_classes
 from wmdd_ray.store.sources.files import reading
 from wmdd_ray.store.sources.listing import Listing, files_of_split
-from wmdd_ray.store.sources.samples import IMAGE_ENDINGS, Sample, samples
+from wmdd_ray.store.sources.passed import Tally
+from wmdd_ray.store.sources.samples import Sample, samples
 from wmdd_ray.store.sources.webdataset_index import read_class_names, read_counts
 
 logger = logging.getLogger(__name__)
@@ -61,13 +63,17 @@ class WebDatasetSource(Source):
     def read_shard(self, shard: Shard) -> Iterator[RawImage]:
         where = self.url(shard.file)
         count = 0
+        passed = Tally()
         with (
             reading(where, "a tar archive"),
             self.open_stream(shard.file, shard.size_bytes) as stream,
         ):
-            for sample in samples(stream, where, self.max_content_bytes):
+            for sample in samples(
+                stream, where, self.max_content_bytes, keys=self.config.tar_keys, passed=passed
+            ):
                 count += 1
                 yield self._record(shard.file, sample)
+        self.passed_inside = passed.groups()
         if shard.num_images not in (None, count):
             raise DataError(
                 f"{where}: expected {shard.num_images} samples as the index beside it says, found "
@@ -76,11 +82,10 @@ class WebDatasetSource(Source):
 
     def _record(self, file: str, sample: Sample) -> RawImage:
         key = f"{file}#{sample.stem}"
-        has_image = any(ending in IMAGE_ENDINGS for ending in sample.endings)
         if sample.problem:
             problem = sample.problem
-        elif not has_image:
-            problem = f"no image member ({', '.join(IMAGE_ENDINGS)}), only {sample.shown_endings}"
+        elif not sample.has_image:
+            problem = f"no image member (jpg, png, webp, ...), only {sample.shown_endings}"
         elif sample.label is None:
             problem = (
                 'no label: expected an integer in .cls or {"label": integer} in .json, among '
@@ -94,6 +99,13 @@ class WebDatasetSource(Source):
         label = self.class_of(sample.label, key)
         key = f"{file}#{sample.offset}:{sample.size_bytes}:{label}"
         return RawImage(key=key, label=label, content=sample.content)
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over what is read, and over where keys end if that is not webdataset's rule. Driver only."""
+        plain = super().fingerprint()
+        if self.config.tar_keys != "last-dot":
+            return plain
+        return hashlib.sha256(f"{plain} last-dot".encode()).hexdigest()
 
     def read_keys(self, keys: Sequence[str]) -> list[RawImage]:
         by_file: dict[str, list[int]] = {}
@@ -148,7 +160,7 @@ def open_webdataset(listing: Listing) -> WebDatasetSource:
     if listing.class_names is not None:
         relabel = match_classes(names, listing.class_names, listing.root) if names else None
         names = listing.class_names
-    return WebDatasetSource(
+    opened = WebDatasetSource(
         root=listing.root,
         files=files,
         config=listing.config,
@@ -156,6 +168,8 @@ def open_webdataset(listing: Listing) -> WebDatasetSource:
         relabel=relabel,
         counts=read_counts(source, listing.files),
     )
+    opened.read_beside = source.read_beside
+    return opened
 
 
 def _count_classes(source: WebDatasetSource) -> int:
@@ -169,7 +183,7 @@ def _count_classes(source: WebDatasetSource) -> int:
     for file, size_bytes in source.files.items():
         where = source.url(file)
         with reading(where, "a tar archive"), source.open_stream(file, size_bytes) as stream:
-            for sample in samples(stream, where, max_content_bytes=0):
+            for sample in samples(stream, where, max_content_bytes=0, keys=source.config.tar_keys):
                 if sample.label is not None:
                     largest = max(largest, source.class_of(sample.label, f"{file}#{sample.stem}"))
     if largest < 0:

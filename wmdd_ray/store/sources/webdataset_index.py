@@ -11,7 +11,7 @@ from typing import Any
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.base import Source
 from wmdd_ray.store.sources.classes import shown
-from wmdd_ray.store.sources.listing import expand_braces
+from wmdd_ray.store.sources.patterns import expand_braces
 
 logger = logging.getLogger(__name__)
 
