@@ -23,6 +23,7 @@ StudentLoss = Literal["kl", "mse"]
 LabelKind = Literal["soft", "hard"]
 Baseline = Literal["random_real", "nearest_real", "random_tiles", "nearest_tiles", "all_real"]
 Schedule = Literal["cosine", "half_cosine"]
+Numbers = Literal["auto", "index", "index-from-1", "name"]
 CurvatureForm = Literal["gradient", "loss"]
 AttackName = Literal["pgd", "square", "autoattack", "cw", "mim"]
 _TILE_PIXELS = 4  # smallest side of a tile
@@ -53,6 +54,14 @@ class SourceConfig:
     """Largest width x height that is decoded; a larger header is refused as a bad image (64 MP covers ImageNet)."""
     follow_links: bool = False
     """Follow links out of the `--data` folder (a hub's cache, a subset made of links): say so only of links that are yours."""
+    label_column: str | None = None
+    """Where labels are: the column of a Parquet file or a table, the key in WebDataset's `.json`, `coarse_label` of CIFAR-100.
+    Absent: by its usual or declared name."""
+    image_column: str | None = None
+    """Where images are: the column of a Parquet file, the paths' of a table, the ending in WebDataset. Absent: as for labels."""
+    numbers: Numbers = "auto"
+    """What a number as a label means: `index`, a place in the class names from 0 (`index-from-1`: from 1), or `name`, the class
+    that is called so. `auto`: a place in the names that come with the file, else its own name, and refused in doubt."""
 
     def __post_init__(self) -> None:
         check(self, "source.")
