@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import unicodedata
 from collections.abc import Sequence
 
 from wmdd_ray.errors import DataError
@@ -24,7 +25,8 @@ def match_classes(
     Raises:
         DataError: A found name is not wanted, or a wanted name is there twice.
     """
-    if tuple(found) == tuple(wanted):
+    found, wanted = tuple(map(plain, found)), tuple(map(plain, wanted))
+    if found == wanted:
         return None
     place = {name: label for label, name in enumerate(wanted)}
     if len(place) < len(wanted):
@@ -36,8 +38,8 @@ def match_classes(
     if unknown:
         raise DataError(
             f"{where}: expected the {len(wanted)} training classes, found {len(unknown)} others: "
-            + shown(unknown)
-            + (f"; absent: {shown(missing)}" if missing else "")
+            + exact(unknown)
+            + (f"; absent: {exact(missing)}" if missing else "")
             + "; pass held-out images with the same class names"
         )
     if missing:
@@ -45,6 +47,11 @@ def match_classes(
             "%s: no images of %d training classes: %s", where, len(missing), shown(missing)
         )
     return tuple(place[name] for name in found)
+
+
+def plain(name: str) -> str:
+    """Return a class name as names are compared: composed (NFC), without spaces at its ends."""
+    return unicodedata.normalize("NFC", name).strip()
 
 
 @functools.cache  # the longest has 65,536 names, and every opening asks for it
@@ -55,8 +62,17 @@ def integer_names(count: int) -> tuple[str, ...]:
 
 def shown(names: Sequence[str]) -> str:
     """Return the first few names, and how many more there are."""
-    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(repr(name) for name in names[:SHOWN]) + more
+    return _listed([repr(name) for name in names[:SHOWN]], len(names))
+
+
+def exact(names: Sequence[str]) -> str:
+    """Return the first few names so that no two of them look the same: beyond ASCII with their code points."""
+    told = [repr(n) if n.isascii() else f"{n!r} ({ascii(n)[1:-1]})" for n in names[:SHOWN]]
+    return _listed(told, len(names))
+
+
+def _listed(told: Sequence[str], count: int) -> str:
+    return ", ".join(told) + (f", and {count - SHOWN} more" if count > SHOWN else "")
 
 
 def one_line(name: str) -> str:
