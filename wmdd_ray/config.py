@@ -33,6 +33,28 @@ StageName = Literal[
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class S3Access:
+    """How the real images are reached where that differs from the output, for which the usual AWS variables are."""
+
+    anonymous: bool = False
+    """Ask without credentials: public buckets, on a machine that has none or has some of another account."""
+    requester_pays: bool = False
+    """Agree to pay for the requests, as the owners of some buckets demand (slower: not by Arrow's own client)."""
+    endpoint: str | None = None
+    """Address of the store, such as `https://s3.example.org`; absent: AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL."""
+    region: str | None = None
+    """Region of the bucket; absent: AWS_REGION, or the profile's."""
+    profile: str | None = None
+    """Section of the AWS credentials file, which every node must have (slower: not by Arrow's own client)."""
+
+    def __post_init__(self) -> None:
+        refuse_secrets("source.s3.endpoint", self.endpoint)
+        expected = "no requester-pays and no profile beside it: both need credentials"
+        alone = not (self.anonymous and (self.requester_pays or self.profile))
+        require(alone, "source.s3.anonymous", expected, self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
     """How the real images are read and brought to the network's input."""
 
@@ -54,14 +76,16 @@ class SourceConfig:
     """Largest width x height that is decoded; a larger header is refused as a bad image (64 MP covers ImageNet)."""
     follow_links: bool = False
     """Follow links out of the `--data` folder (a hub's cache, a subset made of links): say so only of links that are yours."""
-    label_column: str | None = None
+    label_column: str | None = option(None, absent_at=None)
     """Where labels are: the column of a Parquet file or a table, the key in WebDataset's `.json`, `coarse_label` of CIFAR-100.
     Absent: by its usual or declared name."""
-    image_column: str | None = None
+    image_column: str | None = option(None, absent_at=None)
     """Where images are: the column of a Parquet file, the paths' of a table, the ending in WebDataset. Absent: as for labels."""
-    numbers: Numbers = "auto"
+    numbers: Numbers = option("auto", absent_at="auto")
     """What a number as a label means: `index`, a place in the class names from 0 (`index-from-1`: from 1), or `name`, the class
     that is called so. `auto`: a place in the names that come with the file, else its own name, and refused in doubt."""
+    s3: S3Access = option(S3Access(), in_fingerprint=False)
+    """How these images are reached on `s3://`."""
 
     def __post_init__(self) -> None:
         check(self, "source.")
