@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,8 +56,14 @@ def _remedy(said: str) -> str:
     """Return what to do about a failure of a store, by the names that Arrow has for S3's."""
     if "AWS Error NO_SUCH_BUCKET" in said:
         return "create the bucket or correct the URI"
+    if "HTTP status 301" in said:
+        located = re.search("located in '([^']+)'", said)
+        return f"the bucket is in another region: pass --source.s3.region {located[1] if located else 'REGION'} (or set AWS_REGION)"
     if "AWS Error ACCESS_DENIED" in said or "AWS Error INVALID_ACCESS_KEY_ID" in said:
-        return "check the credentials and the permissions on this path"
+        return (
+            "check the credentials and the permissions on this path; a public bucket is read with --source.s3.anonymous, one "
+            "whose readers pay with --source.s3.requester-pays, one of another account with --source.s3.profile"
+        )
     if "AWS Error" in said:
         return (
             "check that the endpoint and region are right (AWS_ENDPOINT_URL, AWS_REGION) and that the store answers, then run the "

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import pyarrow.fs as pafs
 
-from wmdd_ray.config import SourceConfig
+from wmdd_ray.config import S3Access, SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.classes import shown
 from wmdd_ray.store.sources.files import reading, walk_local
@@ -53,7 +54,9 @@ class Listing:
     class_names: tuple[str, ...] | None
 
 
-def list_files(uri: str, *, follow_links: bool = False) -> tuple[str, dict[str, int]]:
+def list_files(
+    uri: str, *, follow_links: bool = False, s3: S3Access | None = None
+) -> tuple[str, dict[str, int]]:
     """Return (root, files) of a folder, a file, or a pattern such as `train-{000..012}.tar`.
 
     Hidden names (a leading dot in any part) are left out: macOS writes `._x.jpg` beside `x.jpg`.
@@ -62,16 +65,17 @@ def list_files(uri: str, *, follow_links: bool = False) -> tuple[str, dict[str, 
         uri: What to list.
         follow_links: Whether links on the local disk may lead out of the folder; a file that is named is read in
             any case.
+        s3: How `s3://` is reached.
 
     Raises:
-        DataError: There is nothing, a file of the pattern is missing, or links lead out of the folder.
+        DataError: There is nothing, a file of the pattern is missing, links lead out of the folder, or keys have empty parts.
         ArtifactError: The store cannot be reached, or refuses.
     """
     path = local_path(uri)
     uri = (str(path) if path is not None else uri).rstrip("/")
     if "{" in uri:
-        return _list_pattern(uri)
-    filesystem, base = arrow_filesystem(uri)
+        return _list_pattern(uri, s3)
+    filesystem, base = arrow_filesystem(uri, s3)
     with reading(uri, "files that can be listed"):
         top = filesystem.get_file_info(base)
         if top.type == pafs.FileType.File:
@@ -82,6 +86,7 @@ def list_files(uri: str, *, follow_links: bool = False) -> tuple[str, dict[str, 
             if path is not None and top.type == pafs.FileType.Directory
             else _remote_files(filesystem, base)
         )
+    refuse_empty_parts(uri, files)
     visible = {name: size for name, size in files.items() if not re.search(r"(^|/)\.", name)}
     if not visible:
         raise NothingThereError(
@@ -104,10 +109,20 @@ def _remote_files(filesystem: pafs.FileSystem, base: str) -> dict[str, int]:
     }
 
 
-def _list_pattern(uri: str) -> tuple[str, dict[str, int]]:
+def refuse_empty_parts(uri: str, files: Iterable[str]) -> None:
+    """Refuse keys of an object store that no client can be relied on to find again."""
+    empty = [name for name in files if "//" in f"/{name}"]
+    if empty:
+        raise DataError(
+            f"{uri}: expected keys without empty parts, found {len(empty)} with a doubled slash: {shown(empty)}; rename them, or "
+            "pass the folder behind that slash"
+        )
+
+
+def _list_pattern(uri: str, s3: S3Access | None) -> tuple[str, dict[str, int]]:
     root = uri[: uri.index("{")].rpartition("/")[0]
     names = [name.removeprefix(root + "/") for name in expand_braces(uri)]
-    filesystem, base = arrow_filesystem(root)
+    filesystem, base = arrow_filesystem(root, s3)
     with reading(uri, "files that can be listed"):
         entries = filesystem.get_file_info([f"{base}/{name}" for name in names])
     missing = [
