@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.base import RawImage, Shard, Source, class_shards
-from wmdd_ray.store.sources.classes import match_classes, shown
+from wmdd_ray.store.sources.classes import exact, match_classes, plain, shown
 from wmdd_ray.store.sources.files import read_ahead, reading
 from wmdd_ray.store.sources.listing import SPLIT_NAMES, Listing, no_such_split
 
@@ -49,7 +49,12 @@ class ImageFolderSource(Source):
             root=listing.root, files=files, config=listing.config, class_names=class_names
         )
         self.folder = folder
-        self._label_of = {name: label for label, name in enumerate(class_names)}
+        self._label_of = {plain(name): label for label, name in enumerate(class_names)}
+        if len(self._label_of) < len(class_names):
+            twins = [n for n in class_names if class_names[self._label_of[plain(n)]] != n]
+            raise DataError(
+                f"{self.root}/{folder}: two classes have names that look the same, {exact(twins)}; rename or join the folders"
+            )
 
     @property
     def num_images(self) -> int:
@@ -70,11 +75,11 @@ class ImageFolderSource(Source):
     def _label(self, key: str) -> int:
         parts = key.removeprefix(self.folder).split("/")
         inside = key.startswith(self.folder) and len(parts) >= 2 and ".." not in parts
-        if not inside or parts[0] not in self._label_of:
+        if not inside or plain(parts[0]) not in self._label_of:
             raise DataError(
                 f"{self.root}: no image {key!r}, expected a path {self.folder}CLASS/FILE"
             )
-        return self._label_of[parts[0]]
+        return self._label_of[plain(parts[0])]
 
     def _read(self, keys: Sequence[str], sizes: Sequence[int]) -> Iterator[RawImage]:
         """Yield the files in order, with a few reads under way ahead of the consumer."""
