@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -80,3 +81,15 @@ def one_line(name: str) -> str:
     if len(name) > _MAX_LINE:
         name = f"{name[: _MAX_LINE // 2]}...{name[-_MAX_LINE // 2 :]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
+def by_number(names: Sequence[str]) -> tuple[str, ...]:
+    """Return names in the order of the numbers in them (`2_cat`, `10_dog`), where these are 0, 1, ... or 1, 2, ...; others as is.
+
+    Folders come in the order of their names as text: 0, 1, 10, 11, 2.
+    """
+    first = [re.search("[0-9]{1,9}", name) for name in names]
+    numbers = [int(number[0]) for number in first if number]
+    if sorted(numbers) not in ([*range(len(names))], [*range(1, len(names) + 1)]):
+        return tuple(names)
+    return tuple(name for _, name in sorted(zip(numbers, names, strict=True)))
