@@ -23,6 +23,7 @@ StudentLoss = Literal["kl", "mse"]
 LabelKind = Literal["soft", "hard"]
 Baseline = Literal["random_real", "nearest_real", "random_tiles", "nearest_tiles", "all_real"]
 Schedule = Literal["cosine", "half_cosine"]
+Format = Literal["auto", "digits", "imagefolder", "webdataset", "parquet", "idx", "csv", "cifar"]
 Numbers = Literal["auto", "index", "index-from-1", "name"]
 CurvatureForm = Literal["gradient", "loss"]
 AttackName = Literal["pgd", "square", "autoattack", "cw", "mim"]
@@ -58,7 +59,7 @@ class S3Access:
 class SourceConfig:
     """How the real images are read and brought to the network's input."""
 
-    format: Literal["auto", "digits", "imagefolder", "webdataset", "parquet", "idx", "csv"] = "auto"
+    format: Format = "auto"
     """Layout of `--data`; `auto` looks at the names under the URI."""
     image_size: int = option(32, ge=8)
     """Side of the square network input and of the distilled images, pixels."""

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
-from wmdd_ray.store.sources import arrays, csvfile, imagefolder, parquet, webdataset
+from wmdd_ray.store.sources import arrays, cifar, csvfile, imagefolder, parquet, webdataset
 from wmdd_ray.store.sources.base import Source
 from wmdd_ray.store.sources.classes import shown
 from wmdd_ray.store.sources.listing import Listing, Split, list_files, split_word
@@ -19,6 +19,11 @@ PREPARED_KEY = "prepared.json"
 # Each predicate looks at one relative name; each opener at the whole listing.
 _FORMATS: dict[str, tuple[Callable[[str], bool], Callable[[Listing], Source], str]] = {
     "idx": (arrays.is_idx, arrays.open_idx, "IDX files (train-images-idx3-ubyte.gz, ...)"),
+    "cifar": (
+        cifar.is_cifar,
+        cifar.open_cifar,
+        "CIFAR's binary version (data_batch_1.bin, ..., or cifar-10-binary.tar.gz)",
+    ),
     "webdataset": (webdataset.is_tar, webdataset.open_webdataset, "WebDataset shards (*.tar)"),
     "parquet": (parquet.is_parquet, parquet.open_parquet, "Parquet files (*.parquet)"),
     "imagefolder": (
