@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import numpy as np
@@ -30,7 +30,6 @@ _DOWNLOADS = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz or cifar-1
 _PIXELS = 3 * 32 * 32
 # All 50,000 training images of CIFAR-100.
 _MAX_BATCH_BYTES = 50_000 * (2 + _PIXELS)
-_MAX_NAMES_BYTES = 1 << 16
 _NAMES = {
     "label": "batches.meta.txt",
     "fine_label": "fine_label_names.txt",
@@ -54,11 +53,13 @@ class CifarSource(ArraySource):
         # One archive holds both splits, and both kinds of label.
         return [self.relabel, self.split, self.column]
 
-    def contents(self) -> Iterator[tuple[str, bytes]]:
-        """Yield (name, content) of all batches and lists of names, in the archive or beside each other."""
+    def contents(self, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+        """Yield (name, content) of the files that are wanted by their names, in the archive or beside each other."""
         for file, size_bytes in self.sizes.items():
             where = self.url(file)
             if not _ARCHIVE.fullmatch(file):
+                if not is_wanted(file):
+                    continue
                 with reading(where, "a file"), self.open_random(file, size_bytes) as handle:
                     if handle.size() > _MAX_BATCH_BYTES:
                         raise _not_whole(where, self.column, handle.size())
@@ -69,19 +70,18 @@ class CifarSource(ArraySource):
                 self.open_stream(file, size_bytes) as stream,
                 gzip.GzipFile(fileobj=stream) as unpacked,
             ):
-                for member in tar_members(cast(Readable, unpacked), where, _is_wanted):
+                for member in tar_members(
+                    cast(Readable, unpacked),
+                    where,
+                    lambda name, size: is_wanted(name) and size <= _MAX_BATCH_BYTES,
+                ):
                     if member.content is not None:
                         yield member.name, member.content
 
     def _load(self) -> tuple[np.ndarray, np.ndarray]:
-        of_split = [
-            (name, content)
-            for name, content in sorted(self.contents())
-            if (batch := _BATCH.fullmatch(name)) and _split_of(batch[1]) == self.split
-        ]
         num_labels = 1 if self.column == "label" else 2
         records = []
-        for name, content in of_split:
+        for name, content in sorted(self.contents(self._is_batch)):
             if not content or len(content) % (num_labels + _PIXELS):
                 raise _not_whole(self.url(name), self.column, len(content))
             pixels = np.frombuffer(content, np.uint8).reshape(-1, num_labels + _PIXELS)
@@ -94,6 +94,10 @@ class CifarSource(ArraySource):
         images_NCHW = records_NR[:, num_labels:].reshape(-1, 3, 32, 32)
         at = 1 if self.column == "fine_label" else 0
         return np.ascontiguousarray(images_NCHW.transpose(0, 2, 3, 1)), records_NR[:, at]
+
+    def _is_batch(self, name: str) -> bool:
+        batch = _BATCH.fullmatch(name)
+        return batch is not None and _split_of(batch[1]) == self.split
 
 
 def is_cifar(name: str) -> bool:
@@ -137,10 +141,10 @@ def open_cifar(listing: Listing) -> CifarSource:
 
 def _name_classes(source: CifarSource, listing: Listing) -> None:
     own = None
-    for name, content in source.contents():
-        if name.rpartition("/")[2] == _NAMES[source.column]:
-            lines = content.decode("utf-8", "replace").splitlines()
-            own = tuple(line.strip() for line in lines if line.strip()) or None
+    names_file = _NAMES[source.column]
+    for _, content in source.contents(lambda name: name.rpartition("/")[2] == names_file):
+        lines = content.decode("utf-8", "replace").splitlines()
+        own = tuple(line.strip() for line in lines if line.strip()) or None
     wanted, numbers = listing.class_names, listing.config.numbers
     if own is not None:
         places = None if wanted is None else match_classes(own, wanted, source.root)
@@ -156,12 +160,6 @@ def _name_classes(source: CifarSource, listing: Listing) -> None:
 
 def _split_of(batch: str) -> str:
     return "val" if batch.startswith("test") else "train"
-
-
-def _is_wanted(name: str, size_bytes: int) -> bool:
-    if name.rpartition("/")[2] in _NAMES.values():
-        return size_bytes <= _MAX_NAMES_BYTES
-    return _BATCH.fullmatch(name) is not None and size_bytes <= _MAX_BATCH_BYTES
 
 
 def _not_whole(where: str, column: str, size_bytes: int) -> DataError:

@@ -273,11 +273,12 @@ def open_parquet(listing: Listing) -> ParquetSource:
         for own in declared:
             match_classes(own, listing.class_names, listing.root)
     elif declared:
-        first, *others = declared
-        names = first + tuple(
-            {name: None for own in others for name in own if name not in set(first)}
-        )
-        if len(names) > len(first):
+        names = declared[0]
+        known = {*map(plain, names)}
+        for own in declared[1:]:
+            names += tuple(name for name in own if plain(name) not in known)
+            known.update(map(plain, own))
+        if len(names) > len(declared[0]):
             logger.warning(
                 "%s: files declare different classes, %d in all", listing.root, len(names)
             )
