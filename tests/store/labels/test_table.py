@@ -143,7 +143,7 @@ CASES: dict[str, tuple[Files, dict[str, Any], Any]] = {
     "large text": (table({"label": pa.array(["cat", "ant"], pa.large_string())}), {}, ["cat", "ant"]),
     "halves": (table({"label": [0.5, 1.0, 0.0]}), {}, [None, "1", "0"]),
     "no label at all": (table({"label": pa.array([None, None], pa.int64())}), {}, r"found no label; pass --source\.label-column"),
-    "numbers below 0": (table({"label": [-5, 0]}), {}, r"expected labels from 0, found -5"),
+    "numbers below 0": (table({"label": [-5, 0]}), {}, r"expected labels from 0, found -5 \(x\.parquet\)"),
     "more values than classes can be": (table({"image": pa.array([PNGS[0]] * 65_600), "label": list(range(65_600))}), {}, r"at most 65536 classes in label, found more"),
     # Which column is the image.
     "a thumbnail called image": (table({"image": OTHER_IMAGES, "photo": IMAGES, "label": [1, 0]}, {"photo": {"_type": "Image"}}), {}, ["1", "0"]),
@@ -176,7 +176,7 @@ CASES: dict[str, tuple[Files, dict[str, Any], Any]] = {
     "names beside a table": (classes(csv(["bee", "ant"]), "bee\nant\n"), {}, ["bee", "ant"]),
     "words that are not beside": (classes(cls(["dog"]), "ant\nbee\n"), {}, r"has label 'dog', expected one of the 2 classes"),
     # What holds no label.
-    "words and numbers": (csv(["ant", 1]), {}, r"found both, such as 1 and 'ant'; pass --source\.numbers name"),
+    "words and numbers": (csv(["ant", 1]), {}, r"found both, such as 1 \(01.png\) and 'ant' \(00.png\); pass --source\.numbers name"),
     "a label of several lines": (cls([0, "a\nb"]), {}, ["0"]),
     "another key of JSON": (jsons([1, 0], "fine_label"), {"label_column": "fine_label"}, ["1", "0"]),
     "JSON without the key": (jsons([1, 0], "fine_label"), {}, r"found no label; pass --source\.label-column"),

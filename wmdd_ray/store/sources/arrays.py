@@ -194,7 +194,7 @@ def open_idx(listing: Listing) -> IdxSource:
     values = np.unique(_read_idx(source, labels_file, (1,)))
     labels = (label_of(int(value), numbers) for value in values)
     # Of no labels, the file is told when it is read.
-    present = [label for label in labels if label is not None] or [0]
+    present = {label: labels_file for label in labels if label is not None} or {0: labels_file}
     names, places = found_classes(present, numbers, listing.root)
     if is_fashion and names == integer_names(len(_FASHION_NAMES)):
         names = _FASHION_NAMES

@@ -154,7 +154,7 @@ def _name_classes(source: CifarSource, listing: Listing) -> None:
     else:
         _, numbers_N = source._load()
         labels = (label_of(int(value), numbers) for value in np.unique(numbers_N))
-        present = [label for label in labels if label is not None]
+        present = {label: source.root for label in labels if label is not None}
         source.name_classes(*found_classes(present, numbers, source.root))
 
 

@@ -336,6 +336,8 @@ def _classes(
         read_class_names(source), listing.class_names, numbers, source.root
     )
     if names is None:
-        names, places = found_classes(labels.values(), numbers, source.root)
+        names, places = found_classes(
+            {label: found[text] for text, label in labels.items()}, numbers, source.root
+        )
     source.name_classes(names, places)
     return names, {text: source.class_of(label, found[text]) for text, label in labels.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from wmdd_ray.config import Numbers
 from wmdd_ray.errors import DataError
@@ -61,26 +61,31 @@ def label_of(value: object, numbers: Numbers, *, is_text: bool = False) -> Label
 
 
 def found_classes(
-    found: Iterable[Label], numbers: Numbers, where: str
+    found: Mapping[Label, str], numbers: Numbers, where: str
 ) -> tuple[tuple[str, ...], Places]:
     """Return the classes of images whose files name none, by the labels that are there, and the class of each number.
 
     Numbers are in the order of their values, names in that of their code points.
 
+    Args:
+        found: Each label, and one image or file that has it.
+        numbers: What the user says of numbers.
+        where: The files, for messages.
+
     Raises:
         DataError: There is no label, numbers stand beside names, or a number is below 0.
     """
-    labels = set(found)
-    values = sorted(label for label in labels if isinstance(label, int))
-    texts = sorted(label for label in labels if isinstance(label, str))
-    if not labels:
+    values = sorted(label for label in found if isinstance(label, int))
+    texts = sorted(label for label in found if isinstance(label, str))
+    if not found:
         raise DataError(
             f"{where}: expected images with labels, found no label; pass --source.label-column if they have another name"
         )
     if values and texts:
         raise DataError(
-            f"{where}: expected numbers or names as labels, found both, such as {values[0]} and {texts[0]!r}; pass "
-            "--source.numbers name if the numbers are names of classes too, or correct the labels"
+            f"{where}: expected numbers or names as labels, found both, such as {values[0]} ({found[values[0]]}) and "
+            f"{texts[0]!r} ({found[texts[0]]}); pass --source.numbers name if the numbers are names of classes too, "
+            "or correct the labels"
         )
     if texts:
         names = {plain(text): text for text in reversed(texts)}
@@ -88,7 +93,7 @@ def found_classes(
         return tuple(names[name] for name in order), {}
     if values[0] < 0:
         raise DataError(
-            f"{where}: expected labels from 0, found {values[0]}"
+            f"{where}: expected labels from 0, found {values[0]} ({found[values[0]]})"
             + (", counted from 1" if numbers == "index-from-1" else "")
             + "; correct the labels (-1 alone marks an image without one)"
         )

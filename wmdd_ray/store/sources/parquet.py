@@ -284,6 +284,7 @@ def open_parquet(listing: Listing) -> ParquetSource:
             )
         source.name_classes(names, number_places(names, numbers))
     else:
-        found = {label for file, size in files.items() for label in source.label_counts(file, size)}
-        source.name_classes(*found_classes(found, numbers, listing.root))
+        found = {y: file for file, size in files.items() for y in source.label_counts(file, size)}
+        where = listing.root if len(files) > 1 else source.url(next(iter(files)))
+        source.name_classes(*found_classes(found, numbers, where))
     return source

@@ -158,18 +158,22 @@ def open_webdataset(listing: Listing) -> WebDatasetSource:
     return source
 
 
-def _found_labels(source: WebDatasetSource) -> set[Label]:
-    """Return the labels that there are, by reading every shard once."""
+def _found_labels(source: WebDatasetSource) -> dict[Label, str]:
+    """Return the labels that there are, and an image of each, by reading every shard once."""
     logger.warning(
         "%s: no classes.txt or classes.json beside the shards, so all %d are read to find the classes",
         source.root,
         len(source.files),
     )
-    found: set[Label] = set()
+    found: dict[Label, str] = {}
     for file, size_bytes in source.files.items():
         where = source.url(file)
         with reading(where, "a tar archive"), source.open_stream(file, size_bytes) as stream:
             for sample in samples(stream, where, 0, source.config):
                 if sample.label is not None:
-                    found.add(sample.label)
+                    found.setdefault(sample.label, f"{file}#{sample.stem}")
+                    if len(found) > MAX_CLASSES:
+                        raise DataError(
+                            f"{where}: expected at most {MAX_CLASSES} classes, found more"
+                        )
     return found
