@@ -14,7 +14,7 @@ import numpy as np
 
 from wmdd_ray.config import Format, Numbers, S3Access, SourceConfig, refuse_secrets
 from wmdd_ray.errors import ConfigError, DataError
-from wmdd_ray.options import check, option
+from wmdd_ray.options import check, fingerprint_options, option
 
 SPLITS = ("train", "validation")
 DEFAULT_VAL_FRACTION = 0.05
@@ -92,7 +92,7 @@ class PrepareConfig:
     def scan_options(self) -> dict[str, Any]:
         """Return the options that the parts depend on."""
         names = ("max_side", "shard_mb", "seed", "max_image_pixels")
-        how = self.source.described()
+        how = fingerprint_options(self.source)
         later = {
             name: how[name] for name in ("label_column", "image_column", "numbers") if name in how
         }
