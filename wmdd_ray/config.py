@@ -34,25 +34,25 @@ StageName = Literal[
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class S3Access:
-    """How the real images are reached where that differs from the output, for which the usual AWS variables are."""
+class BucketAccess:
+    """How the real images are reached where that differs from the output, which the environment tells how to reach."""
 
     anonymous: bool = False
     """Ask without credentials: public buckets, on a machine that has none or has some of another account."""
     requester_pays: bool = False
-    """Agree to pay for the requests, as the owners of some buckets demand (slower: not by Arrow's own client)."""
+    """Agree to pay for the requests, as the owners of some buckets demand (on S3 slower: not by Arrow's own client)."""
     endpoint: str | None = None
-    """Address of the store, such as `https://s3.example.org`; absent: AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL."""
+    """S3: address of the store, such as `https://s3.example.org`; absent: AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL."""
     region: str | None = None
-    """Region of the bucket; absent: AWS_REGION, or the profile's."""
+    """S3: region of the bucket; absent: AWS_REGION, or the profile's."""
     profile: str | None = None
-    """Section of the AWS credentials file, which every node must have (slower: not by Arrow's own client)."""
+    """S3: section of the AWS credentials file, which every node must have (slower: not by Arrow's own client)."""
 
     def __post_init__(self) -> None:
-        refuse_secrets("source.s3.endpoint", self.endpoint)
+        refuse_secrets("source.bucket.endpoint", self.endpoint)
         expected = "no requester-pays and no profile beside it: both need credentials"
         alone = not (self.anonymous and (self.requester_pays or self.profile))
-        require(alone, "source.s3.anonymous", expected, self)
+        require(alone, "source.bucket.anonymous", expected, self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,8 +85,8 @@ class SourceConfig:
     numbers: Numbers = option("auto", absent_at="auto")
     """What a number as a label means: `index`, a place in the class names from 0 (`index-from-1`: from 1), or `name`, the class
     that is called so. `auto`: a place in the names that come with the file, else its own name, and refused in doubt."""
-    s3: S3Access = option(S3Access(), in_fingerprint=False)
-    """How these images are reached on `s3://`."""
+    bucket: BucketAccess = option(BucketAccess(), in_fingerprint=False)
+    """How these images are reached in a bucket."""
 
     def __post_init__(self) -> None:
         check(self, "source.")

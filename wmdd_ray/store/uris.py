@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 import pyarrow.fs as pafs
 
-from wmdd_ray.config import S3Access
+from wmdd_ray.config import BucketAccess
 from wmdd_ray.errors import ArtifactError
 
 _CHECKSUMS = "AWS_RESPONSE_CHECKSUM_VALIDATION"
@@ -41,10 +41,10 @@ def local_path(uri: str) -> Path | None:
     return Path(rest).absolute() if scheme in ("file", "local") else None
 
 
-def arrow_filesystem(uri: str, s3: S3Access | None = None) -> tuple[pafs.FileSystem, str]:
+def arrow_filesystem(uri: str, access: BucketAccess | None = None) -> tuple[pafs.FileSystem, str]:
     """Return an Arrow filesystem for `uri` and the path inside it, without scheme.
 
-    Local disk and `s3://` are native; S3 takes endpoint, region and credentials from `s3`, else from the usual AWS variables or
+    Local disk and `s3://` are native; S3 takes endpoint, region and credentials from `access`, else from the usual AWS variables or
     the instance's role. Every other URI is opened by fsspec and wrapped, and so is S3 where Arrow's client cannot do what is
     asked; what is wrapped for `gs://` and `s3://` repeats requests as the two layers of S3 do.
 
@@ -57,16 +57,16 @@ def arrow_filesystem(uri: str, s3: S3Access | None = None) -> tuple[pafs.FileSys
     path = local_path(uri)
     if path is not None:
         return pafs.LocalFileSystem(), str(path)
-    s3 = s3 or S3Access()
+    access = access or BucketAccess()
     inside = uri.partition("://")[2].rstrip("/")
     # Arrow refuses a path with an empty part, which keys of S3 may have.
-    if uri.startswith("s3://") and not (s3.profile or s3.requester_pays or "//" in inside):
+    if uri.startswith("s3://") and not (access.profile or access.requester_pays or "//" in inside):
         with _ranges_unverified():
             filesystem = pafs.S3FileSystem(
-                anonymous=s3.anonymous,
-                region=s3.region,
+                anonymous=access.anonymous,
+                region=access.region,
                 # The constructor, unlike from_uri, does not look for an endpoint in the environment.
-                endpoint_override=s3.endpoint
+                endpoint_override=access.endpoint
                 or os.environ.get("AWS_ENDPOINT_URL_S3")
                 or os.environ.get("AWS_ENDPOINT_URL"),
                 connect_timeout=10,
@@ -75,7 +75,7 @@ def arrow_filesystem(uri: str, s3: S3Access | None = None) -> tuple[pafs.FileSys
                 retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=4),
             )
         return filesystem, inside
-    fs, root = fsspec_filesystem(uri, repeats=True, s3=s3)
+    fs, root = fsspec_filesystem(uri, repeats=True, access=access)
     return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), root
 
 
@@ -97,24 +97,25 @@ def _ranges_unverified() -> Iterator[None]:
 
 
 def fsspec_filesystem(
-    uri: str, *, repeats: bool = False, s3: S3Access | None = None
+    uri: str, *, repeats: bool = False, access: BucketAccess | None = None
 ) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return an fsspec filesystem for `uri` and the path inside it.
 
     Args:
         uri: Any URI that fsspec has a package for.
         repeats: Whether a client of `gs://` or `s3://` asks again by itself, for who does not.
-        s3: How `s3://` is reached.
+        access: How the bucket is reached.
 
     Raises:
         ArtifactError: There is none for the scheme.
     """
+    access = access or BucketAccess()
     try:
         if is_gcs(uri):
             from wmdd_ray.store.gcs import gcs_filesystem
 
-            return gcs_filesystem(repeats=repeats), uri.partition("://")[2].rstrip("/")
-        options = _s3_options(repeats, s3 or S3Access()) if uri.startswith("s3://") else {}
+            return gcs_filesystem(access, repeats=repeats), uri.partition("://")[2].rstrip("/")
+        options = _s3_options(repeats, access) if uri.startswith("s3://") else {}
         fs, root = fsspec.core.url_to_fs(uri, **options)
     except (ValueError, ImportError) as error:
         install = " on every node; for this one: pip install gcsfs" if is_gcs(uri) else ""
@@ -127,14 +128,14 @@ def fsspec_filesystem(
     return fs, root.rstrip("/")
 
 
-def _s3_options(repeats: bool, s3: S3Access) -> dict[str, Any]:
+def _s3_options(repeats: bool, access: BucketAccess) -> dict[str, Any]:
     """Return what s3fs is made with."""
     told = {
-        "anon": s3.anonymous,
-        "requester_pays": s3.requester_pays,
-        "endpoint_url": s3.endpoint,
-        "profile": s3.profile,
-        "client_kwargs": {"region_name": s3.region} if s3.region else None,
+        "anon": access.anonymous,
+        "requester_pays": access.requester_pays,
+        "endpoint_url": access.endpoint,
+        "profile": access.profile,
+        "client_kwargs": {"region_name": access.region} if access.region else None,
         # Reads what it is asked for, as Arrow does.
         "default_cache_type": "none" if repeats else None,
     }

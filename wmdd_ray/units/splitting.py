@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from wmdd_ray.config import Format, Numbers, S3Access, SourceConfig, refuse_secrets
+from wmdd_ray.config import BucketAccess, Format, Numbers, SourceConfig, refuse_secrets
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.options import check, fingerprint_options, option
 
@@ -57,8 +57,8 @@ class PrepareConfig:
     numbers: Numbers = "auto"
     """What a number as a label means: `index`, a place in the class names from 0 (`index-from-1`: from 1), or `name`, the class
     that is called so. `auto`: a place in --classes or in the names that come with the file, else its own name."""
-    s3: S3Access = field(default_factory=S3Access)
-    """How the images are reached on `s3://`."""
+    bucket: BucketAccess = field(default_factory=BucketAccess)
+    """How the images are reached in a bucket."""
 
     def __post_init__(self) -> None:
         refuse_secrets("val-data", self.val_data)
@@ -81,7 +81,7 @@ class PrepareConfig:
             image_column=self.image_column,
             # The file of --classes has the names in label order.
             numbers="index" if self.classes and self.numbers == "auto" else self.numbers,
-            s3=self.s3,
+            bucket=self.bucket,
         )
 
     @property

@@ -205,7 +205,7 @@ class Source(abc.ABC):
 
     def _connected(self) -> tuple[pafs.FileSystem, str]:
         if self._filesystem is None:
-            self._filesystem = arrow_filesystem(self.root, self.config.s3)
+            self._filesystem = arrow_filesystem(self.root, self.config.bucket)
         return self._filesystem
 
     def class_of(self, label: Label, key: str) -> int:

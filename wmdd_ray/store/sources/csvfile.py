@@ -279,7 +279,9 @@ def _image_files(listing: Listing, rows: Sequence[_Row]) -> dict[str, int]:
     inside = [folder for folder in folders if not (folder.startswith("/") or ".." in folder)]
     common = posixpath.commonpath(inside) if inside and all(inside) else ""
     where = f"{listing.root}/{common}".rstrip("/")
-    root, found = list_files(where, follow_links=listing.config.follow_links, s3=listing.config.s3)
+    root, found = list_files(
+        where, follow_links=listing.config.follow_links, access=listing.config.bucket
+    )
     prefix = f"{common}/" if common else ""
     return {prefix + name: size for name, size in found.items()}
 

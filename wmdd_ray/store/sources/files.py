@@ -58,11 +58,12 @@ def _remedy(said: str) -> str:
         return "create the bucket or correct the URI"
     if "HTTP status 301" in said:
         located = re.search("located in '([^']+)'", said)
-        return f"the bucket is in another region: pass --source.s3.region {located[1] if located else 'REGION'} (or set AWS_REGION)"
+        region = located[1] if located else "REGION"
+        return f"the bucket is in another region: pass --source.bucket.region {region} (or set AWS_REGION)"
     if "AWS Error ACCESS_DENIED" in said or "AWS Error INVALID_ACCESS_KEY_ID" in said:
         return (
-            "check the credentials and the permissions on this path; a public bucket is read with --source.s3.anonymous, one "
-            "whose readers pay with --source.s3.requester-pays, one of another account with --source.s3.profile"
+            "check the credentials and the permissions on this path; a public bucket is read with --source.bucket.anonymous, one "
+            "whose readers pay with --source.bucket.requester-pays, one of another account with --source.bucket.profile"
         )
     if "AWS Error" in said:
         return (

@@ -10,7 +10,7 @@ from typing import Literal
 
 import pyarrow.fs as pafs
 
-from wmdd_ray.config import S3Access, SourceConfig
+from wmdd_ray.config import BucketAccess, SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.classes import shown
 from wmdd_ray.store.sources.files import reading, walk_local
@@ -55,7 +55,7 @@ class Listing:
 
 
 def list_files(
-    uri: str, *, follow_links: bool = False, s3: S3Access | None = None
+    uri: str, *, follow_links: bool = False, access: BucketAccess | None = None
 ) -> tuple[str, dict[str, int]]:
     """Return (root, files) of a folder, a file, or a pattern such as `train-{000..012}.tar`.
 
@@ -65,7 +65,7 @@ def list_files(
         uri: What to list.
         follow_links: Whether links on the local disk may lead out of the folder; a file that is named is read in
             any case.
-        s3: How `s3://` is reached.
+        access: How a bucket is reached.
 
     Raises:
         DataError: There is nothing, a file of the pattern is missing, links lead out of the folder, or keys have empty parts.
@@ -74,8 +74,8 @@ def list_files(
     path = local_path(uri)
     uri = (str(path) if path is not None else uri).rstrip("/")
     if "{" in uri:
-        return _list_pattern(uri, s3)
-    filesystem, base = arrow_filesystem(uri, s3)
+        return _list_pattern(uri, access)
+    filesystem, base = arrow_filesystem(uri, access)
     with reading(uri, "files that can be listed"):
         top = filesystem.get_file_info(base)
         if top.type == pafs.FileType.File:
@@ -119,10 +119,10 @@ def refuse_empty_parts(uri: str, files: Iterable[str]) -> None:
         )
 
 
-def _list_pattern(uri: str, s3: S3Access | None) -> tuple[str, dict[str, int]]:
+def _list_pattern(uri: str, access: BucketAccess | None) -> tuple[str, dict[str, int]]:
     root = uri[: uri.index("{")].rpartition("/")[0]
     names = [name.removeprefix(root + "/") for name in expand_braces(uri)]
-    filesystem, base = arrow_filesystem(root, s3)
+    filesystem, base = arrow_filesystem(root, access)
     with reading(uri, "files that can be listed"):
         entries = filesystem.get_file_info([f"{base}/{name}" for name in names])
     missing = [

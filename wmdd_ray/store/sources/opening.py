@@ -65,7 +65,7 @@ def open_source(
     """
     if config.format in ("auto", "digits") and uri == "digits":
         return arrays.open_digits(config, split, class_names)
-    root, files = list_files(uri, follow_links=config.follow_links, s3=config.s3)
+    root, files = list_files(uri, follow_links=config.follow_links, access=config.bucket)
     listing = Listing(
         root=root,
         files=files,

@@ -18,12 +18,13 @@ from numpy.testing import assert_array_equal
 from tests.conftest import S3Uri, free_port
 from tests.store.faulty_s3 import FaultyS3
 from tests.store.written_sources import CONFIG, LABELS_N, WRITERS
-from wmdd_ray.config import S3Access
+from wmdd_ray.config import BucketAccess
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError
 from wmdd_ray.store import retries
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import load_images, open_source
 from wmdd_ray.store.sources.listing import list_files
+from wmdd_ray.store.uris import arrow_filesystem
 
 
 class Strange(FaultyS3):
@@ -62,8 +63,8 @@ def read_by(elsewhere: Strange, uri: str, **access: object) -> list[dict[str, st
     fs, root = fsspec.core.url_to_fs(uri)
     for path in fs.find(root):
         fs.chmod(path, acl="public-read")
-    s3 = S3Access(endpoint=elsewhere.endpoint, **access)  # type: ignore[arg-type]
-    config = replace(CONFIG, s3=s3)
+    bucket = BucketAccess(endpoint=elsewhere.endpoint, **access)  # type: ignore[arg-type]
+    config = replace(CONFIG, bucket=bucket)
     source = open_source(uri, config, split="train")
     keys, labels_N, _, _ = load_images(source, config, 1 << 20) or pytest.fail("too large")
     assert_array_equal(np.sort(labels_N), np.sort(LABELS_N))
@@ -78,7 +79,7 @@ def test_data_may_have_another_endpoint_than_the_output(
     uri = s3_server()
     assert "authorization" in read_by(elsewhere, uri)[0]
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
-    config = replace(CONFIG, s3=S3Access(endpoint=elsewhere.endpoint))
+    config = replace(CONFIG, bucket=BucketAccess(endpoint=elsewhere.endpoint))
     assert open_source(uri, config, split="train").num_images == 24
 
 
@@ -119,8 +120,8 @@ def test_wrapped_reads_wait_for_what_passes(elsewhere: Strange, s3_server: S3Uri
 @pytest.mark.parametrize(
     ("status", "message"),
     [
-        (301, r"another region: pass --source\.s3\.region"),
-        (403, r"--source\.s3\.anonymous, .*--source\.s3\.requester-pays"),
+        (301, r"another region: pass --source\.bucket\.region"),
+        (403, r"--source\.bucket\.anonymous, .*--source\.bucket\.requester-pays"),
     ],
 )
 def test_a_refusal_says_the_option_that_helps(
@@ -128,14 +129,14 @@ def test_a_refusal_says_the_option_that_helps(
 ) -> None:
     elsewhere.break_down(status, times=1000)
     with pytest.raises(ArtifactError, match=message):
-        list_files(s3_server(), s3=S3Access(endpoint=elsewhere.endpoint))
+        list_files(s3_server(), access=BucketAccess(endpoint=elsewhere.endpoint))
 
 
 def test_contradicting_and_secret_access_is_refused() -> None:
     with pytest.raises(ConfigError, match="both need credentials"):
-        S3Access(anonymous=True, profile="other")
+        BucketAccess(anonymous=True, profile="other")
     with pytest.raises(ConfigError, match="without a password") as refused:
-        S3Access(endpoint="https://me:hunter2@s3.example.org")
+        BucketAccess(endpoint="https://me:hunter2@s3.example.org")
     assert "hunter2" not in str(refused.value)
 
 
@@ -176,3 +177,18 @@ def test_ranges_are_read_from_a_store_that_sends_the_whole_object_s_checksum(
     """Arrow would compare it with the range's; and the environment is as it was after it was told not to."""
     assert not any("x-amz-checksum-mode" in sent for sent in read_by(elsewhere, s3_server()))
     assert "AWS_RESPONSE_CHECKSUM_VALIDATION" not in os.environ
+
+
+def test_buckets_of_google_are_reached_the_same_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gcsfs.core import GCSFileSystem
+
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    made: list[dict[str, object]] = []
+    monkeypatch.setattr(GCSFileSystem, "__init__", lambda self, **said: made.append(said))
+    for access in (BucketAccess(anonymous=True), BucketAccess(requester_pays=True), None):
+        arrow_filesystem("gs://b/x", access)[0].handler.fs.clear_instance_cache()
+    assert [(said["token"], said["requester_pays"]) for said in made] == [
+        ("anon", False),
+        (None, True),
+        (None, False),
+    ]
