@@ -210,7 +210,7 @@ HELD_OUT_CASES: dict[str, tuple[Files, Sequence[str], dict[str, Any], Any]] = {
     "two files in two orders": (both(["ant", "bee"], ["bee", "ant"]), ("bee", "ant"), {}, ["ant", "bee", "bee", "ant"]),
     "names composed otherwise": (table({"label": [0]}, declared([E_ACUTE_IN_TWO])), (E_ACUTE,), {}, [E_ACUTE]),
     "names that look the same": (table({"label": [0]}, declared([CYRILLIC_A])), ("ant",), {}, r"found 1 others: '.nt' \(\\u0430nt\); absent: 'ant'"),
-    "folders composed otherwise": (folders([E_ACUTE_IN_TWO]), (E_ACUTE, "tea"), {}, [E_ACUTE]),
+    "folders composed otherwise": (folders([E_ACUTE_IN_TWO, "tea"]), ("tea", E_ACUTE), {}, [E_ACUTE, "tea"]),
     "names beside the files": (classes(cls([1, 0]), "bee\nant\n"), ("ant", "bee"), {}, ["ant", "bee"]),
     "fashion beside fashion": (idx([9, 0], "t10k", "fashion/"), ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"), {}, ["Ankle boot", "T-shirt/top"]),
     "fashion under other words": (idx([9, 0], "t10k", "fashion/"), WORDS, {}, r"label 0, a number, and nothing says which"),
