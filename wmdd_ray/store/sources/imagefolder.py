@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.base import RawImage, Shard, Source, class_shards
-from wmdd_ray.store.sources.classes import exact, match_classes, plain, shown
+from wmdd_ray.store.sources.classes import match_classes, plain, shown
 from wmdd_ray.store.sources.files import read_ahead, reading
 from wmdd_ray.store.sources.listing import SPLIT_NAMES, Listing, no_such_split
 
@@ -51,9 +51,10 @@ class ImageFolderSource(Source):
         self.folder = folder
         self._label_of = {plain(name): label for label, name in enumerate(class_names)}
         if len(self._label_of) < len(class_names):
-            twins = [n for n in class_names if class_names[self._label_of[plain(n)]] != n]
+            twin = next(n for n in class_names if class_names[self._label_of[plain(n)]] != n)
+            other = class_names[self._label_of[plain(twin)]]
             raise DataError(
-                f"{self.root}/{folder}: two classes have names that look the same, {exact(twins)}; rename or join the folders"
+                f"{self.root}: two classes have names that look the same: {ascii(twin)} and {ascii(other)}; rename or join them"
             )
 
     @property
