@@ -14,7 +14,7 @@ import numpy as np
 
 from wmdd_ray.config import BucketAccess, Format, Numbers, SourceConfig, refuse_secrets
 from wmdd_ray.errors import ConfigError, DataError
-from wmdd_ray.options import check, fingerprint_options, option
+from wmdd_ray.options import check, option
 
 SPLITS = ("train", "validation")
 DEFAULT_VAL_FRACTION = 0.05
@@ -92,10 +92,8 @@ class PrepareConfig:
     def scan_options(self) -> dict[str, Any]:
         """Return the options that the parts depend on."""
         names = ("max_side", "shard_mb", "seed", "max_image_pixels")
-        how = fingerprint_options(self.source)
-        later = {
-            name: how[name] for name in ("label_column", "image_column", "numbers") if name in how
-        }
+        later = {name: getattr(self, name) for name in ("label_column", "image_column", "numbers")}
+        later = {name: value for name, value in later.items() if value not in (None, "auto")}
         return {name: getattr(self, name) for name in names} | later
 
 
