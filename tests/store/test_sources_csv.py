@@ -173,7 +173,7 @@ def test_the_order_of_classes_beside_the_table_is_kept(store: Store) -> None:
             "images/000.png,dog",
             "image images/000.png has label 'dog', expected one of the 3 classes",
         ),
-        ("images/000.png,7", "image images/000.png has label '7', expected one of the 3 classes"),
+        ("images/000.png,7", r"image images/000.png has label 7, expected 0 to 2 \(3 classes\)"),
     ],
 )
 def test_a_label_outside_the_map_is_refused(store: Store, row: str, message: str) -> None:

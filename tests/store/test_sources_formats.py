@@ -259,10 +259,10 @@ def test_parquet_columns_are_chosen_by_the_declared_features(store: Store) -> No
 
 def test_parquet_without_the_two_columns_says_what_it_has(store: Store) -> None:
     sink = io.BytesIO()
-    pq.write_table(pa.table({"image": PNGS, "name": ["ant"] * 24}), sink)
+    pq.write_table(pa.table({"image": PNGS, "width": [8] * 24}), sink)
     store.put("x.parquet", sink.getvalue())
     with pytest.raises(
-        DataError, match="expected one image column .* found image: binary, name: string"
+        DataError, match="expected a label column .* found image: binary, width: int64; name the"
     ):
         open_source(store.uri, CONFIG, split="train")
 

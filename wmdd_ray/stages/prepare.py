@@ -97,7 +97,13 @@ def scan(stage: StageRun) -> dict[str, Any]:
         f"{sources['train'].root} ({stage.run.store.url(BAD_KEY)} names them)",
     )
     if records == len(reasons):
-        raise DataError(f"{sources['train'].root}: expected images, found no good one")
+        root, named = sources["train"].root, stage.run.store.url(BAD_KEY)
+        why = (
+            f": all {records} are bad, the first is {reasons[0]} ({named} names them)"
+            if reasons
+            else ", it holds none"
+        )
+        raise DataError(f"{root}: expected images, found no good one{why}")
     seen = {split: _told_counts(sources[split], split, markers) for split in sources}
     return {
         "num_images": records - len(reasons),

@@ -126,6 +126,11 @@ def check_classes(
         wanted += f" with {tiles} x {tiles} tiles an image"
         remedy = "lower --ipc or --recover.tiles, or drop the class"
     for label, name in enumerate(class_names):
+        if not counts[label]:
+            raise DataError(
+                f'class {label} ("{name}") is among the class names and has no image; take it out of them (classes.txt, the '
+                "names that the files declare), or add images of it"
+            )
         if counts[label] < config.num_atoms:
             raise DataError(
                 f'class {label} ("{name}") has {counts[label]} images but {wanted}; {remedy}'

@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -56,8 +57,15 @@ def _remedy(said: str) -> str:
     """Return what to do about a failure of a store, by the names that Arrow has for S3's."""
     if "AWS Error NO_SUCH_BUCKET" in said:
         return "create the bucket or correct the URI"
+    if "HTTP status 301" in said:
+        located = re.search("located in '([^']+)'", said)
+        region = located[1] if located else "REGION"
+        return f"the bucket is in another region: pass --source.bucket.region {region} (or set AWS_REGION)"
     if "AWS Error ACCESS_DENIED" in said or "AWS Error INVALID_ACCESS_KEY_ID" in said:
-        return "check the credentials and the permissions on this path"
+        return (
+            "check the credentials and the permissions on this path; a public bucket is read with --source.bucket.anonymous, one "
+            "whose readers pay with --source.bucket.requester-pays, one of another account with --source.bucket.profile"
+        )
     if "AWS Error" in said:
         return (
             "check that the endpoint and region are right (AWS_ENDPOINT_URL, AWS_REGION) and that the store answers, then run the "

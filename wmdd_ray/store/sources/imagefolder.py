@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.store.sources import flat
 from wmdd_ray.store.sources.base import RawImage, Shard, Source, class_shards
-from wmdd_ray.store.sources.classes import match_classes, shown
+from wmdd_ray.store.sources.classes import match_classes, plain, shown
 from wmdd_ray.store.sources.endings import is_image_name
 from wmdd_ray.store.sources.files import read_ahead, reading
 from wmdd_ray.store.sources.layout import Flat, doubt, find_classes, join
@@ -43,7 +43,13 @@ class ImageFolderSource(Source):
         )
         self.pattern = pattern
         self.layout = layout
-        self._label_of = {name: label for label, name in enumerate(class_names)}
+        self._label_of = {plain(name): label for label, name in enumerate(class_names)}
+        if len(self._label_of) < len(class_names):
+            twin = next(n for n in class_names if class_names[self._label_of[plain(n)]] != n)
+            other = class_names[self._label_of[plain(twin)]]
+            raise DataError(
+                f"{self.root}: two classes have names that look the same: {ascii(twin)} and {ascii(other)}; rename or join them"
+            )
 
     @property
     def num_images(self) -> int:
@@ -63,9 +69,9 @@ class ImageFolderSource(Source):
 
     def _label(self, key: str) -> int:
         match = None if ".." in key.split("/") else self.pattern.fullmatch(key)
-        if match is None or match["class"] not in self._label_of:
+        if match is None or plain(match["class"]) not in self._label_of:
             raise DataError(f"{self.root}: no image {key!r}, expected a path {self.layout}/FILE")
-        return self._label_of[match["class"]]
+        return self._label_of[plain(match["class"])]
 
     def _read(self, keys: Sequence[str], sizes: Sequence[int]) -> Iterator[RawImage]:
         """Yield the files in order, with a few reads under way ahead of the consumer."""

@@ -6,14 +6,14 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
 
 import pyarrow.fs as pafs
 
-from wmdd_ray.config import SourceConfig
+from wmdd_ray.config import BucketAccess, SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.classes import shown
 from wmdd_ray.store.sources.endings import (
@@ -89,13 +89,15 @@ class Listing:
         yield from itertools.compress(unknown, read_ahead(is_image, unknown))
 
 
-def list_files(uri: str, *, follow_links: bool = False) -> tuple[str, dict[str, int]]:
+def list_files(
+    uri: str, *, follow_links: bool = False, access: BucketAccess | None = None
+) -> tuple[str, dict[str, int]]:
     """Return (root, files) of a folder, a file, or a pattern such as `train-{000..012}.tar`, as `list_all`."""
-    return list_all(uri, follow_links=follow_links)[:2]
+    return list_all(uri, follow_links=follow_links, access=access)[:2]
 
 
 def list_all(
-    uri: str, *, follow_links: bool = False
+    uri: str, *, follow_links: bool = False, access: BucketAccess | None = None
 ) -> tuple[str, dict[str, int], tuple[str, ...]]:
     """Return (root, files, hidden) of a folder, a file, or a pattern such as `train-{000..012}.tar`.
 
@@ -105,16 +107,17 @@ def list_all(
         uri: What to list.
         follow_links: Whether links on the local disk may lead out of the folder; a file that is named is read in
             any case.
+        access: How a bucket is reached.
 
     Raises:
-        DataError: There is nothing, a file of the pattern is missing, or links lead out of the folder.
+        DataError: There is nothing, a file of the pattern is missing, links lead out of the folder, or keys have empty parts.
         ArtifactError: The store cannot be reached, or refuses.
     """
     path = local_path(uri)
     uri = (str(path) if path is not None else uri).rstrip("/")
     if "{" in uri and not (path is not None and path.exists()):
-        return *_list_pattern(uri, follow_links=follow_links), ()
-    filesystem, base = arrow_filesystem(uri)
+        return *_list_pattern(uri, access, follow_links=follow_links), ()
+    filesystem, base = arrow_filesystem(uri, access)
     with reading(uri, "files that can be listed"):
         top = filesystem.get_file_info(base)
         if top.type == pafs.FileType.File:
@@ -125,6 +128,7 @@ def list_all(
             if path is not None and top.type == pafs.FileType.Directory
             else _remote_files(filesystem, base)
         )
+    refuse_empty_parts(uri, files)
     if not files:
         raise NothingThereError(
             f"{uri}: expected images, found nothing there; check --data and --val-data"
@@ -150,11 +154,23 @@ def _remote_files(filesystem: pafs.FileSystem, base: str) -> tuple[dict[str, int
     return files, hidden
 
 
-def _list_pattern(uri: str, *, follow_links: bool) -> tuple[str, dict[str, int]]:
+def refuse_empty_parts(uri: str, files: Iterable[str]) -> None:
+    """Refuse keys of an object store that no client can be relied on to find again."""
+    empty = [name for name in files if "//" in f"/{name}"]
+    if empty:
+        raise DataError(
+            f"{uri}: expected keys without empty parts, found {len(empty)} with a doubled slash: {shown(empty)}; rename them, or "
+            "pass the folder behind that slash"
+        )
+
+
+def _list_pattern(
+    uri: str, access: BucketAccess | None, *, follow_links: bool
+) -> tuple[str, dict[str, int]]:
     is_disk = local_path(uri) is not None
     root = _folder_of_pattern(uri, is_disk=is_disk)
     names = expand_braces(uri.removeprefix(root + "/"), uri)
-    filesystem, base = arrow_filesystem(root)
+    filesystem, base = arrow_filesystem(root, access)
     with reading(uri, "files that can be listed"):
         entries = filesystem.get_file_info([f"{base}/{name}" for name in names])
     missing = [

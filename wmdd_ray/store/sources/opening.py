@@ -10,6 +10,7 @@ from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources import (
     arrays,
+    cifar,
     class_tars,
     csvfile,
     flat,
@@ -51,6 +52,11 @@ _WORDS = ("words.txt", "LOC_synset_mapping.txt")
 # Each predicate looks at one relative name; each opener at the whole listing.
 _FORMATS: dict[str, tuple[Callable[[str], bool], Callable[[Listing], Source], str]] = {
     "idx": (arrays.is_idx, arrays.open_idx, "IDX files (train-images-idx3-ubyte.gz, ...)"),
+    "cifar": (
+        cifar.is_cifar,
+        cifar.open_cifar,
+        "CIFAR's binary version (data_batch_1.bin, ..., or cifar-10-binary.tar.gz)",
+    ),
     "webdataset": (webdataset.is_tar, class_tars.open_tars, "WebDataset shards (*.tar)"),
     "parquet": (parquet.is_parquet, parquet.open_parquet, "Parquet files (*.parquet)"),
     "imagefolder": (
@@ -92,7 +98,7 @@ def open_source(
     """
     if config.format in ("auto", "digits") and uri == "digits":
         return arrays.open_digits(config, split, class_names)
-    root, files, hidden = list_all(uri, follow_links=config.follow_links)
+    root, files, hidden = list_all(uri, follow_links=config.follow_links, access=config.bucket)
     listing = Listing(
         root=root,
         files=files,

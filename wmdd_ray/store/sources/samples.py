@@ -8,10 +8,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from wmdd_ray.config import TarKeys
+from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.classes import SHOWN
 from wmdd_ray.store.sources.endings import IMAGE_ENDINGS, is_system_name
+from wmdd_ray.store.sources.labels import Label, label_of
 from wmdd_ray.store.sources.passed import NO_IMAGE, SYSTEM, Tally
 from wmdd_ray.store.sources.tar import Readable, tar_members
 
@@ -32,7 +33,7 @@ class Sample:
     offset: int = 0
     size_bytes: int = 0
     content: bytes | None = None
-    label: int | None = None
+    label: Label | None = None
     problem: str = ""
 
     @property
@@ -45,27 +46,32 @@ def samples(
     stream: Readable,
     where: str,
     max_content_bytes: int,
+    config: SourceConfig,
     *,
-    keys: TarKeys = "auto",
     passed: Tally | None = None,
 ) -> Iterator[Sample]:
     """Group members into samples; a stem with neither image nor label (a license) is none.
 
-    A stem that comes again is a bad sample: shards that were joined or packed twice count their images twice.
+    A stem that comes again is a bad sample: shards that were joined or packed twice count their images twice. So is one with
+    several images, unless the user says which.
 
     Args:
         stream: The archive.
         where: What messages call it.
         max_content_bytes: Largest image whose content is kept.
-        keys: Where a member's stem ends.
+        config: Where a member's stem ends, and which members are image and label.
         passed: Counts the members that are no part of a sample.
 
     Raises:
-        DataError: Stems that end at the last dot would be samples that those that end at the first are not, and `keys` does
+        DataError: Stems that end at the last dot would be samples that those that end at the first are not, and the options do
             not say which are meant.
     """
+    keys = config.tar_keys
     pattern = _LAST_DOT if keys == "last-dot" else _FIRST_DOT
     passed = Tally() if passed is None else passed
+    wanted_image = (config.image_column or "").lower()
+    # A key can only stand in JSON.
+    label_endings = _LABEL_ENDINGS if config.label_column is None else ("json",)
     seen: set[int] = set()  # hashes: a name can have a mebibyte
 
     def split_name(name: str) -> tuple[str, str]:
@@ -75,9 +81,9 @@ def samples(
 
     def wanted(name: str, size_bytes: int) -> bool:
         ending = split_name(name)[1]
-        if is_image_ending(ending):
+        if is_image_ending(ending, wanted_image):
             return size_bytes <= max_content_bytes
-        return ending in _LABEL_ENDINGS and size_bytes <= _MAX_LABEL_BYTES
+        return ending in label_endings and size_bytes <= _MAX_LABEL_BYTES
 
     members = tar_members(stream, where, wanted)
     named = ((split_name(member.name), member) for member in members)
@@ -95,9 +101,12 @@ def samples(
                 sample.problem = f"the archive holds {ending} of this key more than once"
                 continue
             sample.endings[ending] = None
-            if is_image_ending(ending):
+            if is_image_ending(ending, wanted_image):
                 if sample.has_image:
-                    sample.problem = f"several images of this key: {sample.shown_endings}"
+                    sample.problem = (
+                        f"several images of this key ({sample.shown_endings}); name one's ending by "
+                        "--source.image-column"
+                    )
                     continue
                 sample.has_image = True
                 sample.offset, sample.size_bytes, sample.content = (
@@ -105,10 +114,10 @@ def samples(
                     member.size_bytes,
                     member.content,
                 )
-            elif ending in _LABEL_ENDINGS:
+            elif ending in label_endings:
                 if member.content is not None and (ending == "cls" or sample.label is None):
-                    sample.label = _parse_label(member.content, ending)
-            else:
+                    sample.label = _parse_label(member.content, ending, config)
+            elif not is_image_ending(ending) and ending not in _LABEL_ENDINGS:
                 inner.add(ending)
                 others.add(NO_IMAGE, member.name)
         if inner.whole and keys == "auto":
@@ -117,7 +126,9 @@ def samples(
                 f"end at the last dot, and a part of {stem} if they end at the first, as webdataset has it; say which by "
                 "--source.tar-keys last-dot or --source.tar-keys first-dot"
             )
-        is_sample = any(is_image_ending(e) or e in _LABEL_ENDINGS for e in sample.endings)
+        is_sample = any(
+            is_image_ending(e, wanted_image) or e in _LABEL_ENDINGS for e in sample.endings
+        )
         # Images of another key's rule are a bad sample together, and not passed over one by one.
         if is_sample or not inner.images:
             passed.add_all(others.groups())
@@ -128,9 +139,9 @@ def samples(
             yield sample
 
 
-def is_image_ending(ending: str) -> bool:
-    """Return whether members with this ending, without its dot, are images."""
-    return f".{ending}" in IMAGE_ENDINGS
+def is_image_ending(ending: str, wanted: str = "") -> bool:
+    """Return whether members with this ending, without its dot, are images: all with a known one, or with `wanted` alone."""
+    return ending == wanted if wanted else f".{ending}" in IMAGE_ENDINGS
 
 
 class _InnerStems:
@@ -153,11 +164,11 @@ class _InnerStems:
             self.whole = inner
 
 
-def _parse_label(content: bytes, ending: str) -> int | None:
+def _parse_label(content: bytes, ending: str, config: SourceConfig) -> Label | None:
+    if ending == "cls":
+        return label_of(content, config.numbers, is_text=True)
     try:
-        if ending == "cls":
-            return int(content)
-        label = json.loads(content)["label"]
+        value = json.loads(content)[config.label_column or "label"]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None
-    return label if type(label) is int else None
+    return label_of(value, config.numbers)
