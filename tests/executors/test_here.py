@@ -33,7 +33,7 @@ def test_a_run_without_ray_makes_the_same_bytes_and_tells_its_units(
     ended = run_without_ray(tmp_path / "run", "--executor", "here")
     assert ended.returncode == 0, ended.stderr
     tiny.assert_same_payloads(tmp_path / "run", finished_run.payloads)
-    assert {key for key in tiny.markers(tmp_path / "run")} == set(tiny.markers(finished_run.out))
+    assert set(tiny.markers(tmp_path / "run")) == set(tiny.markers(finished_run.out))
     for stage, num_units in tiny.UNITS.items():
         assert any(line.startswith(stage) for line in ended.stderr.splitlines()), num_units
 
