@@ -213,9 +213,7 @@ def test_a_vision_transformer_is_a_teacher_without_the_moment_term() -> None:
     def recovered(moments: Any) -> list[ClassImages]:
         config = RecoverConfig(iterations=20, moments=moments, start="noise", roll_px=0)
         color: dict[str, Any] = {"channels": 1, "mean_C": (0.5,), "std_C": (0.25,)}
-        return recover_group(
-            network, targets, config, image_size=16, seed=0, device="cpu", **color
-        )
+        return recover_group(network, targets, config, image_size=16, seed=0, device="cpu", **color)
 
     curves = [images.curves["feature"] for images in recovered("none")]
     assert all(curve[-1] < 0.8 * curve[0] for curve in curves), curves
