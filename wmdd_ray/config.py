@@ -16,7 +16,8 @@ from wmdd_ray.errors import ConfigError
 from wmdd_ray.options import check, option, require
 from wmdd_ray.options import refuse_secrets as refuse_secrets
 
-Arch = Literal["convnet3", "resnet18", "resnet50", "mobilenet_v2", "vit_tiny"]
+# A name that `core.architectures.build_network` knows.
+Arch = str
 Norm = Literal["batch", "instance"]
 OptimizerName = Literal["adamw", "sgd", "muon"]
 StudentLoss = Literal["kl", "mse"]
@@ -72,6 +73,11 @@ class SourceConfig:
     """Per-channel mean in [0, 1] that the network input is centered by."""
     std: tuple[float, ...] = option((0.229, 0.224, 0.225), gt=0)
     """Per-channel standard deviation in [0, 1] that the network input is divided by."""
+    interpolation: Literal["bilinear", "bicubic"] = option("bilinear", absent_at="bilinear")
+    """Filter of the resizing, antialiased: bilinear (torchvision's ResNets) or bicubic (most of timm's weights)."""
+    exif_orientation: bool = option(True, absent_at=True)
+    """Turn a picture as its EXIF data say before anything else; off, its pixels are taken as they are stored, as most training
+    scripts do (torchvision's ImageFolder among them)."""
     max_bad_images: int = option(10, ge=0)
     """Images that may be unreadable (counted, named, skipped) before the run stops."""
     max_image_pixels: int = option(64_000_000, gt=0)
@@ -113,17 +119,26 @@ class NetworkConfig:
     """A classifier architecture, of the teacher or of a student."""
 
     arch: Arch = "convnet3"
-    """`convnet3` is the small-image literature's; `vit_tiny`, 4 layers of width 128, has no BatchNorm and can be a student only."""
+    """`convnetN` is the small-image literature's N blocks (3 up to 32 px, 4 at 64, 6 at 224), `resnetap10` its ResNet-10 with
+    average pooling for strides, `vit_tiny` 4 layers of width 128; then a classifier of torchvision by its name, `timm:NAME`, and
+    `module:function` of your own: code that you trust, imported by every worker and called with num_classes, channels and
+    image_size. A teacher needs a last Linear layer, and BatchNorm2d layers unless --recover.moments none."""
     width: int = option(64, ge=1)
-    """Channels of each ConvNet-3 block (128 in the literature); not used by the other architectures."""
+    """Channels of each ConvNet block (128 in the literature); not used by the other architectures."""
     small_stem: bool = False
-    """3x3 stride-1 first convolution without max-pool (ResNet) or stride 1 (MobileNetV2), for images of 64 px and less."""
+    """3x3 stride-1 first convolution for a strided one, and no max-pool after it, for images of 64 px and less. Networks whose
+    first convolution keeps the resolution or cuts patches (ViT, Swin, ConvNeXt) have no such stem and ignore it."""
     norm: Norm = "batch"
-    """Normalization of `convnet3`: BatchNorm, which a teacher must have, or the literature's InstanceNorm."""
+    """Normalization of `convnetN` and `resnetap10`: BatchNorm, which a teacher must have, or the literature's InstanceNorm."""
 
     def __post_init__(self) -> None:
         expected = f"batch, the only one that {self.arch} has"
-        require(self.norm == "batch" or self.arch == "convnet3", "norm", expected, self.norm)
+        require(self.norm == "batch" or self.has_norm_option, "norm", expected, self.norm)
+
+    @property
+    def has_norm_option(self) -> bool:
+        """Whether `norm` may be another one than BatchNorm."""
+        return self.arch.startswith("convnet") or self.arch == "resnetap10"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,14 +185,15 @@ class SqueezeConfig:
     """p in curvature_weight x (10 / ipc)^p; at large ipc robustness costs more clean accuracy (GUARD). The rule is ours."""
     min_top1: float = option(0.0, ge=0, lt=1)
     """Refuse a teacher below this held-out top-1, in [0, 1]; 0 is three times chance (below five classes half way to 1)."""
+    check_class_order: bool = option(True, in_fingerprint=False)
+    """Refuse a given teacher whose classes are shown to be in another order than the data's; one in order is refused by mistake
+    once in a thousand times at most. Off, such a teacher is taken as it is, if its top-1 allows."""
     memory_limit_gib: float = option(4.0, in_fingerprint=False)
     """Training images are held decoded in memory up to this size per worker; above it they are streamed every epoch."""
 
     def __post_init__(self) -> None:
         check(self, "squeeze.")
         network, power = self.network, self.curvature_ipc_power
-        expected = "a network with BatchNorm, whose inputs the images are matched by"
-        require(network.arch != "vit_tiny", "squeeze.network.arch", expected, network.arch)
         expected = "batch, whose inputs the images are matched by"
         require(network.norm == "batch", "squeeze.network.norm", expected, network.norm)
         expected = "0 without --squeeze.curvature-weight; give that too, or leave this out"
@@ -445,7 +461,7 @@ class HardLabelConfig:
     views: ViewConfig = ViewConfig(mix="none")
     """Views, drawn as they train: small crops mislead by hard labels, and mixtures help where crops are large (README)."""
     norm: Norm = "batch"
-    """Normalization of `convnet3` students: InstanceNorm, the literature's, is better by hard labels at ipc 1 (README)."""
+    """Normalization of `convnetN` and `resnetap10` students: InstanceNorm, the literature's, is better at ipc 1 (README)."""
     optimizer: OptimizerName = "adamw"
     """Optimizer, as `--evaluate.optimizer`."""
     learning_rate: float = option(1e-3, gt=0)
@@ -514,7 +530,7 @@ class EvaluateConfig:
         if labels == "soft":
             return self
         hard = self.hard
-        norm = hard.norm if self.network.arch == "convnet3" else "batch"
+        norm = hard.norm if self.network.has_norm_option else "batch"
         changed = replace(self, network=replace(self.network, norm=norm))
         return replace(changed, optimizer=hard.optimizer, learning_rate=hard.learning_rate)
 
@@ -560,7 +576,8 @@ class DistillConfig:
     val_data: str | None = None
     """Held-out images; not needed where the source brings its own split (digits, IDX, folders `train`/`val`)."""
     teacher: str | None = None
-    """A committed teacher room, `torchvision:WEIGHTS`, or a checkpoint file; trained by `squeeze` when absent."""
+    """A committed teacher room, published weights (`torchvision:NAME`, `timm:NAME`, whose input becomes the default of --source),
+    or a checkpoint file; trained by `squeeze` when absent."""
     source: SourceConfig = SourceConfig()
     squeeze: SqueezeConfig = SqueezeConfig()
     features: FeaturesConfig = FeaturesConfig()
@@ -589,6 +606,13 @@ class DistillConfig:
     def num_teachers(self) -> int:
         """Teachers that label this run's images; the first of them is the one that the images are made for."""
         return self.relabel.teachers_at(self.ipc)
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether BatchNorm layers of the teacher are used: by the images' moment term, or by labels of batch statistics."""
+        recover = self.recover
+        matched = recover.method == "inversion" and recover.moments != "none"
+        return (matched and recover.bn_weight > 0) or self.relabel.batch_statistics
 
     @property
     def num_atoms(self) -> int:

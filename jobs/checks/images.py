@@ -7,13 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import cast
 
 import numpy as np
 from PIL import Image
 
 from jobs.checks.report import Finding, Visit, many
-from wmdd_ray.config import Arch, NetworkConfig
+from wmdd_ray.config import NetworkConfig
 from wmdd_ray.errors import BadImageError
 from wmdd_ray.product.card import size
 from wmdd_ray.store.images import decode_image
@@ -149,8 +148,8 @@ def check_teacher(visit: Visit) -> Iterator[Finding]:
     """Measure the teacher that is given or committed on a sample of the held-out images."""
     import torch
 
-    from wmdd_ray.core.networks import build_network, load_weights, network_of
-    from wmdd_ray.units.given_teacher import check_names, given_weights
+    from wmdd_ray.core import networks
+    from wmdd_ray.units.given_teacher import check_names, given_network
     from wmdd_ray.units.held_out import Listed
     from wmdd_ray.units.teacher import measure, read_teacher
 
@@ -160,21 +159,16 @@ def check_teacher(visit: Visit) -> Iterator[Finding]:
     room = run.room("teacher")
     if config.teacher is not None:
         where = f"--teacher {config.teacher}"
-        network_config, weights = given_weights(config, config.teacher, names)
-        network = build_network(
-            network_config,
-            num_classes=len(names),
-            channels=config.source.channels,
-            image_size=config.source.image_size,
-        )
-        load_weights(network, weights, where)
+        network_config, network = given_network(config, config.teacher, names)
+        shape = {"channels": config.source.channels, "image_size": config.source.image_size}
+        networks.check_teacher(network, needs_norms=config.needs_norms, **shape)
         arch = network_config.arch
         network = network.to(device).eval()
     elif "storage" not in visit.failed and room.read_commit() is not None:
         teacher = read_teacher(room)
-        where, arch = room.store.uri, cast(Arch, teacher.arch)
+        where, arch = room.store.uri, teacher.arch
         check_names(teacher.class_names, names, where)
-        network = network_of(teacher, device)
+        network = networks.network_of(teacher, device, own_code=True)
     else:
         squeeze = config.squeeze
         yield Finding(
@@ -184,7 +178,8 @@ def check_teacher(visit: Visit) -> Iterator[Finding]:
         return
     val: Source = run.source("val")
     listed = Listed(source=val, shards=held_out_sample(val), config=config.source)
-    top1 = measure(network, listed, config, where, device)
+    check_order = config.teacher is not None and config.squeeze.check_class_order
+    top1 = measure(network, listed, config, where, device, check_order=check_order)
     yield Finding(
         "ok",
         f"{where}: {arch}, the data's {len(names)} classes in their order, top-1 {100 * top1:.1f} % on a sample of the "
@@ -195,7 +190,9 @@ def check_teacher(visit: Visit) -> Iterator[Finding]:
 def told_network(network: NetworkConfig) -> str:
     """Return a network in words."""
     return (
-        f"{network.arch} of width {network.width}" if network.arch == "convnet3" else network.arch
+        f"{network.arch} of width {network.width}"
+        if network.arch.startswith("convnet")
+        else network.arch
     )
 
 

@@ -8,14 +8,13 @@ import torch
 
 from jobs.checks.images import held_out_sample
 from wmdd_ray.config import SourceConfig
-from wmdd_ray.core.checkpoints import torchvision_weights
-from wmdd_ray.core.networks import build_network, load_weights
+from wmdd_ray.core.published import is_published, published
 from wmdd_ray.errors import DataError
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source
-from wmdd_ray.units.given_teacher import given_weights
+from wmdd_ray.units.given_teacher import given_network
 from wmdd_ray.units.held_out import Listed
 from wmdd_ray.units.teacher import measure, read_teacher
 
@@ -24,7 +23,7 @@ def probe_class_order(spec: str, source: Source, recipe: str) -> float:
     """Return the top-1 of a teacher on some images of up to a hundred classes, in [0, 1].
 
     Args:
-        spec: A committed teacher (a run, or its teacher/ folder), `torchvision:WEIGHTS`, or a checkpoint file.
+        spec: A committed teacher (a run, or its teacher/ folder), `torchvision:WEIGHTS`, `timm:MODEL`, or a checkpoint file.
         source: The images.
         recipe: Whose network and input a checkpoint file was trained with.
 
@@ -38,18 +37,11 @@ def probe_class_order(spec: str, source: Source, recipe: str) -> float:
     # Chance level is judged here, in words that fit.
     config = replace(config, source=seen, squeeze=replace(config.squeeze, min_top1=1e-9))
     num_classes = len(source.class_names)
-    network_config, weights = given_weights(config, spec, source.class_names)
-    network = build_network(
-        network_config,
-        num_classes=num_classes,
-        channels=seen.channels,
-        image_size=seen.image_size,
-    )
-    load_weights(network, weights, f"--teacher {spec}")
+    _, network = given_network(config, spec, source.class_names)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sample = Listed(source=source, shards=held_out_sample(source), config=seen)
     name = f"--teacher {spec}"
-    top1 = measure(network.to(device).eval(), sample, config, name, device)
+    top1 = measure(network.to(device).eval(), sample, config, name, device, check_order=True)
     needed = min(3 / num_classes, (1 + 1 / num_classes) / 2)
     if top1 < needed:
         raise DataError(
@@ -62,11 +54,8 @@ def probe_class_order(spec: str, source: Source, recipe: str) -> float:
 
 def _input_of(spec: str, otherwise: SourceConfig) -> SourceConfig:
     """Return the input that a teacher was trained with, where it says so."""
-    if spec.startswith("torchvision:"):
-        _, _, _, mean_C, std_C, resize, crop = torchvision_weights(
-            spec.removeprefix("torchvision:")
-        )
-        return SourceConfig(image_size=crop, resize=resize, mean=mean_C, std=std_C)
+    if is_published(spec):
+        return published(spec).source(otherwise)
     for room in (Room(Store(spec), ""), Room(Store(spec), "teacher")):
         if room.read_commit() is not None:
             teacher = read_teacher(room)

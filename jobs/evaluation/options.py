@@ -19,6 +19,7 @@ from wmdd_ray.config import (
     EvaluateConfig,
     LabelKind,
     NetworkConfig,
+    RecoverConfig,
     RelabelConfig,
     Resources,
     SourceConfig,
@@ -47,7 +48,8 @@ class Job:
     uri: Annotated[str, tyro.conf.Positional]
     """The distilled set: a path or a URI. It comes before all options."""
     students: tuple[str, ...] = ("convnet3",)
-    """Architectures, with commas or spaces between them: convnet3, resnet18, resnet50, mobilenet_v2, vit_tiny."""
+    """Architectures, with commas or spaces between them: convnetN, resnetap10, vit_tiny, a classifier of torchvision (resnet18,
+    mobilenet_v2, swin_t), timm:NAME, or module:function of your own, which is run."""
     seeds: int | None = None
     """Students of each row; short for --evaluate.num-seeds."""
     labels: tuple[str, ...] = ()
@@ -65,7 +67,7 @@ class Job:
     called (`new000`, `0_cat`)."""
     teacher: str | None = None
     """Teacher for soft labels of a foreign set: a run or its teacher/ folder (of several teachers all label, as in the run),
-    `torchvision:WEIGHTS`, or a checkpoint file."""
+    `torchvision:WEIGHTS`, `timm:MODEL`, or a checkpoint file."""
     attacks: tuple[str, ...] = ()
     """Attacks on the trained students: pgd (100 steps), square, autoattack (standard), cw (L2), mim; with commas or spaces. They
     need adversarial-robustness-toolbox and pyautoattack."""
@@ -153,6 +155,10 @@ def parse(arguments: list[str], description: str | None) -> Asked:
             mean=teacher.mean_C,
             std=teacher.std_C,
         )
+    elif known.teacher is not None and known.teacher.startswith(("torchvision:", "timm:")):
+        from wmdd_ray.core.published import published
+
+        source = published(known.teacher).source(replace(source, format="auto"))
     else:
         source = replace(source, format="auto")
         size = vars(known)["source.image_size"]
@@ -200,7 +206,7 @@ def _source_of_ours(own: Any, recipe: SourceConfig) -> SourceConfig:
 
 def _committed_teachers(spec: str) -> tuple[Teacher, int] | None:
     """Return the first teacher of a run or a teacher room, and how many label; None when `spec` is another kind of teacher."""
-    if spec.startswith("torchvision:"):
+    if spec.startswith(("torchvision:", "timm:")):
         return None
     for room in (Room(Store(spec), ""), Room(Store(spec), "teacher")):
         commit = room.read_commit()
@@ -218,7 +224,12 @@ def _completed(
     num_teachers: int,
 ) -> Asked:
     """Return the job with its short options filled in, or a ConfigError that says which of them cannot be."""
-    students = cast(tuple[Arch, ...], _among("students", job.students, get_args(Arch)))
+    # Imported here: it loads torch, which a wrong option should not have to wait for.
+    from wmdd_ray.core.architectures import check_name
+
+    students = _listed(job.students)
+    for student in students:
+        check_name(student, "--students")
     labels = _among("labels", job.labels, get_args(LabelKind)) if job.labels else ()
     baselines = _among("baselines", (*job.baselines, *job.evaluate.baselines), _BASELINES)
     if own is not None:
@@ -237,8 +248,8 @@ def _completed(
         labels = ("soft", "hard") if job.teacher is not None else ("hard",)
     elif "soft" in labels and job.teacher is None:
         raise ConfigError(
-            f"--labels soft: {job.uri} brings images and classes only; pass --teacher (a run, torchvision:WEIGHTS, or a checkpoint "
-            "file) for soft labels, or --labels hard"
+            f"--labels soft: {job.uri} brings images and classes only; pass --teacher (a run, torchvision:WEIGHTS, timm:MODEL, or "
+            "a checkpoint file) for soft labels, or --labels hard"
         )
     evaluate = replace(
         job.evaluate,
@@ -260,6 +271,8 @@ def _completed(
         teacher=job.teacher,
         source=job.source,
         squeeze=replace(DistillConfig().squeeze, network=job.teacher_network),
+        # No images are made here, so that the teacher's moments do not matter.
+        recover=RecoverConfig(moments="none"),
         relabel=RelabelConfig(
             epochs=label_epochs, views=job.views, teachers=num_teachers, **_stored_as(own)
         ),
@@ -308,9 +321,13 @@ def _stored_as(own: Any) -> dict[str, Any]:
     }
 
 
+def _listed(given: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for text in given for name in text.split(",") if name))
+
+
 def _among(option: str, given: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     """Return the names in a list with commas or spaces, each once; a ConfigError lists those there are."""
-    names = tuple(dict.fromkeys(name for text in given for name in text.split(",") if name))
+    names = _listed(given)
     unknown = [name for name in names if name not in known]
     if unknown or (given and not names):
         raise ConfigError(

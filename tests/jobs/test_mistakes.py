@@ -175,15 +175,21 @@ LOCAL = [
         4,
         "error: HERE/reordered.safetensors: its classes are in another order than the data's: 2 of 10 are exchanged (class 0 "
         '("0") is its class 6, class 6 ("6") is its class 0); its top-1 is NUMBER as it is. Reorder the class names of the data or '
-        "the teacher's last layer",
+        "the teacher's last layer, or go on as it is by --squeeze.no-check-class-order",
+    ),
+    Mistake(
+        "a teacher whose moments cannot be matched, for it has no BatchNorm",
+        f"distill --squeeze.network.arch vit_tiny --executor here {SMALL}",
+        2,
+        "error: --squeeze.network.arch: expected a teacher with BatchNorm2d layers, whose moments the images are made to match, got "
+        "VisionTransformer without any; choose another architecture, or --recover.moments none, which makes images without them",
     ),
     Mistake(
         "weights that torchvision does not have",
         f"distill --teacher torchvision:ResNet18 {SMALL}",
         2,
-        "error: --teacher torchvision:ResNet18: no such weights; expected one of resnet18, ResNet18_Weights.IMAGENET1K_V1, resnet50, "
-        "ResNet50_Weights.IMAGENET1K_V1, ResNet50_Weights.IMAGENET1K_V2, mobilenet_v2, MobileNet_V2_Weights.IMAGENET1K_V1, "
-        "MobileNet_V2_Weights.IMAGENET1K_V2",
+        "error: --teacher torchvision:ResNet18: no such weights; expected a classifier of torchvision, as resnet18, or its "
+        "weights, as ResNet18_Weights.IMAGENET1K_V1; near to it: resnet18, resnet152, resnet101",
     ),
     Mistake(
         "an older run with other options in the way",
@@ -252,8 +258,8 @@ LOCAL = [
         "soft labels of images without a teacher",
         "evaluate HERE/images/train --labels soft",
         2,
-        "error: --labels soft: HERE/images/train brings images and classes only; pass --teacher (a run, torchvision:WEIGHTS, or a "
-        "checkpoint file) for soft labels, or --labels hard",
+        "error: --labels soft: HERE/images/train brings images and classes only; pass --teacher (a run, torchvision:WEIGHTS, "
+        "timm:MODEL, or a checkpoint file) for soft labels, or --labels hard",
     ),
     Mistake(
         "nothing to export",
