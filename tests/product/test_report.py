@@ -205,7 +205,7 @@ def test_class_names_are_text_wherever_they_stand(
 ) -> None:
     facts = read_run(Store(str(finished_run.out)), PIPELINE, None)
     evil = "</script><img src=x onerror='window.hit=1'><b>猫"
-    facts.class_names = (evil, *facts.class_names[1:])
+    facts.class_names = (evil, facts.class_names[1], "lone \ud800", *facts.class_names[3:])
     facts.stages["assemble"] = replace(facts.stages["assemble"], commit=None)
     shown, _ = shown_classes(facts, None, [0, 1])
     path = tmp_path / "report.html"
