@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
-from jobs import endings
+from jobs import command_line, endings
 from wmdd_ray.config import DistillConfig, Reporting, Resources, StageName, refuse_secrets
 from wmdd_ray.product.card import results_table, size
 from wmdd_ray.recipes import recipe_of
@@ -40,6 +40,8 @@ from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
 from wmdd_ray.telling.progress import StageLine, duration
 from wmdd_ray.telling.trackers import TrackedRun, trackers_of
+
+_FIRST = "recipe variant ipc seed data val-data teacher out from overwrite dry-run num-workers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ def parse(arguments: list[str]) -> Job:
     known, _ = first.parse_known_args(arguments)
     ipc = int(known.ipc) if known.ipc.isdecimal() else 10  # tyro says what is wrong with others
     default = Job(config=recipe_of(known.recipe, ipc, known.variant))
-    return tyro.cli(Job, args=arguments, default=default, description=__doc__)
+    return command_line.parse(Job, arguments, description=__doc__, default=default, first=_FIRST)
 
 
 def distill(job: Job) -> int:
@@ -269,4 +271,4 @@ def write_report(run: Run) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command_line.run(main)

@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs import distill, endings
+from jobs import command_line, distill, endings
 from jobs.evaluation.options import Asked, parse
 from jobs.evaluation.results import print_summary, write_results
 from wmdd_ray.errors import DataError
@@ -137,4 +137,4 @@ def foreign_set(asked: Asked, names: tuple[str, ...]) -> Source:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command_line.run(main)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
-from jobs import endings
+from jobs import command_line, endings
 from jobs.checks.report import many
 from jobs.distill import tracked_run
 from wmdd_ray.config import DistillConfig, Resources, refuse_secrets
@@ -40,6 +40,8 @@ from wmdd_ray.store.sources.webdataset_index import parse_class_names
 from wmdd_ray.store.uris import local_path
 from wmdd_ray.telling.progress import StageLine, duration
 from wmdd_ray.units.splitting import SPLITS, PrepareConfig, check_class_names
+
+_FIRST = "out val-data val-fraction max-side classes format teacher overwrite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ def main(arguments: list[str]) -> int:
     """Run the job and return its exit code."""
 
     def work() -> int:
-        job = tyro.cli(Job, args=arguments, description=__doc__)
+        job = command_line.parse(Job, arguments, description=__doc__, first=_FIRST)
         endings.log_above_the_bar(verbose=job.verbose)
         return prepare(job)
 
@@ -364,4 +366,4 @@ def _in_our_words(text: str, named: bool) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command_line.run(main)

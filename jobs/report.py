@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
+from jobs import command_line
 from wmdd_ray.config import DistillConfig, refuse_secrets
 from wmdd_ray.errors import ArtifactError, ConfigError, WmddError
 from wmdd_ray.product.card import size
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> int:
     """Write the page and return the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
-        report = tyro.cli(Report, args=arguments, description=__doc__)
+        report = command_line.parse(Report, arguments, description=__doc__)
         store, key = _target(report)
         content = page_of(
             Store(report.run),
@@ -148,4 +149,4 @@ def _open(config: DistillConfig) -> Source:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command_line.run(main)

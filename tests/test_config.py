@@ -47,6 +47,12 @@ def test_every_option_says_what_it_means() -> None:
         (SourceConfig, {"image_size": 64}, "--source.resize: expected at least image_size 64"),
         (SourceConfig, {"channels": 1}, "--source.mean: expected 1 values, one a channel"),
         (options.SqueezeConfig, {"epochs": 0}, "--squeeze.epochs: expected >= 1"),
+        (options.SqueezeConfig, {"optimizer": "lion"}, "--squeeze.optimizer: .*adamw"),
+        (
+            options.SqueezeConfig,
+            {"epochs": 3, "warmup_epochs": 3.5},
+            "--squeeze.warmup-epochs: expected at most the 3 epochs that there are, got 3.5",
+        ),
         (
             DistillConfig,
             {"features": options.FeaturesConfig(chunk_images=0)},
@@ -201,6 +207,8 @@ OF_DATA = {
     "imagenet1k": (500.0, 0.25, 32),
     "tiny_imagenet": (300.0, 0.1, 9),
     "fashion_mnist": (10.0, 0.25, 4),
+    "cifar10": (10.0, 0.25, 4),
+    "cifar100": (10.0, 0.25, 4),
     "digits": (10.0, 0.25, 2),
 }
 

@@ -1,9 +1,9 @@
-"""Every option of the pipeline: one frozen dataclass a stage, validated when made.
+"""Every option of the pipeline: one frozen dataclass a stage, in one file on purpose, the reference of all options.
 
-One file on purpose: it is the reference of all options, in the order of the stages, and each class is read by itself. The
-docstring under a field is its `--help` text: meaning, unit, and where the default comes from. A complete
-configuration is made by a function in `recipes.py`; a variant of one is `dataclasses.replace`. `Resources` and `Reporting`
-are kept apart because they say where the work runs and who is told, never what comes out: they take no part in fingerprints.
+The docstring under a field is its `--help` text: meaning, unit, where the default is from. Bounds, and when an option leaves the
+fingerprint, are declared with it (`options.py`); what stands in `__post_init__` are rules between options. A configuration
+is made by a function in `recipes.py`; a variant of one is `dataclasses.replace`. `Resources` and `Reporting` say where the work
+runs and who is told, never what comes out: they take no part in fingerprints.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class NetworkConfig:
     """A classifier architecture, of the teacher or of a student."""
 
     arch: Arch = "convnet3"
-    """`convnet3` is the small-image literature's three blocks; `vit_tiny`, 4 layers of width 128, has no BatchNorm: a student only."""
+    """`convnet3` is the small-image literature's; `vit_tiny`, 4 layers of width 128, has no BatchNorm and can be a student only."""
     width: int = option(64, ge=1)
     """Channels of each ConvNet-3 block (128 in the literature); not used by the other architectures."""
     small_stem: bool = False
@@ -91,16 +91,25 @@ class SqueezeConfig:
     """Passes over the real images (50 in WMDD's reference)."""
     batch_size: int = option(128, ge=2)
     """Images of one optimizer step, summed over the workers."""
+    optimizer: OptimizerName = option("sgd", absent_at="sgd")
+    """`sgd` has Nesterov momentum; `muon` orthogonalizes the steps of the hidden layers, as in `--evaluate.optimizer`."""
     learning_rate: float = option(0.05, gt=0)
-    """Peak rate of SGD with Nesterov momentum; cosine to 0."""
+    """Peak rate; cosine to 0."""
+    warmup_epochs: float = option(0.0, ge=0, absent_at=0)
+    """Epochs in which the rate first rises linearly to its peak, at most `epochs`; fractions are rounded to steps."""
     momentum: float = 0.9
     """SGD momentum."""
     weight_decay: float = 5e-4
-    """L2 penalty on all parameters with more than one dimension."""
+    """L2 (SGD) or decoupled (AdamW, Muon) decay of parameters with more than one dimension."""
+    ema_decay: float = option(0.0, ge=0, lt=1, absent_at=0)
+    """Decay a step of the weights' moving average, which becomes the teacher (`--evaluate.ema-decay`); 0 takes the last weights."""
     label_smoothing: float = option(0.0, ge=0, lt=1)
     """Mass moved from the true class to all classes."""
     crop_scale_min: float = option(0.5, gt=0, le=1)
-    """Smallest area fraction of the random resized crop, (0, 1]."""
+    """Smallest area fraction of the random resized crop, (0, 1]; 1 takes whole images."""
+    shift_px: int = option(0, ge=0, absent_at=0)
+    """Furthest that the box of the crop is moved up or down and left or right, at random, pixels; what is outside of the image
+    repeats its border (4 is the practice on CIFAR-10, with `crop_scale_min` 1)."""
     flip: bool = True
     """Random horizontal flip with probability 1/2 (off for digits: a mirrored digit is no digit)."""
     mixed_precision: bool = False
@@ -129,6 +138,10 @@ class SqueezeConfig:
         expected = "0 without --squeeze.curvature-weight; give that too, or leave this out"
         ok = power == 0 or self.curvature_weight > 0
         require(ok, "squeeze.curvature-ipc-power", expected, power)
+        expected = f"at most the {self.epochs} epochs that there are"
+        require(
+            self.warmup_epochs <= self.epochs, "squeeze.warmup-epochs", expected, self.warmup_epochs
+        )
 
     def at_ipc(self, ipc: int) -> SqueezeConfig:
         """Return the options with the curvature weight that `curvature_ipc_power` makes of it at `ipc`."""
@@ -153,8 +166,8 @@ class BarycenterConfig:
     """The weighted atoms of each class: min W2^2(sum_j w_j delta(z_j), 1/N sum_n delta(x_n))."""
 
     solver: Literal["lloyd", "uniform", "emd", "sinkhorn", "sliced"] = "lloyd"
-    """`lloyd`: exact block descent, free weights; `uniform`: weights 1/K; `emd`: the paper's alternation; `sliced`: 1/K each, spread
-    as far as the class in every direction, where the others' atoms are means."""
+    """`lloyd`: exact block descent, free weights; `uniform`: weights 1/K; `emd`: the paper's alternation; `sliced`: 1/K each,
+    spread as far as the class in every direction, where the others' atoms are means."""
     max_iters: int = option(100, ge=1)
     """Most iterations of a start."""
     tol: float = option(1e-6, ge=0)
@@ -233,9 +246,10 @@ class DiffusionConfig:
 class RecoverConfig:
     """Making of the distilled images: by default, optimized against the teacher's features and BatchNorm moments."""
 
-    method: Literal["inversion", "diffusion"] = option("inversion", absent_at="inversion")
-    """`inversion` optimizes pixels against the teacher (WMDD); `diffusion` samples a diffusion model that `diffusion.model` names,
-    and of the options below uses images_per_group, tiles, mixed_precision and checkpoint_s alone."""
+    method: Literal["inversion", "diffusion", "real"] = option("inversion", absent_at="inversion")
+    """`inversion` optimizes pixels against the teacher (WMDD); `real` keeps the real images that it would `start` from; `diffusion`
+    samples a diffusion model that `diffusion.model` names, and of the options below uses images_per_group, tiles, mixed_precision
+    and checkpoint_s alone."""
     diffusion: DiffusionConfig = option(DiffusionConfig(), only_with="method")
     """Options of `method diffusion`."""
     iterations: int = option(2000, ge=0)
@@ -253,15 +267,16 @@ class RecoverConfig:
     moments: Literal["per_class", "global", "blend", "none"] = "per_class"
     """BatchNorm target: the class's own moments (PCBN), the teacher's running ones (SRe2L), half of each loss (EDC), or nothing."""
     bn_weight: float = option(10.0, ge=0)
-    """Coefficient of the moment term, lambda of the paper (10 to 500 in WMDD's; README compares 1, 10 and 100 on Fashion-MNIST)."""
+    """Coefficient of the moment term, lambda of the paper (10 to 500 in WMDD's; 1, 10, 100 compared: jobs/benches/results)."""
     weighted_moments: bool = False
     """Weight each image's share of the synthetic moments by its atom's weight (paper eq. for PCBN; off in the released run)."""
     ema_statistics: float = option(0.0, ge=0, lt=1)
     """Share of earlier iterations in the synthetic moments that are compared (0.8 in EDC, 0.4 in G-VBSM)."""
     ce_weight: float = option(0.0, ge=0)
     """Coefficient of the teacher's cross-entropy on top of the feature term (1 in the reference's README, 0 in its late runs)."""
-    start: Literal["noise", "nearest", "random", "mosaic"] = "nearest"
-    """First iterate: noise (paper), the real image nearest to the atom, a random one, or the teacher's easiest crops (RDED)."""
+    start: Literal["noise", "nearest", "random", "mosaic", "herding"] = "nearest"
+    """First iterate: noise (paper), the real image nearest to the atom, a random one, the teacher's easiest crops (RDED), or the
+    images whose mean feature stays nearest to the class's (herding, Welling 2009)."""
     tiles: int = option(1, ge=1)
     """A stored image is a grid of tiles x tiles small ones, each with an atom of its own (IDC's multi-formation, 2 there)."""
     residual_blends: int = option(0, ge=0)
@@ -293,6 +308,8 @@ class RecoverConfig:
         most, blends = max(0, self.iterations - 1), self.residual_blends
         ok, expected = blends <= most or not self.iterations, f"in [0, {most}], below iterations"
         require(ok, "recover.residual-blends", expected, blends)
+        expected = "a real start for --recover.method real"
+        require(self.method != "real" or self.start != "noise", "recover.start", expected, "noise")
         expected = f"a real start for --recover.residual-blends {blends}"
         require(blends == 0 or self.start != "noise", "recover.start", expected, self.start)
 
@@ -324,7 +341,7 @@ class RelabelConfig:
     precision: Literal["fp16", "int8"] = "fp16"
     """Numbers that logits are kept in: half precision, or steps below a row's largest, 255 at most."""
     step: float = 0.125
-    """Size of the steps of `int8`, in logits: the error is at most half of it, and larger steps take fewer bytes (README)."""
+    """Size of the steps of `int8`, in logits: the error is at most half of it, and larger ones take fewer bytes."""
     stored_views: Literal["seed", "rows"] = "seed"
     """`seed` stores what views are drawn again from, to the bit, instead of the boxes (33 bytes a view)."""
     labels: Literal["stored", "online"] = "stored"
@@ -399,7 +416,7 @@ class EvaluateConfig:
     epochs: int = option(300, ge=1)
     """Passes over the images; label epochs are cycled when fewer are stored."""
     batch_size: int = option(25, ge=2)
-    """Images of one optimizer step, at least 2 (BatchNorm); 25 is worth 2.7 points over 100 at ipc 10 on Fashion-MNIST (README)."""
+    """Images of one optimizer step, at least 2 (BatchNorm); 25 is worth 2.7 points over 100 at ipc 10 on Fashion-MNIST."""
     optimizer: OptimizerName = "adamw"
     """`muon` orthogonalizes the steps of hidden weight matrices (Jordan et al. 2024, OGM); AdamW has all others."""
     learning_rate: float = option(1e-3, gt=0)
@@ -545,10 +562,8 @@ class Resources:
     cpus_per_worker: int = option(1, ge=1)
     """CPUs, and with them computing threads, of one worker (one: on shared cores two threads ran 4 to 7 times slower)."""
     executor: Literal["auto", "train", "actors", "here"] = "auto"
-    """Where units run: `here` in this process alone, without Ray; else workers of Ray: one Ray Train group, which a lost worker
-    starts again as a whole, or isolated actors, of which a lost one costs its own unit; auto takes a group up to 8 workers with 4
-    units each, where recover is 93 to 97 % efficient at 5 % of the nodes lost an hour (ImageNet, simulated; at 64 workers and ipc
-    100 81 against 97 %)."""
+    """Where units run: `here`, in this process without Ray; `train`, one Ray Train group, which a lost worker starts again as a
+    whole; `actors`, of which a lost one costs its own unit; `auto` takes a group up to 8 workers with 4 units each."""
     max_actors: int = option(1000, ge=1)
     """Most barycenter and embedding actors."""
     worker_timeout_s: float = option(3600.0, gt=0)
@@ -566,7 +581,7 @@ class Reporting:
     tensorboard: str | None = None
     """Folder or URI that gets a folder of TensorBoard event files, named like the last part of --out (by tensorboardX)."""
     mlflow: str | None = None
-    """MLflow tracking URI, as sqlite:///mlflow.db; experiment MLFLOW_EXPERIMENT_NAME, else wmdd_ray (needs `pip install mlflow`)."""
+    """MLflow tracking URI, as sqlite:///mlflow.db; experiment MLFLOW_EXPERIMENT_NAME, else wmdd_ray (`pip install mlflow`)."""
     wandb: str | None = None
     """Weights & Biases PROJECT or ENTITY/PROJECT, with WANDB_API_KEY, or WANDB_MODE=offline (needs `pip install wandb`)."""
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 import tyro
 
-from jobs import endings
+from jobs import command_line, endings
 from wmdd_ray.config import (
     Arch,
     AttackConfig,
@@ -26,6 +26,7 @@ from wmdd_ray.config import (
     refuse_secrets,
 )
 from wmdd_ray.errors import ConfigError, DataError
+from wmdd_ray.options import check
 from wmdd_ray.recipes import RECIPES, recipe_of
 from wmdd_ray.records import Teacher
 from wmdd_ray.spine.rooms import Room
@@ -36,6 +37,7 @@ from wmdd_ray.store.sources.listing import NothingThereError, list_files
 # Larger images have strided stems, in the literature as in torchvision.
 _SMALL_PIXELS = 64
 _BASELINES = ("random_real", "all_real")
+_FIRST = "students seeds labels baselines data teacher attacks eps out overwrite num-workers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,7 @@ class Job:
         for option in ("uri", "data", "val_data", "teacher", "out"):
             refuse_secrets(option.replace("_", "-"), getattr(self, option))
         endings.refuse_lost_folder(self.out)
+        check(self.views, "views.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +115,8 @@ class Asked:
 
 def parse(arguments: list[str], description: str | None) -> Asked:
     """Return what a command line asks for: defaults come from the set, its recipe and the teacher; --help shows `description`."""
-    if {"-h", "--help"} & {*arguments}:
-        tyro.cli(Job, args=arguments, description=description)
+    if command_line.asks_for_help(arguments):
+        command_line.parse(Job, arguments, description=description, first=_FIRST)
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError(
             "expected the URI of a distilled set before all options, as in: jobs/evaluate.py runs/digits-ipc10 --seeds 3"
@@ -165,7 +168,7 @@ def parse(arguments: list[str], description: str | None) -> Asked:
         views=base.relabel.views,
         evaluate=replace(base.evaluate, network=network, baselines=()),
     )
-    job = tyro.cli(Job, args=arguments, default=default, description=description)
+    job = command_line.parse(Job, arguments, description=description, default=default)
     return _completed(job, own, class_names, source, num_teachers)
 
 

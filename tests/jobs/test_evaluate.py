@@ -448,7 +448,7 @@ def test_the_uri_comes_first(arguments: list[str], capsys: pytest.CaptureFixture
         (("--attack-images", "1000"), "--attack-images: expected --attacks beside it"),
         (
             ("--labels", "hard", "--evaluate.sinkhorn-weight", "0.3"),
-            "--evaluate.sinkhorn-weight: expected 0 for students of hard labels alone",
+            "--evaluate.sinkhorn-weight: expected 0 without soft labels",
         ),
     ],
 )

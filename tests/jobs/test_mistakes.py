@@ -58,15 +58,14 @@ LOCAL = [
         "an option that does not exist",
         "distill --recover.iteration 500",
         2,
-        "Unrecognized options Unrecognized options: --recover.iteration, 500 Perhaps you meant: "
-        "--recover.diffusion.sinkhorn-iterations INT Sinkhorn iterations of a guided step. (default: 50) "
-        "--recover.iterations INT Adam steps (2000 in WMDD). (default: 100) For full helptext, run jobs/distill.py --help",
+        "error: --recover.iteration: there is no such option; did you mean --recover.iterations? --help-all shows every option",
     ),
     Mistake(
         "a recipe that does not exist",
-        "distill --recipe cifar10",
+        "distill --recipe cifar",
         2,
-        "error: --recipe: expected one of digits, fashion_mnist, imagenette, tiny_imagenet, imagenet1k, got 'cifar10'",
+        "error: --recipe: expected one of digits, fashion_mnist, cifar10, cifar100, imagenette, tiny_imagenet, "
+        "imagenet1k, got 'cifar'",
     ),
     Mistake(
         "images that are not there",

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jobs import distill, prepare
-from jobs.benches.prepare import prepare as prepare_bench
+from jobs.benches.speed.prepare import prepare as prepare_bench
 from tests.conftest import S3Uri
 from tests.stages.tiny import FinishedRun
 from tests.store.written_sources import (

@@ -12,7 +12,7 @@ import pytest
 
 from wmdd_ray.config import DistillConfig, RecoverConfig, Resources
 from wmdd_ray.errors import ArtifactError, ConfigError, LostRaceError
-from wmdd_ray.recipes import recipe_of
+from wmdd_ray.recipes import RECIPES, recipe_of
 from wmdd_ray.spine.events import read_events
 from wmdd_ray.spine.run import (
     Progress,
@@ -377,9 +377,7 @@ def test_seeds_of_units_differ_and_are_the_same_everywhere() -> None:
     assert unit_seed(0, "recover", "g00000") == unit_seed(0, "recover", "g00000")
 
 
-@pytest.mark.parametrize(
-    "name", ["digits", "fashion_mnist", "imagenette", "tiny_imagenet", "imagenet1k"]
-)
+@pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("ipc", [1, 10, 100])
 def test_every_recipe_is_a_valid_configuration_that_json_can_hold(name: str, ipc: int) -> None:
     config = recipe_of(name, ipc)
@@ -388,7 +386,7 @@ def test_every_recipe_is_a_valid_configuration_that_json_can_hold(name: str, ipc
 
 
 def test_an_unknown_recipe_lists_those_there_are() -> None:
-    with pytest.raises(ConfigError, match="digits, fashion_mnist, imagenette"):
+    with pytest.raises(ConfigError, match="digits, fashion_mnist, cifar10, cifar100, imagenette"):
         recipe_of("cifar", 10)
 
 

@@ -32,6 +32,10 @@ CURVED = (
     "--squeeze.curvature-weight", "0.4", "--squeeze.curvature-ipc-power", "1",
     "--squeeze.curvature-step", "1",
 )  # fmt: skip
+OF_TODAY = (
+    "--squeeze.optimizer", "muon", "--squeeze.learning-rate", "0.01", "--squeeze.warmup-epochs", "1",
+    "--squeeze.ema-decay", "0.9", "--squeeze.shift-px", "1",
+)  # fmt: skip
 State = dict[str, torch.Tensor]
 
 
@@ -148,11 +152,11 @@ def test_a_teacher_that_is_nowhere_is_refused(
     assert f"--teacher {tmp_path}/missing.pt: expected a committed teacher" in error
 
 
-@pytest.mark.parametrize("curved", [False, True], ids=["plain", "with curvature"])
+@pytest.mark.parametrize("curved", [False, True], ids=["plain", "with everything"])
 def test_training_that_was_cut_goes_on_from_its_last_stored_epoch_with_the_same_bytes(
     curved: bool, finished_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = (*UNTIL, *(CURVED if curved else ()))
+    options = (*UNTIL, *((*CURVED, *OF_TODAY) if curved else ()))
     whole = finished_run.out
     if curved:
         whole = tmp_path / "whole"
@@ -201,6 +205,13 @@ def test_a_teacher_without_curvature_is_the_one_of_before_there_was_such_an_opti
     assert not [name for name in told if name.startswith("curvature")]
     unused = tiny.config("--squeeze.curvature-step", "1", "--squeeze.curvature-form", "loss")
     assert squeeze.options(unused) == squeeze.options(plain)
+
+
+def test_a_teacher_without_the_options_of_today_is_the_one_of_before_there_were_such() -> None:
+    plain, modern = (squeeze.options(tiny.config(*added))["squeeze"] for added in ((), OF_TODAY))
+    later = {"optimizer": "muon", "warmup_epochs": 1.0, "ema_decay": 0.9, "shift_px": 1}
+    assert modern == plain | later | {"learning_rate": 0.01}
+    assert not plain.keys() & later.keys()
 
 
 def test_teachers_of_one_effective_weight_are_one_teacher() -> None:

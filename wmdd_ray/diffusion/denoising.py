@@ -90,10 +90,7 @@ def train_denoiser(
             images_NHWC, labels_N, batch_size=batch_size, seed=seed, epoch=epoch
         )
         for step, (images_BHWC, labels_B) in enumerate(batches):
-            x = images_BHWC.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            if flip:
-                mirrored_B = _drawn(rng.random(len(x)) < 0.5, device)
-                x = torch.where(mirrored_B[:, None, None, None], x.flip(3), x)
+            x = _pixels(images_BHWC, flip, rng, device)
             noise = _drawn(rng.standard_normal(tuple(x.shape), dtype=np.float32), device)
             t_B = _drawn(rng.integers(levels, size=len(x)), device)
             without_B = _drawn(rng.random(len(x)) < drop_class, device)
@@ -119,6 +116,17 @@ def train_denoiser(
             on_epoch(epoch, mean_loss, get_state)
     average.put_into_network()
     network.eval()
+
+
+def _pixels(
+    images_BHWC: Tensor, flip: bool, rng: np.random.Generator, device: torch.device
+) -> Tensor:
+    """Return uint8 images as float32 in [-1, 1] (B, C, H, W), half of them mirrored with `flip`."""
+    x = images_BHWC.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    if flip:
+        mirrored_B = _drawn(rng.random(len(x)) < 0.5, device)
+        x = torch.where(mirrored_B[:, None, None, None], x.flip(3), x)
+    return x
 
 
 def _drawn(array: np.ndarray, device: torch.device) -> Tensor:

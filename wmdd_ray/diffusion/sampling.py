@@ -126,6 +126,12 @@ def sample_group(
             "current": to_array(x_GCHW),
         }
 
+    def move_of(g: int, end_GD: Tensor, step: int) -> Tensor:
+        before = [x[g].flatten() for x in done_KGCHW]
+        before_KD = torch.stack(before) if before else end_GD[:0]
+        batch = _batch(flat[g], targets[g].label, config, seed, len(done_KGCHW), step)
+        return _move(end_GD[g], before_KD, batch, config, spacing[g], targets[g].influence)
+
     with torch.no_grad():
         while len(done_KGCHW) < num_images:
             image = len(done_KGCHW)
@@ -145,19 +151,7 @@ def sample_group(
                 x_GCHW = found.prev_sample
                 if step in guided:
                     end_GD = found.pred_original_sample.flatten(1)
-                    moves = [
-                        _move(
-                            end_GD[g],
-                            torch.stack([x[g].flatten() for x in done_KGCHW])
-                            if done_KGCHW
-                            else end_GD[:0],
-                            _batch(flat[g], target.label, config, seed, image, step),
-                            config,
-                            spacing[g],
-                            target.influence,
-                        )
-                        for g, target in enumerate(targets)
-                    ]
+                    moves = [move_of(g, end_GD, step) for g in range(len(targets))]
                     x_GCHW = x_GCHW - torch.stack(moves).view_as(x_GCHW)
                 step += 1
                 # The last step of an image is told below, when the image is among those done.

@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from wmdd_ray.spine.rooms import UnitMarker
-    from wmdd_ray.spine.run import StageRun
+from wmdd_ray.spine.rooms import UnitMarker
 
 STEPS = {
     "squeeze": "epoch",
@@ -56,21 +54,24 @@ class Number:
         return "/".join((self.group, *filter(None, parts)))
 
 
-def _counted(stage: StageRun, marker: UnitMarker) -> int | None:
+def _counted(stage: Any, marker: UnitMarker) -> int | None:
     return marker.metrics.get("num_images")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageNumbers:
-    """How a stage's numbers are read. The defaults tell of no number, and of the images that a marker counts."""
+    """How a stage's numbers are read; its functions take the `StageRun`.
+
+    The defaults tell of no number, and of the images that a marker counts.
+    """
 
     series: Callable[[str], tuple[str, str]] = lambda unit: ("", "")
     """Unit -> (part, detail) of the numbers that it tells."""
-    numbers: Callable[[StageRun, UnitMarker], list[Number]] = lambda stage, marker: []
+    numbers: Callable[[Any, UnitMarker], list[Number]] = lambda stage, marker: []
     """The losses, costs and accuracies that the marker of a finished unit holds."""
-    curves: Callable[[StageRun, UnitMarker], list[Number]] = lambda stage, marker: []
+    curves: Callable[[Any, UnitMarker], list[Number]] = lambda stage, marker: []
     """The losses of a finished unit by step, where the marker's files hold them."""
-    images: Callable[[StageRun, UnitMarker], int | None] = _counted
+    images: Callable[[Any, UnitMarker], int | None] = _counted
     """The images of a finished unit; None where nobody counts them."""
     images_by_epoch: bool = False
     """Whether a unit goes through all real images every epoch, and `images` is what it has seen in all of them."""

@@ -282,25 +282,45 @@ def run_pipeline(
     commits: dict[str, StageCommit] = {}
     fingerprints: dict[str, str] = {}
     for position, stage in enumerate(stages[:end]):
-        room = run.room(stage.room)
         plan = expected_plan(run, stage, fingerprints)
         if overwrite and first and position >= begin:
-            room.clear()
-        commit = room.read_commit()
-        if commit is None or commit.fingerprint != plan["fingerprint"]:
-            if position < begin:
-                raise ConfigError(
-                    f"--from {first} needs a committed {stage.room}/ for these options, and there is none in "
-                    f"{run.store.uri}; run from an earlier stage"
-                )
-            commit = _build(run, stage, room, plan, overwrite=overwrite)
-        else:
-            line = run.progress(stage.name)
-            line.start(len(commit.units), len(commit.units))
-            line.finish("found committed")
+            run.room(stage.room).clear()
+        if position < begin and _committed_as(run, stage, plan) is None:
+            raise ConfigError(
+                f"--from {first} needs a committed {stage.room}/ for these options, and there is none in "
+                f"{run.store.uri}; run from an earlier stage"
+            )
+        commit = bring(run, stage, plan, overwrite=overwrite)
         commits[stage.room] = commit
         fingerprints[stage.room] = commit.fingerprint
     return commits
+
+
+def bring(run: Run, stage: Stage, plan: dict[str, Any], *, overwrite: bool = False) -> StageCommit:
+    """Return the commit of a stage's room, after the work that is missing.
+
+    Args:
+        run: The run.
+        stage: The stage; the rooms that it reads are committed.
+        plan: Its `expected_plan`.
+        overwrite: Replace a room that was made with other options.
+
+    Raises:
+        ConfigError: The room was made with other options and `overwrite` is off; the message names the options.
+    """
+    commit = _committed_as(run, stage, plan)
+    if commit is None:
+        return _build(run, stage, run.room(stage.room), plan, overwrite=overwrite)
+    line = run.progress(stage.name)
+    line.start(len(commit.units), len(commit.units))
+    line.finish("found committed")
+    return commit
+
+
+def _committed_as(run: Run, stage: Stage, plan: dict[str, Any]) -> StageCommit | None:
+    """Return the commit of a stage's room, if there is one for this plan."""
+    commit = run.room(stage.room).read_commit()
+    return commit if commit and commit.fingerprint == plan["fingerprint"] else None
 
 
 def _build(

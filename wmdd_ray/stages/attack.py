@@ -38,7 +38,7 @@ def stages(config: DistillConfig, student: Arch, asked: AttackConfig) -> tuple[S
         asked: attacks, budgets, and how many images.
     """
     return tuple(
-        _attack_stage(config, student, name, eps)
+        attack_stage(config, student, name, eps)
         for name in asked.names
         for eps in budgets(name, asked)
     )
@@ -85,9 +85,11 @@ def sample_stage(config: DistillConfig, asked: AttackConfig) -> Stage:
     )
 
 
-def _attack_stage(
-    config: DistillConfig, student: Arch, name: AttackName, eps: Fraction | None
+def attack_stage(
+    config: DistillConfig, student: str, name: AttackName, eps: Fraction | None
 ) -> Stage:
+    """Return the stage of one attack and eps on the students in the room `student`."""
+
     def options(_: DistillConfig) -> dict[str, Any]:
         told = None if eps is None else str(eps)
         return {"attack": name, "eps": told, "settings": SETTINGS[name], "seed": config.seed}

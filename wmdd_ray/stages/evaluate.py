@@ -6,6 +6,7 @@ images are opened once a worker and used after training only; the last epoch is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -37,8 +38,14 @@ def plan(stage: StageRun) -> Work:
     return Work(units=units, estimated_bytes=2000 * len(units))
 
 
-def work(stage: StageRun) -> dict[str, Any]:
-    """Train every student that is not trained yet, and return the table."""
+def work(stage: StageRun, *, of: Sequence[str] | None = None, keep: bool = False) -> dict[str, Any]:
+    """Train every student that is not trained yet, and return the table.
+
+    Args:
+        stage: The stage.
+        of: Rows to train; all by default.
+        keep: Store the students' weights too.
+    """
     config = stage.config
     source = stage.run.source("train")
     sets = partial(
@@ -51,23 +58,24 @@ def work(stage: StageRun) -> dict[str, Any]:
         config=config,
     )
     return {
-        **train_students(stage, config, sets),
+        **train_students(stage, config, sets, of=of or rows(config), keep=keep),
         "teacher_top1": stage.inputs["teacher"].metrics["top1"],
     }
 
 
 def train_students(
-    stage: StageRun, config: DistillConfig, sets: OpenSets, *, keep: bool = False
+    stage: StageRun, config: DistillConfig, sets: OpenSets, *, of: Sequence[str], keep: bool
 ) -> dict[str, Any]:
     """Train the students of every row that are not trained yet, test them on held-out images, and return the table.
 
     Args:
         stage: The stage; its room holds a result a student.
-        config: Rows, seeds and recipe of the students.
+        config: Seeds and recipe of the students.
         sets: Opens what they are trained on; in a worker.
+        of: Rows of the table.
         keep: Store their weights too (`read_student`).
     """
-    units = unit_ids(config)
+    units = unit_ids(config, of)
     val = Listed.of(stage.run.source("val"), config.source)
     opened = partial(open_worker, room=stage.room, sets=sets, val=val, config=config, kept=keep)
     do_units(stage, longest_first(units), opened)
@@ -77,7 +85,7 @@ def train_students(
         for unit, marker in markers.items()
     }
     table = []
-    for row, labels in product(rows(config), config.evaluate.labels):
+    for row, labels in product(of, config.evaluate.labels):
         found = [r for r in results.values() if (r["row"], r["labels"]) == (row, labels)]
         top1 = np.array([r["top1"] for r in found])
         recall_SY = np.array([r["recall_per_class"] for r in found])

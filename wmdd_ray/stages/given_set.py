@@ -13,7 +13,7 @@ from wmdd_ray.spine.run import Stage, StageRun, Work
 from wmdd_ray.stages import evaluate, squeeze
 from wmdd_ray.units.given_set import OwnSet, listed_set, open_given
 from wmdd_ray.units.held_out import Listed
-from wmdd_ray.units.students import unit_ids
+from wmdd_ray.units.students import rows, unit_ids
 
 
 def stages(
@@ -74,7 +74,7 @@ def _stage_of(student: Arch, config: DistillConfig, real: str | None) -> Stage:
             config=own,
         )
         # Kept, so that attacks can be asked for later without training again.
-        return evaluate.train_students(stage, own, sets, keep=True)
+        return evaluate.train_students(stage, own, sets, of=rows(own), keep=True)
 
     return Stage(
         name=student,

@@ -27,6 +27,11 @@ def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that the images depend on."""
     if config.recover.method == "diffusion":
         return {"seed": config.seed, "recover": recovery.options(config)}
+    if config.recover.method == "real":
+        names = ["method", "start", "tiles", "images_per_group"]
+        names += ["crop_scale_min"] if config.recover.start == "mosaic" else []
+        used = {name: getattr(config.recover, name) for name in names}
+        return {"seed": config.seed, "recover": used}
     return {"seed": config.seed, "recover": fingerprint_options(config.recover)}
 
 
@@ -67,6 +72,7 @@ def work(stage: StageRun) -> dict[str, Any]:
         open_worker,
         room=stage.room,
         teacher_room=stage.run.room("teacher"),
+        features_room=stage.run.room("features"),
         barycenter_room=stage.run.room("barycenters"),
         source=stage.run.source("train"),
         config=config,

@@ -15,6 +15,7 @@ from wmdd_ray.core.jitter import noise_start
 from wmdd_ray.core.moments import variance_S
 from wmdd_ray.core.networks import network_of
 from wmdd_ray.core.optimizer import State
+from wmdd_ray.core.selection import herding
 from wmdd_ray.core.synthesis import ClassTarget, recover_group
 from wmdd_ray.core.tiles import shrink, tile, tile_side
 from wmdd_ray.diffusion.recovery import Sampler
@@ -26,6 +27,7 @@ from wmdd_ray.store import codecs
 from wmdd_ray.store.images import decode_image
 from wmdd_ray.store.sources import Source
 from wmdd_ray.units import atoms
+from wmdd_ray.units.class_features import ClassFeaturesReader
 from wmdd_ray.units.teacher import read_teacher
 
 OnStep = Callable[[int, Callable[[], State]], None]
@@ -63,6 +65,7 @@ def open_worker(
     *,
     room: Room,
     teacher_room: Room,
+    features_room: Room,
     barycenter_room: Room,
     source: Source,
     config: DistillConfig,
@@ -70,11 +73,14 @@ def open_worker(
     model_identity: str = "",
 ) -> DoUnit:
     """Load what images are made with, and return the function that makes one group of classes."""
-    inputs = Inputs(teacher_room, barycenter_room, source, config, device)
-    maker: Maker = (
-        Inversion(inputs)
-        if config.recover.method == "inversion"
-        else Sampler(
+    inputs = Inputs(teacher_room, features_room, barycenter_room, source, config, device)
+    maker: Maker
+    if config.recover.method == "inversion":
+        maker = Inversion(inputs)
+    elif config.recover.method == "real":
+        maker = Selection(inputs)
+    else:
+        maker = Sampler(
             config,
             room,
             inputs.network,
@@ -84,7 +90,6 @@ def open_worker(
             seed=recover_seed(config),
             device=device,
         )
-    )
 
     def do_unit(unit: str, report: Report) -> None:
         if maker.prepare(unit, report):
@@ -122,12 +127,14 @@ class Inputs:
     def __init__(
         self,
         teacher_room: Room,
+        features_room: Room,
         barycenter_room: Room,
         source: Source,
         config: DistillConfig,
         device: torch.device,
     ) -> None:
         self.teacher = read_teacher(teacher_room)
+        self._features = ClassFeaturesReader(features_room)
         self.network = network_of(self.teacher, device)
         self.source, self.config, self.device = source, config, device
         self._barycenters = barycenter_room
@@ -138,6 +145,15 @@ class Inputs:
     def barycenter(self, label: int) -> ClassBarycenter:
         """Return a class's atoms, moments and real images by key."""
         return atoms.read_barycenter(self._barycenters, self._files, label)
+
+    def start(self, solved: ClassBarycenter) -> np.ndarray | None:
+        """Return the start images of a class at the tiles' side, or None for a noise start."""
+        if self.config.recover.start != "herding":
+            return _start(solved, self.source, self.network, self.config)
+        real = self._features.read(solved.label)
+        keys = tuple(real.keys[i] for i in herding(real.features_ND, self.config.num_atoms))
+        side = tile_side(self.config.source.image_size, self.config.recover.tiles)
+        return shrink(read_real(self.source, keys, self.config), side)
 
     def real_at(self, label: int, config: DistillConfig, most: int | None = None) -> np.ndarray:
         """Return up to `most` random real images of a class as `config` reads them."""
@@ -185,10 +201,37 @@ class Inversion:
             weights_K=solved.barycenter.weights_K,
             mean_S=solved.moments.mean_S,
             var_S=variance_S(solved.moments),
-            start_KHWC=_start(
-                solved, self._inputs.source, self._inputs.network, self._inputs.config
-            ),
+            start_KHWC=self._inputs.start(solved),
         )
+
+
+class Selection:
+    """Real images as they are, or the teacher's easiest crops of them: what recover would begin from."""
+
+    num_steps = 0
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
+
+    def prepare(self, unit: str, report: Report) -> bool:
+        return False
+
+    def make(
+        self, labels: range, *, state: State | None, on_step: OnStep
+    ) -> tuple[list[ClassImages], float]:
+        started = time.perf_counter()
+        images = [self._class(label) for label in labels]
+        return images, time.perf_counter() - started
+
+    def _class(self, label: int) -> ClassImages:
+        solved, config = self._inputs.barycenter(label), self._inputs.config
+        images_KHWC = self._inputs.start(solved)
+        assert images_KHWC is not None, "real images have a real start"
+        # An image stands for as much of its class as its atom does; those that no atom chose count alike.
+        equal_K = np.full(config.num_atoms, 1 / config.num_atoms)
+        by_atom = config.recover.start == "nearest"
+        weights_K = solved.barycenter.weights_K if by_atom else equal_K
+        return ClassImages(label=label, images_KHWC=images_KHWC, weights_K=weights_K)
 
 
 def _start(

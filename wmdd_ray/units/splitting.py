@@ -14,6 +14,7 @@ import numpy as np
 
 from wmdd_ray.config import SourceConfig, refuse_secrets
 from wmdd_ray.errors import ConfigError, DataError
+from wmdd_ray.options import check, option
 
 Format = Literal["auto", "digits", "imagefolder", "webdataset", "parquet", "idx", "csv"]
 SPLITS = ("train", "validation")
@@ -27,26 +28,26 @@ class PrepareConfig:
 
     val_data: str | None = None
     """Held-out images elsewhere; absent, those that the source brings itself (folders `train`/`val`, `t10k-*`, ...), if any."""
-    val_fraction: float | None = None
+    val_fraction: float | None = option(None, ge=0, le=0.9)
     """Share of each class's images that is held out, at least one image of a class with two, chosen by a hash of seed and key, so
     that an image keeps its side when others are added. Given, it puts aside what the source holds out itself. Absent: 0.05, and 0
     where there are held-out images; 0 holds out nothing."""
-    max_side: int = 256
+    max_side: int = option(256, ge=8)
     """Largest shorter side, pixels; larger images are resized to it (antialiased; JPEG stays JPEG at quality 95, others become
     PNG), all others keep every byte. 256 is what ImageNet's recipes resize to."""
-    shard_mb: int = 64
+    shard_mb: int = option(64, ge=1, le=1024)
     """Most bytes of a Parquet file, MiB. A worker holds up to twice as much beside its own 170 MiB (measured at 64, with images
     of 10 KB)."""
-    seed: int = 0
+    seed: int = option(0, ge=0)
     """Seed of the held-out split."""
     format: Format = "auto"
     """Layout of the source; `auto` looks at the names there."""
     classes: str | None = None
     """File with the class names in label order: a name a line, or (.json) a list or an object from label to name. Absent: the order
     that the source has (sorted folders, its own list of names, or numbers)."""
-    max_bad_images: int = 1000
+    max_bad_images: int = option(1000, ge=0)
     """Images that may be unreadable (named in bad_images.jsonl, left out) before the job stops."""
-    max_image_pixels: int = 64_000_000
+    max_image_pixels: int = option(64_000_000, gt=0)
     """Largest width x height that is decoded; a larger header is refused as a bad image."""
     follow_links: bool = False
     """Follow links out of the source's folder: say so only of links that are yours."""
@@ -54,21 +55,7 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         refuse_secrets("val-data", self.val_data)
         refuse_secrets("classes", self.classes)
-        for option, ok, expected in (
-            (
-                "val_fraction",
-                self.val_fraction is None or 0 <= self.val_fraction <= 0.9,
-                "in [0, 0.9]",
-            ),
-            ("max_side", self.max_side >= 8, "at least 8 pixels"),
-            ("shard_mb", 1 <= self.shard_mb <= 1024, "1 to 1024 MiB"),
-            ("seed", self.seed >= 0, ">= 0"),
-            ("max_bad_images", self.max_bad_images >= 0, ">= 0"),
-            ("max_image_pixels", self.max_image_pixels > 0, "> 0"),
-        ):
-            if not ok:
-                name = option.replace("_", "-")
-                raise ConfigError(f"--{name}: expected {expected}, got {getattr(self, option)!r}")
+        check(self)
         if self.val_data is not None and self.val_fraction is not None:
             raise ConfigError(
                 "--val-data and --val-fraction: expected one of them, got both; the images of --val-data are held out as they are"

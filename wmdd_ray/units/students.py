@@ -21,7 +21,7 @@ from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.run import DoUnit, Report, unit_seed
 from wmdd_ray.store import codecs, documents
 from wmdd_ray.units.held_out import HeldOut, Listed
-from wmdd_ray.units.training_sets import TILED, OpenSets
+from wmdd_ray.units.training_sets import TILED, Input, OpenSets, TrainingSet
 
 _STATE_EVERY_S = 20.0
 
@@ -35,11 +35,11 @@ def rows(config: DistillConfig) -> tuple[str, ...]:
     )
 
 
-def unit_ids(config: DistillConfig) -> tuple[str, ...]:
-    """Return one unit a (row, labels, seed), as the table has them."""
+def unit_ids(config: DistillConfig, of: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return one unit a (row, labels, seed) of the rows, as the table has them; of all rows by default."""
     return tuple(
         f"{row}-{labels}-s{seed:03d}"
-        for row in rows(config)
+        for row in of or rows(config)
         for labels in config.evaluate.labels
         for seed in range(config.evaluate.num_seeds)
     )
@@ -93,48 +93,14 @@ def open_worker(
         row, labels, number = parts_of(unit)
         chosen = opened.get(row, labels)
         in_core = time.perf_counter()
-        # The seed is of the student alone: student 0 of every row starts from the same weights.
-        seed = unit_seed(config.seed, "student", f"{number:03d}")
-        torch.manual_seed(seed)
-        student = config.evaluate.for_labels(labels)
-        network = build_network(
-            student.network,
-            num_classes=shown.num_classes,
-            channels=shown.channels,
-            image_size=shown.image_size,
-        ).to(device)
-
         keep = Checkpoints(room, unit, _STATE_EVERY_S)
-
-        def on_epoch(epoch: int, loss: float, get_state: Callable[[], State]) -> None:
-            keep.maybe(get_state)
-            report(
-                (epoch + 1) / (chosen.epochs + 1),
-                f"{row}, {labels} labels, seed {number}, epoch {epoch + 1}/{chosen.epochs}",
-                epoch=epoch + 1,
-                loss=loss,
-            )
-
-        train_student(
-            network,
-            chosen.images,
-            chosen.label_epoch,
-            chosen.weights_N,
-            student,
-            epochs=chosen.epochs,
-            image_size=shown.image_size,
-            seed=seed,
-            classes_N=chosen.classes_N,
-            labels=labels,
-            state=keep.load(),
-            on_epoch=on_epoch,
-        )
+        network = _trained(unit, chosen, shown, config, device, keep, report)
         top1, top5 = accuracy(network, held_out)
         in_core = time.perf_counter() - in_core
         per_class = _recall(network.eval(), held_out, shown.num_classes)
         result = StudentResult(
             row=row,
-            arch=student.network.arch,
+            arch=config.evaluate.for_labels(labels).network.arch,
             seed=number,
             top1=top1,
             top5=top5,
@@ -159,6 +125,54 @@ def open_worker(
         keep.clear()
 
     return do_unit
+
+
+def _trained(
+    unit: str,
+    chosen: TrainingSet,
+    shown: Input,
+    config: DistillConfig,
+    device: torch.device,
+    keep: Checkpoints,
+    report: Report,
+) -> torch.nn.Module:
+    """Return a student after its last epoch; its training goes on from what `keep` has."""
+    row, labels, number = parts_of(unit)
+    # The seed is of the student alone: student 0 of every row starts from the same weights.
+    seed = unit_seed(config.seed, "student", f"{number:03d}")
+    torch.manual_seed(seed)
+    student = config.evaluate.for_labels(labels)
+    network = build_network(
+        student.network,
+        num_classes=shown.num_classes,
+        channels=shown.channels,
+        image_size=shown.image_size,
+    ).to(device)
+
+    def on_epoch(epoch: int, loss: float, get_state: Callable[[], State]) -> None:
+        keep.maybe(get_state)
+        report(
+            (epoch + 1) / (chosen.epochs + 1),
+            f"{row}, {labels} labels, seed {number}, epoch {epoch + 1}/{chosen.epochs}",
+            epoch=epoch + 1,
+            loss=loss,
+        )
+
+    train_student(
+        network,
+        chosen.images,
+        chosen.label_epoch,
+        chosen.weights_N,
+        student,
+        epochs=chosen.epochs,
+        image_size=shown.image_size,
+        seed=seed,
+        classes_N=chosen.classes_N,
+        labels=labels,
+        state=keep.load(),
+        on_epoch=on_epoch,
+    )
+    return network
 
 
 def read_student(

@@ -14,8 +14,8 @@ from wmdd_ray.config import DistillConfig, NetworkConfig
 from wmdd_ray.core.batches import ORDER, Batch, in_memory_batches, steps_of
 from wmdd_ray.core.class_order import confusion, permuted_classes
 from wmdd_ray.core.networks import build_network, last_linear, weights_of
-from wmdd_ray.core.optimizer import State, load_training_state, make_optimizer, training_state
-from wmdd_ray.core.training import train_classifier
+from wmdd_ray.core.optimizer import State, WeightAverage, load_training_state, training_state
+from wmdd_ray.core.training import classifier_optimizer, train_classifier
 from wmdd_ray.errors import DataError
 from wmdd_ray.records import Teacher
 from wmdd_ray.spine.checkpoints import Checkpoints
@@ -192,33 +192,22 @@ def train_teacher(
     ).to(device)
     network.to(memory_format=torch.channels_last)
     squeeze = config.squeeze.at_ipc(config.ipc)
-    optimizer = make_optimizer(
-        network, "sgd", learning_rate=squeeze.learning_rate, weight_decay=squeeze.weight_decay, momentum=squeeze.momentum
-    )  # fmt: skip
+    optimizer, average = classifier_optimizer(network, squeeze)
     keep = Checkpoints(room, unit, _STATE_EVERY_S)
-    first_epoch, losses, curvatures = _resume(keep, network, optimizer, rank, world)
+    course = _Course(network, optimizer, average)
+    first_epoch = course.resume(keep, rank, world)
     attempt = room.begin_unit(unit) if rank == 0 else None
 
-    def get_state(epoch: int) -> State:
-        state = training_state(network, optimizer)
-        state |= {"epoch": np.array(epoch), "losses": np.array(losses)}
-        return state | ({"curvatures": np.array(curvatures)} if curvatures else {})
-
-    def on_curvature(epoch: int, term: float) -> None:
-        curvatures.append(round(term, 4))
-
     def on_epoch(epoch: int, loss: float) -> None:
-        losses.append(round(loss, 4))
+        course.losses.append(round(loss, 4))
         if rank == 0:
-            which = "" if unit == UNIT else f"{unit}, "
-            curvature = f", curvature {curvatures[-1]:.3f}" if curvatures else ""
             report(
                 (epoch + 1) / (squeeze.epochs + 1),
-                f"{which}epoch {epoch + 1}/{squeeze.epochs}, loss {loss:.3f}{curvature}",
+                f"{'' if unit == UNIT else f'{unit}, '}epoch {epoch + 1}/{squeeze.epochs}, {course}",
                 epoch=epoch + 1,
                 loss=loss,
             )
-            keep.maybe(lambda: get_state(epoch + 1))
+            keep.maybe(lambda: course.state(epoch + 1))
 
     train_classifier(
         parallel(network),
@@ -231,16 +220,17 @@ def train_teacher(
         seed=training.seed,
         rank=rank,
         start_epoch=first_epoch,
+        average=average,
         on_epoch=on_epoch,
-        on_curvature=on_curvature,
+        on_curvature=lambda _, term: course.curvatures.append(round(term, 4)),
     )
     if attempt is None:
         return
     network.eval()
     top1 = measure(network, training.val, config, f"the trained {unit}", device)
-    extra: dict[str, Any] = {"losses": losses}
-    if curvatures:
-        extra |= {"curvatures": curvatures, "curvature_weight": squeeze.curvature_weight}
+    extra: dict[str, Any] = {"losses": course.losses}
+    if course.curvatures:
+        extra |= {"curvatures": course.curvatures, "curvature_weight": squeeze.curvature_weight}
     commit_teacher(
         room,
         config,
@@ -256,26 +246,43 @@ def train_teacher(
     keep.clear()
 
 
-def _resume(
-    keep: Checkpoints,
-    network: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    rank: int,
-    world: int,
-) -> tuple[int, list[float], list[float]]:
-    """Load the state of an interrupted training; return (first epoch, losses so far, curvature terms so far)."""
-    held = [keep.load() if rank == 0 else None]
-    if world > 1:
-        # Read once, because two readings of a store can find two states, and all workers have to begin at one.
-        device = next(network.parameters()).device
-        torch.distributed.broadcast_object_list(held, src=0, device=device)
-    state = held[0]
-    if state is None:
-        return 0, [], []
-    epoch, losses = int(state.pop("epoch")), state.pop("losses").tolist()
-    curvatures = state.pop("curvatures", np.zeros(0)).tolist()
-    load_training_state(network, optimizer, state)
-    return epoch, losses, curvatures
+class _Course:
+    """A training under way: what it changes, and its losses and curvature terms by epoch."""
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: WeightAverage | None,
+    ) -> None:
+        self._network, self._optimizer, self._average = network, optimizer, average
+        self.losses: list[float] = []
+        self.curvatures: list[float] = []
+
+    def __str__(self) -> str:
+        curvature = f", curvature {self.curvatures[-1]:.3f}" if self.curvatures else ""
+        return f"loss {self.losses[-1]:.3f}{curvature}"
+
+    def state(self, epoch: int) -> State:
+        """Return all that the training goes on from at the beginning of an epoch."""
+        state = training_state(self._network, self._optimizer, self._average)
+        state |= {"epoch": np.array(epoch), "losses": np.array(self.losses)}
+        return state | ({"curvatures": np.array(self.curvatures)} if self.curvatures else {})
+
+    def resume(self, keep: Checkpoints, rank: int, world: int) -> int:
+        """Load the state of an interrupted training, and return the epoch that it goes on with."""
+        held = [keep.load() if rank == 0 else None]
+        if world > 1:
+            # Read once, because two readings of a store can find two states, and all workers have to begin at one.
+            device = next(self._network.parameters()).device
+            torch.distributed.broadcast_object_list(held, src=0, device=device)
+        state = held[0]
+        if state is None:
+            return 0
+        epoch, self.losses = int(state.pop("epoch")), state.pop("losses").tolist()
+        self.curvatures = state.pop("curvatures", np.zeros(0)).tolist()
+        load_training_state(self._network, self._optimizer, state, self._average)
+        return epoch
 
 
 def _in_memory(training: Training, batch_size: int, rank: int, world: int) -> EpochBatches:

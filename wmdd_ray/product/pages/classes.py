@@ -130,6 +130,8 @@ class _Reader:
             return False  # it is the sampler's noise
         if recover.start == "noise":
             return True
+        if recover.method == "real" or recover.start == "herding":
+            return False
         return self._source is not None and (recover.start != "nearest" or recover.tiles > 1)
 
     def picture_size(self, labels: list[int]) -> tuple[int, int]:
