@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import ray
 
 from tests.stages import scarcity, tiny
 from tests.stages.tiny import FinishedRun
@@ -233,3 +234,13 @@ def test_a_cluster_that_grows_is_asked_for_all_workers_and_waited_for_as_long_as
     with pytest.raises(WmddError, match="after 100 s") as told:
         cluster.await_room(stage_of(100), Width(1, 16, 0.0))
     assert told.value.exit_code == 1, "starting it again may find machines"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_local")
+def test_a_real_ray_without_an_autoscaler_is_given_up_and_left_free() -> None:
+    cluster.await_room(stage_of(1), Width(2, 1, 0.0), num_needed=2)
+    for wide in (Width(3, 64, 0.0), Width(1, 1, 1.0)):
+        with pytest.raises(ConfigError, match="no autoscaler is seen"):
+            cluster.await_room(stage_of(1), wide)
+    ray.get(ray.remote(num_cpus=2)(cluster._nothing).remote(), timeout=60)
