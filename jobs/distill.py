@@ -234,6 +234,9 @@ def print_summary(
         )
         for reason in commits["features"].metrics["bad_images"][:5]:
             print(f"skipped         {reason}")
+    told = commits["features"].metrics.get("files_seen") if "features" in commits else None
+    if told and run.config.data != "digits":
+        print(f"real images     {told}")
     if report is not None:
         print(f"report          {report}")
     if "evaluation" in commits:

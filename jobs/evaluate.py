@@ -27,6 +27,7 @@ from wmdd_ray.errors import DataError
 from wmdd_ray.spine.run import Run, run_pipeline
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
+from wmdd_ray.store.sources.classes import by_number, shown
 from wmdd_ray.telling.progress import StageLine
 
 
@@ -132,6 +133,15 @@ def foreign_set(asked: Asked, names: tuple[str, ...]) -> Source:
             f"--classes order: expected {len(names)} classes as the held-out images have, found {len(found.class_names)} in "
             f"{job.uri}"
         )
+    ordered = names if {*found.class_names} == {*names} else by_number(found.class_names)
+    if ordered is not names and by_number(names) != names:
+        raise DataError(
+            f"--classes order: the held-out images' classes {shown(names)} are numbered and come in the order of text, so class 2 "
+            f"could be {by_number(names)[2]!r} or {names[2]!r}; pad their names with zeros, or name the set's classes alike and "
+            "pass --classes names"
+        )
+    if ordered != found.class_names:
+        found = open_source(job.uri, source, split="train", class_names=ordered)
     found.class_names = names
     return found
 

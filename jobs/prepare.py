@@ -260,6 +260,7 @@ def _publish(
         "class_names": list(source.class_names),
         **written,
         "bad_images": scanned["bad_images"],
+        "files_seen": scanned["files_seen"],
         "options": asdict(cast(Any, run.config)),
         "source": {
             "root": source.root,
@@ -292,6 +293,8 @@ def print_summary(store: Store, found: dict[str, Any], seconds: float) -> None:
             f"{split:<16}{part['num_images']} images, {min(counts)} to {max(counts)} a class, {size(part['size_bytes'])} in {files}"
         )
     print(f"classes         {len(names)}: {shown(names)}")
+    for split, told in found.get("files_seen", {}).items():
+        print(f"{split:<16}{told}")
     if found["bad_images"]:
         print(
             f"left out        {many(found['bad_images'], 'bad image')}: {store.url('bad_images.jsonl')}"

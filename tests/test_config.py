@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wmdd_ray import config as options
-from wmdd_ray.config import DistillConfig, RelabelConfig, Resources, SourceConfig
+from wmdd_ray.config import BucketAccess, DistillConfig, RelabelConfig, Resources, SourceConfig
 from wmdd_ray.errors import ConfigError
+from wmdd_ray.options import fingerprint_options
 from wmdd_ray.recipes import RECIPES, recipe_of
 
 
@@ -267,3 +268,14 @@ def test_units_cover_every_class_once_whatever_the_numbers(
         for epoch in labeled:
             seen[epoch] += labels.tolist()
     assert all(sorted(labels) == everything for labels in seen.values())
+
+
+def test_options_of_reading_that_are_not_used_leave_fingerprints_as_they_were() -> None:
+    before = {
+        *("format", "image_size", "resize", "channels", "mean", "std"),
+        *("max_bad_images", "max_image_pixels", "follow_links"),
+    }
+    assert fingerprint_options(SourceConfig()).keys() == before
+    assert fingerprint_options(SourceConfig(bucket=BucketAccess(anonymous=True))).keys() == before
+    named = fingerprint_options(SourceConfig(label_column="fine_label", numbers="index"))
+    assert named.keys() - before == {"label_column", "numbers"}

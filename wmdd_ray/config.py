@@ -23,8 +23,11 @@ StudentLoss = Literal["kl", "mse"]
 LabelKind = Literal["soft", "hard"]
 Baseline = Literal["random_real", "nearest_real", "random_tiles", "nearest_tiles", "all_real"]
 Schedule = Literal["cosine", "half_cosine"]
+Format = Literal["auto", "digits", "imagefolder", "webdataset", "parquet", "idx", "csv", "cifar"]
+Numbers = Literal["auto", "index", "index-from-1", "name"]
 CurvatureForm = Literal["gradient", "loss"]
 AttackName = Literal["pgd", "square", "autoattack", "cw", "mim"]
+TarKeys = Literal["auto", "first-dot", "last-dot"]
 _TILE_PIXELS = 4  # smallest side of a tile
 StageName = Literal[
     "squeeze", "features", "barycenters", "recover", "relabel", "assemble", "evaluate"
@@ -32,10 +35,32 @@ StageName = Literal[
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BucketAccess:
+    """How the real images are reached where that differs from the output, which the environment tells how to reach."""
+
+    anonymous: bool = False
+    """Ask without credentials: public buckets, on a machine that has none or has some of another account."""
+    requester_pays: bool = False
+    """Agree to pay for the requests, as the owners of some buckets demand (on S3 slower: not by Arrow's own client)."""
+    endpoint: str | None = None
+    """S3: address of the store, such as `https://s3.example.org`; absent: AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL."""
+    region: str | None = None
+    """S3: region of the bucket; absent: AWS_REGION, or the profile's."""
+    profile: str | None = None
+    """S3: section of the AWS credentials file, which every node must have (slower: not by Arrow's own client)."""
+
+    def __post_init__(self) -> None:
+        refuse_secrets("source.bucket.endpoint", self.endpoint)
+        expected = "no requester-pays and no profile beside it: both need credentials"
+        alone = not (self.anonymous and (self.requester_pays or self.profile))
+        require(alone, "source.bucket.anonymous", expected, self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
     """How the real images are read and brought to the network's input."""
 
-    format: Literal["auto", "digits", "imagefolder", "webdataset", "parquet", "idx", "csv"] = "auto"
+    format: Format = "auto"
     """Layout of `--data`; `auto` looks at the names under the URI."""
     image_size: int = option(32, ge=8)
     """Side of the square network input and of the distilled images, pixels."""
@@ -53,6 +78,26 @@ class SourceConfig:
     """Largest width x height that is decoded; a larger header is refused as a bad image (64 MP covers ImageNet)."""
     follow_links: bool = False
     """Follow links out of the `--data` folder (a hub's cache, a subset made of links): say so only of links that are yours."""
+    layout: str = option("", in_fingerprint=False)
+    """Where the images of a class lie, as a path below `--data`, where the folders leave a doubt: `train/{class}`,
+    `{split}/{class}`, `*/{class}`, `train/{class}.*` (file names that begin with the class). `*` is any name, or part of one; what
+    ends in a folder takes all below it. Of archives and Parquet the files: `full_size/*`. Empty: told by the folders themselves."""
+    tar_keys: TarKeys = option("auto", in_fingerprint=False)
+    """Where the key of a tar's member ends: at the first dot of its name, as webdataset has it, or at the last (`img_012.05.png`).
+    `auto` is the first, and stops where the last would find images that the first does not."""
+    max_passed_over: float = option(0.25, ge=0, le=1, in_fingerprint=False)
+    """Largest share of a folder's files that may be no image of any class, [0, 1], text beside images not counted: beyond it the
+    run stops and says what they are."""
+    label_column: str | None = option(None, absent_at=None)
+    """Where labels are: the column of a Parquet file or a table, the key in WebDataset's `.json`, `coarse_label` of CIFAR-100.
+    Absent: by its usual or declared name."""
+    image_column: str | None = option(None, absent_at=None)
+    """Where images are: the column of a Parquet file, the paths' of a table, the ending in WebDataset. Absent: as for labels."""
+    numbers: Numbers = option("auto", absent_at="auto")
+    """What a number as a label means: `index`, a place in the class names from 0 (`index-from-1`: from 1), or `name`, the class
+    that is called so. `auto`: a place in the names that come with the file, else its own name, and refused in doubt."""
+    bucket: BucketAccess = option(BucketAccess(), in_fingerprint=False)
+    """How these images are reached in a bucket."""
 
     def __post_init__(self) -> None:
         check(self, "source.")

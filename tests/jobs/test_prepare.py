@@ -449,7 +449,7 @@ def _inside(root: Path) -> list[str]:
 
 def _occupied(root: Path) -> list[str]:
     Store(str(root / "out")).put("thesis.tex", b"x")
-    return [_folder(root, "ant"), "--out", str(root / "out")]
+    return [_folder(root, "ant", "bee"), "--out", str(root / "out")]
 
 
 def _both(root: Path) -> list[str]:
@@ -478,7 +478,7 @@ def _outside_the_map(root: Path) -> list[str]:
 def _all_bad(root: Path) -> list[str]:
     source = Store(str(root / "source"))
     for i in range(3):
-        source.put(f"ant/{i}.jpg", b"no picture")
+        source.put(f"{NAMES[i]}/{i}.jpg", b"no picture")
     return [source.uri, "--out", str(root / "out"), "--max-bad-images", "2"]
 
 

@@ -18,6 +18,8 @@ def root_cause(error: BaseException) -> BaseException:
             continue
         seen.add(id(inner))
         if isinstance(inner, WmddError) and type(inner).__module__ == "wmdd_ray.errors":
+            # Ray Data writes lines of its own behind ours, on how to have a function repeated.
+            inner.args = (str(inner).partition("\nFailed to apply UDF")[0],)
             return inner
         pending += [inner.__cause__, inner.__context__, getattr(inner, "cause", None)]
         pending += list(getattr(inner, "worker_failures", {}).values())

@@ -20,6 +20,7 @@ from wmdd_ray.spine.rooms import UnitMarker, marker_of
 from wmdd_ray.spine.run import StageRun
 from wmdd_ray.store.sources import Shard
 from wmdd_ray.store.sources.chunks import DecodedChunk
+from wmdd_ray.store.sources.passed import PassedOver
 from wmdd_ray.units import class_features
 from wmdd_ray.units.features import ChunkReader, Embedder
 
@@ -131,7 +132,14 @@ class EmbeddingActor:
 def _packed(chunk: DecodedChunk) -> pa.Table:
     return pa.table(
         {
-            "about": [json.dumps([chunk.shard_id, chunk.chunk, chunk.last, chunk.keys, chunk.bad])],
+            "about": [
+                json.dumps(
+                    [
+                        *(chunk.shard_id, chunk.chunk, chunk.last, chunk.keys, chunk.bad),
+                        [asdict(group) for group in chunk.passed],
+                    ]
+                )
+            ],
             "labels": [np.asarray(chunk.labels_N, dtype="<i8").tobytes()],
             "shape": [list(chunk.images_NHWC.shape)],
             "pixels": pa.array([chunk.images_NHWC.tobytes()], type=pa.large_binary()),
@@ -141,7 +149,7 @@ def _packed(chunk: DecodedChunk) -> pa.Table:
 
 def _unpacked(batch: pa.Table) -> DecodedChunk:
     row = {name: batch[name][0] for name in batch.column_names}
-    shard_id, chunk, last, keys, bad = json.loads(row["about"].as_py())
+    shard_id, chunk, last, keys, bad, passed = json.loads(row["about"].as_py())
     pixels = np.frombuffer(row["pixels"].as_buffer(), dtype=np.uint8)
     return DecodedChunk(
         shard_id=shard_id,
@@ -151,6 +159,7 @@ def _unpacked(batch: pa.Table) -> DecodedChunk:
         labels_N=np.frombuffer(row["labels"].as_buffer(), dtype="<i8"),
         images_NHWC=pixels.reshape(row["shape"].as_py()),
         bad=tuple(bad),
+        passed=tuple(PassedOver(**group) for group in passed),
     )
 
 

@@ -18,6 +18,8 @@ from wmdd_ray.options import fingerprint_options
 from wmdd_ray.spine.rooms import UnitMarker
 from wmdd_ray.spine.run import StageRun, Work
 from wmdd_ray.store.sources import Shard, Source, refuse_too_many_bad
+from wmdd_ray.store.sources.base import told_counts
+from wmdd_ray.store.sources.passed import Tally
 from wmdd_ray.units.class_features import is_class_unit
 from wmdd_ray.units.features import ChunkReader, check_classes, check_listed, chunk_unit
 from wmdd_ray.units.teacher import feature_width
@@ -76,7 +78,9 @@ def work(stage: StageRun) -> dict[str, Any]:
     refuse_too_many_bad(bad, stage.config.source, source.root)
     counts: Counter[int] = Counter()
     reads = 0
+    inside = Tally()
     for marker in markers.values():
+        inside.add_all(marker.metrics.get("passed", ()))
         labels = marker.metrics["label_counts"]
         reads += len(labels)
         counts.update({int(label): n for label, n in labels.items()})
@@ -88,6 +92,7 @@ def work(stage: StageRun) -> dict[str, Any]:
         "num_images": sum(counts.values()),
         "class_counts": [counts[label] for label in range(len(source.class_names))],
         "bad_images": bad,
+        "files_seen": told_counts(source, images, len(bad), inside.groups()),
         "regrouped": regroup,
         "seconds_in_core": round(sum(m.metrics["seconds_in_core"] for m in markers.values()), 3),
     }

@@ -23,9 +23,11 @@ from wmdd_ray.spine.run import Stage, StageRun, Work
 from wmdd_ray.store.documents import FileEntry
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.parts import decode_index
-from wmdd_ray.store.sources import refuse_too_many_bad
+from wmdd_ray.store.sources import Source, refuse_too_many_bad
+from wmdd_ray.store.sources.base import told_counts
 from wmdd_ray.store.sources.classes import one_line
 from wmdd_ray.store.sources.files import read_ahead
+from wmdd_ray.store.sources.passed import Tally
 from wmdd_ray.units.prepared import ROW_TYPE, Scanner, Writer, parts_of
 from wmdd_ray.units.splitting import (
     DEFAULT_VAL_FRACTION,
@@ -95,8 +97,30 @@ def scan(stage: StageRun) -> dict[str, Any]:
         f"{sources['train'].root} ({stage.run.store.url(BAD_KEY)} names them)",
     )
     if records == len(reasons):
-        raise DataError(f"{sources['train'].root}: expected images, found no good one")
-    return {"num_images": records - len(reasons), "bad_images": len(reasons)}
+        root, named = sources["train"].root, stage.run.store.url(BAD_KEY)
+        why = (
+            f": all {records} are bad, the first is {reasons[0]} ({named} names them)"
+            if reasons
+            else ", it holds none"
+        )
+        raise DataError(f"{root}: expected images, found no good one{why}")
+    seen = {split: _told_counts(sources[split], split, markers) for split in sources}
+    return {
+        "num_images": records - len(reasons),
+        "bad_images": len(reasons),
+        "files_seen": seen,
+    }
+
+
+def _told_counts(source: Source, split: str, markers: dict[str, UnitMarker]) -> str:
+    """Return the account of all files of a split."""
+    metrics = [m.metrics for unit, m in markers.items() if unit.startswith(f"{split}-")]
+    inside = Tally()
+    for of_part in metrics:
+        inside.add_all(of_part.get("passed", ()))
+    bad = sum(len(of_part["bad"]) for of_part in metrics)
+    images = sum(of_part["records"] for of_part in metrics) - bad
+    return told_counts(source, images, bad, inside.groups())
 
 
 def _names(stage: StageRun) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 import numpy as np
 
@@ -81,6 +82,7 @@ class Embedder:
                 "label_counts": {str(label): n for label, n in sorted(counts.items())},
                 "last": chunk.last,
                 "bad": list(chunk.bad),
+                "passed": [asdict(group) for group in chunk.passed],
                 "seconds_in_core": round(in_core, 4),
             },
             attempt=attempt,
@@ -124,6 +126,11 @@ def check_classes(
         wanted += f" with {tiles} x {tiles} tiles an image"
         remedy = "lower --ipc or --recover.tiles, or drop the class"
     for label, name in enumerate(class_names):
+        if not counts[label]:
+            raise DataError(
+                f'class {label} ("{name}") is among the class names and has no image; take it out of them (classes.txt, the '
+                "names that the files declare), or add images of it"
+            )
         if counts[label] < config.num_atoms:
             raise DataError(
                 f'class {label} ("{name}") has {counts[label]} images but {wanted}; {remedy}'

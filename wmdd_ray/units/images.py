@@ -15,7 +15,6 @@ from wmdd_ray.core.jitter import noise_start
 from wmdd_ray.core.moments import variance_S
 from wmdd_ray.core.networks import network_of
 from wmdd_ray.core.optimizer import State
-from wmdd_ray.core.selection import herding
 from wmdd_ray.core.synthesis import ClassTarget, recover_group
 from wmdd_ray.core.tiles import shrink, tile, tile_side
 from wmdd_ray.diffusion.recovery import Sampler
@@ -150,6 +149,8 @@ class Inputs:
         """Return the start images of a class at the tiles' side, or None for a noise start."""
         if self.config.recover.start != "herding":
             return _start(solved, self.source, self.network, self.config)
+        from wmdd_ray.core.selection import herding  # it loads POT, which nothing else here needs
+
         real = self._features.read(solved.label)
         keys = tuple(real.keys[i] for i in herding(real.features_ND, self.config.num_atoms))
         side = tile_side(self.config.source.image_size, self.config.recover.tiles)

@@ -8,7 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -23,6 +23,7 @@ from wmdd_ray.store.parts import decode_frame, encode_frame, encode_part, rank_o
 from wmdd_ray.store.shrink import kept_image
 from wmdd_ray.store.sources import RawImage, Shard, Source
 from wmdd_ray.store.sources.files import open_whole, read_ahead, reading
+from wmdd_ray.store.sources.passed import PassedOver
 from wmdd_ray.store.uris import arrow_filesystem
 from wmdd_ray.units.splitting import PrepareConfig
 
@@ -61,6 +62,7 @@ class _Part:
     labels: list[int] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
+    passed: tuple[PassedOver, ...] = ()  # members of an archive, known at its end
 
 
 class Scanner:
@@ -84,6 +86,8 @@ class Scanner:
                 self._add(part, ahead)
                 ahead = next(records, None)
             unit = part_unit(split, shard, number)
+            if ahead is None:
+                part.passed = self._sources[split].passed_inside
             yield self._commit(unit, part, attempt, last=ahead is None, started=started)
             number += 1
             if ahead is None:
@@ -140,7 +144,12 @@ class Scanner:
             unit,
             payloads,
             attempt=attempt,
-            metrics={"records": part.records, "bad": part.bad, "last": last},
+            metrics={
+                "records": part.records,
+                "bad": part.bad,
+                "passed": [asdict(group) for group in part.passed],
+                "last": last,
+            },
             seconds=time.perf_counter() - started,
         )
 

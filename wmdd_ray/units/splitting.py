@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from wmdd_ray.config import SourceConfig, refuse_secrets
+from wmdd_ray.config import (
+    BucketAccess,
+    Format,
+    Numbers,
+    SourceConfig,
+    TarKeys,
+    refuse_secrets,
+)
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.options import check, option
 
-Format = Literal["auto", "digits", "imagefolder", "webdataset", "parquet", "idx", "csv"]
 SPLITS = ("train", "validation")
 DEFAULT_VAL_FRACTION = 0.05
 _MIB = 1 << 20
@@ -51,6 +57,23 @@ class PrepareConfig:
     """Largest width x height that is decoded; a larger header is refused as a bad image."""
     follow_links: bool = False
     """Follow links out of the source's folder: say so only of links that are yours."""
+    layout: str = ""
+    """Where the images of a class lie, where the folders leave a doubt: `train/{class}`, `{split}/{class}`, `*/{class}`,
+    `train/{class}.*`; --source.layout of jobs/distill.py says it in full."""
+    tar_keys: TarKeys = "auto"
+    """Where the key of a tar's member ends: `first-dot`, as webdataset has it, or `last-dot` (`img_012.05.png`). `auto` is the
+    first, and stops where the last would find images that the first does not."""
+    max_passed_over: float = 0.25
+    """Largest share of a folder's files that may be no image of any class, [0, 1], text beside images not counted."""
+    label_column: str | None = None
+    """Where labels are: the column of a Parquet file or a table, the key in WebDataset's `.json`, `coarse_label` of CIFAR-100."""
+    image_column: str | None = None
+    """Where images are: the column of a Parquet file, the paths' of a table, the ending in WebDataset."""
+    numbers: Numbers = "auto"
+    """What a number as a label means: `index`, a place in the class names from 0 (`index-from-1`: from 1), or `name`, the class
+    that is called so. `auto`: a place in --classes or in the names that come with the file, else its own name."""
+    bucket: BucketAccess = field(default_factory=BucketAccess)
+    """How the images are reached in a bucket."""
 
     def __post_init__(self) -> None:
         refuse_secrets("val-data", self.val_data)
@@ -69,6 +92,14 @@ class PrepareConfig:
             max_bad_images=self.max_bad_images,
             max_image_pixels=self.max_image_pixels,
             follow_links=self.follow_links,
+            layout=self.layout,
+            tar_keys=self.tar_keys,
+            max_passed_over=self.max_passed_over,
+            label_column=self.label_column,
+            image_column=self.image_column,
+            # The file of --classes has the names in label order.
+            numbers="index" if self.classes and self.numbers == "auto" else self.numbers,
+            bucket=self.bucket,
         )
 
     @property
@@ -79,7 +110,9 @@ class PrepareConfig:
     def scan_options(self) -> dict[str, Any]:
         """Return the options that the parts depend on."""
         names = ("max_side", "shard_mb", "seed", "max_image_pixels")
-        return {name: getattr(self, name) for name in names}
+        later = {name: getattr(self, name) for name in ("label_column", "image_column", "numbers")}
+        later = {name: value for name, value in later.items() if value not in (None, "auto")}
+        return {name: getattr(self, name) for name in names} | later
 
 
 def check_class_names(names: Sequence[str], where: str) -> None:
