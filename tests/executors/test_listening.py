@@ -63,10 +63,14 @@ def test_a_socket_on_every_interface_is_seen() -> None:
     ("rooms", "options"),
     [
         # A process group of torch, Ray Data, actors of barycenters, a group of Ray Train.
-        ((), ("--num-workers", "2", "--executor", "train")),
-        (tiny.ROOMS[:3], ("--num-workers", "1", "--executor", "actors")),
+        pytest.param((), ("--num-workers", "2", "--executor", "train"), id="groups"),
+        pytest.param(
+            tiny.ROOMS[:3],
+            ("--num-workers", "1", "--executor", "actors"),
+            id="actors",
+            marks=pytest.mark.chaos_long,
+        ),
     ],
-    ids=["groups", "actors"],
 )
 def test_nothing_of_a_local_run_listens_beyond_this_machine_and_its_folder_is_closed(
     rooms: tuple[str, ...], options: tuple[str, ...], finished_run: FinishedRun, tmp_path: Path
