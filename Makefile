@@ -37,7 +37,7 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The project itself is not installed: jobs/ and tests/ find it in the checkout, so the code that runs is the code here.
-$(STAMP): requirements.txt
+$(STAMP): requirements.txt requirements-run.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python >= 3.11 is needed and $(PYTHON) is older; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@echo "Installing requirements.txt into $(VENV) (about 5 GB, a few minutes; once)"

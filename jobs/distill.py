@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -70,6 +69,7 @@ class Job:
 
     def __post_init__(self) -> None:
         refuse_secrets("out", self.out)
+        endings.refuse_lost_folder(self.out)
 
 
 def main(arguments: list[str]) -> int:
@@ -158,6 +158,7 @@ def open_run(job: Job) -> Run:
         endings.join_cluster(out, job.resources, verbose=job.verbose)
         # Only now: a run that was refused, or had nothing to do, is not what made the rooms.
         write_run_record(run)
+        print(f"writing to {run.store.uri}", file=sys.stderr)
 
     run = Run(
         store=Store(out),
@@ -182,15 +183,9 @@ def tracked_run(run: Run) -> TrackedRun:
 
 
 def default_out(config: DistillConfig) -> str:
-    """Return where a run goes when --out is absent. A submitted job's working folder is thrown away after it."""
-    name = f"{config.recipe}-ipc{config.ipc}" + ("-paper" if config.variant == "paper" else "")
-    if (
-        "WMDD_RAY_RUNS" in os.environ
-    ):  # set by the files in cluster/, where no node's disk is the others'
-        return f"{os.environ['WMDD_RAY_RUNS'].rstrip('/')}/{name}"
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        return str(Path.home() / "wmdd_ray_runs" / name)
-    return str(Path("runs") / name)
+    """Return where a run goes when --out is absent."""
+    variant = "-paper" if config.variant == "paper" else ""
+    return endings.default_out(f"{config.recipe}-ipc{config.ipc}{variant}")
 
 
 def write_run_record(run: Run) -> None:

@@ -152,7 +152,7 @@ def show(name: str, finding: Finding) -> None:
 
 
 def check_versions(visit: Visit) -> Iterator[Finding]:
-    """Hold what is installed against the lower bounds of pyproject.toml and the pins of requirements.txt."""
+    """Hold what is installed against the lower bounds of pyproject.toml and the pins of requirements-run.txt."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     below = [
         f"{bound.name} {_installed(bound.name)} (needs {bound.specifier})"
@@ -160,10 +160,10 @@ def check_versions(visit: Visit) -> Iterator[Finding]:
         if not bound.specifier.contains(_installed(bound.name) or "0", prereleases=True)
     ]
     if below:
-        yield Finding("FAIL", ", ".join(below), "pip install -r requirements.txt")
+        yield Finding("FAIL", ", ".join(below), "pip install -r requirements-run.txt")
     pins = [
         Requirement(line.partition(" #")[0])
-        for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+        for line in (ROOT / "requirements-run.txt").read_text(encoding="utf-8").splitlines()
         if line and not line.startswith("#")
     ]
     names = {Requirement(text).name for text in project["dependencies"]}
@@ -178,13 +178,13 @@ def check_versions(visit: Visit) -> Iterator[Finding]:
         yield Finding(
             "warning",
             f"Python {python}; {', '.join(moved)}",
-            "results were made with requirements.txt; other versions may change bytes",
+            "results were made with requirements-run.txt; other versions may change bytes",
         )
     elif not below:
         shown = ", ".join(
             f"{name} {_installed(name)}" for name in ("ray", "torch", "pyarrow", "pillow")
         )
-        yield Finding("ok", f"Python {python}, {shown}, and the rest as in requirements.txt")
+        yield Finding("ok", f"Python {python}, {shown}, and the rest as in requirements-run.txt")
 
 
 def _installed(name: str) -> str | None:

@@ -13,10 +13,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 
 from wmdd_ray.config import Resources
-from wmdd_ray.errors import WmddError
+from wmdd_ray.errors import ConfigError, WmddError
 from wmdd_ray.spine.run import Run
 from wmdd_ray.telling.progress import AboveTheBar
 
@@ -59,6 +60,29 @@ def log_above_the_bar(*, verbose: bool) -> None:
         format="%(name)s: %(message)s",
         handlers=[AboveTheBar()],
     )
+
+
+def _is_submitted() -> bool:
+    """Return whether this job was submitted to Ray, which throws its working folder away after it."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def default_out(name: str) -> str:
+    """Return where a job writes when --out is absent."""
+    if (
+        "WMDD_RAY_RUNS" in os.environ
+    ):  # set by the files in cluster/, where no node's disk is the others'
+        return f"{os.environ['WMDD_RAY_RUNS'].rstrip('/')}/{name}"
+    return str(Path.home() / "wmdd_ray_runs" / name if _is_submitted() else Path("runs") / name)
+
+
+def refuse_lost_folder(out: str | None) -> None:
+    """Refuse a relative path as --out of a submitted job."""
+    if out and _is_submitted() and "://" not in out and not Path(out).is_absolute():
+        raise ConfigError(
+            f"--out {out}: expected a URI such as s3://bucket/prefix, or an absolute path that lasts: this job was submitted, and "
+            "its working folder is thrown away when it ends"
+        )
 
 
 def join_cluster(out: str, resources: Resources, *, verbose: bool) -> None:

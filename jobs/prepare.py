@@ -67,6 +67,7 @@ class Job:
 
     def __post_init__(self) -> None:
         refuse_secrets("out", self.out)
+        endings.refuse_lost_folder(self.out)
         refuse_secrets("source", self.source)
         here, out = (_place(uri) for uri in (self.source, self.out))
         if self.source != "digits" and (out + "/").startswith(here + "/"):

@@ -19,12 +19,15 @@ import tyro
 
 from jobs import command_line
 from wmdd_ray.config import DistillConfig, refuse_secrets
-from wmdd_ray.errors import ConfigError, WmddError
+from wmdd_ray.errors import ArtifactError, ConfigError, WmddError
 from wmdd_ray.product.card import size
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
 
+logger = logging.getLogger(__name__)
+
 REPORT_KEY = "report.html"
+CARD_KEY = "dataset/README.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +56,25 @@ def main(arguments: list[str]) -> int:
     try:
         report = command_line.parse(Report, arguments, description=__doc__)
         store, key = _target(report)
-        content = page_of(Store(report.run), classes=report.classes, data=report.data)
+        content = page_of(
+            Store(report.run),
+            classes=report.classes,
+            data=report.data,
+            card=CARD_KEY if report.out is None else None,
+        )
         store.put(key, content)
     except WmddError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        # A run is a folder of anybody's JSON.
+        logger.info("the report", exc_info=error)
+        told = ArtifactError(
+            f"{report.run}: expected a run as this version of wmdd_ray writes it, found another ({type(error).__name__}: "
+            f"{error}); make the page with the version that made the run"
+        )
+        print(f"error: {told}", file=sys.stderr)
+        return told.exit_code
     print(f"report          {store.url(key)} ({size(len(content))})")
     return 0
 
@@ -76,6 +93,7 @@ def page_of(
     source: Source | None = None,
     classes: tuple[int, ...] = (),
     data: str | None = None,
+    card: str | None = CARD_KEY,
 ) -> bytes:
     """Return the page of the run under `store`.
 
@@ -85,6 +103,7 @@ def page_of(
         source: Its training images; None opens them.
         classes: Labels to show in full; none takes a selection.
         data: Where the training images are now; None where the run read them.
+        card: Where the set's card lies, seen from the page.
 
     Raises:
         ConfigError: There is no run, or no such class.
@@ -122,7 +141,7 @@ def page_of(
         )
         source = None
     shown, absent = shown_classes(facts, source, chosen_labels(num_classes, classes))
-    return render(facts, shown, [*missing, *absent])
+    return render(facts, shown, [*missing, *absent], card)
 
 
 def _open(config: DistillConfig) -> Source:

@@ -69,6 +69,7 @@ class Job:
 
     def __post_init__(self) -> None:
         refuse_secrets("out", self.out)
+        endings.refuse_lost_folder(self.out)
         refuse_secrets("data", self.data)
         check(self)
         check_widths(self.training.widths, self.source.image_size)
@@ -98,7 +99,7 @@ def parse(arguments: list[str]) -> Job:
 def train(job: Job) -> int:
     """Train the model unless it is there, and print where it is."""
     started = time.monotonic()
-    store = Store(job.out or f"runs/diffusion-{job.recipe}")
+    store = Store(job.out or endings.default_out(f"diffusion-{job.recipe}"))
     source = open_source(job.data, job.source, split="train")
     plan = _plan(job, source)
     mine = _is_mine(store, plan, overwrite=job.overwrite)

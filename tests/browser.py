@@ -80,7 +80,10 @@ class Browser:
         return self.call("POST", "execute/sync", script=script, args=[])
 
     def click(self, selector: str) -> None:
-        """Click on what a person would, as a person would: what is covered or absent fails."""
+        """Scroll to an element and click on it, as a person would: what is covered or absent fails."""
+        self.do(
+            f"document.querySelector({json.dumps(selector)})?.scrollIntoView({{block: 'center'}})"
+        )
         element = self.call("POST", "element", using="css selector", value=selector)
         self.call("POST", f"element/{next(iter(element.values()))}/click")
 

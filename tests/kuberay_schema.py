@@ -47,8 +47,8 @@ def record(required: str = "", **fields: Schema) -> Schema:
     }
 
 
-def resource(api_version: str, kind: str, spec: Schema | None) -> Schema:
-    """Return the schema of a whole Kubernetes resource."""
+def resource(api_version: str, kind: str, spec: Schema | None, **others: Schema) -> Schema:
+    """Return the schema of a whole Kubernetes resource; `others` are fields beside its spec that may be there."""
     fields: dict[str, Schema] = {
         "apiVersion": {"const": api_version},
         "kind": {"const": kind},
@@ -56,7 +56,7 @@ def resource(api_version: str, kind: str, spec: Schema | None) -> Schema:
     }
     if spec is not None:
         fields["spec"] = spec
-    return record(" ".join(fields), **fields)
+    return record(" ".join(fields), **fields, **others)
 
 
 METADATA = record(name=STR, namespace=STR, labels=STRING_MAP, annotations=STRING_MAP)
@@ -223,5 +223,7 @@ KINDS: dict[str, Schema] = {
     "RayJob": resource("ray.io/v1", "RayJob", JOB_SPEC),
     "RayCluster": resource("ray.io/v1", "RayCluster", CLUSTER_SPEC),
     "NetworkPolicy": resource("networking.k8s.io/v1", "NetworkPolicy", NETWORK_POLICY_SPEC),
-    "ServiceAccount": resource("v1", "ServiceAccount", None),
+    "ServiceAccount": resource(
+        "v1", "ServiceAccount", None, imagePullSecrets=many(record("name", name=STR))
+    ),
 }

@@ -23,7 +23,7 @@ from tests.kuberay_schema import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "cluster"
-RAY_VERSION = re.search(r"^ray\[.*\]==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M)[1]
+RAY_VERSION = re.search(r"^ray\[.*\]==(\S+)$", (ROOT / "requirements-run.txt").read_text(), re.M)[1]
 # The options of a Compute Engine machine that gcp.yaml has a use for (its API's `instances` resource).
 GCP_MACHINE = {"disks", "machineType", "metadata", "scheduling", "serviceAccounts"}
 
@@ -204,7 +204,7 @@ def test_launcher_asks_for_a_token_on_every_node_and_binds_the_dashboard_to_loop
     # Ray's defaults would install a wheel of another version on every node.
     assert "ray-wheels" not in str(config)
     for commands in (config["head_setup_commands"], config["worker_setup_commands"]):
-        assert any("~/wmdd_ray/requirements.txt" in command for command in commands)
+        assert any("~/wmdd_ray/requirements-run.lock" in command for command in commands)
 
 
 def test_kuberay_gpus_are_spot_from_none_up_and_the_head_never_is() -> None:
@@ -276,8 +276,9 @@ def image_sources() -> dict[str, str]:
     lines = (CLUSTER / "Dockerfile").read_text(encoding="utf-8").splitlines()
     copies = [shlex.split(line)[1:] for line in lines if line.startswith("COPY ")]
     found = {}
-    for source, target in ([word for word in words if word[:2] != "--"] for words in copies):
-        found[source] = source if target == "./" else target.rstrip("/")
+    for *sources, target in ([word for word in words if word[:2] != "--"] for words in copies):
+        for source in sources:
+            found[source] = source if target == "./" else target.rstrip("/")
     return found
 
 
@@ -335,6 +336,54 @@ def test_launcher_nodes_hold_what_the_image_holds_where_the_image_holds_it(name:
         assert f"cd {here};" in commands[-1].partition("ray start")[0]
 
 
+def admitted(policy: Config, namespace: str, labels: dict[str, str], port: int) -> bool:
+    """Return whether an ingress policy of the namespace `default` lets a pod of another one in."""
+
+    def matches(selector: Config, found: dict[str, str]) -> bool:
+        return selector.get("matchLabels", {}).items() <= found.items()
+
+    return any(
+        "namespaceSelector" in peer
+        and matches(peer["namespaceSelector"], {"kubernetes.io/metadata.name": namespace})
+        and matches(peer.get("podSelector", {}), labels)
+        for rule in policy["spec"]["ingress"]
+        if port in [p["port"] for p in rule.get("ports", [{"port": port}])]
+        for peer in rule["from"]
+    )
+
+
+def test_only_the_operators_own_namespace_reaches_the_ports_and_prometheus_its_numbers() -> None:
+    policy = kubernetes("rayjob.yaml")["NetworkPolicy"]
+    operator = {"app.kubernetes.io/component": "kuberay-operator"}
+    assert admitted(policy, "ray-system", operator, 8265)
+    assert not admitted(policy, "ray-system", {}, 8265)
+    assert not admitted(policy, "elsewhere", operator, 8265), "anybody can label a pod"
+    assert admitted(policy, "prometheus-system", {}, 8080)
+    assert not admitted(policy, "prometheus-system", {}, 8265)
+    policy["spec"]["ingress"][0]["from"][1]["namespaceSelector"] = {}
+    assert admitted(policy, "elsewhere", operator, 8265), "the planted fault is seen"
+
+
+def test_a_job_of_kuberay_ends_and_nothing_that_tidies_up_takes_its_head() -> None:
+    job, cluster = kubernetes("rayjob.yaml")["RayJob"]["spec"], ray_cluster("rayjob.yaml")
+    assert job["backoffLimit"] == 1
+    assert job["activeDeadlineSeconds"] > 123 * 3600  # the slowest row of cluster/README.md
+    assert cluster["headGroupSpec"]["template"]["metadata"]["annotations"] == {
+        "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+        "karpenter.sh/do-not-disrupt": "true",
+    }
+    for name in KUBERAY_FILES:
+        assert kubernetes(name)["ServiceAccount"]["imagePullSecrets"] == [{"name": "wmdd-registry"}]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["image"].endswith("-YOUR_TAG"), (
+            "one tag for all revisions mixes their code"
+        )
+        assert "ephemeral-storage" in container["resources"]["requests"]
+    readme = (CLUSTER / "README.md").read_text(encoding="utf-8")
+    assert readme.count("s#YOUR_TAG#$REVISION#") == len(KUBERAY_FILES)
+
+
 def test_every_pod_starts_ray_in_the_images_working_directory() -> None:
     cluster = ray_cluster("rayjob.yaml")
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
@@ -373,7 +422,8 @@ def test_every_submitted_command_is_the_main_one_with_options_that_exist() -> No
 
 def test_pinned_packages_have_one_version_everywhere() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in CLUSTER.iterdir())
-    text += (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    for part in ("-run", ""):
+        text += (ROOT / f"requirements{part}.txt").read_text(encoding="utf-8")
     versions: dict[str, set[str]] = {}
     for name, version in re.findall(r"([\w.-]+)(?:\[[\w,]+\])?==([\w.]+)", text):
         versions.setdefault(name.lower(), set()).add(version)

@@ -635,6 +635,9 @@ class Resources:
     whole; `actors`, of which a lost one costs its own unit; `auto` takes a group up to 8 workers with 4 units each."""
     max_actors: int = option(1000, ge=1)
     """Most barycenter and embedding actors."""
+    worker_timeout_s: float = option(3600.0, gt=0)
+    """Seconds that a stage waits for its workers on a cluster that grows, before it gives up (at most 300 where nothing adds
+    nodes)."""
 
     def __post_init__(self) -> None:
         check(self)

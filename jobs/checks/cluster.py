@@ -68,7 +68,7 @@ def check_cluster(visit: Visit) -> Iterator[Finding]:
         f"{many(num_nodes, 'node')}, {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs, {size(has.get('memory', 0))} of "
         f"memory, {size(has.get('object_store_memory', 0))} for objects",
     )
-    yield _workers(visit, has, grows=autoscaler_of(address))
+    yield _workers(visit, has, grows=cluster.has_autoscaler(address))
     yield authentication(ray._private.worker.get_dashboard_url())
 
 
@@ -88,21 +88,10 @@ def _workers(visit: Visit, has: Mapping[str, float], *, grows: bool) -> Finding:
     each = many(wide.cpus, "CPU") + (f" and {many(wide.gpus, 'GPU')}" if wide.gpus else "")
     found = f"stages work on {many(wide.num_workers, 'worker')} of {each} each, with room for {min(rooms):g} now; {growth}"
     if min(rooms) < wide.num_workers and not grows:
-        return Finding("warning", found, "add nodes, or lower --num-workers")
+        return Finding(
+            "FAIL", found, "add nodes, or lower --num-workers and what a worker asks for"
+        )
     return Finding("ok", found)
-
-
-def autoscaler_of(address: str) -> bool:
-    """Return whether an autoscaler that can add nodes has reported to the cluster."""
-    from ray.autoscaler.v2.sdk import get_cluster_status
-
-    try:
-        status = get_cluster_status(address)
-    except Exception:  # an experimental part of Ray: knowing nothing is no failure
-        return False
-    # A head without one reports too, and calls each node by its id.
-    names = [node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)]
-    return any(name and not name.startswith("node_") for name in names)
 
 
 def authentication(dashboard: str | None) -> Finding:
@@ -222,7 +211,7 @@ def check_nodes(visit: Visit) -> Iterator[Finding]:
             yield Finding(
                 "FAIL",
                 f"{name}: {cause.splitlines()[-1]}",
-                "is this checkout there (ray job submit --working-dir .), with requirements.txt installed?",
+                "is this checkout there (ray job submit --working-dir .), with requirements-run.txt installed?",
             )
             continue
         store_bytes = int(alive[node_id]["Resources"].get("object_store_memory", 0))
@@ -251,7 +240,7 @@ def _problems(visit: Visit, node: Node, store_bytes: int, *, shared: bool) -> It
         if node.versions[name] != v
     ]
     if others:
-        yield Finding("FAIL", ", ".join(others), "install requirements.txt on every node")
+        yield Finding("FAIL", ", ".join(others), "install requirements-run.txt on every node")
     if not shared:
         yield Finding(
             "FAIL",

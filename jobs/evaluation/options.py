@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 import tyro
 
-from jobs import command_line, distill
+from jobs import command_line, endings
 from wmdd_ray.config import (
     Arch,
     AttackConfig,
@@ -98,6 +98,7 @@ class Job:
     def __post_init__(self) -> None:
         for option in ("uri", "data", "val_data", "teacher", "out"):
             refuse_secrets(option.replace("_", "-"), getattr(self, option))
+        endings.refuse_lost_folder(self.out)
         check(self.views, "views.")
 
 
@@ -339,5 +340,4 @@ def _among(option: str, given: Sequence[str], known: Sequence[str]) -> tuple[str
 def default_out(uri: str) -> str:
     """Return where results go when --out is absent."""
     name = re.sub(r"[^A-Za-z0-9.]+", "-", "/".join(uri.rstrip("/").split("/")[-2:])).strip("-.")
-    root = distill.default_out(DistillConfig())
-    return f"{root.rpartition('/')[0]}/evaluate-{name.removesuffix('-dataset')}"
+    return endings.default_out(f"evaluate-{name.removesuffix('-dataset')}")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def scraped(run: str) -> dict[tuple[str, str, str], float]:
         name, _, rest = line.partition("{")
         labels, _, value = rest.rpartition("} ")
         tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-        if tags["run"] == run:
+        if tags["run"] == quote(run):
             key = (name.removeprefix("ray_wmdd_"), tags["stage"], tags["part"])
             found[key] = float(value)
     return found
@@ -65,7 +66,7 @@ def redone(
     ray_local: None, finished_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A run that found everything but two rooms committed, and told of those."""
-    out = tmp_path_factory.mktemp("metrics") / f"told{time.time_ns()}"
+    out = tmp_path_factory.mktemp("metrics") / f"zähler{time.time_ns()}"
     rooms = [room for room in tiny.ROOMS if room not in ("barycenters", "images")]
     tiny.copy_rooms(finished_run.out, out, *rooms)
     assert tiny.job(out, "--tensorboard", str(out.parent / "board")) == 0

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from ray.exceptions import RayError
 
-from jobs import distill
+from jobs import distill, endings, prepare, train_diffusion
 from jobs.endings import Terminated
+from jobs.evaluation import options
 from tests.stages import tiny
 from tests.stages.tiny import ROOMS, FinishedRun
-from wmdd_ray.errors import LostRaceError
+from wmdd_ray.errors import ConfigError, LostRaceError
 from wmdd_ray.executors import cluster
 
 slow = pytest.mark.slow
@@ -228,3 +232,24 @@ def test_without_out_a_run_goes_where_the_cluster_says(monkeypatch: pytest.Monke
     assert (
         distill.default_out(distill.parse(["--ipc", "3"]).config) == "s3://bucket/runs/digits-ipc3"
     )
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        distill.Job,
+        train_diffusion.Job,
+        partial(prepare.Job, source="digits"),
+        partial(options.Job, uri="x"),
+    ],
+)
+def test_a_submitted_job_writes_into_no_folder_that_is_thrown_away(
+    job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert job(out="runs/mine").out == "runs/mine"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(ConfigError, match="--out runs/mine: expected a URI .* or an absolute path"):
+        job(out="runs/mine")
+    for out in ("s3://bucket/runs/mine", "/mnt/runs/mine"):
+        assert job(out=out).out == out
+    assert Path(endings.default_out("mine")).is_absolute()

@@ -8,17 +8,21 @@ import subprocess
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import s3fs
 from safetensors.numpy import save
 
-from jobs import doctor
+from jobs import distill, doctor
+from jobs.checks import cluster as checks
+from jobs.checks.report import Visit
 from tests.conftest import S3Uri, free_port
 from tests.stages import tiny
 from tests.stages.tiny import FinishedRun
 from tests.store.faulty_s3 import FaultyS3
 from tests.store.written_sources import write_imagefolder, write_parquet, write_webdataset
+from wmdd_ray.executors import cluster
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.units.teacher import read_teacher
@@ -313,6 +317,30 @@ def test_a_cluster_that_is_not_there_fails_in_seconds(
     assert report["nodes"] == ["skipped needs cluster"]
 
 
+@pytest.mark.parametrize(
+    ("options", "grows", "mark"),
+    [
+        (("--num-workers", "8"), False, "FAIL"),
+        (("--gpus-per-worker", "1", "--num-workers", "1"), False, "FAIL"),
+        (("--num-workers", "8"), True, "ok"),
+        (("--num-workers", "2"), False, "ok"),
+    ],
+)
+def test_workers_that_can_never_exist_fail_unless_something_adds_nodes(
+    options: tuple[str, ...],
+    grows: bool,
+    mark: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    has = {"CPU": 2.0}
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(cluster, "ray", SimpleNamespace(cluster_resources=lambda: has))
+    job = distill.parse(["--out", str(tmp_path), *options])
+    found = checks._workers(Visit(job, distill.open_run(job)), has, grows=grows)
+    assert (found.mark, bool(found.advice)) == (mark, mark == "FAIL")
+
+
 def test_a_wrong_option_fails_like_in_the_job(examine: Examine) -> None:
     code, report = examine("--recipe", "nothing")
     assert (code, failures(report)) == (2, ["options"])
@@ -330,5 +358,6 @@ def test_the_versions_below_the_bounds_fail(
     code, report = examine("--out", str(tmp_path / "run"))
     assert (code, failures(report)) == (2, ["versions"])
     assert (
-        "FAIL ray 2.54.0 (needs >=2.55) -> pip install -r requirements.txt" in report["versions"][0]
+        "FAIL ray 2.54.0 (needs >=2.55) -> pip install -r requirements-run.txt"
+        in report["versions"][0]
     )

@@ -468,7 +468,7 @@ def make(
 def the_message(stderr: str) -> str:
     """Return what was said beside the lines of progress, in one line; a message has one, a box of the parser several."""
     lines = [line.strip("│ ") for line in stderr.splitlines()]
-    lines = [line for line in lines if line and not re.match(r"\w+ +\d+/\d+", line)]
+    lines = [line for line in lines if line and not re.match(r"\w+ +\d+/\d+|writing to ", line)]
     if any("─" in line for line in lines):
         lines = [line.strip("╭╮╰╯─ ") for line in lines]
     else:

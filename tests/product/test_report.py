@@ -6,9 +6,11 @@ import base64
 import io
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,12 +19,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs import report
+from jobs import distill, report
 from tests.browser import Browser, browser
 from tests.stages import tiny
 from tests.stages.tiny import FinishedRun
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.errors import ArtifactError
+from wmdd_ray.product.card import size
 from wmdd_ray.product.pages import page
 from wmdd_ray.product.pages.classes import PICTURE_BYTES, chosen_labels, shown_classes
 from wmdd_ray.product.pages.facts import config_of, read_run
@@ -202,7 +205,7 @@ def test_class_names_are_text_wherever_they_stand(
 ) -> None:
     facts = read_run(Store(str(finished_run.out)), PIPELINE, None)
     evil = "</script><img src=x onerror='window.hit=1'><b>猫"
-    facts.class_names = (evil, *facts.class_names[1:])
+    facts.class_names = (evil, facts.class_names[1], "lone \ud800", *facts.class_names[3:])
     facts.stages["assemble"] = replace(facts.stages["assemble"], commit=None)
     shown, _ = shown_classes(facts, None, [0, 1])
     path = tmp_path / "report.html"
@@ -214,6 +217,69 @@ def test_class_names_are_text_wherever_they_stand(
     assert names == [evil, facts.class_names[1]]
     assert evil in window.ask("document.querySelector('.missing').textContent")
     assert window.ask("document.querySelector('#costs td').textContent") == evil
+
+
+ATTACKS = (
+    "</script><script>window.hit=1</script>",
+    "<img src=x onerror='window.hit=1'>",
+    '<a href="https://evil.example/">log in</a>',
+)
+
+
+@slow
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_what_a_foreign_run_says_is_text_wherever_it_stands(
+    window: Browser, finished_run: FinishedRun, tmp_path: Path, attack: str
+) -> None:
+    out = copy_of(finished_run, tmp_path / "run")
+    begun = {"run": attack, "stage": attack, "unit": attack, "node": attack, "attempt": attack}
+    lines: list[dict[str, Any]] = [
+        {"at": "2020-01-01T00:00:00+00:00", "event": "unit_started", **begun},
+        {"at": "2020-01-01T00:00:09+00:00", "event": "unit_failed", "reason": attack, **begun},
+        {
+            "at": "2020-01-01T00:00:10+00:00",
+            "event": "run_ended",
+            "run": attack,
+            "exit_code": attack,
+        },
+    ]
+    (out / "events" / "a-00000.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    record = json.loads((out / "run.json").read_text())
+    record |= {"hardware": attack, "git_revision": attack, "versions": {attack: attack}}
+    record["config"]["data"] = attack
+    (out / "run.json").write_text(json.dumps(record))
+    facts = read_run(Store(str(out)), PIPELINE, None)
+    facts.timeline.sessions[0].exit_code = cast(Any, attack)
+    shown, _ = shown_classes(facts, None, [0])
+    path = tmp_path / "report.html"
+    path.write_bytes(page.render(facts, shown, [attack]))
+    window.resize(1400, 900)
+    window.open(path)
+    assert window.complaints() == []
+    assert window.ask("window.hit") is None
+    links = "[...document.querySelectorAll('a')].map((a) => a.getAttribute('href') ?? a.getAttribute('xlink:href'))"
+    assert {link[0] for link in window.ask(links)} == {"#"}
+    assert window.ask("document.querySelectorAll('img[src=x]').length") == 0
+    told = "document.getElementById('chart-time').textContent"
+    assert attack in window.ask(told), "the name of the stage"
+    assert attack in window.ask("document.querySelector('#options').textContent")
+    assert f"exit code {attack}" in window.ask("document.querySelector('#time').textContent")
+
+
+@slow
+def test_the_policy_of_the_page_runs_nothing_that_the_page_does_not_bring(
+    window: Browser, finished_run: FinishedRun
+) -> None:
+    window.open(finished_run.out / "report.html")
+    assert window.complaints() == []
+    policy = "document.querySelector('meta[http-equiv]').content"
+    assert "unsafe-inline" not in window.ask(policy).partition("script-src")[2]
+    window.do(
+        "const s = document.createElement('script'); s.textContent = 'window.hit = 1'; document.body.append(s);"
+        "const i = document.createElement('img'); i.setAttribute('onerror', 'window.hit = 1'); i.src = 'x'; document.body.append(i)"
+    )
+    assert window.ask("window.hit") is None
+    assert len([line for line in window.complaints() if "Content Security Policy" in line]) >= 2
 
 
 @slow
@@ -280,10 +346,61 @@ def test_the_pictures_of_the_page_are_those_of_the_data_set(finished_run: Finish
 @slow
 def test_the_page_asks_the_network_for_nothing(finished_run: FinishedRun) -> None:
     content = (finished_run.out / "report.html").read_text()
-    assert "default-src 'none'; img-src data: blob:;" in content
+    assert "default-src 'none'; img-src data: blob:;" in unescape(content)
     own = re.sub(r'<script type="text/plain" id="plotly">.*?</script>', "", content, flags=re.S)
-    assert re.findall(r"(?:src|href)=[\"'](?!data:|#)[^\"']*", own) == []
+    assert re.findall(r"(?:src|href)=[\"'](?!data:|#)([^\"']*)", own) == ["dataset/README.md"]
     assert re.findall(r"https?://|@import|url\(", own) == []
+
+
+@slow
+def test_the_page_says_how_the_set_is_made_and_used(finished_run: FinishedRun) -> None:
+    out = finished_run.out
+    content = unescape((out / "report.html").read_text())
+    assert '<a href="dataset/README.md">' in content and (out / "dataset" / "README.md").exists()
+    snippet = re.search(r'<pre id="snippet"><code>(.*?)</code>', content, re.S)
+    command = re.search(r'<pre id="command"><code>(.*?)</code>', content, re.S)
+    assert snippet is not None and command is not None
+    seen: list[Any] = []
+    exec(snippet[1].replace("...", "seen.append(view.shape)"), {"seen": seen})
+    assert len(seen) == 40 * 6 / 25 // 1 + 1  # 40 images, 6 label epochs, batches of 25
+    words = shlex.split(command[1].replace("\\\n", " "))
+    assert words[:2] == ["python", "jobs/distill.py"]
+    job = distill.parse(words[2:])
+    assert job.out == str(out)
+    assert job.config == read_run(Store(str(out)), PIPELINE, None).config
+    made = read_run(Store(str(out)), PIPELINE, None).metrics("assemble")
+    sizes = [size(made[f"{part}_bytes"]) for part in ("image", "label", "teacher")]
+    assert "{} images + {} labels + {} teacher; real set".format(*sizes) in text_of(
+        out / "report.html"
+    )
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"event": "run_ended", "exit_code": "0; rm"},
+        {"event": "unit_done", "stage": "s", "unit": "u", "seconds": "long"},
+        {"event": "unit_done", "stage": ["s"], "unit": {"u": 1}, "seconds": 1e300},
+        {"event": "unit_started", "stage": "s", "unit": "u", "attempt": "many"},
+        {"event": ["unit_started"]},
+    ],
+)
+def test_events_of_other_types_than_ours_are_read_as_far_as_they_make_sense(
+    event: dict[str, Any],
+) -> None:
+    told = timeline_of([{"at": "2026-01-01T00:00:00+00:00", "run": "r", **event}], {})
+    assert all(isinstance(s.exit_code, int | None) for s in told.sessions)
+    assert all(0 <= bar.end - bar.begin < 1e9 for bar in told.bars)
+
+
+def test_a_run_whose_record_is_of_another_kind_is_told_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for content in ("[1]", '{"config": [2]}', '{"config": {"ipc": "<b>"}}', '{"versions": 3}'):
+        (tmp_path / "run.json").write_text(content)
+        assert report.main([str(tmp_path)]) == 5
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
 
 
 @slow

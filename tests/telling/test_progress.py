@@ -172,3 +172,32 @@ def test_between_the_log_lines_of_verbose_the_terminal_gets_plain_lines(
 )
 def test_durations_are_written_as_people_say_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_time_that_is_left_does_not_count_what_it_took_to_start_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, stream = Clock(monkeypatch), Terminal()
+    line = StageLine("recover", stream)
+    line.start(10, 2)
+    clock.now += 20
+    line.work_begins()
+    clock.now += 4
+    line.update(4)
+    assert "0.50/s, 12 s left" in stream.getvalue()
+    clock.now += 4
+    line.work_begins()  # of another worker, which changes nothing
+    line.update(6)
+    assert "0.50/s, 8.0 s left" in stream.getvalue()
+
+
+def test_a_name_that_a_unit_tells_is_no_command_to_the_terminal() -> None:
+    stream = io.StringIO()
+    line = StageLine("recover", stream)
+    line.start(2, 0)
+    line.update(1, "class \x1b]0;owned\x07\x9b2J\r\u202ednb\nerror: forged")
+    line.finish()
+    written = stream.getvalue()
+    assert r"class \x1b]0;owned\x07\x9b2J\r\u202ednb error: forged" in written
+    assert not set(written) & set("\x1b\x07\x9b\r\u202e")
+    assert len(written.splitlines()) == 2

@@ -6,7 +6,10 @@ import atexit
 import contextlib
 import logging
 import os
+import resource
 import socket
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +17,10 @@ from pathlib import Path
 import ray
 
 from wmdd_ray.config import Resources
-from wmdd_ray.errors import ConfigError
+from wmdd_ray.errors import ConfigError, WmddError
+from wmdd_ray.spine.run import StageRun
+
+logger = logging.getLogger(__name__)
 
 # A laptop: up to this many CPUs, worker processes (each imports torch, 11 to 24 s) cost more than they bring.
 _LAPTOP_CPUS = 4
@@ -22,6 +28,11 @@ _HEAD_TIMEOUT_S = 10.0
 # Workers to ask an autoscaler for that has started nothing yet, when nobody says how many (--num-workers).
 _UNSEEN_WORKERS = 2
 _LOCAL_OBJECT_STORE_BYTES = 512 << 20
+# Ray's processes on one machine open hundreds of sockets and files.
+_NEEDED_FILES = 1024
+# A cluster that nobody makes larger: a node that was lost may be on its way back.
+_FIXED_WAIT_S = 300.0
+_TELL_EVERY_S = 60.0
 
 
 def connect(out: str, *, verbose: bool = False) -> None:
@@ -59,6 +70,11 @@ def connect(out: str, *, verbose: bool = False) -> None:
 
 def require_head(address: str) -> None:
     """Make sure that something listens at `address`: Ray would go on trying for minutes."""
+    if address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: expected the head's HOST:6379, got the address of its dashboard; type `ray job submit "
+            f"--address {address} -- python jobs/...`, or give the head's"
+        )
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdecimal():
         try:
@@ -74,22 +90,75 @@ def has_cpus() -> bool:
     return bool(ray.cluster_resources().get("CPU", 0))
 
 
+def is_one_machine() -> bool:
+    """Return whether all nodes are on this machine, and speak to each other on its loopback interface."""
+    return all(n["NodeManagerAddress"].startswith("127.") for n in ray.nodes() if n["Alive"])
+
+
+def _own_folder() -> str:
+    """Return the folder for a local Ray's sessions. Ray lets everybody write into these, so it lies in one that is closed.
+
+    Raises:
+        ConfigError: Somebody else has made the folder, or opened it.
+    """
+    base = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    folder = base / f"wmdd_ray-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o777 != 0o700:
+        raise ConfigError(
+            f"{folder}: expected a folder of this user that nobody else may enter, found mode {found.st_mode & 0o777:o} of user "
+            f"{found.st_uid}; remove it, or set RAY_TMPDIR to a folder of your own"
+        )
+    return str(folder / "ray")
+
+
+def _allow_files() -> None:
+    """Let this process and those that it starts open as many files as Ray needs."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < _NEEDED_FILES:
+        if hard != resource.RLIM_INFINITY and hard < _NEEDED_FILES:
+            raise ConfigError(
+                f"at most {hard} open files are allowed here (ulimit -n), Ray needs {_NEEDED_FILES}: start the job in a shell or "
+                "container with more (docker run --ulimit nofile=65536), or pass --executor here, which starts no Ray"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_NEEDED_FILES, hard))
+
+
 def _start_local(level: int, verbose: bool) -> None:
+    _allow_files()
     # Workers import the package from this checkout, wherever the driver was started.
     root = str(Path(__file__).resolve().parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    with contextlib.nullcontext() if verbose else hushed():
-        ray.init(
-            address="local",
-            num_cpus=max(2, os.cpu_count() or 2),
-            include_dashboard=False,
-            object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-            logging_level=level,
-            log_to_driver=verbose,
-            _node_ip_address="127.0.0.1",
-        )
+    for is_last in (False, True):
+        try:
+            with contextlib.nullcontext() if verbose else hushed():
+                _init_local(level, verbose)
+            break
+        except (RuntimeError, TimeoutError) as error:
+            # On a busy machine a part of Ray comes too late for the others.
+            ray.shutdown()
+            if is_last:
+                told = str(error).strip().splitlines()[0]
+                raise WmddError(
+                    f"Ray did not start on this machine, twice: {told}; it may be busy or short of memory: run the same command "
+                    "again, or pass --executor here, which starts no Ray"
+                ) from error
     # Before the handler of Ray's node, which ends the raylet under a connected driver: the last one registered is called first.
     atexit.register(ray.shutdown)
+
+
+def _init_local(level: int, verbose: bool) -> None:
+    ray.init(
+        address="local",
+        num_cpus=max(2, os.cpu_count() or 2),
+        include_dashboard=False,
+        object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+        logging_level=level,
+        log_to_driver=verbose,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=_own_folder(),
+    )
 
 
 @contextlib.contextmanager
@@ -155,3 +224,72 @@ def _refuse_more_than_here(
                 f"--num-workers {num_workers} of --{option} {asked:g}: this machine has {has:g} {kind}s; lower them, or join a "
                 "cluster that has more (RAY_ADDRESS, or ray job submit)"
             )
+
+
+def await_room(stage: StageRun, wide: Width, num_needed: int = 1) -> None:
+    """Return when the nodes have room for `num_needed` workers, and say each minute what is waited for.
+
+    Raises:
+        ConfigError: They have not, and nothing is seen that adds nodes.
+        WmddError: An autoscaler has added none of that kind in `--worker-timeout-s`.
+    """
+    began = time.monotonic()
+    told = began - _TELL_EVERY_S
+    asked_for: list[ray.ObjectRef[None]] = []
+    grows = False
+    try:
+        while (room := _room(wide)) < num_needed:
+            if not asked_for:
+                grows = has_autoscaler(ray.get_runtime_context().gcs_address)
+                # An autoscaler sees tasks that wait, and takes them for the stage's workers.
+                probe = ray.remote(num_cpus=wide.cpus, num_gpus=wide.gpus)(_nothing)
+                asked_for = [probe.remote() for _ in range(max(wide.num_workers, num_needed))]
+            limit_s = stage.resources.worker_timeout_s
+            limit_s = limit_s if grows else min(limit_s, _FIXED_WAIT_S)
+            each = f"{wide.cpus} CPUs" + (f" and {wide.gpus:g} GPUs" if wide.gpus else "")
+            has = ray.cluster_resources()
+            text = (
+                f"{stage.stage.name}: {num_needed} workers of {each} are needed, and the cluster has room for {room} (it has "
+                f"{has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs"
+                f"{'' if grows else ', and no autoscaler is seen'})"
+            )
+            now = time.monotonic()
+            if now - began >= limit_s:
+                kind = WmddError if grows else ConfigError
+                raise kind(
+                    f"{text} after {limit_s:g} s; lower --num-workers, --cpus-per-worker or --gpus-per-worker, or add nodes"
+                )
+            if now - told >= _TELL_EVERY_S:
+                logger.warning("%s; waiting for up to %.0f s", text, limit_s - (now - began))
+                told = now
+            time.sleep(0.5)
+    finally:
+        for task in asked_for:
+            ray.cancel(task)
+
+
+def _nothing() -> None:
+    """Do nothing, where there is room for it."""
+
+
+def _room(wide: Width) -> int:
+    """Return how many workers fit on the nodes that are alive, were they idle."""
+    room = 0
+    for node in ray.nodes():
+        has = node["Resources"] if node["Alive"] else {}
+        fits = int(has.get("CPU", 0) // wide.cpus)
+        room += min(fits, int(has.get("GPU", 0) / wide.gpus)) if wide.gpus else fits
+    return room
+
+
+def has_autoscaler(address: str) -> bool:
+    """Return whether an autoscaler that can add nodes has reported to the cluster."""
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    try:
+        status = get_cluster_status(address)
+    except Exception:  # an experimental part of Ray: knowing nothing is no failure
+        return False
+    # A head without one reports too, and calls each node by its id.
+    names = [node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)]
+    return any(name and not name.startswith("node_") for name in names)

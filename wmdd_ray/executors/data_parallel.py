@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
+import tempfile
+import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -13,14 +19,16 @@ import ray.data
 import ray.train
 import ray.train.torch
 import torch
+import torch.distributed as dist
 from ray.train import RunConfig
+from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.core.batches import Batch
 from wmdd_ray.errors import WmddError
 from wmdd_ray.executors import here, train_groups
-from wmdd_ray.executors.cluster import width
+from wmdd_ray.executors.cluster import await_room, is_one_machine, width
 from wmdd_ray.executors.heap import keep_freed_memory
 from wmdd_ray.executors.queue import reporter
 from wmdd_ray.executors.workers import device_of_worker
@@ -36,21 +44,78 @@ def train(stage: StageRun, training: Training, source: Source, num_finished: int
         keep_freed_memory()
         here.train(stage, training, source, num_finished)
         return
+    await_room(stage, wide, num_needed=wide.num_workers)  # they share each batch
     streamed = training.train is None
     datasets = {"train": _stream(source, stage.config.source)} if streamed else {}
-    with train_groups.queue_actor(stage, [training.unit], num_finished) as queue:
+    backend = "nccl" if wide.gpus else "gloo"
+    with (
+        train_groups.queue_actor(stage, [training.unit], num_finished) as queue,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        torch_config = TorchConfig(backend=backend)
+        if is_one_machine():
+            torch_config = LoopbackConfig(backend=backend, folder=folder)
 
         def fit(run_config: RunConfig) -> None:
             TorchTrainer(
                 _worker_loop,
                 train_loop_config={"training": training, "queue": queue, "cpus": wide.cpus},
-                torch_config=TorchConfig(backend="nccl" if wide.gpus else "gloo"),
+                torch_config=torch_config,
                 scaling_config=train_groups.scaling(wide, wide.num_workers, elastic=False),
                 run_config=run_config,
                 datasets=datasets,
             ).fit()
 
         train_groups.fit_until_done(stage, queue, fit)
+
+
+@dataclass
+class LoopbackConfig(TorchConfig):
+    """A process group of workers of one machine. torch's own store would listen on every interface, and ask for no token."""
+
+    folder: str = ""
+    """Where the workers meet; nobody else may write there."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _Loopback
+
+
+class _Loopback(Backend):
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: LoopbackConfig) -> None:
+        meeting = f"{backend_config.folder}/{uuid.uuid4().hex}"  # another one for each attempt
+        num_workers = len(worker_group)
+        ray.get(
+            [
+                worker_group.execute_single_async(
+                    rank, _meet, backend_config.backend, rank, num_workers, meeting
+                )
+                for rank in range(num_workers)
+            ]
+        )
+
+    def on_shutdown(self, worker_group: Any, backend_config: LoopbackConfig) -> None:
+        worker_group.execute_async(_part)
+
+
+def _meet(backend: str, rank: int, num_workers: int, meeting: str) -> None:
+    """Enter the process group of `num_workers`, by a file, with sockets on the loopback interface only."""
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
+    dist.init_process_group(
+        backend=backend,
+        store=dist.FileStore(meeting, num_workers),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=num_workers,
+        timeout=timedelta(minutes=30),
+    )
+
+
+def _part() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _worker_loop(loop: dict[str, Any]) -> None:

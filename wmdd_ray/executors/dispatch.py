@@ -77,10 +77,11 @@ def do_each(
         import ray
 
         from wmdd_ray.executors.actors import fan_out
-        from wmdd_ray.executors.cluster import width
+        from wmdd_ray.executors.cluster import Width, await_room, width
 
         if not (light and width(stage.resources).num_workers == 0):
             most = stage.resources.max_actors
+            await_room(stage, Width(min(most, len(units)), cpus=1, gpus=0.0))
             actor = ray.remote(num_cpus=1)(worker_class)
             fan_out(stage, actor, arguments, units, max_actors=most, on_done=on_done)
             return

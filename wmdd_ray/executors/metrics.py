@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import string
 from collections.abc import Callable, Sequence
+from urllib.parse import quote
 
 import ray.data
 from ray.util.metrics import Gauge
@@ -34,7 +36,8 @@ class RayMetrics(Tracker):
     title = "Ray's metrics"
 
     def __init__(self, run_name: str) -> None:
-        self._run_name = run_name
+        # Ray takes no tag beyond ASCII.
+        self._run_name = quote(run_name, safe=string.printable)
 
     def open(self) -> None:
         keys = ("run", "stage", "part")

@@ -14,7 +14,7 @@ import ray
 import ray.data
 
 from wmdd_ray.executors.causes import root_cause
-from wmdd_ray.executors.cluster import width
+from wmdd_ray.executors.cluster import Width, await_room, width
 from wmdd_ray.executors.heap import return_freed_memory
 from wmdd_ray.spine.rooms import UnitMarker, marker_of
 from wmdd_ray.spine.run import StageRun
@@ -94,6 +94,7 @@ def embedded(
     wide = width(stage.resources)
     gpus = {"num_gpus": wide.gpus} if wide.gpus else {"num_cpus": 1}
     most = max(1, min(stage.resources.max_actors, len(left), wide.num_workers or 1))
+    await_room(stage, Width(most, cpus=1, gpus=wide.gpus))
     rows = [{"shard": shard.written(), "skip": sorted(finished)} for shard, finished in left]
 
     def decode(batch: pa.Table) -> Iterator[pa.Table]:

@@ -24,7 +24,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from wmdd_ray.executors import here
 from wmdd_ray.executors.actors import fan_out
-from wmdd_ray.executors.cluster import Width, width
+from wmdd_ray.executors.cluster import Width, await_room, width
 from wmdd_ray.executors.heap import keep_freed_memory
 from wmdd_ray.executors.queue import work_through
 from wmdd_ray.executors.train_groups import RemoteQueue, fit_until_done, queue_actor, scaling
@@ -47,7 +47,9 @@ def do_units(
     if wide.num_workers == 0:
         keep_freed_memory()
         here.do_units(stage, units, open_worker, num_finished)
-    elif executor == "train":
+        return
+    await_room(stage, wide)
+    if executor == "train":
         _run_group(stage, units, open_worker, wide, num_finished)
     else:
         _run_actors(stage, units, open_worker, wide, num_finished)

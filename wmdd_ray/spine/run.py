@@ -153,6 +153,9 @@ class Progress:
     def start(self, total: int | None, done: float) -> None:
         """Say how many units there are, and how many were found finished."""
 
+    def work_begins(self) -> None:
+        """Say that a worker has begun with a unit."""
+
     def update(self, done: float, note: str = "") -> None:
         """Say how many units are finished now; a unit under way counts in part."""
 
@@ -172,6 +175,9 @@ class _Watched(Progress):
         self._total, self._done = total, done
         self._line.start(total, done)
         self._watch.units(self._stage, done, total)
+
+    def work_begins(self) -> None:
+        self._line.work_begins()
 
     def update(self, done: float, note: str = "") -> None:
         self._done = max(self._done, done)
@@ -205,6 +211,8 @@ class StageRun:
     def event(self, event: str, **about: Any) -> None:
         """Write an event of this stage; what a unit tells on its way is for the watch alone."""
         self.run.watch.event(self, event, about)
+        if event == "unit_started":
+            self.progress.work_begins()
         if event != "unit_told":
             self.run.events.write(event, stage=self.stage.name, **about)
 

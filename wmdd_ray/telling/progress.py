@@ -9,6 +9,7 @@ import threading
 import time
 from typing import TextIO
 
+from wmdd_ray.redaction import printable
 from wmdd_ray.spine.run import Progress
 
 _TERMINAL_S = 0.2
@@ -53,7 +54,7 @@ class StageLine(Progress):
         self._begun = self._shown = time.monotonic()
         self._found = self._done = 0.0
         self._note = ""
-        self._open = False
+        self._open = self._works = False
 
     def start(self, total: int | None, done: float) -> None:
         """Begin with `done` of `total` units found finished (total None: not known before the data streamed)."""
@@ -63,6 +64,13 @@ class StageLine(Progress):
             self._open = True
             if done != total:
                 self._show(force=True)
+
+    def work_begins(self) -> None:
+        """Count the time from here, once: what it takes to start workers tells nothing of how fast they are."""
+        with self._lock:
+            if not self._works and self._done == self._found:
+                self._begun = time.monotonic()
+            self._works = True
 
     def update(self, done: float, note: str = "") -> None:
         """Go forward to `done` units; going backward is ignored (a retried unit was counted in part before)."""
@@ -109,6 +117,7 @@ class StageLine(Progress):
         self._write(text, end="" if self._live else "\n")
 
     def _write(self, text: str, *, end: str) -> None:
+        text = " ".join(printable(text).split("\n"))
         if self._live:
             # A line that wraps would not be redrawn but repeated. The last column makes some terminals wrap.
             columns = _columns(self._stream)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
@@ -11,9 +12,11 @@ import numpy as np
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.errors import ArtifactError, ConfigError
 from wmdd_ray.product.pages.timeline import Timeline, timeline_of
+from wmdd_ray.recipes import recipe_of
+from wmdd_ray.redaction import printable
 from wmdd_ray.spine.events import read_events
 from wmdd_ray.spine.rooms import Room, StageCommit, UnitMarker
-from wmdd_ray.spine.run import Stage
+from wmdd_ray.spine.run import Stage, flatten
 from wmdd_ray.store import codecs
 from wmdd_ray.store.documents import load_json, read_manifest
 from wmdd_ray.store.filesystem import Store
@@ -213,3 +216,42 @@ def classes(facts: RunFacts) -> list[dict[str, Any]]:
         }
         for label in range(num_classes)
     ]
+
+
+def options_of(facts: RunFacts) -> dict[str, Any]:
+    """Return the options of a run by their dotted names; without its record, those that its stages have noted."""
+    record = facts.record
+    if record:
+        return flatten(record.get("config", {})) | flatten(record.get("resources", {}))
+    return {
+        f"{name}: {option}": value
+        for name, stage in facts.stages.items()
+        if stage.commit
+        for option, value in flatten(stage.commit.options).items()
+    }
+
+
+def command_of(facts: RunFacts) -> str:
+    """Return the command that makes the run's set: its recipe, and what differs from that; nothing without its record."""
+    if not facts.record:
+        return ""
+    config = facts.config
+    try:
+        usual = flatten(asdict(recipe_of(config.recipe, config.ipc, config.variant)))
+    except ConfigError:  # a recipe of another version
+        usual = {}
+    given = [["--ipc", str(config.ipc), "--recipe", config.recipe, "--out", facts.uri]]
+    given += [["--variant", config.variant]] if config.variant != "best" else []
+    for name, value in flatten(asdict(config)).items():
+        if name in ("ipc", "recipe", "variant") or value == usual.get(name, value):
+            continue
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            head, _, last = option.rpartition(".")
+            given.append([f"--{head}{'.' if head else ''}{'' if value else 'no-'}{last}"])
+        else:
+            given.append(
+                [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
+            )
+    words = " \\\n    ".join(shlex.join(one) for one in given)
+    return printable(f"python jobs/distill.py {words}")

@@ -19,8 +19,19 @@
     return element;
   }
 
-  // Class names are anybody's text: in a chart's labels plotly would read tags in them.
-  const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+  // What a run says is anybody's text, and plotly reads tags and links in what it is given. So `draw` escapes every string, but
+  // for those that are marked as ours: markup`<b>${anybody's}</b>` escapes what is put in.
+  class Markup { constructor(text) { this.text = text; } }
+  const plain = (text) => text instanceof Markup ? text.text
+    : String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+  const markup = (parts, ...values) => new Markup(String.raw({ raw: parts }, ...values.map(plain)));
+  const lines = (texts) => new Markup(texts.map(plain).join("<br>"));
+  function escaped(value) {
+    if (typeof value === "string" || value instanceof Markup) return plain(value);
+    if (Array.isArray(value)) return value.map(escaped);
+    if (value === null || typeof value !== "object") return value;
+    return Object.fromEntries(Object.entries(value).map(([name, part]) => [name, escaped(part)]));
+  }
 
   // --- pictures ---
 
@@ -31,11 +42,12 @@
   }
 
   const kinds = { distilled: "distilled", start: "its start", real: facts.real_caption };
+  const short = { distilled: "distilled", start: "start", real: "real" };
 
   function caption(one, image) {
     const words = [`weight ${number(one.weights[image.atom])}`];
     if (image.image_distance !== undefined) words.push(`${number(image.image_distance)} from its atom`);
-    if (image.real_distance !== undefined) words.push(`real image ${number(image.real_distance)}`);
+    if (image.real_distance !== undefined) words.push(`the real one ${number(image.real_distance)}`);
     return words;
   }
 
@@ -59,7 +71,7 @@
     if (!sheet) return;
     sheet.replaceChildren(...facts.shown.map((one) => {
       const strip = make("span", { className: "strip" });
-      for (const image of one.images.slice(0, 12)) {
+      for (const image of one.images.slice(0, 10)) {
         const kind = image.distilled ? "distilled" : "real";
         if (image[kind]) strip.append(picture(image[kind], `${nameOf(one.label)}, ${kinds[kind]}`));
       }
@@ -74,7 +86,9 @@
     const most = Math.max(...one.weights);
     byId("wall").replaceChildren(...one.images.map((image) => {
       const three = make("div", { className: "three" });
-      for (const [kind, words] of Object.entries(kinds)) if (image[kind]) three.append(picture(image[kind], words));
+      for (const [kind, words] of Object.entries(kinds)) {
+        if (image[kind]) three.append(make("span", {}, picture(image[kind], words), make("span", { className: "kind", text: short[kind] })));
+      }
       const level = make("i");
       level.style.width = `${100 * one.weights[image.atom] / most}%`;
       const card = make("button", { className: "card", type: "button", title: "enlarge" }, three,
@@ -94,6 +108,8 @@
     const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
     const script = document.createElement("script");
     script.textContent = await new Response(stream).text();
+    // Its maps, of which there are none here, bring a style sheet that the policy would refuse, unless its id is taken.
+    for (const [, id] of script.textContent.matchAll(/getElementById\("([0-9a-f]{64})"\)/g)) document.head.append(make("meta", { id }));
     document.head.append(script);
   }
 
@@ -124,16 +140,16 @@
 
   function draw(id, traces, extra) {
     const where = byId(id);
-    if (where) Plotly.react(where, traces, layout(extra), settings);
+    if (where) Plotly.react(where, escaped(traces), escaped(layout(extra)), settings);
   }
 
   function wrapped(text, width) {
-    const lines = [""];
+    const wraps = [""];
     for (const word of text.split(" ")) {
-      if ((lines.at(-1) + word).length > width && lines.at(-1)) lines.push("");
-      lines[lines.length - 1] += (lines.at(-1) ? " " : "") + word;
+      if ((wraps.at(-1) + word).length > width && wraps.at(-1)) wraps.push("");
+      wraps[wraps.length - 1] += (wraps.at(-1) ? " " : "") + word;
     }
-    return lines.map(plain).join("<br>");
+    return lines(wraps);
   }
 
   function drawAccuracy() {
@@ -153,14 +169,14 @@
         x: rows.map((row) => 100 * row.top1_mean), y: rows.map(y), name: `${labels} labels`, mode: "markers",
         error_x: { type: "data", array: rows.map((row) => 100 * row.top1_std), color: ink, thickness: 1.5, width: 5 },
         marker: { color: ink, size: 11, symbol },
-        customdata: rows.map((row) => [plain(row.name), (100 * row.top1_std).toFixed(1), row.num_seeds]),
-        hovertemplate: `%{customdata[0]}<br>${labels} labels: %{x:.1f} ± %{customdata[1]} % (n = %{customdata[2]})<extra></extra>`,
+        customdata: rows.map((row) => [row.name, (100 * row.top1_std).toFixed(1), row.num_seeds]),
+        hovertemplate: markup`%{customdata[0]}<br>${labels} labels: %{x:.1f} ± %{customdata[1]} % (n = %{customdata[2]})<extra></extra>`,
       });
     }
     const teacher = facts.teacher_top1;
     draw("chart-accuracy", traces, {
       height: 100 + 58 * names.length,
-      yaxis: { tickvals: names.map((_, i) => i), ticktext: names.map((name) => wrapped(name, narrow() ? 16 : 30) + "  "),
+      yaxis: { tickvals: names.map((_, i) => i), ticktext: names.map((name) => markup`${wrapped(name, narrow() ? 16 : 30)}  `),
         range: [-0.6, names.length - 0.4], zeroline: false, fixedrange: true },
       xaxis: { title: { text: "top-1, %" }, zeroline: false, fixedrange: true },
       shapes: teacher === null ? [] : [{ type: "line", x0: 100 * teacher, x1: 100 * teacher, y0: 0, y1: 1, yref: "paper",
@@ -177,13 +193,13 @@
     draw("chart-cost", [{
       type: "bar", x: known.map((_, i) => i), y: known.map((one) => one.cost),
       marker: { color: known.map((one) => one.label === picked ? color("second") : color("accent")), line: { width: 0 } },
-      customdata: known.map((one) => [plain(one.name), one.num_images ?? "?", one.label]),
-      hovertemplate: "%{customdata[0]}<br>W<sub>2</sub>² %{y:.4g}, %{customdata[1]} real images<extra></extra>",
+      customdata: known.map((one) => [one.name, one.num_images ?? "?", one.label]),
+      hovertemplate: markup`%{customdata[0]}<br>W<sub>2</sub>² %{y:.4g}, %{customdata[1]} real images<extra></extra>`,
     }], {
       height: 320, bargap: few ? 0.3 : 0.05,
-      xaxis: { tickvals: few ? known.map((_, i) => i) : [], ticktext: known.map((one) => plain(one.name.length > 16 ? one.name.slice(0, 15) + "…" : one.name)),
+      xaxis: { tickvals: few ? known.map((_, i) => i) : [], ticktext: known.map((one) => one.name.length > 16 ? one.name.slice(0, 15) + "…" : one.name),
         title: { text: few ? "" : `${known.length} classes, largest cost first` }, tickangle: known.length > 6 ? -40 : 0, fixedrange: true },
-      yaxis: { title: { text: "W<sub>2</sub>² cost" }, rangemode: "tozero", fixedrange: true },
+      yaxis: { title: { text: markup`W<sub>2</sub>² cost` }, rangemode: "tozero", fixedrange: true },
     });
     const where = byId("chart-cost");
     where.removeAllListeners("plotly_click");
@@ -213,11 +229,11 @@
     traces.push({
       x: plane.atoms[0], y: plane.atoms[1], mode: "markers", name: "atoms (size: weight)", customdata: told,
       marker: { color: color("accent"), symbol: "diamond-open", size, line: { width: 2 } },
-      hovertemplate: "atom %{customdata[0]}, weight %{customdata[1]}<extra></extra>",
+      hovertemplate: markup`atom %{customdata[0]}, weight %{customdata[1]}<extra></extra>`,
     });
     if (plane.reached) traces.push({
       x: plane.reached[0], y: plane.reached[1], mode: "markers", name: "distilled images", customdata: told,
-      marker: { color: color("second"), size: 8 }, hovertemplate: "distilled image %{customdata[0]}<extra></extra>",
+      marker: { color: color("second"), size: 8 }, hovertemplate: markup`distilled image %{customdata[0]}<extra></extra>`,
     });
     const share = plane.explained.map((v) => (100 * v).toFixed(0));
     draw("chart-projection", traces, {
@@ -240,7 +256,7 @@
     const traces = [], axes = {};
     terms.forEach((term, i) => {
       const [name, ink] = looks[term], yaxis = i ? `y${i + 1}` : "y", values = curves.terms[term];
-      traces.push({ x: curves.at, y: values, yaxis, mode: curves.at.length > 1 ? "lines" : "markers", name: plain(nameOf(picked)),
+      traces.push({ x: curves.at, y: values, yaxis, mode: curves.at.length > 1 ? "lines" : "markers", name: nameOf(picked),
         line: { color: ink, width: 1.5 }, hovertemplate: "%{y:.4g}" });
       if (all.length > 1) {
         const mean = values.map((_, t) => all.reduce((sum, other) => sum + other.curves.terms[term][t], 0) / all.length);
@@ -264,7 +280,7 @@
     const even = 1 / sorted.length;
     draw("chart-weights", [{
       type: "bar", x: sorted.map((_, i) => i + 1), y: sorted.map(([weight]) => weight), customdata: sorted.map(([, j]) => j),
-      marker: { color: color("accent") }, hovertemplate: "atom %{customdata}: %{y:.4g}<extra></extra>",
+      marker: { color: color("accent") }, hovertemplate: markup`atom %{customdata}: %{y:.4g}<extra></extra>`,
     }], {
       height: 220, bargap: 0.2,
       xaxis: { title: { text: "atoms, heaviest first" }, fixedrange: true, nticks: 8 },
@@ -278,7 +294,7 @@
     const inks = [color("faint"), color("accent"), color("second"), color("third")];
     draw("chart-bytes", facts.bytes.map((part, i) => ({
       type: "bar", orientation: "h", name: part.name, x: [part.bytes], y: [part.bar], marker: { color: inks[i % inks.length] },
-      hovertemplate: `${part.name}: ${part.told}<extra></extra>`,
+      hovertemplate: markup`${part.name}: ${part.told}<extra></extra>`,
     })), {
       height: 210, barmode: "stack", bargap: 0.35,
       xaxis: { title: { text: "bytes" }, exponentformat: "SI", ticksuffix: "B", fixedrange: true, nticks: narrow() ? 4 : 8 },
@@ -303,9 +319,9 @@
         width: 0.82, marker: { color: ink, line: {
           // A seam between neighbors; a bar too short for one gets a pixel of its own color instead, or nobody would see it.
           color: bars.map((bar) => bar.seconds > 0.01 * time.length ? color("ground") : ink), width: height > 10 ? 1 : 0.5 } },
-        text: bars.map((bar) => [`<b>${plain(bar.unit)}</b> (${bar.stage})`, `${bar.told} from ${bar.at}`, plain(`attempt ${bar.attempt}${bar.node ? " on " + bar.node : ""}`),
-          ...(bar.reason ? [wrapped(bar.reason, 48)] : [])].join("<br>")),
-        textposition: "none", hovertemplate: "%{text}<extra></extra>",
+        text: bars.map((bar) => lines([markup`<b>${bar.unit}</b> (${bar.stage})`, `${bar.told} from ${bar.at}`,
+          `attempt ${bar.attempt}${bar.node ? " on " + bar.node : ""}`, ...(bar.reason ? [wrapped(bar.reason, 48)] : [])])),
+        textposition: "none", hovertemplate: markup`%{text}<extra></extra>`,
       });
     }
     const bands = time.stages.map((stage, i) => ({ type: "rect", xref: "paper", x0: 0, x1: 1, y0: stage.first - 0.5, y1: stage.first + stage.lanes - 0.5,

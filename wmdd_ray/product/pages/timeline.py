@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping
@@ -82,7 +83,7 @@ def timeline_of(
         session = sessions.setdefault(run, Session(run=run, begin=at, end=at))
         session.end = max(session.end, at)
         if kind == "run_ended":
-            session.ended, session.exit_code = True, event.get("exit_code")
+            session.ended, session.exit_code = True, int(_finite(event.get("exit_code"), 1))
         if kind not in ("unit_started", "unit_done", "unit_retried", "unit_failed"):
             continue
         key = (run, str(event.get("stage")), str(event.get("unit")))
@@ -94,7 +95,7 @@ def timeline_of(
             continue
         if bar is None:
             # Stages that stream their data tell of a unit only when it is done.
-            bar = _bar(event, at - float(event.get("seconds") or 0))
+            bar = _bar(event, at - _finite(event.get("seconds"), 0.0))
         states: dict[str, State] = {"unit_done": "done", "unit_retried": "retried"}
         close(bar, at, states.get(str(kind), "failed"), str(event.get("reason") or ""))
     for (run, _, _), bar in begun.items():
@@ -164,7 +165,7 @@ def _bar(event: Mapping[str, Any], begin: float) -> Bar:
         stage=str(event.get("stage")),
         unit=str(event.get("unit")),
         node=str(event.get("node") or ""),
-        attempt=int(event.get("attempt") or 1),
+        attempt=int(_finite(event.get("attempt"), 1)),
         begin=begin,
         end=begin,
         state="done",
@@ -226,5 +227,12 @@ def _fewer(bars: list[Bar]) -> tuple[list[Bar], dict[str, int]]:
 def _seconds(at: object) -> float | None:
     try:
         return datetime.fromisoformat(str(at)).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError, OSError):
         return None
+
+
+def _finite(value: object, otherwise: float) -> float:
+    """Return the number that an event should have there; `otherwise` when it is none that a clock could have told."""
+    if isinstance(value, int | float) and math.isfinite(value) and abs(value) < 1e9:
+        return value
+    return otherwise
