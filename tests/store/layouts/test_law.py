@@ -102,6 +102,33 @@ def test_of_folders(pictures: list[tuple[str, str, bool]], extra: set[tuple[str,
 
 @MANY
 @given(
+    goods=st.lists(st.booleans(), max_size=5),
+    junk=st.sets(st.sampled_from(("README", "._0.png", "@eaDir/0.png", "n.txt"))),
+    inner=st.booleans(),
+    extra=beside,
+)
+def test_of_tars_of_classes(
+    goods: list[bool], junk: set[str], inner: bool, extra: set[tuple[str, str]]
+) -> None:
+    store = new_store()
+    names = put_beside(store, extra)
+    others = [(name, GARBAGE) for name in sorted(junk)]
+    bees = [(f"bee_{i}.JPEG", png_of(f"{i}") if good else GARBAGE) for i, good in enumerate(goods)]
+    tars = [("ant.tar", tar_of([("ant_0.JPEG", png_of("x"))])), ("bee.tar", tar_of(bees + others))]
+    files = {"train.tar": tar_of(tars)} if inner else {f"train/{n}": c for n, c in tars}
+    for name, content in files.items():
+        store.put(name, content)
+    config = replace(ALL_IN, layout="", format="webdataset")
+    source = open_source(store.uri, config, split="train")
+    images, bad, inside = counted(source)
+    assert (images, bad, total(inside)) == (1 + sum(goods), goods.count(False), len(junk))
+    check_files(source, [*names, *files], sum(names.values()))
+    key = next(raw.key for shard in source.shards(9) for raw in source.read_shard(shard))
+    assert source.read_keys([key])[0].content == png_of("x")
+
+
+@MANY
+@given(
     rows=st.lists(st.booleans(), min_size=1, max_size=6), unnamed=st.integers(0, 3), extra=beside
 )
 def test_of_tables(rows: list[bool], unnamed: int, extra: set[tuple[str, str]]) -> None:
@@ -117,7 +144,7 @@ def test_of_tables(rows: list[bool], unnamed: int, extra: set[tuple[str, str]]) 
         store.put(f"train/more{i}.png", png_of(f"more{i}"))
     names["labels.csv"] = False
     store.put("labels.csv", "\n".join(lines).encode())
-    source = open_source(store.uri, replace(ALL_IN, format="csv"), split="train")
+    source = open_source(store.uri, replace(ALL_IN, layout="", format="csv"), split="train")
     images, bad, _ = counted(source)
     assert (images, bad) == (sum(rows[1:]) + 1, rows[1:].count(False))
     check_files(source, [*names], sum(names.values()))

@@ -18,12 +18,7 @@ from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources import labels
 from wmdd_ray.store.sources.classes import MAX_CLASSES, plain
-from wmdd_ray.store.sources.files import (
-    open_whole,
-    reading,
-    refuse_outside,
-    streamed,
-)
+from wmdd_ray.store.sources.files import open_whole, reading, refuse_outside, streamed
 from wmdd_ray.store.sources.labels import Label, Places
 from wmdd_ray.store.sources.passed import PassedOver, shown_groups, total
 from wmdd_ray.store.uris import arrow_filesystem
@@ -94,12 +89,7 @@ class Source(abc.ABC):
     # What a copy on a worker does without: the listing can be hundreds of megabytes, connections do
     # not travel.
     _transient: ClassVar[tuple[str, ...]] = (
-        "_files",
-        "_filesystem",
-        "_by_name",
-        "titles",
-        "passed_over",
-        "read_beside",
+        *("_files", "_filesystem", "_by_name", "titles", "passed_over", "read_beside"),
     )
 
     def __init__(

@@ -24,6 +24,7 @@ from wmdd_ray.store.sources.matfile import read_structs
 from wmdd_ray.store.uris import arrow_filesystem
 
 _TABLES = ("metadata.csv", "labels.csv", "metadata.tsv", "labels.tsv")
+_JSON_TABLE = "metadata.jsonl"
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 _SYNSET = ("ILSVRC2012_ID", "WNID", "num_children")
 _ORDERS = ("classes.txt", "synsets.txt")
@@ -88,7 +89,11 @@ def open_flat(listing: Listing, flat: Flat) -> Source:
         for name in sorted(listing.images)
         if posixpath.dirname(name) == flat.folder
     }
-    refused: list[str] = []
+    refused = [
+        f"{name} is not read, write what it says as metadata.csv"
+        for name in (join(flat.folder, _JSON_TABLE), join(flat.split_folder, _JSON_TABLE))
+        if name in listing.files
+    ][:1]
     if listing.class_names is not None:
         said = {name: _labels(listing, name, images, refused) for name in _lists(listing, flat)}
         lists = [name for name, label_of in said.items() if label_of]
@@ -137,7 +142,7 @@ def _lists(listing: Listing, flat: Flat) -> list[str]:
 
 
 def _read(listing: Listing, name: str, max_bytes: int = _MAX_LIST_BYTES) -> bytes:
-    filesystem, base = arrow_filesystem(listing.root)
+    filesystem, base = arrow_filesystem(listing.root, listing.config.bucket)
     where = f"{listing.root}/{name}"
     if listing.files[name] > max_bytes:
         raise DataError(

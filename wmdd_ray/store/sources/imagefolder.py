@@ -69,9 +69,10 @@ class ImageFolderSource(Source):
 
     def _label(self, key: str) -> int:
         match = None if ".." in key.split("/") else self.pattern.fullmatch(key)
-        if match is None or plain(match["class"]) not in self._label_of:
+        label = None if match is None else self._label_of.get(plain(match["class"]))
+        if label is None:
             raise DataError(f"{self.root}: no image {key!r}, expected a path {self.layout}/FILE")
-        return self._label_of[plain(match["class"])]
+        return label
 
     def _read(self, keys: Sequence[str], sizes: Sequence[int]) -> Iterator[RawImage]:
         """Yield the files in order, with a few reads under way ahead of the consumer."""

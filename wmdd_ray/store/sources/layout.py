@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from wmdd_ray.errors import DataError
-from wmdd_ray.store.sources.classes import shown
+from wmdd_ray.store.sources.classes import plain, shown
 from wmdd_ray.store.sources.listing import SPLIT_NAMES, Listing, no_such_split, split_word
 
 # Folders that sort files by kind and not by what the images show.
@@ -58,7 +58,7 @@ class Tree:
 
     def descend(self, folder: str, known: frozenset[str] = frozenset()) -> str:
         """Return the first folder on the way down that holds more than one folder, or only images, or known classes."""
-        while len(below := self.below(folder)) == 1 and not known.issuperset(below):
+        while len(below := self.below(folder)) == 1 and not known.issuperset(map(plain, below)):
             inner = join(folder, below[0])
             if not self.below(inner):
                 break
@@ -79,9 +79,9 @@ def find_classes(listing: Listing) -> str | Flat:
         DataError: Several layouts are likely.
     """
     tree = Tree(listing.images)
-    known = frozenset(listing.class_names or ())
+    known = frozenset(map(plain, listing.class_names or ()))
     base = ""
-    while len(below := tree.below(base)) == 1 and not known.issuperset(below):
+    while len(below := tree.below(base)) == 1 and not known.issuperset(map(plain, below)):
         inner = tree.below(join(base, below[0]))
         if not inner or (split_word(below[0]) and not any(map(split_word, inner))):
             break
@@ -89,7 +89,7 @@ def find_classes(listing: Listing) -> str | Flat:
     splits = {name: split_word(name) for name in below if split_word(name)}
     others = [name for name in below if name not in splits]
     nested = [name for name in splits if tree.below(join(base, name))]
-    if splits and (nested or not others) and not known.issuperset(below):
+    if splits and (nested or not others) and not known.issuperset(map(plain, below)):
         split_folder = _split_folder(listing, tree, base, splits)
         _refuse_others(listing, tree, base, others)
     elif listing.split == "val" and not listing.dedicated:
@@ -98,7 +98,7 @@ def find_classes(listing: Listing) -> str | Flat:
         split_folder = base
     folder = tree.descend(split_folder, known)
     classes = tree.below(folder)
-    if classes and known.issuperset(classes):
+    if classes and known.issuperset(map(plain, classes)):
         return folder
     if len(classes) < 2:
         return Flat(join(folder, classes[0]) if classes else folder, split_folder)

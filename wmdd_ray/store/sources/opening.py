@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from wmdd_ray.config import SourceConfig
-from wmdd_ray.errors import DataError
+from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.store.sources import (
     arrays,
     cifar,
@@ -46,6 +46,7 @@ from wmdd_ray.store.sources.passed import (
 PREPARED_KEY = "prepared.json"
 """What `jobs/prepare.py` writes last beside its Parquet files; a folder that holds it needs no format."""
 
+_WITH_LAYOUT = ("imagefolder", "webdataset", "parquet")
 _WNID = re.compile("n[0-9]{8}")
 _WORDS = ("words.txt", "LOC_synset_mapping.txt")
 
@@ -108,7 +109,13 @@ def open_source(
         class_names=class_names,
         hidden=hidden,
     )
-    source = _FORMATS[_detect(listing)][1](listing)
+    format = _detect(listing)
+    if config.layout and format not in _WITH_LAYOUT and not dedicated:
+        raise ConfigError(
+            f"--source.layout: expected none for {_FORMATS[format][2]}, which {root} holds; leave it out, or pass another "
+            "--source.format"
+        )
+    source = _FORMATS[format][1](listing)
     source.titles = _titles(source, listing)
     source.passed_over = _passed_over(source, listing)
     if source.format == "imagefolder":

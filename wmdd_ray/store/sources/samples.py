@@ -14,7 +14,7 @@ from wmdd_ray.store.sources.classes import SHOWN
 from wmdd_ray.store.sources.endings import IMAGE_ENDINGS, is_system_name
 from wmdd_ray.store.sources.labels import Label, label_of
 from wmdd_ray.store.sources.passed import NO_IMAGE, SYSTEM, Tally
-from wmdd_ray.store.sources.tar import Readable, tar_members
+from wmdd_ray.store.sources.tar import Member, Readable, tar_members
 
 _LABEL_ENDINGS = ("cls", "json")
 _MAX_LABEL_BYTES = 1 << 20
@@ -29,7 +29,6 @@ class Sample:
 
     stem: str
     endings: dict[str, None] = field(default_factory=dict)  # in order
-    has_image: bool = False
     offset: int = 0
     size_bytes: int = 0
     content: bytes | None = None
@@ -47,7 +46,6 @@ def samples(
     where: str,
     max_content_bytes: int,
     config: SourceConfig,
-    *,
     passed: Tally | None = None,
 ) -> Iterator[Sample]:
     """Group members into samples; a stem with neither image nor label (a license) is none.
@@ -59,19 +57,15 @@ def samples(
         stream: The archive.
         where: What messages call it.
         max_content_bytes: Largest image whose content is kept.
-        config: Where a member's stem ends, and which members are image and label.
+        config: Where a member's stem ends, which is the image, and where the label is.
         passed: Counts the members that are no part of a sample.
 
     Raises:
-        DataError: Stems that end at the last dot would be samples that those that end at the first are not, and the options do
+        DataError: Stems that end at the last dot would be samples that those that end at the first are not, and `config` does
             not say which are meant.
     """
-    keys = config.tar_keys
-    pattern = _LAST_DOT if keys == "last-dot" else _FIRST_DOT
+    pattern = _LAST_DOT if config.tar_keys == "last-dot" else _FIRST_DOT
     passed = Tally() if passed is None else passed
-    wanted_image = (config.image_column or "").lower()
-    # A key can only stand in JSON.
-    label_endings = _LABEL_ENDINGS if config.label_column is None else ("json",)
     seen: set[int] = set()  # hashes: a name can have a mebibyte
 
     def split_name(name: str) -> tuple[str, str]:
@@ -81,9 +75,9 @@ def samples(
 
     def wanted(name: str, size_bytes: int) -> bool:
         ending = split_name(name)[1]
-        if is_image_ending(ending, wanted_image):
+        if _is_image(ending, config):
             return size_bytes <= max_content_bytes
-        return ending in label_endings and size_bytes <= _MAX_LABEL_BYTES
+        return ending in _LABEL_ENDINGS and size_bytes <= _MAX_LABEL_BYTES
 
     members = tar_members(stream, where, wanted)
     named = ((split_name(member.name), member) for member in members)
@@ -97,38 +91,17 @@ def samples(
         inner = _InnerStems()
         others = Tally()
         for (_, ending), member in group:
-            if ending in sample.endings:
-                sample.problem = f"the archive holds {ending} of this key more than once"
+            if _take(sample, ending, member, config):
                 continue
-            sample.endings[ending] = None
-            if is_image_ending(ending, wanted_image):
-                if sample.has_image:
-                    sample.problem = (
-                        f"several images of this key ({sample.shown_endings}); name one's ending by "
-                        "--source.image-column"
-                    )
-                    continue
-                sample.has_image = True
-                sample.offset, sample.size_bytes, sample.content = (
-                    member.offset,
-                    member.size_bytes,
-                    member.content,
-                )
-            elif ending in label_endings:
-                if member.content is not None and (ending == "cls" or sample.label is None):
-                    sample.label = _parse_label(member.content, ending, config)
-            elif not is_image_ending(ending) and ending not in _LABEL_ENDINGS:
-                inner.add(ending)
-                others.add(NO_IMAGE, member.name)
-        if inner.whole and keys == "auto":
+            inner.add(ending)
+            others.add(NO_IMAGE, member.name)
+        if inner.whole and config.tar_keys == "auto":
             raise DataError(
                 f"{where}: the keys of its members are in doubt: {stem}.{inner.whole} with its label is a sample if keys "
                 f"end at the last dot, and a part of {stem} if they end at the first, as webdataset has it; say which by "
                 "--source.tar-keys last-dot or --source.tar-keys first-dot"
             )
-        is_sample = any(
-            is_image_ending(e, wanted_image) or e in _LABEL_ENDINGS for e in sample.endings
-        )
+        is_sample = any(_is_image(e, config) or e in _LABEL_ENDINGS for e in sample.endings)
         # Images of another key's rule are a bad sample together, and not passed over one by one.
         if is_sample or not inner.images:
             passed.add_all(others.groups())
@@ -139,9 +112,30 @@ def samples(
             yield sample
 
 
-def is_image_ending(ending: str, wanted: str = "") -> bool:
-    """Return whether members with this ending, without its dot, are images: all with a known one, or with `wanted` alone."""
-    return ending == wanted if wanted else f".{ending}" in IMAGE_ENDINGS
+def _take(sample: Sample, ending: str, member: Member, config: SourceConfig) -> bool:
+    """Add a member to its sample; return whether it is a part of one: its image, its label, or what makes it a bad one."""
+    if ending in sample.endings:
+        sample.problem = f"the archive holds {ending} of this key more than once"
+        return True
+    sample.endings[ending] = None
+    if _is_image(ending, config):
+        if sample.offset:
+            sample.problem = f"several images of this key ({sample.shown_endings}); name one's ending by --source.image-column"
+        else:
+            sample.offset, sample.size_bytes = member.offset, member.size_bytes
+            sample.content = member.content
+        return True
+    # A key can only stand in JSON.
+    is_label = ending == "json" or (ending == "cls" and config.label_column is None)
+    if is_label and member.content is not None and (ending == "cls" or sample.label is None):
+        sample.label = _parse_label(member.content, ending, config)
+    return ending in _LABEL_ENDINGS
+
+
+def _is_image(ending: str, config: SourceConfig) -> bool:
+    if config.image_column:
+        return ending == config.image_column.lower()
+    return f".{ending}" in IMAGE_ENDINGS
 
 
 class _InnerStems:
@@ -156,7 +150,7 @@ class _InnerStems:
         inner, dot, last = ending.rpartition(".")
         if not dot:
             return
-        if is_image_ending(last):
+        if f".{last}" in IMAGE_ENDINGS:
             self.images.add(inner)
         elif last in _LABEL_ENDINGS:
             self._labels.add(inner)

@@ -69,9 +69,7 @@ class WebDatasetSource(Source):
             reading(where, "a tar archive"),
             self.open_stream(shard.file, shard.size_bytes) as stream,
         ):
-            for sample in samples(
-                stream, where, self.max_content_bytes, self.config, passed=passed
-            ):
+            for sample in samples(stream, where, self.max_content_bytes, self.config, passed):
                 count += 1
                 yield self._record(shard.file, sample)
         self.passed_inside = passed.groups()
@@ -85,7 +83,7 @@ class WebDatasetSource(Source):
         key = f"{file}#{sample.stem}"
         if sample.problem:
             problem = sample.problem
-        elif not sample.has_image:
+        elif not sample.offset:
             endings = self.config.image_column or "jpg, png, webp, ..."
             problem = f"no image member ({endings}), only {sample.shown_endings}"
         elif sample.label is None:
