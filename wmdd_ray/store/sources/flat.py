@@ -137,7 +137,7 @@ def _lists(listing: Listing, flat: Flat) -> list[str]:
 
 
 def _read(listing: Listing, name: str, max_bytes: int = _MAX_LIST_BYTES) -> bytes:
-    filesystem, base = arrow_filesystem(listing.root)
+    filesystem, base = arrow_filesystem(listing.root, listing.config.bucket)
     where = f"{listing.root}/{name}"
     if listing.files[name] > max_bytes:
         raise DataError(

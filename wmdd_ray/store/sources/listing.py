@@ -78,7 +78,7 @@ class Listing:
 
     def _images_by_content(self) -> Iterator[str]:
         unknown = [name for name, size in self.files.items() if size and tells_nothing(name)]
-        filesystem, base = arrow_filesystem(self.root)
+        filesystem, base = arrow_filesystem(self.root, self.config.bucket)
 
         def is_image(name: str) -> bool:
             with reading(f"{self.root}/{name}", "a file"):
