@@ -609,3 +609,15 @@ def test_memory_is_flat_when_the_data_grows_eightfold(tmp_path: Path) -> None:
     assert eight["mib"] > 6 * once["mib"] > 15
     assert eight["driver_grew"] < once["driver_grew"] + 0.3 * eight["mib"]
     assert eight["worker"] < once["worker"] + 0.3 * eight["mib"]
+
+
+def test_options_of_labels_reach_the_source_and_count_only_where_they_are_used() -> None:
+    plain = PrepareConfig()
+    assert (plain.source.numbers, plain.source.label_column) == ("auto", None)
+    # Names that the user gives in label order are what numbers count.
+    named = PrepareConfig(classes="classes.txt")
+    assert named.source.numbers == "index"
+    assert named.scan_options() == plain.scan_options()
+    used = PrepareConfig(label_column="fine_label", numbers="index-from-1")
+    assert (used.source.numbers, used.source.label_column) == ("index-from-1", "fine_label")
+    assert used.scan_options().keys() - plain.scan_options().keys() == {"label_column", "numbers"}

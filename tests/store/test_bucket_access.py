@@ -17,7 +17,7 @@ from numpy.testing import assert_array_equal
 
 from tests.conftest import S3Uri, free_port
 from tests.store.faulty_s3 import FaultyS3
-from tests.store.written_sources import CONFIG, LABELS_N, WRITERS
+from tests.store.written_sources import CONFIG, LABELS_N, PNGS, WRITERS
 from wmdd_ray.config import BucketAccess
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError
 from wmdd_ray.store import retries
@@ -78,9 +78,21 @@ def test_data_may_have_another_endpoint_than_the_output(
 ) -> None:
     uri = s3_server()
     assert "authorization" in read_by(elsewhere, uri)[0]
+    tiny = Store(s3_server())
+    # Without an ending, a file is an image by its first bytes; held-out images by a list beside them.
+    for key, content in {
+        "train/ant/0": PNGS[0],
+        "train/bee/1.png": PNGS[1],
+        "val/images/2.png": PNGS[2],
+        "val/val_annotations.txt": b"2.png\tbee\t0\t0\t1\t1\n",
+    }.items():
+        tiny.put(key, content)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     config = replace(CONFIG, bucket=BucketAccess(endpoint=elsewhere.endpoint))
     assert open_source(uri, config, split="train").num_images == 24
+    train = open_source(tiny.uri, config, split="train")
+    val = open_source(tiny.uri, config, split="val", class_names=train.class_names)
+    assert (train.num_images, val.num_images) == (2, 1)
 
 
 def test_a_public_bucket_is_asked_without_credentials(elsewhere: Strange, s3_server: S3Uri) -> None:

@@ -124,6 +124,9 @@ BROKEN: dict[str, tuple[Files, dict[str, Any], str]] = {
     "a label beyond the names": ({**TEN, "cifar-10-batches-bin/data_batch_2.bin": cifar([[7]])}, {}, r"has label 7, expected 0 to 1"),
     "both sets": ({**TEN, **HUNDRED}, {}, r"expected one data set, found cifar-10-batches-bin, cifar-100-binary"),
     "an archive of something else": ({"cifar-10-binary.tar.gz": packed({"a": b"b"})}, {}, r"expected batches of CIFAR's train images, found none"),
+    "a batch twice": ({"cifar-10-binary.tar.gz": gzip.compress(tar_of([*TEN.items()][:1] * 2))}, {}, r"expected each batch of CIFAR once"),
+    "zeros without end": ({"cifar-10-binary.tar.gz": packed({f"data_batch_{i}.bin": bytes(3073 * 400) for i in (1, 2, 3)})}, {}, r"bytes of images at most, found more at data_batch_3"),
+    "a broken stream": ({"cifar-10-binary.tar.gz": packed(TEN)[:40] + b"\xff" * 40 + packed(TEN)[80:]}, {}, r"cut or malformed content \(error"),
     "a damaged archive": ({"cifar-10-binary.tar.gz": b"\x1f\x8bjunk" * 9}, {}, r"cut or malformed"),
 }  # fmt: skip
 

@@ -8,7 +8,6 @@ import io
 import math
 import re
 import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, cast
 
@@ -26,7 +25,7 @@ _IDX_NAME = re.compile(r"(?:.*[-/])?(train|t10k|test|val)-images[-.]idx[34]-ubyt
 _IDX_SPLITS = {"train": ("train",), "val": ("val", "t10k", "test")}
 _UBYTE = 0x08
 # Images shrink to a fifth; deflate could make a thousand bytes of one.
-_MAX_GZIP_RATIO, _FREE_BYTES = 100, 1 << 20
+MAX_GZIP_RATIO, FREE_BYTES = 100, 1 << 20
 # The IDX files carry no names; https://github.com/zalandoresearch/fashion-mnist lists these.
 _FASHION_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
@@ -214,7 +213,7 @@ def _read_idx(source: IdxSource, file: str, expected_dims: tuple[int, ...]) -> n
         with reading(where, what), source.open_random(file, source.sizes[file]) as handle:
             stored = handle.read()
             is_gzip = file.endswith(".gz")
-            limit_bytes = len(stored) * (_MAX_GZIP_RATIO if is_gzip else 1) + _FREE_BYTES
+            limit_bytes = len(stored) * (MAX_GZIP_RATIO if is_gzip else 1) + FREE_BYTES
             stream: BinaryIO = io.BytesIO(stored)
             if is_gzip:
                 stream = cast(BinaryIO, gzip.GzipFile(fileobj=stream))
@@ -226,7 +225,7 @@ def _read_idx(source: IdxSource, file: str, expected_dims: tuple[int, ...]) -> n
             shape = struct.unpack(f">{num_dims}I", stream.read(4 * num_dims))
             size_bytes = math.prod(shape)
             content = stream.read(size_bytes + 1) if size_bytes <= limit_bytes else b""
-    except (struct.error, zlib.error) as error:
+    except struct.error as error:
         raise DataError(
             f"{where}: expected {what}, found cut or malformed content ({error})"
         ) from error

@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 
 from wmdd_ray.errors import DataError
-from wmdd_ray.store.sources.arrays import ArraySource
+from wmdd_ray.store.sources.arrays import FREE_BYTES, MAX_GZIP_RATIO, ArraySource
 from wmdd_ray.store.sources.classes import MAX_CLASSES, integer_names, match_classes
 from wmdd_ray.store.sources.files import reading
 from wmdd_ray.store.sources.labels import found_classes, label_of, number_places
@@ -81,7 +81,8 @@ class CifarSource(ArraySource):
     def _load(self) -> tuple[np.ndarray, np.ndarray]:
         num_labels = 1 if self.column == "label" else 2
         records = []
-        for name, content in sorted(self.contents(self._is_batch)):
+        most = min(_MAX_BATCH_BYTES, MAX_GZIP_RATIO * sum(self.sizes.values()) + FREE_BYTES)
+        for name, content in self._batches(most):
             if not content or len(content) % (num_labels + _PIXELS):
                 raise _not_whole(self.url(name), self.column, len(content))
             pixels = np.frombuffer(content, np.uint8).reshape(-1, num_labels + _PIXELS)
@@ -94,6 +95,18 @@ class CifarSource(ArraySource):
         images_NCHW = records_NR[:, num_labels:].reshape(-1, 3, 32, 32)
         at = 1 if self.column == "fine_label" else 0
         return np.ascontiguousarray(images_NCHW.transpose(0, 2, 3, 1)), records_NR[:, at]
+
+    def _batches(self, most_bytes: int) -> list[tuple[str, bytes]]:
+        """Return the batches of the split by name, all together of at most that size."""
+        found: dict[str, bytes] = {}
+        for name, content in self.contents(self._is_batch):
+            if name in found or sum(map(len, found.values())) + len(content) > most_bytes:
+                raise DataError(
+                    f"{self.url(next(iter(self.sizes)))}: expected each batch of CIFAR once, {most_bytes} bytes of images at most, "
+                    f"found more at {name}; restore the file from its origin"
+                )
+            found[name] = content
+        return sorted(found.items())
 
     def _is_batch(self, name: str) -> bool:
         batch = _BATCH.fullmatch(name)

@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import re
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,7 +43,7 @@ def reading(where: str, what: str) -> Iterator[None]:
     """Turn what Arrow raises into the user's errors: storage failed, or content is not `what`."""
     try:
         yield
-    except (OSError, EOFError, UnicodeError, pa.ArrowException) as error:
+    except (OSError, EOFError, UnicodeError, zlib.error, pa.ArrowException) as error:
         if is_gcs(where) and (status_of(error)[0] or passes(error)):
             raise ArtifactError(f"cannot read {where}: {remedy(error, where)}") from error
         if _is_storage_fault(error):
