@@ -360,6 +360,7 @@ def _in_our_words(text: str, named: bool) -> str:
             "check SOURCE_URI, --val-data and --format",
         ),
         ("as --data", "as SOURCE_URI"),
+        ("go on as it is by --squeeze.no-check-class-order", "leave --teacher out"),
         ("--data ", "SOURCE_URI "),
         ("--source.", "--"),
     ):

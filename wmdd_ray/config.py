@@ -170,6 +170,9 @@ class SqueezeConfig:
     """p in curvature_weight x (10 / ipc)^p; at large ipc robustness costs more clean accuracy (GUARD). The rule is ours."""
     min_top1: float = option(0.0, ge=0, lt=1)
     """Refuse a teacher below this held-out top-1, in [0, 1]; 0 is three times chance (below five classes half way to 1)."""
+    check_class_order: bool = option(True, in_fingerprint=False)
+    """Refuse a given teacher whose classes are shown to be in another order than the data's; one in order is refused by mistake
+    once in a thousand times at most. Off, such a teacher is taken as it is, if its top-1 allows."""
     memory_limit_gib: float = option(4.0, in_fingerprint=False)
     """Training images are held decoded in memory up to this size per worker; above it they are streamed every epoch."""
 

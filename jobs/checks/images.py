@@ -184,7 +184,8 @@ def check_teacher(visit: Visit) -> Iterator[Finding]:
         return
     val: Source = run.source("val")
     listed = Listed(source=val, shards=held_out_sample(val), config=config.source)
-    top1 = measure(network, listed, config, where, device)
+    check_order = config.teacher is not None and config.squeeze.check_class_order
+    top1 = measure(network, listed, config, where, device, check_order=check_order)
     yield Finding(
         "ok",
         f"{where}: {arch}, the data's {len(names)} classes in their order, top-1 {100 * top1:.1f} % on a sample of the "

@@ -49,7 +49,7 @@ def probe_class_order(spec: str, source: Source, recipe: str) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sample = Listed(source=source, shards=held_out_sample(source), config=seen)
     name = f"--teacher {spec}"
-    top1 = measure(network.to(device).eval(), sample, config, name, device)
+    top1 = measure(network.to(device).eval(), sample, config, name, device, check_order=True)
     needed = min(3 / num_classes, (1 + 1 / num_classes) / 2)
     if top1 < needed:
         raise DataError(

@@ -175,7 +175,7 @@ LOCAL = [
         4,
         "error: HERE/reordered.safetensors: its classes are in another order than the data's: 2 of 10 are exchanged (class 0 "
         '("0") is its class 6, class 6 ("6") is its class 0); its top-1 is NUMBER as it is. Reorder the class names of the data or '
-        "the teacher's last layer",
+        "the teacher's last layer, or go on as it is by --squeeze.no-check-class-order",
     ),
     Mistake(
         "weights that torchvision does not have",

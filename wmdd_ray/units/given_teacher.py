@@ -40,7 +40,8 @@ def import_teacher(stage: StageRun, spec: str, unit: str = UNIT) -> None:
     load_weights(network, weights, f"--teacher {spec}")
     network = network.to(device).eval()
     val = Listed.of(stage.run.source("val"), stage.config.source)
-    top1 = measure(network, val, stage.config, spec, device)
+    check_order = stage.config.squeeze.check_class_order
+    top1 = measure(network, val, stage.config, spec, device, check_order=check_order)
     commit_teacher(
         stage.room,
         stage.config,

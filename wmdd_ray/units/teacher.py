@@ -65,26 +65,36 @@ def feature_width(config: DistillConfig, num_classes: int) -> int:
 
 
 def measure(
-    network: torch.nn.Module, val: Listed, config: DistillConfig, name: str, device: torch.device
+    network: torch.nn.Module,
+    val: Listed,
+    config: DistillConfig,
+    name: str,
+    device: torch.device,
+    *,
+    check_order: bool,
 ) -> float:
     """Return the top-1 on held-out images, in [0, 1].
 
+    `check_order` tests the order of its classes too: of a teacher that was trained elsewhere, for one of this run has
+    learned the data's own labels.
+
     Raises:
-        DataError: It is at chance level, below `squeeze.min_top1`, or its classes are in another order.
+        DataError: It is at chance level, below `squeeze.min_top1`, or its classes are shown to be in another order.
     """
     class_names = val.source.class_names
     num_classes = len(class_names)
     held_out = HeldOut(val, config.source.mean, config.source.std, device)
     counts_YY = confusion(network, held_out, num_classes)
     top1 = float(np.trace(counts_YY) / counts_YY.sum())
-    moved = permuted_classes(counts_YY)
+    moved = permuted_classes(counts_YY) if check_order else {}
     if moved:
         shown = ", ".join(
             f'class {k} ("{class_names[k]}") is its class {j}' for k, j in list(moved.items())[:3]
         )
         raise DataError(
             f"{name}: its classes are in another order than the data's: {len(moved)} of {num_classes} are exchanged "
-            f"({shown}); its top-1 is {top1:.3f} as it is. Reorder the class names of the data or the teacher's last layer"
+            f"({shown}); its top-1 is {top1:.3f} as it is. Reorder the class names of the data or the teacher's last layer, or go "
+            "on as it is by --squeeze.no-check-class-order"
         )
     needed = config.squeeze.min_top1 or min(3 / num_classes, (1 + 1 / num_classes) / 2)
     if top1 < needed:
@@ -227,7 +237,8 @@ def train_teacher(
     if attempt is None:
         return
     network.eval()
-    top1 = measure(network, training.val, config, f"the trained {unit}", device)
+    name = f"the trained {unit}"
+    top1 = measure(network, training.val, config, name, device, check_order=False)
     extra: dict[str, Any] = {"losses": course.losses}
     if course.curvatures:
         extra |= {"curvatures": course.curvatures, "curvature_weight": squeeze.curvature_weight}
