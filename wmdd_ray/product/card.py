@@ -208,6 +208,7 @@ def options_of(config: DistillConfig) -> dict[str, Any]:
     """Return every option but those that change no byte: a run that went on with other ones of these has the same card."""
     options = asdict(config)
     del options["recover"]["checkpoint_s"], options["squeeze"]["memory_limit_gib"]
+    del options["squeeze"]["check_class_order"]
     return options
 
 
