@@ -72,6 +72,11 @@ class SourceConfig:
     """Per-channel mean in [0, 1] that the network input is centered by."""
     std: tuple[float, ...] = option((0.229, 0.224, 0.225), gt=0)
     """Per-channel standard deviation in [0, 1] that the network input is divided by."""
+    interpolation: Literal["bilinear", "bicubic"] = option("bilinear", absent_at="bilinear")
+    """Filter of the resizing, antialiased: bilinear (torchvision's ResNets) or bicubic (most of timm's weights)."""
+    exif_orientation: bool = option(True, absent_at=True)
+    """Turn a picture as its EXIF data say before anything else; off, its pixels are taken as they are stored, as most training
+    scripts do (torchvision's ImageFolder among them)."""
     max_bad_images: int = option(10, ge=0)
     """Images that may be unreadable (counted, named, skipped) before the run stops."""
     max_image_pixels: int = option(64_000_000, gt=0)
@@ -563,7 +568,8 @@ class DistillConfig:
     val_data: str | None = None
     """Held-out images; not needed where the source brings its own split (digits, IDX, folders `train`/`val`)."""
     teacher: str | None = None
-    """A committed teacher room, `torchvision:WEIGHTS`, or a checkpoint file; trained by `squeeze` when absent."""
+    """A committed teacher room, published weights (`torchvision:NAME`, `timm:NAME`, whose input becomes the default of --source),
+    or a checkpoint file; trained by `squeeze` when absent."""
     source: SourceConfig = SourceConfig()
     squeeze: SqueezeConfig = SqueezeConfig()
     features: FeaturesConfig = FeaturesConfig()

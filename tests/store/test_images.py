@@ -8,13 +8,15 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 from PIL import Image
-from torchvision.transforms import CenterCrop, Resize
+from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import BadImageError
@@ -146,6 +148,14 @@ def test_exif_orientation_is_applied(orientation: int, format: str) -> None:
     np.testing.assert_allclose(pixels.astype(int), expected, atol=6)
 
 
+def test_the_orientation_may_be_left_as_it_is_stored() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(Image.fromarray(quadrants()).convert("RGB"), exif=exif)
+    pixels = decode_image(content, replace(GRAY, exif_orientation=False), "x")
+    assert_array_equal(pixels, decode_image(quadrants(), GRAY, "x"))
+
+
 def test_broken_exif_leaves_a_good_picture_as_it_is() -> None:
     picture = Image.fromarray(noise(8, 8))
     content = encoded(picture, "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
@@ -154,10 +164,13 @@ def test_broken_exif_leaves_a_good_picture_as_it_is() -> None:
 
 @pytest.mark.parametrize("size", [(100, 37), (37, 100), (9, 9), (8, 61), (5, 3), (33, 32)])
 @pytest.mark.parametrize("resize", [8, 11, 20])
-def test_resize_and_crop_are_those_of_torchvision(size: tuple[int, int], resize: int) -> None:
+@pytest.mark.parametrize("filter", ["bilinear", "bicubic"])
+def test_resize_and_crop_are_those_of_torchvision(
+    size: tuple[int, int], resize: int, filter: Any
+) -> None:
     picture = Image.fromarray(noise(*size))
-    reference = np.asarray(CenterCrop(8)(Resize(resize)(picture)))
-    config = SourceConfig(image_size=8, resize=resize)
+    reference = np.asarray(CenterCrop(8)(Resize(resize, InterpolationMode(filter))(picture)))
+    config = SourceConfig(image_size=8, resize=resize, interpolation=filter)
     assert_array_equal(decode_image(encoded(picture), config, "x"), reference)
 
 

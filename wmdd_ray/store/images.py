@@ -1,6 +1,6 @@
 """Encoded pictures to the network's square uint8 input, and back to PNG.
 
-The picture is made upright (EXIF), brought to gray or RGB, resized and center-cropped with
+The picture is made upright (EXIF, unless told otherwise), brought to gray or RGB, resized and center-cropped with
 torchvision's arithmetic, so that a teacher trained elsewhere sees the pixels that it was trained
 on.
 
@@ -85,8 +85,10 @@ def decode_image(content: bytes | np.ndarray, source: SourceConfig, where: str) 
             this function for any content.
     """
     with decoding(content, where):
-        picture = gray_or_rgb(upright(loaded(content, source.max_image_pixels)), source.channels)
-        pixels = np.asarray(_resize_and_crop(picture, source))
+        picture = loaded(content, source.max_image_pixels)
+        if source.exif_orientation:
+            picture = upright(picture)
+        pixels = np.asarray(_resize_and_crop(gray_or_rgb(picture, source.channels), source))
     return np.ascontiguousarray(
         pixels.reshape(source.image_size, source.image_size, source.channels)
     )
@@ -186,7 +188,7 @@ def _resize_and_crop(picture: Image.Image, source: SourceConfig) -> Image.Image:
         )
     size = (source.resize, scaled) if width <= height else (scaled, source.resize)
     if size != picture.size:
-        picture = picture.resize(size, Image.Resampling.BILINEAR)
+        picture = picture.resize(size, Image.Resampling[source.interpolation.upper()])
     left, top = (round((side - source.image_size) / 2) for side in size)
     box = (left, top, left + source.image_size, top + source.image_size)
     return picture if box == (0, 0, *size) else picture.crop(box)
