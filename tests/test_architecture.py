@@ -41,6 +41,7 @@ ALLOWED = {
             "scipy",
             "sklearn",
             "threadpoolctl",
+            "timm",  # where a network or weights of it are asked for
             "torch",
             "torchvision",
         ),

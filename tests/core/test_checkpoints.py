@@ -1,22 +1,22 @@
 from __future__ import annotations
 
+import argparse
 import io
 import pickle
 import re
-import urllib.error
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-import torchvision
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from wmdd_ray.config import Arch, NetworkConfig
-from wmdd_ray.core.checkpoints import read_checkpoint, torchvision_weights
-from wmdd_ray.core.networks import build_network, load_weights
-from wmdd_ray.errors import ConfigError, DataError
+from wmdd_ray.core.checkpoints import read_checkpoint
+from wmdd_ray.core.networks import load_weights
+from wmdd_ray.errors import DataError
 
 STATE = {"fc.weight": torch.arange(6.0).view(2, 3), "fc.bias": torch.ones(2)}
 
@@ -37,6 +37,30 @@ class Canary:
         return (Path.touch, (self.path,))
 
 
+def prefixed(prefix: str, **more: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{k}": v for k, v in STATE.items()} | more
+
+
+COUNTED = STATE | {
+    "total_ops": torch.ones(1),
+    "fc.total_ops": torch.ones(1),
+    "fc.total_params": torch.ones(1),
+}
+OPTIONS = argparse.Namespace(arch="resnet18", lr=0.1, betas=(0.9, 0.999), resume=None)
+LIGHTNING = {
+    "pytorch-lightning_version": "2.4.0",
+    "state_dict": prefixed("model."),
+    "hyper_parameters": {"lr": 0.1},
+    "callbacks": {},
+}
+AVERAGED = AveragedModel(nn.Linear(1, 1)).state_dict() | {
+    "n_averaged": torch.tensor(3),
+    "module.fc.weight": STATE["fc.weight"],
+    "module.fc.bias": STATE["fc.bias"],
+}
+del AVERAGED["module.weight"], AVERAGED["module.bias"]
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -44,10 +68,28 @@ class Canary:
         saved(STATE),
         saved({"state_dict": STATE, "epoch": 3}),
         saved({"model": STATE, "optimizer": {"lr": 0.1}}),
-        saved({f"module.{k}": v for k, v in STATE.items()}),
-        saved({"model_state_dict": {f"module._orig_mod.{k}": v for k, v in STATE.items()}}),
+        saved(prefixed("module.")),
+        saved({"model_state_dict": prefixed("module._orig_mod.")}),
+        saved(prefixed("_orig_mod.module.")),
+        saved(prefixed("module.model._orig_mod.module.")),
+        saved({"net": prefixed("module."), "acc": 91.2, "epoch": 3}),
+        saved({"state_dict": {"model": STATE}}),
+        saved({"state_dict_ema": STATE, "epoch": 3}),
+        saved({"model_ema": AVERAGED, "args": OPTIONS}),
+        saved({"ema": prefixed("module."), "step": 3}),
+        saved({"state_dict": STATE, "state_dict_ema": {"fc.weight": torch.zeros(2, 3)}}),
+        saved(LIGHTNING),
+        saved(AVERAGED),
+        saved(prefixed("module.module.") | {"module.n_averaged": torch.tensor(2)}),
+        saved(COUNTED),
+        saved({"model": STATE, "args": OPTIONS, "epoch": 3}),
     ],
-    ids=["safetensors", "plain", "state_dict", "model", "data parallel", "compiled"],
+    ids=[
+        *("safetensors", "plain", "state_dict", "model", "data parallel", "compiled"),
+        *("compiled data parallel", "four times", "net", "nested twice", "timm ema only"),
+        *("torchvision ema", "ema", "weights before their average", "Lightning", "averaged"),
+        *("averaged data parallel", "thop", "torchvision options"),
+    ],
 )
 def test_every_usual_way_to_save_weights_is_read(content: bytes) -> None:
     state = read_checkpoint(content, "a file")
@@ -57,9 +99,14 @@ def test_every_usual_way_to_save_weights_is_read(content: bytes) -> None:
 
 
 @pytest.mark.parametrize("as_torch_file", [False, True])
-def test_a_pickle_with_code_is_refused_and_never_run(tmp_path: Path, as_torch_file: bool) -> None:
+@pytest.mark.parametrize("in_options", [False, True])
+def test_a_pickle_with_code_is_refused_and_never_run(
+    tmp_path: Path, as_torch_file: bool, in_options: bool
+) -> None:
+    canary: Any = Canary(tmp_path / "canary")
+    extra = argparse.Namespace(path=canary) if in_options else canary
     canary = tmp_path / "canary"
-    content = {"state_dict": STATE, "extra": Canary(canary)}
+    content = {"state_dict": STATE, "extra": extra}
     data = saved(content) if as_torch_file else pickle.dumps(content)
     with pytest.raises(
         DataError, match="checkpoint evil.pt: expected safetensors, or a torch file"
@@ -99,67 +146,29 @@ def test_files_without_weights_are_a_data_error(content: object, got: str) -> No
         read_checkpoint(saved(content), "a file")
 
 
+def test_a_mapping_that_holds_itself_is_a_data_error() -> None:
+    content: dict[str, Any] = {}
+    content["model"] = content
+    with pytest.raises(DataError, match="a mapping with 'model': dict"):
+        read_checkpoint(saved(content), "a file")
+
+
 def test_a_prefix_is_kept_when_only_some_names_have_it() -> None:
     state = {"module.a": torch.ones(1), "b": torch.ones(1)}
     assert list(read_checkpoint(saved(state), "a file")) == ["module.a", "b"]
 
 
-@pytest.mark.parametrize(
-    ("name", "arch", "resize"),
-    [
-        ("resnet18", "resnet18", 256),
-        ("ResNet18_Weights.IMAGENET1K_V1", "resnet18", 256),
-        ("ResNet50_Weights.IMAGENET1K_V2", "resnet50", 232),
-        ("mobilenet_v2", "mobilenet_v2", 232),
-    ],
-)
-def test_published_weights_bring_all_that_a_teacher_needs(
-    monkeypatch: pytest.MonkeyPatch, name: str, arch: Arch, resize: int
-) -> None:
-    network = build_network(NetworkConfig(arch=arch), num_classes=1000, channels=3, image_size=224)
-    asked: list[dict[str, Any]] = []
+def test_a_network_whose_own_names_begin_with_a_prefix_takes_its_own_file() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.ModuleDict({"fc": nn.Linear(3, 2)})
 
-    def download(_: object, **options: Any) -> dict[str, torch.Tensor]:
-        asked.append(options)
-        return network.state_dict()
-
-    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", download)
-    found, state, class_names, mean, std, got_resize, crop = torchvision_weights(name)
-    assert (found, got_resize, crop) == (arch, resize, 224)
-    assert (mean, std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert class_names[:2] == ("tench", "goldfish")
-    assert len(class_names) == 1000
-    assert asked == [{"progress": False, "check_hash": True, "weights_only": True}]
-    load_weights(network, state, name)
-
-
-@pytest.mark.parametrize(
-    "error", [urllib.error.URLError("no route"), RuntimeError("invalid hash value")]
-)
-def test_a_failed_download_is_a_data_error_that_names_the_address(
-    monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    def download(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", download)
-    with pytest.raises(DataError, match=r"https://download.*resnet18.*cannot be downloaded"):
-        torchvision_weights("resnet18")
-
-
-@pytest.mark.parametrize("name", ["resnet19", "vgg16", "ResNet18_Weights.NONE", ""])
-def test_unknown_published_weights_are_a_config_error_with_the_choices(name: str) -> None:
-    with pytest.raises(
-        ConfigError, match="expected one of resnet18, ResNet18_Weights.IMAGENET1K_V1"
-    ):
-        torchvision_weights(name)
-
-
-def test_torchvision_has_weights_of_every_architecture_but_our_own() -> None:
-    with pytest.raises(ConfigError) as caught:
-        torchvision_weights("")
-    for arch in set(get_args(Arch)) - {"convnet3", "vit_tiny"}:
-        assert arch in str(caught.value)
+    network = Wrapped()
+    for content in (prefixed("model."), prefixed("module.model."), STATE):
+        nn.init.zeros_(network.get_parameter("model.fc.weight"))
+        load_weights(network, read_checkpoint(saved(content), "a file"), "a file")
+        assert torch.equal(network.get_parameter("model.fc.weight"), STATE["fc.weight"])
 
 
 @pytest.mark.parametrize("zipped", [True, False])

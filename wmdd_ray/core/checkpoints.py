@@ -1,10 +1,8 @@
-"""Weights that others have trained: checkpoint files and torchvision's published ones.
-
-Legend: C color channels.
-"""
+"""Checkpoint files that others have written: the weights in them, whatever they are wrapped in."""
 
 from __future__ import annotations
 
+import argparse
 import io
 import re
 import zipfile
@@ -15,13 +13,18 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from wmdd_ray.config import Arch
-from wmdd_ray.errors import ConfigError, DataError
+from wmdd_ray.errors import DataError
 
-_TORCHVISION_ARCHS: tuple[Arch, ...] = ("resnet18", "resnet50", "mobilenet_v2")
-# Names under which training scripts nest the weights, and prefixes that wrappers put before each key.
-_NESTS = ("state_dict", "model", "model_state_dict")
-_PREFIXES = ("module.", "_orig_mod.")
+# Names under which training scripts nest the weights, the last weights before their average, and prefixes that wrappers put
+# before each name.
+_NESTS = (
+    *("state_dict", "model", "model_state_dict", "net"),
+    *("state_dict_ema", "model_ema", "ema"),
+)
+_MOST_NESTS = 4
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+# Tensors that are no weights: what thop counts at each layer, and how many weights torch's AveragedModel has averaged.
+_COUNTERS = ("total_ops", "total_params", "n_averaged")
 
 
 def first_names(names: list[str]) -> str:
@@ -32,9 +35,11 @@ def first_names(names: list[str]) -> str:
 def read_checkpoint(content: bytes, name: str) -> dict[str, Tensor]:
     """Return the weights in a safetensors file or a torch checkpoint, by state-dict name, on the CPU.
 
-    Weights nested under `state_dict`, `model` or `model_state_dict` are unwrapped, and the prefixes `module.`
-    (data parallel) and `_orig_mod.` (compiled) are taken off. No code of the file is ever run: a pickle that
-    wants more than tensors and plain containers is refused.
+    Weights nested under `state_dict`, `model`, `model_state_dict` or `net`, or else under a name of their moving average,
+    are unwrapped as often as they are wrapped. So are names: `module.` (data parallel, averaged), `_orig_mod.` (compiled),
+    `model.` and `net.` (Lightning) are taken off while all names begin with one. The counters of thop and AveragedModel
+    are left out. No code of the file is ever run: a pickle that wants more than tensors, plain containers and the options
+    of a command line (argparse.Namespace, which timm and torchvision store beside the weights) is refused.
 
     Args:
         content: bytes of the file.
@@ -47,11 +52,12 @@ def read_checkpoint(content: bytes, name: str) -> dict[str, Tensor]:
     is_safetensors = content[8:9] == b"{"
     try:
         _refuse_zip_bomb(content)
-        found: Any = (
-            safetensors.torch.load(content)
-            if is_safetensors
-            else torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        )
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found: Any = (
+                safetensors.torch.load(content)
+                if is_safetensors
+                else torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            )
     # Damaged bytes raise a dozen kinds of error in these two parsers; all of them mean the same to the user.
     except Exception as error:
         reason = _reason(error)
@@ -60,8 +66,10 @@ def read_checkpoint(content: bytes, name: str) -> dict[str, Tensor]:
             f"{len(content)} bytes that cannot be read as such ({reason}); save the model's state_dict() and "
             "pass that file"
         ) from error
-    if isinstance(found, Mapping):
-        found = next((found[k] for k in _NESTS if isinstance(found.get(k), Mapping)), found)
+    # A pickled dictionary may hold itself.
+    for _ in range(_MOST_NESTS):
+        if isinstance(found, Mapping):
+            found = next((found[k] for k in _NESTS if isinstance(found.get(k), Mapping)), found)
     if (
         not isinstance(found, Mapping)
         or not found
@@ -71,11 +79,17 @@ def read_checkpoint(content: bytes, name: str) -> dict[str, Tensor]:
             f"checkpoint {name}: expected a mapping from names to tensors, at the top or under one of {_NESTS}, "
             f"got {_kind(found)}; save the model's state_dict()"
         )
-    state = {str(k): v for k, v in found.items()}
-    for prefix in _PREFIXES:
-        if all(k.startswith(prefix) for k in state):
-            state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return state
+    state = {str(k): v for k, v in found.items() if k.rpartition(".")[2] not in _COUNTERS}
+    return dict(zip(unwrapped(list(state)), state.values(), strict=True))
+
+
+def unwrapped(names: list[str]) -> list[str]:
+    """Return the names without the prefixes that wrappers have put before all of them."""
+    while prefix := next(
+        (p for p in _PREFIXES if names and all(n.startswith(p) for n in names)), ""
+    ):
+        names = [name.removeprefix(prefix) for name in names]
+    return names
 
 
 def _reason(error: Exception) -> str:
@@ -100,53 +114,3 @@ def _kind(found: object) -> str:
         return type(found).__name__
     others = [f"{k!r}: {type(v).__name__}" for k, v in found.items() if not isinstance(v, Tensor)]
     return f"a mapping with {first_names(others)}" if others else "an empty mapping"
-
-
-def torchvision_weights(
-    name: str,
-) -> tuple[
-    Arch, dict[str, Tensor], tuple[str, ...], tuple[float, ...], tuple[float, ...], int, int
-]:
-    """Download published weights and return (arch, state dict, class names, mean_C, std_C, resize, crop).
-
-    Args:
-        name: an architecture, which means its default weights (`resnet18`), or one entry
-            (`ResNet18_Weights.IMAGENET1K_V1`).
-
-    Returns:
-        The last two are the shorter side after resizing and the side of the center crop, pixels.
-
-    Raises:
-        ConfigError: torchvision has no such weights, or the architecture is none of ours.
-        DataError: the weights cannot be downloaded, or arrive damaged.
-    """
-    from torchvision import models
-
-    entries: dict[str, tuple[Arch, Any]] = {}
-    for arch in _TORCHVISION_ARCHS:
-        family: Any = models.get_model_weights(arch)
-        entries[arch] = (arch, family.DEFAULT)
-        entries.update({str(entry): (arch, entry) for entry in family})
-    if name not in entries:
-        raise ConfigError(
-            f"--teacher torchvision:{name}: no such weights; expected one of {', '.join(entries)}"
-        )
-    arch, entry = entries[name]
-    try:
-        state = entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    # urllib raises OSErrors; torch.hub raises RuntimeError for a wrong hash or a damaged file.
-    except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"--teacher torchvision:{name}: {entry.url} cannot be downloaded ({error}); download it where there is "
-            f"network, and pass the file as --teacher"
-        ) from error
-    preset = entry.transforms()
-    return (
-        arch,
-        dict(state),
-        tuple(entry.meta["categories"]),
-        tuple(preset.mean),
-        tuple(preset.std),
-        preset.resize_size[0],
-        preset.crop_size[0],
-    )

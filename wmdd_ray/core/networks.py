@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from wmdd_ray.config import Arch, NetworkConfig
-from wmdd_ray.core.checkpoints import first_names, read_checkpoint, torchvision_weights
+from wmdd_ray.core.checkpoints import first_names, unwrapped
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.records import Teacher
 
@@ -30,8 +30,6 @@ __all__ = [
     "last_linear",
     "load_weights",
     "network_of",
-    "read_checkpoint",
-    "torchvision_weights",
     "weights_of",
 ]
 
@@ -226,9 +224,12 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], where: str) ->
         DataError: names up to three missing, unexpected and mis-shaped tensors of `where`.
     """
     own = network.state_dict()
-    given = dict(
-        state
-    )  # a plain dict: an OrderedDict's `_metadata` would make torch refuse old checkpoints
+    # Where the network itself begins all its names with what is taken off a file's.
+    full = dict(zip(unwrapped(list(own)), own, strict=True))
+    # A plain dict: an OrderedDict's `_metadata` would make torch refuse old checkpoints.
+    given = {
+        name if name in own else full.get(name, name): tensor for name, tensor in state.items()
+    }
     for name in own:
         if name.endswith("num_batches_tracked") and name not in given:
             given[name] = torch.tensor(0)

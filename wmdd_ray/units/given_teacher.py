@@ -9,8 +9,9 @@ from typing import cast
 import torch
 
 from wmdd_ray.config import Arch, DistillConfig, NetworkConfig, SourceConfig
-from wmdd_ray.core.checkpoints import read_checkpoint, torchvision_weights
+from wmdd_ray.core.checkpoints import read_checkpoint
 from wmdd_ray.core.networks import build_network, load_weights
+from wmdd_ray.core.published import Published, download, is_published, published
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.run import StageRun
@@ -61,17 +62,15 @@ def import_teacher(stage: StageRun, spec: str, unit: str = UNIT) -> None:
 def given_weights(
     config: DistillConfig, spec: str, class_names: tuple[str, ...], unit: str = UNIT
 ) -> tuple[NetworkConfig, dict[str, torch.Tensor]]:
-    """Return architecture and weights of `torchvision:NAME`, a committed teacher, or a checkpoint file.
+    """Return architecture and weights of `torchvision:NAME`, `timm:NAME`, a committed teacher, or a checkpoint file.
 
     A teacher other than the first is that of a run with as many.
     """
-    if spec.startswith("torchvision:"):
+    if is_published(spec):
         _require_first(config, spec, unit, "weights of one")
-        arch, state, _, mean_C, std_C, resize, crop = torchvision_weights(
-            spec.removeprefix("torchvision:")
-        )
-        _check_preset(config.source, (mean_C, std_C, resize, crop), spec)
-        return NetworkConfig(arch=arch), state
+        about = published(spec)
+        _check_input(config.source, about, spec)
+        return NetworkConfig(arch=about.arch), download(spec)
     for room in (Room(Store(spec), ""), Room(Store(spec), "teacher")):
         commit = room.read_commit()
         if commit is None:
@@ -90,8 +89,8 @@ def given_weights(
         content = Store(folder or ".").get(name)
     except (FileNotFoundError, IsADirectoryError, ArtifactError) as error:
         raise ConfigError(
-            f"--teacher {spec}: expected a committed teacher (a run or its teacher/ folder), torchvision:WEIGHTS, or a "
-            f"checkpoint file, found none of them ({type(error).__name__})"
+            f"--teacher {spec}: expected a committed teacher (a run or its teacher/ folder), torchvision:WEIGHTS, timm:MODEL, "
+            f"or a checkpoint file, found none of them ({type(error).__name__})"
         ) from error
     return config.squeeze.network, read_checkpoint(content, spec)
 
@@ -104,14 +103,21 @@ def _require_first(config: DistillConfig, spec: str, unit: str, found: str) -> N
         )
 
 
-def _check_preset(source: SourceConfig, preset: tuple[object, ...], spec: str) -> None:
-    asked = (source.mean, source.std, source.resize, source.image_size)
-    if asked != preset:
-        mean_C, std_C, resize, crop = preset
-        raise ConfigError(
-            f"--teacher {spec}: these weights expect mean {mean_C}, std {std_C}, shorter side {resize}, center crop {crop}; the "
-            f"run has {asked}; set --source.mean, --source.std, --source.resize and --source.image-size to them"
-        )
+def _check_input(source: SourceConfig, about: Published, spec: str) -> None:
+    """Raise a ConfigError that names each option of the input that is not as the published weights expect."""
+    expected = about.source(source)
+    names = ("image_size", "resize", "channels", "mean", "std", "interpolation")
+    wrong = [
+        f"--source.{name.replace('_', '-')} {_written(getattr(expected, name))} (is {_written(getattr(source, name))})"
+        for name in names
+        if getattr(expected, name) != getattr(source, name)
+    ]
+    if wrong:
+        raise ConfigError(f"--teacher {spec}: these weights expect {', '.join(wrong)}")
+
+
+def _written(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def check_names(teacher: tuple[str, ...], data: tuple[str, ...], spec: str) -> None:
