@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -89,9 +89,16 @@ def parse(arguments: list[str]) -> Job:
     first.add_argument("--recipe", default="digits")
     first.add_argument("--variant", default="best")
     first.add_argument("--ipc", default="")
+    first.add_argument("--teacher", default="")
     known, _ = first.parse_known_args(arguments)
     ipc = int(known.ipc) if known.ipc.isdecimal() else 10  # tyro says what is wrong with others
-    default = Job(config=recipe_of(known.recipe, ipc, known.variant))
+    config = recipe_of(known.recipe, ipc, known.variant)
+    if known.teacher.startswith(("torchvision:", "timm:")):
+        # Imported here: torch, which a wrong option should not have to wait for.
+        from wmdd_ray.core.published import published
+
+        config = replace(config, source=published(known.teacher).source(config.source))
+    default = Job(config=config)
     return command_line.parse(Job, arguments, description=__doc__, default=default, first=_FIRST)
 
 

@@ -54,7 +54,7 @@ class Job:
     """Where the shards go: an empty or new folder, or a URI that all nodes see."""
     teacher: str | None = None
     """Check that this teacher numbers the classes as the data does, by its accuracy on a sample, before anything is written: a
-    committed teacher (a run or its teacher/ folder), `torchvision:WEIGHTS`, or a checkpoint file."""
+    committed teacher (a run or its teacher/ folder), `torchvision:WEIGHTS`, `timm:MODEL`, or a checkpoint file."""
     recipe: str = "imagenet1k"
     """Recipe of jobs/distill.py whose network and input a --teacher that is a checkpoint file was trained with."""
     overwrite: bool = False

@@ -8,8 +8,8 @@ import torch
 
 from jobs.checks.images import held_out_sample
 from wmdd_ray.config import SourceConfig
-from wmdd_ray.core.checkpoints import torchvision_weights
 from wmdd_ray.core.networks import build_network, load_weights
+from wmdd_ray.core.published import is_published, published
 from wmdd_ray.errors import DataError
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.spine.rooms import Room
@@ -24,7 +24,7 @@ def probe_class_order(spec: str, source: Source, recipe: str) -> float:
     """Return the top-1 of a teacher on some images of up to a hundred classes, in [0, 1].
 
     Args:
-        spec: A committed teacher (a run, or its teacher/ folder), `torchvision:WEIGHTS`, or a checkpoint file.
+        spec: A committed teacher (a run, or its teacher/ folder), `torchvision:WEIGHTS`, `timm:MODEL`, or a checkpoint file.
         source: The images.
         recipe: Whose network and input a checkpoint file was trained with.
 
@@ -62,11 +62,8 @@ def probe_class_order(spec: str, source: Source, recipe: str) -> float:
 
 def _input_of(spec: str, otherwise: SourceConfig) -> SourceConfig:
     """Return the input that a teacher was trained with, where it says so."""
-    if spec.startswith("torchvision:"):
-        _, _, _, mean_C, std_C, resize, crop = torchvision_weights(
-            spec.removeprefix("torchvision:")
-        )
-        return SourceConfig(image_size=crop, resize=resize, mean=mean_C, std=std_C)
+    if is_published(spec):
+        return published(spec).source(otherwise)
     for room in (Room(Store(spec), ""), Room(Store(spec), "teacher")):
         if room.read_commit() is not None:
             teacher = read_teacher(room)

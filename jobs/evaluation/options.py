@@ -65,7 +65,7 @@ class Job:
     called (`new000`, `0_cat`)."""
     teacher: str | None = None
     """Teacher for soft labels of a foreign set: a run or its teacher/ folder (of several teachers all label, as in the run),
-    `torchvision:WEIGHTS`, or a checkpoint file."""
+    `torchvision:WEIGHTS`, `timm:MODEL`, or a checkpoint file."""
     attacks: tuple[str, ...] = ()
     """Attacks on the trained students: pgd (100 steps), square, autoattack (standard), cw (L2), mim; with commas or spaces. They
     need adversarial-robustness-toolbox and pyautoattack."""
@@ -153,6 +153,10 @@ def parse(arguments: list[str], description: str | None) -> Asked:
             mean=teacher.mean_C,
             std=teacher.std_C,
         )
+    elif known.teacher is not None and known.teacher.startswith(("torchvision:", "timm:")):
+        from wmdd_ray.core.published import published
+
+        source = published(known.teacher).source(replace(source, format="auto"))
     else:
         source = replace(source, format="auto")
         size = vars(known)["source.image_size"]
@@ -200,7 +204,7 @@ def _source_of_ours(own: Any, recipe: SourceConfig) -> SourceConfig:
 
 def _committed_teachers(spec: str) -> tuple[Teacher, int] | None:
     """Return the first teacher of a run or a teacher room, and how many label; None when `spec` is another kind of teacher."""
-    if spec.startswith("torchvision:"):
+    if spec.startswith(("torchvision:", "timm:")):
         return None
     for room in (Room(Store(spec), ""), Room(Store(spec), "teacher")):
         commit = room.read_commit()
@@ -237,8 +241,8 @@ def _completed(
         labels = ("soft", "hard") if job.teacher is not None else ("hard",)
     elif "soft" in labels and job.teacher is None:
         raise ConfigError(
-            f"--labels soft: {job.uri} brings images and classes only; pass --teacher (a run, torchvision:WEIGHTS, or a checkpoint "
-            "file) for soft labels, or --labels hard"
+            f"--labels soft: {job.uri} brings images and classes only; pass --teacher (a run, torchvision:WEIGHTS, timm:MODEL, or "
+            "a checkpoint file) for soft labels, or --labels hard"
         )
     evaluate = replace(
         job.evaluate,

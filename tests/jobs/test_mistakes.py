@@ -181,9 +181,8 @@ LOCAL = [
         "weights that torchvision does not have",
         f"distill --teacher torchvision:ResNet18 {SMALL}",
         2,
-        "error: --teacher torchvision:ResNet18: no such weights; expected one of resnet18, ResNet18_Weights.IMAGENET1K_V1, resnet50, "
-        "ResNet50_Weights.IMAGENET1K_V1, ResNet50_Weights.IMAGENET1K_V2, mobilenet_v2, MobileNet_V2_Weights.IMAGENET1K_V1, "
-        "MobileNet_V2_Weights.IMAGENET1K_V2",
+        "error: --teacher torchvision:ResNet18: no such weights; expected a classifier of torchvision, as resnet18, or its "
+        "weights, as ResNet18_Weights.IMAGENET1K_V1; near to it: resnet18, resnet152, resnet101",
     ),
     Mistake(
         "an older run with other options in the way",
@@ -252,8 +251,8 @@ LOCAL = [
         "soft labels of images without a teacher",
         "evaluate HERE/images/train --labels soft",
         2,
-        "error: --labels soft: HERE/images/train brings images and classes only; pass --teacher (a run, torchvision:WEIGHTS, or a "
-        "checkpoint file) for soft labels, or --labels hard",
+        "error: --labels soft: HERE/images/train brings images and classes only; pass --teacher (a run, torchvision:WEIGHTS, "
+        "timm:MODEL, or a checkpoint file) for soft labels, or --labels hard",
     ),
     Mistake(
         "nothing to export",
