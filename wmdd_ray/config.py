@@ -16,7 +16,8 @@ from wmdd_ray.errors import ConfigError
 from wmdd_ray.options import check, option, require
 from wmdd_ray.options import refuse_secrets as refuse_secrets
 
-Arch = Literal["convnet3", "resnet18", "resnet50", "mobilenet_v2", "vit_tiny"]
+# A name that `core.architectures.build_network` knows.
+Arch = str
 Norm = Literal["batch", "instance"]
 OptimizerName = Literal["adamw", "sgd", "muon"]
 StudentLoss = Literal["kl", "mse"]
@@ -118,17 +119,26 @@ class NetworkConfig:
     """A classifier architecture, of the teacher or of a student."""
 
     arch: Arch = "convnet3"
-    """`convnet3` is the small-image literature's; `vit_tiny`, 4 layers of width 128, has no BatchNorm and can be a student only."""
+    """`convnetN` is the small-image literature's N blocks (3 up to 32 px, 4 at 64, 6 at 224), `resnetap10` its ResNet-10 with average
+    pooling for strides, `vit_tiny` 4 layers of width 128; then a classifier of torchvision by its name, `timm:NAME`, and
+    `module:function` of your own: code that you trust, imported on every worker and called with num_classes, channels, image_size. A
+    teacher needs a last Linear layer, and BatchNorm2d layers unless --recover.moments none."""
     width: int = option(64, ge=1)
-    """Channels of each ConvNet-3 block (128 in the literature); not used by the other architectures."""
+    """Channels of each ConvNet block (128 in the literature); not used by the other architectures."""
     small_stem: bool = False
-    """3x3 stride-1 first convolution without max-pool (ResNet) or stride 1 (MobileNetV2), for images of 64 px and less."""
+    """3x3 stride-1 first convolution for a strided one, and no max-pool after it, for images of 64 px and less. Networks whose first
+    convolution keeps the resolution or cuts patches (ViT, Swin, ConvNeXt) have no such stem and ignore it."""
     norm: Norm = "batch"
-    """Normalization of `convnet3`: BatchNorm, which a teacher must have, or the literature's InstanceNorm."""
+    """Normalization of `convnetN` and `resnetap10`: BatchNorm, which a teacher must have, or the literature's InstanceNorm."""
 
     def __post_init__(self) -> None:
         expected = f"batch, the only one that {self.arch} has"
-        require(self.norm == "batch" or self.arch == "convnet3", "norm", expected, self.norm)
+        require(self.norm == "batch" or self.has_norm_option, "norm", expected, self.norm)
+
+    @property
+    def has_norm_option(self) -> bool:
+        """Whether `norm` may be another one than BatchNorm."""
+        return self.arch.startswith("convnet") or self.arch == "resnetap10"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,8 +194,6 @@ class SqueezeConfig:
     def __post_init__(self) -> None:
         check(self, "squeeze.")
         network, power = self.network, self.curvature_ipc_power
-        expected = "a network with BatchNorm, whose inputs the images are matched by"
-        require(network.arch != "vit_tiny", "squeeze.network.arch", expected, network.arch)
         expected = "batch, whose inputs the images are matched by"
         require(network.norm == "batch", "squeeze.network.norm", expected, network.norm)
         expected = "0 without --squeeze.curvature-weight; give that too, or leave this out"
@@ -453,7 +461,7 @@ class HardLabelConfig:
     views: ViewConfig = ViewConfig(mix="none")
     """Views, drawn as they train: small crops mislead by hard labels, and mixtures help where crops are large (README)."""
     norm: Norm = "batch"
-    """Normalization of `convnet3` students: InstanceNorm, the literature's, is better by hard labels at ipc 1 (README)."""
+    """Normalization of `convnetN`, `resnetap10` students: InstanceNorm, the literature's, is better by hard labels at ipc 1 (README)."""
     optimizer: OptimizerName = "adamw"
     """Optimizer, as `--evaluate.optimizer`."""
     learning_rate: float = option(1e-3, gt=0)
@@ -598,6 +606,13 @@ class DistillConfig:
     def num_teachers(self) -> int:
         """Teachers that label this run's images; the first of them is the one that the images are made for."""
         return self.relabel.teachers_at(self.ipc)
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether BatchNorm layers of the teacher are used: by the images' moment term, or by labels of batch statistics."""
+        recover = self.recover
+        matched = recover.method == "inversion" and recover.moments != "none"
+        return (matched and recover.bn_weight > 0) or self.relabel.batch_statistics
 
     @property
     def num_atoms(self) -> int:

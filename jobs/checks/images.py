@@ -7,13 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import cast
 
 import numpy as np
 from PIL import Image
 
 from jobs.checks.report import Finding, Visit, many
-from wmdd_ray.config import Arch, NetworkConfig
+from wmdd_ray.config import NetworkConfig
 from wmdd_ray.errors import BadImageError
 from wmdd_ray.product.card import size
 from wmdd_ray.store.images import decode_image
@@ -172,7 +171,7 @@ def check_teacher(visit: Visit) -> Iterator[Finding]:
         network = network.to(device).eval()
     elif "storage" not in visit.failed and room.read_commit() is not None:
         teacher = read_teacher(room)
-        where, arch = room.store.uri, cast(Arch, teacher.arch)
+        where, arch = room.store.uri, teacher.arch
         check_names(teacher.class_names, names, where)
         network = network_of(teacher, device)
     else:

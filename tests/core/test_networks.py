@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,13 @@ from wmdd_ray.config import NetworkConfig
 from wmdd_ray.core.networks import (
     batch_norms,
     build_network,
+    check_teacher,
     features_and_logits,
+    labeler_of,
     last_linear,
     load_weights,
     network_of,
+    required_batch_norms,
     weights_of,
 )
 from wmdd_ray.errors import ConfigError, DataError
@@ -29,6 +33,11 @@ def build(config: NetworkConfig = SMALL, **options: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return build_network(config, **options).eval()
+
+
+def checked(network: nn.Module, needs_norms: bool = True) -> None:
+    """Check a teacher of color images of 32 px."""
+    check_teacher(network, channels=3, image_size=32, needs_norms=needs_norms)
 
 
 def teacher_of(network: nn.Module) -> Teacher:
@@ -123,8 +132,12 @@ def test_the_vision_transformer_sees_about_seven_patches_a_side(
 
 
 def test_a_teacher_without_batch_norm_is_refused_by_the_name_of_the_option() -> None:
-    with pytest.raises(ConfigError, match=r"--squeeze.network.arch: .*VisionTransformer without"):
-        batch_norms(build(NetworkConfig(arch="vit_tiny"), image_size=32))
+    vit = build(NetworkConfig(arch="vit_tiny"), image_size=32)
+    assert batch_norms(vit) == []
+    for refused in (required_batch_norms, checked):
+        with pytest.raises(ConfigError, match=r"arch: .*VisionTransformer without.*moments none"):
+            refused(vit)
+    checked(vit, needs_norms=False)
 
 
 def test_an_image_in_a_network_with_instance_norm_does_not_depend_on_its_company() -> None:
@@ -134,7 +147,48 @@ def test_an_image_in_a_network_with_instance_norm_does_not_depend_on_its_company
     network.eval()
     torch.testing.assert_close(network(images)[:2], network(images[:2] * 3), atol=1e-3, rtol=0)
     with pytest.raises(ConfigError, match="BatchNorm"):
-        batch_norms(network)
+        required_batch_norms(network)
+
+
+class Odd(nn.Module):
+    """A network that keeps to no rule: what it does is told by its options."""
+
+    def __init__(self, norm: nn.Module | None = None, calls: int = 1, scaled: bool = False) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4) if norm is None else norm
+        self.fc, self.calls, self.scaled = nn.Linear(4, 5), calls, scaled
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        values = self.conv(images)
+        for _ in range(self.calls):
+            values = self.norm(values)
+        logits: torch.Tensor = self.fc(values.mean(dim=(2, 3)))
+        return logits * 2 if self.scaled else logits
+
+
+class Doubled(nn.BatchNorm2d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize(
+    ("network", "lacks"),
+    [
+        (Odd(calls=0), "Odd, whose norm are passed never or more often"),
+        (Odd(calls=2), "Odd, whose norm are passed never or more often"),
+        (Odd(scaled=True), "logits are what its last Linear layer gives, got Odd"),
+        (Odd(Doubled(4)), r"got .*Doubled, whose own forward pass"),
+        (Odd(nn.BatchNorm2d(4, track_running_stats=False)), r"Odd.norm keeps no running moments"),
+        (nn.Sequential(nn.Conv2d(3, 5, 32), nn.BatchNorm2d(5), nn.Flatten()), "last layer is Linear.*without any"),
+        (nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), nn.Linear(32, 5)), "maps features of images"),
+    ],
+)  # fmt: skip
+def test_what_a_teacher_lacks_is_told_before_it_is_trained(network: nn.Module, lacks: str) -> None:
+    modes = [module.training for module in network.modules()]
+    with pytest.raises(ConfigError, match=rf"--squeeze.network.arch: .*{lacks}"):
+        checked(network)
+    assert [module.training for module in network.modules()] == modes
+    checked(Odd())
 
 
 def test_features_are_the_differentiable_input_of_the_last_layer() -> None:
@@ -160,11 +214,36 @@ def test_a_teacher_at_rest_comes_back_frozen_in_eval_mode_with_the_same_outputs(
     assert not any(p.requires_grad for p in back.parameters())
 
 
-def test_network_of_draws_no_random_numbers() -> None:
-    teacher = teacher_of(build())
+@pytest.mark.parametrize("arch", ["convnet3", "timm:swin_tiny_patch4_window7_224"])
+def test_a_teacher_is_made_again_from_its_record_without_random_numbers(arch: str) -> None:
+    size = {"image_size": 32, "resize": 32}
+    network = build(replace(SMALL, arch=arch), image_size=32)
+    teacher = replace(teacher_of(network), arch=arch, **size)
     before = torch.get_rng_state()
-    network_of(teacher)
+    back = network_of(teacher)
     assert torch.equal(torch.get_rng_state(), before)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    # Swin's table of relative positions is a buffer that is in no file.
+    assert torch.equal(back(images), network(images))
+
+
+def test_a_file_of_others_starts_no_code_that_is_not_imported_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    canary = tmp_path / "canary"
+    (tmp_path / "evil_nets.py").write_text(
+        f"import pathlib\npathlib.Path({str(canary)!r}).touch()\n"
+        "from tests.core.test_networks import SMALL, build\n"
+        "def net(**shape):\n    return build(SMALL, **shape)\n"
+    )
+    teacher = replace(teacher_of(build()), arch="evil_nets:net")
+    with pytest.raises(ConfigError, match="evil_nets:net, which a file must not start"):
+        labeler_of([teacher], own_code=False)
+    assert not canary.exists()
+    assert network_of(teacher)(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
+    assert canary.exists(), "the canary itself must sing"
+    labeler_of([teacher], own_code=False)
 
 
 def test_weights_are_copies() -> None:

@@ -117,7 +117,9 @@ def test_overwriting_what_another_operation_needs_is_noticed() -> None:
         torch.autograd.grad(y.sum() + square.sum(), x)
 
 
-@pytest.mark.parametrize("arch", ["convnet3", "resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize(
+    "arch", ["convnet3", "resnet18", "mobilenet_v2", "timm:efficientnet_b0", "timm:regnetx_002"]
+)
 def test_a_tapped_network_has_the_outputs_moments_and_gradients_of_the_plain_one(arch: Any) -> None:
     net = network(arch)
     x = normal(3, 3, 16, 16).requires_grad_(True)

@@ -18,14 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from wmdd_ray.core.moments import merge_moments
-from wmdd_ray.core.networks import batch_norms, features_and_logits, last_linear
+from wmdd_ray.core.networks import (
+    batch_norms,
+    features_and_logits,
+    last_linear,
+    required_batch_norms,
+)
 from wmdd_ray.records import Moments
 
 
 def running_moments(network: nn.Module) -> tuple[np.ndarray, np.ndarray]:
     """Return (mean_S, var_S), float64: the statistics that the teacher's BatchNorm layers normalize by."""
     mean_S, var_S = [], []
-    for norm in batch_norms(network):
+    for norm in required_batch_norms(network):
         assert norm.running_mean is not None and norm.running_var is not None
         mean_S.append(norm.running_mean.double().cpu().numpy())
         var_S.append(norm.running_var.double().cpu().numpy())
@@ -109,7 +114,7 @@ def _square_sum(values: Tensor, axis: int) -> Tensor:
 def _by_class(
     caught: list[tuple[int, Tensor, Tensor, Tensor]], labels_B: np.ndarray
 ) -> list[tuple[int, Moments]]:
-    """Return (label, moments) of every class in a batch."""
+    """Return (label, moments) of every class in a batch; moments of no layer where a network has no BatchNorm."""
     channels_L = tuple(mean.shape[1] for _, mean, _, _ in caught)
     pixels_L = np.array([pixels for pixels, _, _, _ in caught], dtype=np.int64)
     pixels_S = np.repeat(pixels_L, channels_L)
@@ -117,6 +122,8 @@ def _by_class(
     labels_G, first_G, count_G = np.unique(labels_B[order_B], return_index=True, return_counts=True)
 
     def joined(parts_BC: list[Tensor]) -> np.ndarray:
+        if not parts_BC:
+            return np.zeros((len(labels_B), 0))
         return torch.cat(parts_BC, dim=1).double().cpu().numpy()[order_B]
 
     residual_BS = joined([residual for _, _, residual, _ in caught])

@@ -1,23 +1,20 @@
-"""Classifiers: how they are built, filled with weights, and opened up (features, BatchNorm layers).
+"""Classifiers: filled with weights, and opened up (features, BatchNorm layers).
 
 Legend: B batch, C color channels, H W pixels, D feature width (input of the last Linear layer), Y classes.
-
-References:
-    Gidaris and Komodakis 2018 (ConvNet-3; BatchNorm in place of the literature's InstanceNorm in teachers, because the method
-    matches BatchNorm moments). He et al. 2016 (ResNet). Sandler et al. 2018 (MobileNetV2). Dosovitskiy
-    et al. 2021 (Vision Transformer, here a narrow one for small images).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wmdd_ray.config import Arch, NetworkConfig
+from wmdd_ray.config import NetworkConfig
+from wmdd_ray.core.architectures import build_network, is_ours, refuse_foreign_code
 from wmdd_ray.core.checkpoints import first_names, unwrapped
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.records import Teacher
@@ -25,163 +22,181 @@ from wmdd_ray.records import Teacher
 __all__ = [
     "batch_norms",
     "build_network",
+    "check_teacher",
+    "empty_network",
     "features_and_logits",
     "labeler_of",
     "last_linear",
     "load_weights",
     "network_of",
+    "norm_activation",
+    "required_batch_norms",
     "weights_of",
 ]
 
 
-def build_network(
-    config: NetworkConfig, *, num_classes: int, channels: int, image_size: int
+def empty_network(
+    config: NetworkConfig,
+    *,
+    num_classes: int,
+    channels: int,
+    image_size: int,
+    device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """Return a classifier with random weights, drawn from torch's default generator (seed it before).
-
-    `small_stem` puts a 3x3 stride-1 first convolution in place of the strided one, and drops the ResNets'
-    max-pool; ConvNet-3 and the Vision Transformer have no stem and ignore it.
-
-    Args:
-        config: architecture, width and stem.
-        num_classes: Y, outputs of the last Linear layer.
-        channels: C of the input, 1 or 3.
-        image_size: side of the square input, pixels; at least 8 for ConvNet-3, which halves it three times.
-
-    Raises:
-        ConfigError: the image is too small for the architecture.
-    """
-    if config.arch == "convnet3":
-        return _convnet3(config, num_classes, channels, image_size)
-    if config.arch == "vit_tiny":
-        return _vit_tiny(num_classes, channels, image_size)
-    # Here, because it brings the compiler: 1.8 s of every process that needs no network of its.
-    from torchvision import models
-
-    network: Any = models.get_model(config.arch, weights=None, num_classes=num_classes)
-    if config.arch == "mobilenet_v2":
-        stem = network.features[0]
-        stem[0] = _stem(stem[0], channels, 1 if config.small_stem else 2, stem[0].kernel_size[0])
-        return cast(nn.Module, network)
-    if config.small_stem:
-        network.conv1 = _stem(network.conv1, channels, stride=1, kernel=3)
-        network.maxpool = nn.Identity()
-    elif channels != network.conv1.in_channels:
-        network.conv1 = _stem(network.conv1, channels, stride=2, kernel=7)
-    return cast(nn.Module, network)
-
-
-class _InstanceNorm(nn.InstanceNorm2d):
-    """torch's, whose output keeps the input's memory format; torch's own is always contiguous, and slows all layers after it."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        formed = input.is_contiguous(memory_format=torch.channels_last)
-        output = super().forward(input)
-        return output.contiguous(memory_format=torch.channels_last) if formed else output
-
-
-def _convnet3(config: NetworkConfig, num_classes: int, channels: int, image_size: int) -> nn.Module:
-    width, side = config.width, image_size // 8
-    if side < 1:
-        raise ConfigError(
-            f"convnet3 halves the image three times: expected image_size >= 8 pixels, got {image_size}; "
-            "raise --source.image-size or choose another --squeeze.network.arch"
-        )
-    network = nn.Sequential()
-    for block in range(3):
-        conv = nn.Conv2d(channels if block == 0 else width, width, 3, padding=1, bias=False)
-        network.add_module(f"conv{block + 1}", conv)
-        if config.norm == "batch":
-            network.add_module(f"bn{block + 1}", nn.BatchNorm2d(width))
-        else:
-            network.add_module(f"in{block + 1}", _InstanceNorm(width, affine=True))
-        network.add_module(f"relu{block + 1}", nn.ReLU(inplace=True))
-        network.add_module(f"pool{block + 1}", nn.AvgPool2d(2))
-    network.add_module("flatten", nn.Flatten())
-    network.add_module("fc", nn.Linear(width * side * side, num_classes))
-    return network
-
-
-def _vit_tiny(num_classes: int, channels: int, image_size: int) -> nn.Module:
-    """Return a Vision Transformer on about 7 x 7 patches: 4 x 4 px of 28, 8 x 8 of 64, 32 x 32 of 224."""
-    divisors = [d for d in range(1, image_size + 1) if image_size % d == 0]
-    patch = min(divisors, key=lambda d: abs(d - image_size / 7))
-    from torchvision import models
-
-    network = models.VisionTransformer(
-        image_size=image_size,
-        patch_size=patch,
-        num_layers=4,
-        num_heads=4,
-        hidden_dim=128,
-        mlp_dim=256,
-        num_classes=num_classes,
-    )
-    if channels != 3:
-        # Torchvision's embeds RGB only; this one is initialized as torchvision does.
-        network.conv_proj = nn.Conv2d(channels, 128, patch, patch)
-        nn.init.trunc_normal_(network.conv_proj.weight, std=(channels * patch**2) ** -0.5)
-        nn.init.zeros_(cast(nn.Parameter, network.conv_proj.bias))
-    return network
-
-
-def _stem(old: nn.Conv2d, channels: int, stride: int, kernel: int) -> nn.Conv2d:
-    """Return a first convolution of the same width as `old`, initialized as torchvision does."""
-    new = nn.Conv2d(channels, old.out_channels, kernel, stride, padding=kernel // 2, bias=False)
-    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
-    return new
+    """Return a network on `device` whose weights are yet to be loaded; draws no random numbers of torch's."""
+    shape = {"num_classes": num_classes, "channels": channels, "image_size": image_size}
+    if is_ours(config.arch):
+        with torch.device("meta"):
+            network = build_network(config, **shape)
+        return network.to_empty(device=device)
+    # Others may compute buffers that are in no file of weights.
+    with torch.random.fork_rng(devices=[]):
+        return build_network(config, **shape).to(device)
 
 
 def last_linear(network: nn.Module) -> nn.Linear:
-    """Return the layer that maps features to logits."""
-    found = [m for m in network.modules() if isinstance(m, nn.Linear)]
-    assert found, "network without a Linear layer"
-    return found[-1]
+    """Return the layer that maps features to logits.
+
+    Raises:
+        ConfigError: there is none, as in a SqueezeNet: it can be a student, but no teacher.
+    """
+    linear = [m for m in network.modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise ConfigError(
+            f"--squeeze.network.arch: expected a teacher whose last layer is Linear, of whose inputs barycenters are taken, got "
+            f"{type(network).__name__} without any; choose another architecture for the teacher"
+        )
+    return linear[-1]
 
 
 def batch_norms(network: nn.Module) -> list[nn.BatchNorm2d]:
-    """Return all BatchNorm2d layers in the order of the forward pass (= registration order in our networks).
+    """Return all BatchNorm2d layers in the order of registration, which is that of the forward pass in our networks.
 
     Raises:
-        ConfigError: there are none, as in a Vision Transformer: it can be a student, but no teacher of ours.
+        ConfigError: one does something else than normalize by its running moments, and than timm's BatchNormAct2d.
     """
-    found = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
-    if not found:
+    norms = {n: m for n, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    for name, norm in norms.items():
+        if norm.running_mean is None:
+            raise ConfigError(
+                f"--squeeze.network.arch: {type(network).__name__}.{name} keeps no running moments, which a teacher is "
+                "normalized by; choose another architecture for the teacher"
+            )
+        norm_activation(norm)
+    return list(norms.values())
+
+
+def norm_activation(norm: nn.BatchNorm2d) -> nn.Module | None:
+    """Return what a BatchNorm layer applies to its output: nothing, or the drop and activation of timm's BatchNormAct2d.
+
+    Raises:
+        ConfigError: a subclass with a forward pass that we do not know.
+    """
+    forward = type(norm).forward
+    if forward is nn.BatchNorm2d.forward:
+        return None
+    if forward.__module__.startswith("timm.") and forward.__qualname__ == "BatchNormAct2d.forward":
+        return nn.Sequential(cast(nn.Module, norm.drop), cast(nn.Module, norm.act))
+    raise ConfigError(
+        f"--squeeze.network.arch: expected a teacher with BatchNorm2d layers of torch or BatchNormAct2d layers of timm, got "
+        f"{type(norm).__module__}.{type(norm).__name__}, whose own forward pass the moments would pass over; choose another"
+    )
+
+
+def required_batch_norms(network: nn.Module) -> list[nn.BatchNorm2d]:
+    """Return what `batch_norms` does; a ConfigError when there are none, as in a Vision Transformer."""
+    norms = batch_norms(network)
+    if not norms:
         raise ConfigError(
-            "--squeeze.network.arch: expected a teacher with BatchNorm layers, whose moments the images are made to match, "
-            f"got {type(network).__name__} without any; choose another architecture for the teacher"
+            "--squeeze.network.arch: expected a teacher with BatchNorm2d layers, whose moments the images are made to match, got "
+            f"{type(network).__name__} without any; choose another architecture, or --recover.moments none, which makes images "
+            "without them"
         )
-    return found
+    return norms
+
+
+def check_teacher(network: nn.Module, *, channels: int, image_size: int, needs_norms: bool) -> None:
+    """Refuse, before hours of training, a network that cannot be a teacher; one pass of two black images tells.
+
+    Args:
+        network: classifier.
+        channels: C of its input.
+        image_size: side of its input, pixels.
+        needs_norms: whether moments of BatchNorm layers are used.
+
+    Raises:
+        ConfigError: it lacks BatchNorm2d layers or a last Linear layer, or does not use them in one place each.
+    """
+    norms = required_batch_norms(network) if needs_norms else batch_norms(network)
+    names = {id(module): name for name, module in network.named_modules()}
+    calls: Counter[int] = Counter()
+    handles = [n.register_forward_hook(lambda norm, *_: calls.update([id(norm)])) for n in norms]
+    modes = [(module, module.training) for module in network.modules()]
+    weight = last_linear(network).weight
+    images = torch.zeros(2, channels, image_size, image_size, device=weight.device)
+    try:
+        with torch.no_grad():
+            features_BD, logits_BY = features_and_logits(network.eval(), images)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    several = [names[id(norm)] for norm in norms if calls[id(norm)] != 1]
+    if several:
+        raise ConfigError(
+            f"--squeeze.network.arch: expected a teacher whose BatchNorm2d layers are each passed once, got "
+            f"{type(network).__name__}, whose {first_names(several)} are passed never or more often; choose another architecture"
+        )
+    if features_BD.ndim != 2 or logits_BY.shape != (2, weight.shape[0]):
+        raise ConfigError(
+            f"--squeeze.network.arch: expected a teacher whose last Linear layer maps features of images (2, D) to logits, got "
+            f"{type(network).__name__}, whose layer {names[id(last_linear(network))]} maps {tuple(features_BD.shape)} where the "
+            f"logits are {tuple(logits_BY.shape)}; choose another architecture"
+        )
 
 
 def features_and_logits(network: nn.Module, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     """Return (features_BD, logits_BY), both differentiable; features are the input of the last Linear layer."""
-    caught: list[Tensor] = []
-    handle = last_linear(network).register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    caught: list[tuple[Tensor, Tensor]] = []
+    handle = last_linear(network).register_forward_hook(
+        lambda _, args, output: caught.append((args[0], output))
+    )
     try:
         logits_BY = network(images_BCHW)
     finally:
         handle.remove()
-    return caught[0], logits_BY
+    if len(caught) != 1 or caught[0][1].data_ptr() != logits_BY.data_ptr():
+        raise ConfigError(
+            f"--squeeze.network.arch: expected a teacher whose logits are what its last Linear layer gives, got "
+            f"{type(network).__name__}, where they are something else; choose another architecture for the teacher"
+        )
+    return caught[0][0], logits_BY
 
 
-def network_of(teacher: Teacher, device: torch.device | str = "cpu") -> nn.Module:
+def network_of(
+    teacher: Teacher, device: torch.device | str = "cpu", *, own_code: bool = True
+) -> nn.Module:
     """Return the teacher as a frozen network in eval mode on `device`; draws no random numbers.
 
+    Args:
+        teacher: its record.
+        device: where the network shall be.
+        own_code: whether an architecture `module:function` may be imported. Not for teachers that come with data of others.
+
     Raises:
+        ConfigError: the architecture cannot be built here.
         DataError: the stored weights do not fit the stored architecture.
     """
-    config = NetworkConfig(
-        arch=cast(Arch, teacher.arch), width=teacher.width, small_stem=teacher.small_stem
+    if not own_code:
+        refuse_foreign_code(teacher.arch, "the teacher of this data set")
+    network = empty_network(
+        NetworkConfig(arch=teacher.arch, width=teacher.width, small_stem=teacher.small_stem),
+        num_classes=teacher.num_classes,
+        channels=teacher.channels,
+        image_size=teacher.image_size,
+        device=device,
     )
-    with torch.device("meta"):
-        network = build_network(
-            config,
-            num_classes=teacher.num_classes,
-            channels=teacher.channels,
-            image_size=teacher.image_size,
-        )
-    network.to_empty(device=device)
     load_weights(network, {k: torch.tensor(v) for k, v in teacher.weights.items()}, "the teacher")
     return network.eval().requires_grad_(False)
 
@@ -200,12 +215,14 @@ class _MeanLogits(nn.Module):
         return cast(Tensor, total / len(self.networks))
 
 
-def labeler_of(teachers: Sequence[Teacher], device: torch.device | str = "cpu") -> nn.Module:
+def labeler_of(
+    teachers: Sequence[Teacher], device: torch.device | str = "cpu", *, own_code: bool = True
+) -> nn.Module:
     """Return a frozen network in eval mode that gives the mean of the teachers' logits; of one teacher, that teacher.
 
     The mean of logits is the geometric mean of the teachers' probabilities.
     """
-    networks = [network_of(teacher, device) for teacher in teachers]
+    networks = [network_of(teacher, device, own_code=own_code) for teacher in teachers]
     return networks[0] if len(networks) == 1 else _MeanLogits(networks).eval()
 
 

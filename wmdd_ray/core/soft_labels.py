@@ -30,7 +30,7 @@ from scipy.special import logsumexp
 from torch import nn
 
 from wmdd_ray.config import RelabelConfig
-from wmdd_ray.core.networks import batch_norms
+from wmdd_ray.core.networks import required_batch_norms
 from wmdd_ray.core.views import Images, render_views, take
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.records import SoftLabels, Views
@@ -92,7 +92,7 @@ def label_views(
 @contextmanager
 def _batch_statistics(network: nn.Module) -> Iterator[None]:
     """Let BatchNorm layers normalize by their input's moments, without a trace in their buffers."""
-    norms = batch_norms(network)
+    norms = required_batch_norms(network)
     before = [(norm.training, norm.track_running_stats) for norm in norms]
     for norm in norms:
         # A layer that trains but does not track neither reads nor writes its running moments.

@@ -34,7 +34,7 @@ from wmdd_ray.config import RecoverConfig
 from wmdd_ray.core.embedding import running_moments
 from wmdd_ray.core.jitter import Jitter, noise_start
 from wmdd_ray.core.losses import GroupTarget, MomentLoss, cross_entropy_G, feature_loss_G
-from wmdd_ray.core.networks import batch_norms, features_and_logits
+from wmdd_ray.core.networks import features_and_logits, required_batch_norms
 from wmdd_ray.core.pixel_adam import PixelAdam, State, to_array
 from wmdd_ray.core.taps import Tap, tapped
 from wmdd_ray.core.tiles import tile_side
@@ -276,7 +276,7 @@ class _Objective:
                 moments_TG.append([running_moments(network)] * len(targets))
             uniform = [np.full_like(w, 1 / len(w)) for w in weights]
             self.moment_loss = MomentLoss(
-                tuple(norm.num_features for norm in batch_norms(network)),
+                tuple(norm.num_features for norm in required_batch_norms(network)),
                 stacked(weights if config.weighted_moments else uniform),
                 torch.stack([stacked([mean_S for mean_S, _ in row]) for row in moments_TG]),
                 torch.stack([stacked([var_S for _, var_S in row]) for row in moments_TG]),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from wmdd_ray.core.networks import batch_norms
+from wmdd_ray.core.networks import batch_norms, norm_activation
 
 Tap = tuple[Tensor, Tensor]
 
@@ -41,7 +41,9 @@ def tapped(network: nn.Module) -> Iterator[list[Tap]]:
         parameter.requires_grad_(False)
     for layer, norm in enumerate(norms):
         # An attribute of the instance hides the method of the class until it is deleted.
-        object.__setattr__(norm, "forward", partial(_tapped_forward, norm, taps, layer))
+        object.__setattr__(
+            norm, "forward", partial(_tapped_forward, norm, norm_activation(norm), taps, layer)
+        )
     try:
         yield taps
     finally:
@@ -51,12 +53,14 @@ def tapped(network: nn.Module) -> Iterator[list[Tap]]:
             parameter.requires_grad_(True)
 
 
-def _tapped_forward(norm: nn.BatchNorm2d, taps: list[Tap], layer: int, x_BCHW: Tensor) -> Tensor:
+def _tapped_forward(
+    norm: nn.BatchNorm2d, activation: nn.Module | None, taps: list[Tap], layer: int, x_BCHW: Tensor
+) -> Tensor:
     y_BCHW, *tap = TappedNorm.apply(
         x_BCHW, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
     )
     taps[layer] = (tap[0], tap[1])
-    return y_BCHW
+    return y_BCHW if activation is None else activation(y_BCHW)
 
 
 class TappedNorm(torch.autograd.Function):

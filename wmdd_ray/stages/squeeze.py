@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from wmdd_ray.config import DistillConfig
-from wmdd_ray.core.networks import build_network
+from wmdd_ray.core.networks import build_network, check_teacher
 from wmdd_ray.executors.dispatch import ray_or_here
 from wmdd_ray.options import fingerprint_options
 from wmdd_ray.spine.numbers import Number, StageNumbers
@@ -44,6 +44,13 @@ def plan(stage: StageRun) -> Work:
         channels=stage.config.source.channels,
         image_size=stage.config.source.image_size,
     )
+    if stage.config.teacher is None:
+        check_teacher(
+            network,
+            channels=stage.config.source.channels,
+            image_size=stage.config.source.image_size,
+            needs_norms=stage.config.needs_norms,
+        )
     units, size = units_of(stage.config), sum(4 * p.numel() for p in network.parameters())
     return Work(units=units, estimated_bytes=len(units) * size)
 

@@ -238,7 +238,7 @@ class GivenSets(Sets):
     def _labeled(self, pixels_NHWC: np.ndarray) -> LabelEpoch:
         """Return epoch -> the set's views and the teachers' logits on these images, kept where they are small."""
         teacher, config = self._teachers[0], self._config
-        network = labeler_of(self._teachers, self._device)
+        network = labeler_of(self._teachers, self._device, own_code=False)
         images = StoredImages(pixels_NHWC, teacher.mean_C, teacher.std_C, self._device)
         period = self._given.label_epochs * self._given.tiles**2
         keep = len(images) * period * teacher.num_classes <= KEPT_LOGITS

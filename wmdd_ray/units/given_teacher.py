@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import socket
 import time
-from typing import cast
 
 import torch
 
-from wmdd_ray.config import Arch, DistillConfig, NetworkConfig, SourceConfig
+from wmdd_ray.config import DistillConfig, NetworkConfig, SourceConfig
 from wmdd_ray.core.checkpoints import read_checkpoint
-from wmdd_ray.core.networks import build_network, load_weights
+from wmdd_ray.core.networks import build_network, check_teacher, load_weights
 from wmdd_ray.core.published import Published, download, is_published, published
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError
 from wmdd_ray.spine.rooms import Room
@@ -39,6 +38,12 @@ def import_teacher(stage: StageRun, spec: str, unit: str = UNIT) -> None:
         image_size=stage.config.source.image_size,
     )
     load_weights(network, weights, f"--teacher {spec}")
+    check_teacher(
+        network,
+        channels=stage.config.source.channels,
+        image_size=stage.config.source.image_size,
+        needs_norms=stage.config.needs_norms,
+    )
     network = network.to(device).eval()
     val = Listed.of(stage.run.source("val"), stage.config.source)
     check_order = stage.config.squeeze.check_class_order
@@ -80,7 +85,7 @@ def given_weights(
         teacher = codecs.decode_teacher(room.read(commit.file(key_of(unit))))
         check_names(teacher.class_names, class_names, spec)
         network = NetworkConfig(
-            arch=cast(Arch, teacher.arch), width=teacher.width, small_stem=teacher.small_stem
+            arch=teacher.arch, width=teacher.width, small_stem=teacher.small_stem
         )
         return network, {name: torch.tensor(array) for name, array in teacher.weights.items()}
     _require_first(config, spec, unit, "no run")

@@ -195,7 +195,7 @@ class Inversion:
     def _target(self, label: int) -> ClassTarget:
         solved = self._inputs.barycenter(label)
         counts_S = np.repeat(solved.moments.count_L, solved.moments.channels_L)
-        assert counts_S.min() > 0, f"class {label} has no moments"
+        assert (counts_S > 0).all(), f"class {label} has no moments"
         return ClassTarget(
             label=label,
             atoms_KD=solved.barycenter.atoms_KD,

@@ -11,7 +11,7 @@ import torch
 
 from wmdd_ray.config import DistillConfig, LabelKind
 from wmdd_ray.core.class_order import confusion
-from wmdd_ray.core.networks import build_network, load_weights, weights_of
+from wmdd_ray.core.networks import build_network, empty_network, load_weights, weights_of
 from wmdd_ray.core.optimizer import State
 from wmdd_ray.core.training import accuracy, train_student
 from wmdd_ray.records import StudentResult
@@ -180,14 +180,13 @@ def read_student(
 ) -> torch.nn.Module:
     """Return a student of a committed room that keeps them, in evaluation mode."""
     source = config.source
-    with torch.device("meta"):
-        network = build_network(
-            config.evaluate.for_labels(parts_of(unit)[1]).network,
-            num_classes=num_classes,
-            channels=source.channels,
-            image_size=source.image_size,
-        )
-    network.to_empty(device=device)
+    network = empty_network(
+        config.evaluate.for_labels(parts_of(unit)[1]).network,
+        num_classes=num_classes,
+        channels=source.channels,
+        image_size=source.image_size,
+        device=device,
+    )
     state = codecs.decode_state(room.read(room.committed().file(student_key(unit))))
     load_weights(network, {k: torch.tensor(v) for k, v in state.items()}, f"student {unit}")
     return network.eval()

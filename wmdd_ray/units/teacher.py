@@ -13,7 +13,7 @@ import torch
 from wmdd_ray.config import DistillConfig, NetworkConfig
 from wmdd_ray.core.batches import ORDER, Batch, in_memory_batches, steps_of
 from wmdd_ray.core.class_order import confusion, permuted_classes
-from wmdd_ray.core.networks import build_network, last_linear, weights_of
+from wmdd_ray.core.networks import build_network, empty_network, last_linear, weights_of
 from wmdd_ray.core.optimizer import State, WeightAverage, load_training_state, training_state
 from wmdd_ray.core.training import classifier_optimizer, train_classifier
 from wmdd_ray.errors import DataError
@@ -54,13 +54,13 @@ def read_teacher(room: Room, unit: str = UNIT) -> Teacher:
 
 def feature_width(config: DistillConfig, num_classes: int) -> int:
     """Return D, the width of the features of the network that the options name."""
-    with torch.device("meta"):
-        network = build_network(
-            config.squeeze.network,
-            num_classes=num_classes,
-            channels=config.source.channels,
-            image_size=config.source.image_size,
-        )
+    network = empty_network(
+        config.squeeze.network,
+        num_classes=num_classes,
+        channels=config.source.channels,
+        image_size=config.source.image_size,
+        device="meta",
+    )
     return last_linear(network).in_features
 
 
