@@ -119,15 +119,15 @@ class NetworkConfig:
     """A classifier architecture, of the teacher or of a student."""
 
     arch: Arch = "convnet3"
-    """`convnetN` is the small-image literature's N blocks (3 up to 32 px, 4 at 64, 6 at 224), `resnetap10` its ResNet-10 with average
-    pooling for strides, `vit_tiny` 4 layers of width 128; then a classifier of torchvision by its name, `timm:NAME`, and
-    `module:function` of your own: code that you trust, imported on every worker and called with num_classes, channels, image_size. A
-    teacher needs a last Linear layer, and BatchNorm2d layers unless --recover.moments none."""
+    """`convnetN` is the small-image literature's N blocks (3 up to 32 px, 4 at 64, 6 at 224), `resnetap10` its ResNet-10 with
+    average pooling for strides, `vit_tiny` 4 layers of width 128; then a classifier of torchvision by its name, `timm:NAME`, and
+    `module:function` of your own: code that you trust, imported by every worker and called with num_classes, channels and
+    image_size. A teacher needs a last Linear layer, and BatchNorm2d layers unless --recover.moments none."""
     width: int = option(64, ge=1)
     """Channels of each ConvNet block (128 in the literature); not used by the other architectures."""
     small_stem: bool = False
-    """3x3 stride-1 first convolution for a strided one, and no max-pool after it, for images of 64 px and less. Networks whose first
-    convolution keeps the resolution or cuts patches (ViT, Swin, ConvNeXt) have no such stem and ignore it."""
+    """3x3 stride-1 first convolution for a strided one, and no max-pool after it, for images of 64 px and less. Networks whose
+    first convolution keeps the resolution or cuts patches (ViT, Swin, ConvNeXt) have no such stem and ignore it."""
     norm: Norm = "batch"
     """Normalization of `convnetN` and `resnetap10`: BatchNorm, which a teacher must have, or the literature's InstanceNorm."""
 
@@ -461,7 +461,7 @@ class HardLabelConfig:
     views: ViewConfig = ViewConfig(mix="none")
     """Views, drawn as they train: small crops mislead by hard labels, and mixtures help where crops are large (README)."""
     norm: Norm = "batch"
-    """Normalization of `convnetN`, `resnetap10` students: InstanceNorm, the literature's, is better by hard labels at ipc 1 (README)."""
+    """Normalization of `convnetN` and `resnetap10` students: InstanceNorm, the literature's, is better at ipc 1 (README)."""
     optimizer: OptimizerName = "adamw"
     """Optimizer, as `--evaluate.optimizer`."""
     learning_rate: float = option(1e-3, gt=0)
@@ -530,7 +530,7 @@ class EvaluateConfig:
         if labels == "soft":
             return self
         hard = self.hard
-        norm = hard.norm if self.network.arch == "convnet3" else "batch"
+        norm = hard.norm if self.network.has_norm_option else "batch"
         changed = replace(self, network=replace(self.network, norm=norm))
         return replace(changed, optimizer=hard.optimizer, learning_rate=hard.learning_rate)
 
