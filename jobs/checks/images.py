@@ -195,7 +195,9 @@ def check_teacher(visit: Visit) -> Iterator[Finding]:
 def told_network(network: NetworkConfig) -> str:
     """Return a network in words."""
     return (
-        f"{network.arch} of width {network.width}" if network.arch == "convnet3" else network.arch
+        f"{network.arch} of width {network.width}"
+        if network.arch.startswith("convnet")
+        else network.arch
     )
 
 

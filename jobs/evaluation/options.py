@@ -19,6 +19,7 @@ from wmdd_ray.config import (
     EvaluateConfig,
     LabelKind,
     NetworkConfig,
+    RecoverConfig,
     RelabelConfig,
     Resources,
     SourceConfig,
@@ -47,7 +48,8 @@ class Job:
     uri: Annotated[str, tyro.conf.Positional]
     """The distilled set: a path or a URI. It comes before all options."""
     students: tuple[str, ...] = ("convnet3",)
-    """Architectures, with commas or spaces between them: convnet3, resnet18, resnet50, mobilenet_v2, vit_tiny."""
+    """Architectures, with commas or spaces between them: convnetN, resnetap10, vit_tiny, a classifier of torchvision (resnet18,
+    mobilenet_v2, swin_t), timm:NAME, or module:function of your own, which is run."""
     seeds: int | None = None
     """Students of each row; short for --evaluate.num-seeds."""
     labels: tuple[str, ...] = ()
@@ -222,7 +224,12 @@ def _completed(
     num_teachers: int,
 ) -> Asked:
     """Return the job with its short options filled in, or a ConfigError that says which of them cannot be."""
-    students = cast(tuple[Arch, ...], _among("students", job.students, get_args(Arch)))
+    # Imported here: it loads torch, which a wrong option should not have to wait for.
+    from wmdd_ray.core.architectures import check_name
+
+    students = _listed(job.students)
+    for student in students:
+        check_name(student, "--students")
     labels = _among("labels", job.labels, get_args(LabelKind)) if job.labels else ()
     baselines = _among("baselines", (*job.baselines, *job.evaluate.baselines), _BASELINES)
     if own is not None:
@@ -264,6 +271,8 @@ def _completed(
         teacher=job.teacher,
         source=job.source,
         squeeze=replace(DistillConfig().squeeze, network=job.teacher_network),
+        # No images are made here, so that the teacher's moments do not matter.
+        recover=RecoverConfig(moments="none"),
         relabel=RelabelConfig(
             epochs=label_epochs, views=job.views, teachers=num_teachers, **_stored_as(own)
         ),
@@ -312,9 +321,13 @@ def _stored_as(own: Any) -> dict[str, Any]:
     }
 
 
+def _listed(given: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for text in given for name in text.split(",") if name))
+
+
 def _among(option: str, given: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     """Return the names in a list with commas or spaces, each once; a ConfigError lists those there are."""
-    names = tuple(dict.fromkeys(name for text in given for name in text.split(",") if name))
+    names = _listed(given)
     unknown = [name for name in names if name not in known]
     if unknown or (given and not names):
         raise ConfigError(

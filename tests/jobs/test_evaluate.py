@@ -263,7 +263,7 @@ def test_set_and_results_may_lie_in_object_storage(
     [
         (
             ("--students", "resnet18,resnet19"),
-            "--students: expected names among convnet3, resnet18",
+            "--students resnet19: expected convnetN (N blocks), resnetap10,",
         ),
         (("--labels", "medium"), "--labels: expected names among soft, hard"),
         (

@@ -52,6 +52,7 @@ def build_network(
     if (network := _our_own(config, num_classes, channels, image_size)) is not None:
         return network
     arch, own_channels = config.arch, channels
+    check_name(arch)
     with _named_errors(f"{arch} for images of {channels} x {image_size} x {image_size} px"):
         if arch.startswith("timm:"):
             network = _of_timm(arch.removeprefix("timm:"), num_classes, channels, image_size)
@@ -73,6 +74,49 @@ def build_network(
             f"arch {arch}: expected a classifier that maps 2 images to logits of shape (2, {num_classes}), got {shape}"
         )
     return network
+
+
+def check_name(arch: str, option: str = "arch") -> None:
+    """Raise a ConfigError that begins with `option` when there is no such architecture; the user's own code is imported."""
+    own = _OWN_CODE.fullmatch(arch)
+    if is_ours(arch):
+        return
+    if own is not None:
+        try:
+            getattr(importlib.import_module(own[1]), own[2])
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"{option} {arch}: expected module:function of your own code, which is imported (from PYTHONPATH, on every node) "
+                f"and run: {error}"
+            ) from error
+    elif arch.startswith("timm:"):
+        try:
+            import timm
+        except ImportError as error:
+            raise ConfigError(
+                f"{option} {arch}: pip install timm, which it needs: {error}"
+            ) from error
+        name = arch.removeprefix("timm:")
+        if not timm.is_model(name):
+            raise ConfigError(
+                f"{option} {arch}: expected a name among timm.list_models(){_near(name, timm.list_models())}"
+            )
+    else:
+        # Here, because it brings the compiler: 1.8 s of every process that needs no network of its.
+        from torchvision import models
+
+        known = models.list_models(module=models)
+        if arch not in known:
+            near = _near(arch, [*known, "convnet3", "resnetap10", "vit_tiny"])
+            raise ConfigError(
+                f"{option} {arch}: expected convnetN (N blocks), resnetap10, vit_tiny, a classifier of torchvision, timm:NAME, or "
+                f"module:function of your own (code that you trust: it is run){near}"
+            )
+
+
+def _near(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"; near to it: {', '.join(near)}" if near else ""
 
 
 def is_ours(arch: str) -> bool:
@@ -118,16 +162,8 @@ def _our_own(
 
 
 def _of_torchvision(arch: str, num_classes: int, image_size: int) -> nn.Module:
-    # Here, because it brings the compiler: 1.8 s of every process that needs no network of its.
     from torchvision import models
 
-    known = models.list_models(module=models)
-    if arch not in known:
-        near = difflib.get_close_matches(arch, [*known, "convnet3", "resnetap10", "vit_tiny"], n=3)
-        raise ConfigError(
-            f"arch {arch}: expected convnetN (N blocks), resnetap10, vit_tiny, a classifier of torchvision, timm:NAME, or "
-            f"module:function of your own (code that you trust: it is run); near to it: {', '.join(near) or 'none'}"
-        )
     options: dict[str, Any] = {}
     if arch in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}
@@ -139,17 +175,8 @@ def _of_torchvision(arch: str, num_classes: int, image_size: int) -> nn.Module:
 
 
 def _of_timm(name: str, num_classes: int, channels: int, image_size: int) -> nn.Module:
-    try:
-        import timm
-    except ImportError as error:
-        raise ConfigError(
-            f"arch timm:{name}: expected the package timm, found none ({error}); pip install timm"
-        ) from error
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ConfigError(
-            f"arch timm:{name}: expected a name among timm.list_models(); near to it: {', '.join(near) or 'none'}"
-        )
+    import timm
+
     card = timm.get_pretrained_cfg(name)
     size: dict[str, Any] = {}
     if card is not None and card.fixed_input_size:
@@ -159,13 +186,7 @@ def _of_timm(name: str, num_classes: int, channels: int, image_size: int) -> nn.
 
 def _of_the_users(arch: str, num_classes: int, channels: int, image_size: int) -> nn.Module:
     module, _, function = arch.partition(":")
-    try:
-        build = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"arch {arch}: expected module:function of your own code, which is imported (from PYTHONPATH, on every node) and run: "
-            f"{error}"
-        ) from error
+    build = getattr(importlib.import_module(module), function)
     network = build(num_classes=num_classes, channels=channels, image_size=image_size)
     if not isinstance(network, nn.Module):
         raise ConfigError(
