@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.networks import build_network, check_teacher
 from wmdd_ray.executors.dispatch import ray_or_here
@@ -38,21 +40,21 @@ def options(config: DistillConfig) -> dict[str, Any]:
 
 def plan(stage: StageRun) -> Work:
     """Return a unit a teacher."""
-    network = build_network(
-        stage.config.squeeze.network,
-        num_classes=len(stage.run.source("train").class_names),
-        channels=stage.config.source.channels,
-        image_size=stage.config.source.image_size,
-    )
-    if stage.config.teacher is None:
-        check_teacher(
-            network,
-            channels=stage.config.source.channels,
-            image_size=stage.config.source.image_size,
-            needs_norms=stage.config.needs_norms,
-        )
-    units, size = units_of(stage.config), sum(4 * p.numel() for p in network.parameters())
+    units, size = units_of(stage.config), sum(4 * p.numel() for p in _network(stage).parameters())
     return Work(units=units, estimated_bytes=len(units) * size)
+
+
+def _network(stage: StageRun) -> torch.nn.Module:
+    """Return the network that the options name, refused if it is to be trained and cannot be a teacher."""
+    shape = {
+        "channels": stage.config.source.channels,
+        "image_size": stage.config.source.image_size,
+    }
+    num_classes = len(stage.run.source("train").class_names)
+    network = build_network(stage.config.squeeze.network, num_classes=num_classes, **shape)
+    if stage.config.teacher is None:
+        check_teacher(network, needs_norms=stage.config.needs_norms, **shape)
+    return network
 
 
 def work(stage: StageRun) -> dict[str, Any]:
@@ -62,6 +64,8 @@ def work(stage: StageRun) -> dict[str, Any]:
     stage.progress.start(len(units), len(units) - len(left))
     if left and stage.config.teacher is None:
         source: Source = stage.run.source("train")
+        # Told before hours of training.
+        _network(stage)
         check_listed(source.shards(stage.config.features.chunk_images), source, stage.config)
     for number, unit in enumerate(left, len(units) - len(left)):
         if stage.config.teacher is None:
