@@ -12,11 +12,14 @@ import torch
 from torch import nn
 from torchvision import models
 
-from wmdd_ray.config import EvaluateConfig, NetworkConfig, ViewConfig
-from wmdd_ray.core.networks import batch_norms, build_network, check_teacher
+from wmdd_ray.config import EvaluateConfig, NetworkConfig, RecoverConfig, ViewConfig
+from wmdd_ray.core.embedding import features_and_moments
+from wmdd_ray.core.networks import batch_norms, build_network, check_teacher, last_linear
+from wmdd_ray.core.synthesis import ClassTarget, recover_group
 from wmdd_ray.core.training import train_student
 from wmdd_ray.core.views import draw_views
 from wmdd_ray.errors import ConfigError
+from wmdd_ray.records import ClassImages
 
 STUDENTS = (
     *("resnet50", "resnet101", "mobilenet_v2", "swin_t", "convnext_tiny", "convnet6"),
@@ -184,6 +187,39 @@ def test_a_network_that_cannot_be_had_is_a_config_error_with_the_reason(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         build(arch, **options)
+
+
+def test_a_vision_transformer_is_a_teacher_without_the_moment_term() -> None:
+    network = build("vit_tiny", channels=1, image_size=16).eval()
+    check_teacher(network, channels=1, image_size=16, needs_norms=False)
+    nn.init.normal_(last_linear(network).weight, std=0.1)
+    labels_N = np.repeat([0, 1], 3)
+    images = torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    features_ND, moments = features_and_moments(network, images, labels_N, batch_size=4)
+    assert features_ND.shape == (6, 128)
+    assert [moments[label].mean_S.shape for label in (0, 1)] == [(0,), (0,)]
+    nothing = np.zeros(0)
+    targets = [
+        ClassTarget(
+            label=label,
+            atoms_KD=features_ND[labels_N == label][:2],
+            weights_K=np.full(2, 0.5),
+            mean_S=nothing,
+            var_S=nothing,
+        )
+        for label in (0, 1)
+    ]
+
+    def recovered(moments: Any) -> list[ClassImages]:
+        config = RecoverConfig(iterations=20, moments=moments, start="noise", roll_px=0)
+        color: dict[str, Any] = {"channels": 1, "mean_C": (0.5,), "std_C": (0.25,)}
+        return recover_group(network, targets, config, image_size=16, seed=0, device="cpu", **color)
+
+    curves = [images.curves["feature"] for images in recovered("none")]
+    assert all(curve[-1] < 0.8 * curve[0] for curve in curves), curves
+    for wanted in ("per_class", "global"):
+        with pytest.raises(ConfigError, match="VisionTransformer without any.*moments none"):
+            recovered(wanted)
 
 
 OWN = """
