@@ -178,6 +178,13 @@ LOCAL = [
         "the teacher's last layer, or go on as it is by --squeeze.no-check-class-order",
     ),
     Mistake(
+        "a teacher whose moments cannot be matched, for it has no BatchNorm",
+        f"distill --squeeze.network.arch vit_tiny --executor here {SMALL}",
+        2,
+        "error: --squeeze.network.arch: expected a teacher with BatchNorm2d layers, whose moments the images are made to match, got "
+        "VisionTransformer without any; choose another architecture, or --recover.moments none, which makes images without them",
+    ),
+    Mistake(
         "weights that torchvision does not have",
         f"distill --teacher torchvision:ResNet18 {SMALL}",
         2,
