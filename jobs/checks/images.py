@@ -148,8 +148,8 @@ def check_teacher(visit: Visit) -> Iterator[Finding]:
     """Measure the teacher that is given or committed on a sample of the held-out images."""
     import torch
 
-    from wmdd_ray.core.networks import build_network, load_weights, network_of
-    from wmdd_ray.units.given_teacher import check_names, given_weights
+    from wmdd_ray.core import networks
+    from wmdd_ray.units.given_teacher import check_names, given_network
     from wmdd_ray.units.held_out import Listed
     from wmdd_ray.units.teacher import measure, read_teacher
 
@@ -159,21 +159,16 @@ def check_teacher(visit: Visit) -> Iterator[Finding]:
     room = run.room("teacher")
     if config.teacher is not None:
         where = f"--teacher {config.teacher}"
-        network_config, weights = given_weights(config, config.teacher, names)
-        network = build_network(
-            network_config,
-            num_classes=len(names),
-            channels=config.source.channels,
-            image_size=config.source.image_size,
-        )
-        load_weights(network, weights, where)
+        network_config, network = given_network(config, config.teacher, names)
+        shape = {"channels": config.source.channels, "image_size": config.source.image_size}
+        networks.check_teacher(network, needs_norms=config.needs_norms, **shape)
         arch = network_config.arch
         network = network.to(device).eval()
     elif "storage" not in visit.failed and room.read_commit() is not None:
         teacher = read_teacher(room)
         where, arch = room.store.uri, teacher.arch
         check_names(teacher.class_names, names, where)
-        network = network_of(teacher, device)
+        network = networks.network_of(teacher, device)
     else:
         squeeze = config.squeeze
         yield Finding(

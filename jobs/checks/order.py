@@ -8,14 +8,13 @@ import torch
 
 from jobs.checks.images import held_out_sample
 from wmdd_ray.config import SourceConfig
-from wmdd_ray.core.networks import build_network, load_weights
 from wmdd_ray.core.published import is_published, published
 from wmdd_ray.errors import DataError
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source
-from wmdd_ray.units.given_teacher import given_weights
+from wmdd_ray.units.given_teacher import given_network
 from wmdd_ray.units.held_out import Listed
 from wmdd_ray.units.teacher import measure, read_teacher
 
@@ -38,14 +37,7 @@ def probe_class_order(spec: str, source: Source, recipe: str) -> float:
     # Chance level is judged here, in words that fit.
     config = replace(config, source=seen, squeeze=replace(config.squeeze, min_top1=1e-9))
     num_classes = len(source.class_names)
-    network_config, weights = given_weights(config, spec, source.class_names)
-    network = build_network(
-        network_config,
-        num_classes=num_classes,
-        channels=seen.channels,
-        image_size=seen.image_size,
-    )
-    load_weights(network, weights, f"--teacher {spec}")
+    _, network = given_network(config, spec, source.class_names)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sample = Listed(source=source, shards=held_out_sample(source), config=seen)
     name = f"--teacher {spec}"

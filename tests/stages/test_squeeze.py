@@ -120,6 +120,8 @@ def test_a_teacher_with_two_exchanged_classes_is_refused_and_they_are_named(
     assert "2 of 10 are exchanged" in error
     assert 'class 3 ("3") is its class 6, class 6 ("6") is its class 3' in error
     assert not (tmp_path / "run/teacher/stage.json").exists()
+    assert imported(tmp_path / "run", tmp_path / "t.pt", "--squeeze.no-check-class-order") == 0
+    assert 0.3 < read_teacher(Room(Store(str(tmp_path / "run")), "teacher")).top1 < 0.85
 
 
 @pytest.mark.parametrize(

@@ -29,21 +29,10 @@ def import_teacher(stage: StageRun, spec: str, unit: str = UNIT) -> None:
         return
     stage.event("unit_started", unit=unit, node=socket.gethostname(), attempt=attempt)
     source: Source = stage.run.source("train")
-    network_config, weights = given_weights(stage.config, spec, source.class_names, unit)
+    network_config, network = given_network(stage.config, spec, source.class_names, unit)
+    shape = {"channels": stage.config.source.channels, "image_size": stage.config.source.image_size}
+    check_teacher(network, needs_norms=stage.config.needs_norms, **shape)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = build_network(
-        network_config,
-        num_classes=len(source.class_names),
-        channels=stage.config.source.channels,
-        image_size=stage.config.source.image_size,
-    )
-    load_weights(network, weights, f"--teacher {spec}")
-    check_teacher(
-        network,
-        channels=stage.config.source.channels,
-        image_size=stage.config.source.image_size,
-        needs_norms=stage.config.needs_norms,
-    )
     network = network.to(device).eval()
     val = Listed.of(stage.run.source("val"), stage.config.source)
     check_order = stage.config.squeeze.check_class_order
@@ -62,6 +51,21 @@ def import_teacher(stage: StageRun, spec: str, unit: str = UNIT) -> None:
     )
     seconds = round(time.perf_counter() - started, 3)
     stage.event("unit_done", unit=unit, node=socket.gethostname(), attempt=attempt, seconds=seconds)
+
+
+def given_network(
+    config: DistillConfig, spec: str, class_names: tuple[str, ...], unit: str = UNIT
+) -> tuple[NetworkConfig, torch.nn.Module]:
+    """Return the architecture that `spec` names, and the network with its weights, on the CPU."""
+    network_config, weights = given_weights(config, spec, class_names, unit)
+    network = build_network(
+        network_config,
+        num_classes=len(class_names),
+        channels=config.source.channels,
+        image_size=config.source.image_size,
+    )
+    load_weights(network, weights, f"--teacher {spec}")
+    return network_config, network
 
 
 def given_weights(
