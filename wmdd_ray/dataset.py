@@ -237,9 +237,7 @@ class DistilledDataset(Dataset[Item]):
 
     def _teacher_network(self) -> torch.nn.Module:
         if self._network is None:
-            self._network = labeler_of(
-                self.teachers(), torch.device(self._teacher_device), own_code=False
-            )
+            self._network = labeler_of(self.teachers(), torch.device(self._teacher_device))
         return self._network
 
     def _logits_of(self, pixels: torch.Tensor) -> torch.Tensor:

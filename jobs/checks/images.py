@@ -168,7 +168,7 @@ def check_teacher(visit: Visit) -> Iterator[Finding]:
         teacher = read_teacher(room)
         where, arch = room.store.uri, teacher.arch
         check_names(teacher.class_names, names, where)
-        network = networks.network_of(teacher, device)
+        network = networks.network_of(teacher, device, own_code=True)
     else:
         squeeze = config.squeeze
         yield Finding(

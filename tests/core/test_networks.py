@@ -216,7 +216,7 @@ def test_a_teacher_at_rest_comes_back_frozen_in_eval_mode_with_the_same_outputs(
 
 @pytest.mark.parametrize("arch", ["convnet3", "timm:swin_tiny_patch4_window7_224"])
 def test_a_teacher_is_made_again_from_its_record_without_random_numbers(arch: str) -> None:
-    size = {"image_size": 32, "resize": 32}
+    size: dict[str, Any] = {"image_size": 32, "resize": 32}
     network = build(replace(SMALL, arch=arch), image_size=32)
     teacher = replace(teacher_of(network), arch=arch, **size)
     before = torch.get_rng_state()
@@ -239,11 +239,11 @@ def test_a_file_of_others_starts_no_code_that_is_not_imported_already(
     )
     teacher = replace(teacher_of(build()), arch="evil_nets:net")
     with pytest.raises(ConfigError, match="evil_nets:net, which a file must not start"):
-        labeler_of([teacher], own_code=False)
+        labeler_of([teacher])
     assert not canary.exists()
-    assert network_of(teacher)(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
+    assert network_of(teacher, own_code=True)(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
     assert canary.exists(), "the canary itself must sing"
-    labeler_of([teacher], own_code=False)
+    labeler_of([teacher])
 
 
 def test_weights_are_copies() -> None:

@@ -175,14 +175,15 @@ def features_and_logits(network: nn.Module, images_BCHW: Tensor) -> tuple[Tensor
 
 
 def network_of(
-    teacher: Teacher, device: torch.device | str = "cpu", *, own_code: bool = True
+    teacher: Teacher, device: torch.device | str = "cpu", *, own_code: bool = False
 ) -> nn.Module:
     """Return the teacher as a frozen network in eval mode on `device`; draws no random numbers.
 
     Args:
         teacher: its record.
         device: where the network shall be.
-        own_code: whether an architecture `module:function` may be imported. Not for teachers that come with data of others.
+        own_code: whether an architecture `module:function` is imported: true of a run's own teachers, not of those that come
+            with data of others.
 
     Raises:
         ConfigError: the architecture cannot be built here.
@@ -216,7 +217,7 @@ class _MeanLogits(nn.Module):
 
 
 def labeler_of(
-    teachers: Sequence[Teacher], device: torch.device | str = "cpu", *, own_code: bool = True
+    teachers: Sequence[Teacher], device: torch.device | str = "cpu", *, own_code: bool = False
 ) -> nn.Module:
     """Return a frozen network in eval mode that gives the mean of the teachers' logits; of one teacher, that teacher.
 

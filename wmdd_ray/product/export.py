@@ -359,7 +359,7 @@ def _pixels(png: bytes) -> np.ndarray:
 
 def _labeler(teachers: Sequence[Teacher]) -> Callable[[list[Row]], list[Row]]:
     """Return a function that adds the mean of the teachers' logits on whole images to rows."""
-    network, teacher = labeler_of(teachers, own_code=False), teachers[0]
+    network, teacher = labeler_of(teachers), teachers[0]
 
     def label_rows(rows: list[Row]) -> list[Row]:
         labeled = []

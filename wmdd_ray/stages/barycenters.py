@@ -83,7 +83,8 @@ def _last_layer(stage: StageRun) -> tuple[np.ndarray, np.ndarray] | None:
     config = stage.config.barycenters
     if config.margin_fraction == 0 and config.label_weight is None:
         return None
-    linear = last_linear(network_of(read_teacher(stage.run.room("teacher")), torch.device("cpu")))
+    teacher = read_teacher(stage.run.room("teacher"))
+    linear = last_linear(network_of(teacher, torch.device("cpu"), own_code=True))
     return linear.weight.detach().numpy(), linear.bias.detach().numpy()
 
 

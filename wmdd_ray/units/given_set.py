@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from wmdd_ray.config import DistillConfig, LabelKind
+from wmdd_ray.core.architectures import refuse_foreign_code
 from wmdd_ray.core.networks import labeler_of
 from wmdd_ray.core.soft_labels import compress, decompress
 from wmdd_ray.core.views import StoredImages, draw_views, take
@@ -104,6 +105,8 @@ def open_given(
     """Open a set of ours at `own_uri`, or the images of somebody else's."""
     if own_uri is not None:
         dataset = DistilledDataset(own_uri)
+        for teacher in dataset.teachers():
+            refuse_foreign_code(teacher.arch, own_uri)
         return GivenSets(
             Given(
                 pixels_NHWC=dataset.images,
@@ -238,7 +241,7 @@ class GivenSets(Sets):
     def _labeled(self, pixels_NHWC: np.ndarray) -> LabelEpoch:
         """Return epoch -> the set's views and the teachers' logits on these images, kept where they are small."""
         teacher, config = self._teachers[0], self._config
-        network = labeler_of(self._teachers, self._device, own_code=False)
+        network = labeler_of(self._teachers, self._device, own_code=True)
         images = StoredImages(pixels_NHWC, teacher.mean_C, teacher.std_C, self._device)
         period = self._given.label_epochs * self._given.tiles**2
         keep = len(images) * period * teacher.num_classes <= KEPT_LOGITS

@@ -134,7 +134,7 @@ class Inputs:
     ) -> None:
         self.teacher = read_teacher(teacher_room)
         self._features = ClassFeaturesReader(features_room)
-        self.network = network_of(self.teacher, device)
+        self.network = network_of(self.teacher, device, own_code=True)
         self.source, self.config, self.device = source, config, device
         self._barycenters = barycenter_room
         self._files = {
@@ -278,7 +278,7 @@ def start_images(
         assert source is not None, "a real start needs the real images"
         # Only easy crops are chosen by the teacher.
         needed = config.recover.start == "mosaic"
-        network = network_of(teacher) if needed else torch.nn.Identity()
+        network = network_of(teacher, own_code=True) if needed else torch.nn.Identity()
         start_KHWC = _start(solved, source, network, config)
         assert start_KHWC is not None
         return start_KHWC

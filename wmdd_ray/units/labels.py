@@ -68,7 +68,7 @@ def open_worker(
     """Load the teachers and return the function that labels one block."""
     teachers = [read_teacher(teacher_room, unit) for unit in units_of(config)]
     teacher = teachers[0]
-    network = labeler_of(teachers, device)
+    network = labeler_of(teachers, device, own_code=True)
     held: dict[bytes, torch.Tensor] = {}
 
     def images_of(labels: np.ndarray) -> torch.Tensor:

@@ -244,7 +244,7 @@ def fresh_labels(
     device: torch.device,
 ) -> LabelEpoch:
     """Return epoch -> new views of all images and the teachers' logits, made when asked for."""
-    network, teacher = labeler_of(teachers, device), teachers[0]
+    network, teacher = labeler_of(teachers, device, own_code=True), teachers[0]
     images = StoredImages(pixels_NHWC, teacher.mean_C, teacher.std_C, device)
     seed = unit_seed(config.seed, "relabel", "all_real")
 
@@ -264,7 +264,7 @@ def _stored_labels(
     device: torch.device,
 ) -> LabelEpoch:
     """Return epoch -> views and labels of other images on the very views of the distilled set, compressed alike."""
-    network, teacher = labeler_of(teachers, device), teachers[0]
+    network, teacher = labeler_of(teachers, device, own_code=True), teachers[0]
     images = StoredImages(pixels_NHWC, teacher.mean_C, teacher.std_C, device)
     slices_of_epoch: dict[int, list[tuple[str, np.ndarray]]] = {}
     for unit, (epochs, labels) in blocks(config, teacher.num_classes).items():
