@@ -102,6 +102,8 @@ def test_a_value_that_stands_in_many_rows_is_unpacked_in_few_of_them(
     (content,) = table({"image": pa.array([image] * 40), "label": [0] * 40}).values()
     parquet = pq.ParquetFile(io.BytesIO(content))
     columns = find_columns(parquet.schema_arrow, CONFIG, "x")
+    columns = parquet_limits.bounded(pa.BufferReader(content), parquet, columns, "x", nearby=True)
+    assert len(image) <= columns.image_bytes < 4 * len(image)
     rows = [len(batch) for batch in parquet_limits.batches(parquet, columns, 32)]
     assert sum(rows) == 40 and max(rows) <= 10_000 // len(image)
 
@@ -113,3 +115,15 @@ def test_images_that_shrink_as_real_ones_do_are_read(tmp_path: Path) -> None:
     files = table({"image": pa.array([PNGS[i % 2] for i in range(rows)]), "label": [0, 1] * 250})
     store.put("x.parquet", files["x.parquet"])
     assert open_source(store.uri, CONFIG, split="train").num_images == rows
+
+
+def test_a_footer_that_tells_too_little_is_not_believed_on_a_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of values is read where the footer says what a column unpacks to."""
+    monkeypatch.setattr(parquet_limits, "_UNPACKED", parquet_limits._NUM_VALUES)
+    Store(str(tmp_path)).put("x.parquet", zeros_of(4 << 20, 20)["x.parquet"])
+    with pytest.raises(
+        DataError, match=r"column image\.bytes says that \d+ bytes unpack to 4\d{6}"
+    ):
+        open_source(str(tmp_path), CONFIG, split="train")

@@ -32,7 +32,8 @@ from wmdd_ray.store.sources.labels import (
 )
 from wmdd_ray.store.sources.listing import Listing, files_of_split
 from wmdd_ray.store.sources.parquet_columns import Columns, find_columns
-from wmdd_ray.store.sources.parquet_limits import batch_rows, batches, check_unpacked
+from wmdd_ray.store.sources.parquet_limits import batch_rows, batches, bounded
+from wmdd_ray.store.uris import local_path
 
 # Rows that are in memory at once, beside the pages they come from.
 _BATCH_ROWS = 32
@@ -106,15 +107,15 @@ class ParquetSource(Source):
         with reading(where, "a Parquet file"), self.open_random(file, size_bytes) as handle:
             parquet = _parquet_file(handle, where)
             columns = find_columns(parquet.schema_arrow, self.config, where)
-            check_unpacked(parquet, columns, where)
-            yield parquet, columns
+            nearby = local_path(self.root) is not None
+            yield parquet, bounded(handle, parquet, columns, where, nearby=nearby)
 
     def label_counts(self, file: str, size_bytes: int | None = None) -> Counter[Label]:
         """Return label -> rows of a file, reading its label column alone; rows without a label are left out."""
         counts = Counter[Label]()
         with self.open_parquet(file, size_bytes) as (parquet, columns):
             is_fixed = pa.types.is_primitive(parquet.schema_arrow.field(columns.label).type)
-            rows = _LABEL_ROWS if is_fixed else batch_rows(parquet, columns.label, _LABEL_ROWS)
+            rows = _LABEL_ROWS if is_fixed else batch_rows(columns.label_bytes, _LABEL_ROWS)
             for batch in parquet.iter_batches(rows, columns=[columns.label], use_threads=False):
                 values = batch.column(columns.label)
                 if pa.types.is_dictionary(values.type):

@@ -20,12 +20,14 @@ _LABEL_NAMES = ("label", "labels", "cls", "class", "class_name", "category", "ta
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Names of the two columns that are read, and the class names where the file holds them."""
+    """Names of the two columns that are read, the class names where the file holds them, and how large values can be."""
 
     image: str
     label: str
     is_struct: bool
     class_names: tuple[str, ...] | None
+    image_bytes: int = 0
+    label_bytes: int = 0
 
     @property
     def image_path(self) -> str:

@@ -7,55 +7,127 @@ of a dictionary can stand in all rows, so few enough are unpacked at once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wmdd_ray.errors import DataError
+from wmdd_ray.store import pages
 from wmdd_ray.store.sources.parquet_columns import Columns
 
 _MAX_RATIO = 100
 _MAX_BATCH_BYTES = 256 << 20
 # Of a label, and what a column may have in any case.
 _LABEL_BYTES, _FREE_BYTES = 64, 1 << 20
+_HEADER_BYTES = 512
+# Field ids of a footer beside those of `pages`.
+_NUM_VALUES, _UNPACKED = 5, 6
+
+
+def bounded(
+    handle: pa.NativeFile, parquet: pq.ParquetFile, columns: Columns, where: str, *, nearby: bool
+) -> Columns:
+    """Return the columns with the largest value that each may have, as the footer and the pages' headers say.
+
+    Arrow's own accessors of a footer end the process where it was damaged.
+
+    Args:
+        handle: The file.
+        parquet: The same as Arrow understands it.
+        columns: Those that are read.
+        where: What messages call the file.
+        nearby: Whether a look at each page's header takes no request to a store; else the footer is taken at its word.
+
+    Raises:
+        DataError: A column says that it unpacks to much more than what it is made of, or the footer cannot be read.
+    """
+    paths = [parquet.schema.column(i).path for i in range(len(parquet.schema))]
+    content = _Content(handle)
+    largest = {}
+    try:
+        for path in (columns.image_path, columns.label):
+            at = paths.index(path)
+            chunks = [group[pages._COLUMNS][at] for group in _row_groups(content)]
+            largest[path] = max(
+                (
+                    _unpacked(content, chunk[pages._COLUMN_META], path, columns, where, nearby)
+                    for chunk in chunks
+                ),
+                default=0,
+            )
+    except (ValueError, LookupError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{where}: expected a Parquet file, found a malformed footer or page ({error}); restore the file from its origin"
+        ) from error
+    return replace(
+        columns, image_bytes=largest[columns.image_path], label_bytes=largest[columns.label]
+    )
 
 
 def batches(
     parquet: pq.ParquetFile, columns: Columns, most: int, groups: Sequence[int] | None = None
 ) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a file, or of some row groups, in batches of at most `most`."""
-    rows = batch_rows(parquet, columns.image_path, most)
+    rows = batch_rows(columns.image_bytes, most)
     paths = [columns.image_path, columns.label]
     yield from parquet.iter_batches(rows, row_groups=groups, columns=paths, use_threads=False)
 
 
-def batch_rows(parquet: pq.ParquetFile, path: str, most: int) -> int:
+def batch_rows(value_bytes: int, most: int) -> int:
     """Return how many rows may hold the largest value that there can be: one of a dictionary stands in any number of them."""
-    largest = max((chunk.total_uncompressed_size for chunk in _chunks(parquet, path)), default=0)
-    return max(1, min(most, _MAX_BATCH_BYTES // max(1, largest)))
+    return max(1, min(most, _MAX_BATCH_BYTES // max(1, value_bytes)))
 
 
-def _chunks(parquet: pq.ParquetFile, path: str) -> list[pq.ColumnChunkMetaData]:
-    """Return the column's piece in every row group."""
-    groups = [parquet.metadata.row_group(group) for group in range(parquet.metadata.num_row_groups)]
-    if not groups:
-        return []
-    paths = [groups[0].column(i).path_in_schema for i in range(groups[0].num_columns)]
-    return [group.column(paths.index(path)) for group in groups if path in paths]
+def _row_groups(content: _Content) -> Any:
+    footer_bytes = int.from_bytes(content[-8:-4], "little")
+    footer, _ = pages._struct(content[-8 - footer_bytes : -8], 0)
+    return footer[pages._ROW_GROUPS]
 
 
-def check_unpacked(parquet: pq.ParquetFile, columns: Columns, where: str) -> None:
-    """Refuse columns that would unpack to much more than what they are made of."""
-    for path in (columns.image_path, columns.label):
-        for chunk in _chunks(parquet, path):
-            most = _FREE_BYTES + (
-                _LABEL_BYTES * chunk.num_values
-                if path == columns.label
-                else _MAX_RATIO * chunk.total_compressed_size
-            )
-            if chunk.total_uncompressed_size > most:
-                raise DataError(
-                    f"{where}: column {path} says that {chunk.total_compressed_size} bytes unpack to "
-                    f"{chunk.total_uncompressed_size}, expected at most {most}; images and labels do not shrink like that, so "
-                    "the file is damaged or made to fill the memory"
-                )
+def _unpacked(
+    content: _Content, meta: Any, path: str, columns: Columns, where: str, nearby: bool
+) -> int:
+    """Return what a column's piece in a row group unpacks to."""
+    stored, unpacked = meta[pages._STORED], meta[_UNPACKED]
+    most = _FREE_BYTES + (
+        _LABEL_BYTES * meta[_NUM_VALUES] if path == columns.label else _MAX_RATIO * stored
+    )
+    # Of a column without a value the first page is at 0.
+    starts = [start for start in (meta[pages._FIRST_PAGE], meta.get(pages._DICTIONARY)) if start]
+    at = min(starts, default=0)
+    stop, in_pages = at + (stored if starts else 0), 0
+    while nearby and at < stop and in_pages <= most:
+        header, at = pages._struct(content, at)  # type: ignore[arg-type]
+        in_pages += header[pages._PAGE_BYTES]
+        if min(at, header[pages._PAGE_BYTES], header[pages._PAGE_STORED]) < 0:
+            raise ValueError(f"a page of {header[pages._PAGE_BYTES]} bytes")
+        at += header[pages._PAGE_STORED]
+    if not 0 <= max(unpacked, in_pages) <= most:
+        raise DataError(
+            f"{where}: column {path} says that {stored} bytes unpack to {max(unpacked, in_pages)}, expected at most {most}; "
+            "images and labels do not shrink like that, so the file is damaged or made to fill the memory"
+        )
+    return int(max(unpacked, in_pages))
+
+
+class _Content:
+    """A file as bytes, of which a little is read around the place that is looked at."""
+
+    def __init__(self, handle: pa.NativeFile) -> None:
+        self._handle = handle
+        self._size = handle.size()
+        self._start, self._block = 0, b""
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            start, stop, _ = place.indices(self._size)
+            return self._handle.read_at(max(0, stop - start), start)
+        if not 0 <= place - self._start < len(self._block):
+            if not 0 <= place < self._size:
+                raise IndexError("the end of the file")
+            self._start, self._block = place, self._handle.read_at(_HEADER_BYTES, place)
+        return self._block[place - self._start]
