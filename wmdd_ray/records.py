@@ -8,6 +8,7 @@ H W pixels, V views (one epoch of one image each).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -40,6 +41,8 @@ class Teacher:
     std_C: tuple[float, ...]
     top1: float
     weights: dict[str, Array]
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    exif_orientation: bool = True
 
     def __post_init__(self) -> None:
         assert len(self.mean_C) == len(self.std_C) == self.channels, (

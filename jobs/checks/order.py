@@ -65,5 +65,7 @@ def _input_of(spec: str, otherwise: SourceConfig) -> SourceConfig:
                 channels=3 if teacher.channels == 3 else 1,
                 mean=tuple(teacher.mean_C),
                 std=tuple(teacher.std_C),
+                interpolation=teacher.interpolation,
+                exif_orientation=teacher.exif_orientation,
             )
     return otherwise

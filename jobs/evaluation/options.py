@@ -155,6 +155,8 @@ def parse(arguments: list[str], description: str | None) -> Asked:
             channels=cast(Any, teacher.channels),
             mean=teacher.mean_C,
             std=teacher.std_C,
+            interpolation=teacher.interpolation,
+            exif_orientation=teacher.exif_orientation,
         )
     elif known.teacher is not None and known.teacher.startswith(("torchvision:", "timm:")):
         from wmdd_ray.core.published import published
@@ -202,6 +204,8 @@ def _source_of_ours(own: Any, recipe: SourceConfig) -> SourceConfig:
         channels=meta["channels"],
         mean=tuple(meta["mean"]),
         std=tuple(meta["std"]),
+        interpolation=teacher.interpolation,
+        exif_orientation=teacher.exif_orientation,
     )
 
 

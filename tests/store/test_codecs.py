@@ -254,3 +254,12 @@ def test_records_refuse_shapes_that_do_not_belong_together() -> None:
         replace(chunk(), keys=("one",), labels_N=np.array([0]))
     with pytest.raises(AssertionError, match="weights sum"):
         replace(class_barycenter().barycenter, weights_K=np.array([0.5, 0.6]))
+
+
+def test_how_images_are_resized_stands_in_a_teacher_where_it_is_not_as_it_always_was() -> None:
+    bicubic = replace(teacher(), interpolation="bicubic", exif_orientation=False)
+    back = codecs.decode_teacher(codecs.encode_teacher(bicubic))
+    assert (back.interpolation, back.exif_orientation) == ("bicubic", False)
+    usual = codecs.encode_teacher(teacher())
+    assert b"interpolation" not in usual and b"exif" not in usual
+    assert codecs.decode_teacher(usual).interpolation == "bilinear"

@@ -49,6 +49,10 @@ def encode_teacher(teacher: Teacher) -> bytes:
             "arch", "width", "small_stem", "class_names", "image_size", "resize", "channels", "mean_C", "std_C", "top1",
         )
     }  # fmt: skip
+    # Later options stand in a file where they are not as they always were.
+    for name in ("interpolation", "exif_orientation"):
+        if getattr(teacher, name) != getattr(Teacher, name):
+            meta[name] = getattr(teacher, name)
     return pack(teacher.weights, **meta)
 
 

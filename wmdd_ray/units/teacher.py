@@ -131,6 +131,8 @@ def commit_teacher(
         channels=source.channels,
         mean_C=source.mean,
         std_C=source.std,
+        interpolation=source.interpolation,
+        exif_orientation=source.exif_orientation,
         top1=top1,
         weights=weights_of(network),
     )
