@@ -47,9 +47,10 @@ def bounded(
     content = _Content(handle)
     largest = {}
     try:
+        groups = _row_groups(content)
         for path in (columns.image_path, columns.label):
             at = paths.index(path)
-            chunks = [group[pages._COLUMNS][at] for group in _row_groups(content)]
+            chunks = [group[pages._COLUMNS][at] for group in groups]
             largest[path] = max(
                 (
                     _unpacked(content, chunk[pages._COLUMN_META], path, columns, where, nearby)
