@@ -226,3 +226,27 @@ def test_cross_entropy_is_the_mean_of_each_class() -> None:
     torch.testing.assert_close(cross_entropy_G(logits, target), expected)
     got = feature_loss_G("cross_entropy", normal(4, 3), logits, target)
     torch.testing.assert_close(got, expected)
+
+
+def test_moments_across_classes_are_those_of_a_position_s_images_pooled() -> None:
+    torch.manual_seed(1)
+    num_classes, num_images = 3, 2
+    x_GKCHW = torch.randn(num_classes, num_images, 4, 5, 5, dtype=torch.float64)
+    x_BCHW = x_GKCHW.flatten(0, 1)
+    tap = (x_BCHW.mean(dim=(2, 3)), x_BCHW.var(dim=(2, 3), correction=0))
+    target_mean_C, target_var_C = torch.randn(4).double(), torch.rand(4).double()
+    loss = MomentLoss(
+        (4,),
+        torch.full((num_images, num_classes), 1 / num_classes, dtype=torch.float64),
+        target_mean_C.expand(1, num_images, 4),
+        target_var_C.expand(1, num_images, 4),
+        across_classes=True,
+    )
+    expected = []
+    for k in range(num_images):
+        # As SRe2L's hook has it: the moments of a batch of one image of every class.
+        batch = x_GKCHW[:, k]
+        var_C = batch.transpose(0, 1).reshape(4, -1).var(dim=1, correction=0)
+        mean_C = batch.mean(dim=(0, 2, 3))
+        expected.append((target_var_C - var_C).norm() + (target_mean_C - mean_C).norm())
+    torch.testing.assert_close(loss([tap]), torch.stack(expected).mean().expand(num_classes))

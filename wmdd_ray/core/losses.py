@@ -98,6 +98,10 @@ class MomentLoss:
     mean = sum_j w_j mean_j and var = sum_j w_j (var_j + (mean_j - mean)^2). All classes and layers are handled as one
     array, since a forward pass of many small layers would otherwise spend its time on launching small operations.
 
+    With `across_classes` the sets of images that have moments are not the classes: set j is image j of every class, as in
+    SRe2L. G and K then are in each other's place in the shares and the targets, and the loss, of every class, is the mean over
+    the sets: what a class's images have to answer for alike.
+
     Several targets of a class share the loss in equal parts. With `decay` > 0 what is compared is an average over the
     calls, m <- decay m + (1 - decay) current, through whose current part alone the gradient flows; the first call
     has no past and compares its own moments. `running` is that average (mean_GS, var_GS), None before the first call.
@@ -110,22 +114,23 @@ class MomentLoss:
         mean_TGS: Tensor,
         var_TGS: Tensor,
         decay: float = 0.0,
+        *,
+        across_classes: bool = False,
     ) -> None:
-        """Keep the targets (T, G, S) and the images' shares, of which each class's sum to 1."""
+        """Keep the targets (T, G, S) and the images' shares, of which each class's sum to 1; see above for the other sets."""
         shape = (len(mean_TGS), len(share_GK), sum(channels_L))
         assert mean_TGS.shape == var_TGS.shape == shape, (mean_TGS.shape, shape)
         self.share_GK1 = share_GK[:, :, None]
         self.mean_TGS, self.var_TGS = mean_TGS, var_TGS
-        self.decay = decay
+        self.decay, self.across_classes = decay, across_classes
         self.running: tuple[Tensor, Tensor] | None = None
         layer_S = torch.repeat_interleave(torch.arange(len(channels_L)), torch.tensor(channels_L))
         self.member_SL = F.one_hot(layer_S, len(channels_L)).to(mean_TGS)
 
     def __call__(self, taps: list[Tap]) -> Tensor:
         """Return the loss of every class (G,) from each layer's (mean_BC, var_BC)."""
-        shape = (*self.share_GK1.shape[:2], -1)
-        mean_GKS = torch.cat([mean for mean, _ in taps], dim=1).view(shape)
-        var_GKS = torch.cat([var for _, var in taps], dim=1).view(shape)
+        mean_GKS = self._by_set(torch.cat([mean for mean, _ in taps], dim=1))
+        var_GKS = self._by_set(torch.cat([var for _, var in taps], dim=1))
         mean_GS = (self.share_GK1 * mean_GKS).sum(dim=1)
         spread_GKS = var_GKS + (mean_GKS - mean_GS[:, None]).square()
         var_GS = (self.share_GK1 * spread_GKS).sum(dim=1)
@@ -135,7 +140,14 @@ class MomentLoss:
                 var_GS = self.decay * self.running[1] + (1 - self.decay) * var_GS
             self.running = (mean_GS.detach(), var_GS.detach())
         loss_TG = self._norms_TG(mean_GS - self.mean_TGS) + self._norms_TG(var_GS - self.var_TGS)
-        return loss_TG.mean(dim=0)
+        loss_G = loss_TG.mean(dim=0)
+        return loss_G.mean().expand(self.share_GK1.shape[1]) if self.across_classes else loss_G
+
+    def _by_set(self, values_BS: Tensor) -> Tensor:
+        num_sets, size, _ = self.share_GK1.shape
+        if self.across_classes:
+            return values_BS.view(size, num_sets, -1).transpose(0, 1)
+        return values_BS.view(num_sets, size, -1)
 
     def _norms_TG(self, difference_TGS: Tensor) -> Tensor:
         squares_TGL = difference_TGS.square() @ self.member_SL

@@ -3,8 +3,9 @@
 Minimized is the sum over the group's classes k of
     L_k = feature_weight * feature term + bn_weight * moment term + ce_weight * mean_j CE(teacher(x_j), k)
 (`core/losses.py` has the terms). Unlike the reference, whose loss is one norm over the whole batch, no class's
-gradient depends on its company, and each image has its own crop, flip and roll. SRe2L's running statistics
-(`moments="global"`) are for the same reason matched by every class by itself.
+gradient depends on its company, and each image has its own crop, flip and roll. The exception are SRe2L's running statistics
+(`moments="global"`): as its authors do, image j of every class of the group matches them together. `core/groups.py` plans
+groups so that their company is always the same.
 
 Several teachers take turns: iteration i is the i-th modulo their number's. With `tiles` t the images are the t x t
 small ones of which `core/tiles.py` makes a stored image; the network sees each by itself, enlarged. With
@@ -86,10 +87,11 @@ def recover_group(
     std_C: Sequence[float],
     seed: int,
     device: torch.device | str,
+    positions: range | None = None,
     state: State | None = None,
     on_step: Callable[[int, Callable[[], State]], None] | None = None,
 ) -> list[ClassImages]:
-    """Return the distilled images of every target, in order: K of side image_size // config.tiles.
+    """Return the distilled images of every target, in order: K of side image_size // config.tiles, or those at `positions`.
 
     Adam on the pixels, cosine rate to 0; after each step the pixels are clamped to the range of valid images. At the
     end they are rounded (the reference truncates). The losses are those of the last iteration, and so of the teacher
@@ -106,6 +108,7 @@ def recover_group(
         std_C: what the network's input is divided by.
         seed: each class draws from its own stream of (seed, label).
         device: where it is computed.
+        positions: which of the K images of every class are made; all of them by default, and where moments are of a class.
         state: resume from here: what `get_state` gave; the result is that of a run that never stopped.
         on_step: called after each step as on_step(iterations done, get_state).
 
@@ -115,8 +118,15 @@ def recover_group(
     """
     networks = (networks,) if isinstance(networks, nn.Module) else tuple(networks)
     assert all(len(t.others) == len(networks) - 1 for t in targets), "one target a teacher"
-    num_images = len(targets[0].weights_K)
-    assert all(len(t.weights_K) == num_images for t in targets), "one number of images a group"
+    of_class = len(targets[0].weights_K)
+    assert all(len(t.weights_K) == of_class for t in targets), "one number of images a group"
+    positions = range(of_class) if positions is None else positions
+    needs_all = config.moments in ("per_class", "blend") or config.feature_term in (
+        "mean",
+        "rbf_mmd",
+    )
+    assert len(positions) == of_class or not needs_all, "a class is matched by all its images"
+    num_images = len(positions)
     side = tile_side(image_size, config.tiles)
     shape_BCHW = (len(targets) * num_images, channels, side, side)
     labels = [t.label for t in targets]
@@ -127,14 +137,22 @@ def recover_group(
     blends = _blend_iterations(config)
     start_BCHW = torch.empty(0)
     if state is None or blends:
-        start_BCHW = _start(targets, shape_BCHW, mean_C, std_C, seed, device)
+        start_BCHW = _start(targets, positions, shape_BCHW, mean_C, std_C, seed, device)
     if state is None:
         adam = PixelAdam(start_BCHW.clone() if blends else start_BCHW, config, color)
     else:
         adam = PixelAdam.from_state(state, shape_BCHW, config, color, device)
         losses = {k.removeprefix("loss_"): v for k, v in state.items() if k.startswith("loss_")}
     curves = _Curves(config.iterations, state or {})
-    jitter = Jitter(labels, num_images, config, image_size=image_size, seed=seed, device=device)
+    jitter = Jitter(
+        labels,
+        of_class,
+        config,
+        image_size=image_size,
+        seed=seed,
+        device=device,
+        positions=positions,
+    )
     terms: Terms = {}
     objectives: list[_Objective] = []
 
@@ -151,7 +169,7 @@ def recover_group(
         stack.enter_context(deterministic_convolutions())
         for m, network in enumerate(networks):
             taps = stack.enter_context(tapped(network))
-            objective = _Objective(network, m, taps, targets, config, device)
+            objective = _Objective(network, m, taps, targets, positions, config, device)
             if state is not None:
                 objective.continue_from(
                     {
@@ -182,15 +200,15 @@ def recover_group(
     return [
         ClassImages(
             label=target.label,
-            images_KHWC=pixels_BHWC[of_class],
-            weights_K=target.weights_K,
+            images_KHWC=pixels_BHWC[own],
+            weights_K=target.weights_K[positions],
             losses={name: float(value_G[g]) for name, value_G in losses.items()},
             curves={name: value_PG[:, g] for name, value_PG in curve_PG.items()},
             curve_at_P=curve_at_P,
-            features_KD=features_BD[of_class],
+            features_KD=features_BD[own],
         )
         for g, target in enumerate(targets)
-        for of_class in [slice(g * num_images, (g + 1) * num_images)]
+        for own in [slice(g * num_images, (g + 1) * num_images)]
     ]
 
 
@@ -251,6 +269,7 @@ class _Objective:
         index: int,
         taps: list[Tap],
         targets: list[ClassTarget],
+        positions: range,
         config: RecoverConfig,
         device: torch.device | str,
     ) -> None:
@@ -260,28 +279,16 @@ class _Objective:
         self.network, self.taps, self.config = network, taps, config
         self.device_type = torch.device(device).type
         own = [t if index == 0 else t.others[index - 1] for t in targets]
-        weights = [t.weights_K / t.weights_K.sum() for t in targets]
+        weights = [t.weights_K[positions] / t.weights_K[positions].sum() for t in targets]
         self.target = GroupTarget(
             labels_G=torch.tensor([t.label for t in targets], device=device),
-            atoms_GKD=stacked([t.atoms_KD for t in own]),
+            atoms_GKD=stacked([t.atoms_KD[positions] for t in own]),
             weights_GK=stacked(weights),
         )
         self.with_feature = config.feature_term != "none" and config.feature_weight > 0
         self.moment_loss: MomentLoss | None = None
         if config.moments != "none" and config.bn_weight > 0:
-            moments_TG = []
-            if config.moments in ("per_class", "blend"):
-                moments_TG.append([(t.mean_S, t.var_S) for t in own])
-            if config.moments in ("global", "blend"):
-                moments_TG.append([running_moments(network)] * len(targets))
-            uniform = [np.full_like(w, 1 / len(w)) for w in weights]
-            self.moment_loss = MomentLoss(
-                tuple(norm.num_features for norm in batch_norms(network)),
-                stacked(weights if config.weighted_moments else uniform),
-                torch.stack([stacked([mean_S for mean_S, _ in row]) for row in moments_TG]),
-                torch.stack([stacked([var_S for _, var_S in row]) for row in moments_TG]),
-                decay=config.ema_statistics,
-            )
+            self.moment_loss = _moment_loss(network, own, self.target.weights_GK, config)
         is_active = self.with_feature or self.moment_loss is not None or config.ce_weight > 0
         if not is_active and config.iterations > 0:
             raise ConfigError(
@@ -323,8 +330,39 @@ class _Objective:
             self.moment_loss.running = (averages["mean"], averages["var"])
 
 
+def _moment_loss(
+    network: nn.Module,
+    own: Sequence[ClassTarget | TeacherTarget],
+    weights_GK: Tensor,
+    config: RecoverConfig,
+) -> MomentLoss:
+    """Return the moment term of a teacher's targets `own`; running moments alone are matched across the classes."""
+    across = config.moments == "global"
+    weights = weights_GK.T / weights_GK.sum(dim=0)[:, None] if across else weights_GK
+    num_sets, size = weights.shape
+    moments_T: list[list[tuple[np.ndarray, np.ndarray]]] = []
+    if config.moments in ("per_class", "blend"):
+        moments_T.append([(t.mean_S, t.var_S) for t in own])
+    if config.moments in ("global", "blend"):
+        moments_T.append([running_moments(network)] * num_sets)
+
+    def stacked(which: int) -> Tensor:
+        rows = np.array([[moments[which] for moments in row] for row in moments_T])
+        return torch.from_numpy(rows.astype(np.float32)).to(weights.device)
+
+    return MomentLoss(
+        tuple(norm.num_features for norm in batch_norms(network)),
+        weights if config.weighted_moments else torch.full_like(weights, 1 / size),
+        stacked(0),
+        stacked(1),
+        decay=config.ema_statistics,
+        across_classes=across,
+    )
+
+
 def _start(
     targets: list[ClassTarget],
+    positions: range,
     shape_BCHW: tuple[int, ...],
     mean_C: Sequence[float],
     std_C: Sequence[float],
@@ -333,12 +371,14 @@ def _start(
 ) -> Tensor:
     parts = []
     for target in targets:
-        shape_KCHW = (len(target.weights_K), *shape_BCHW[1:])
         if target.start_KHWC is None:
-            part = torch.from_numpy(noise_start(seed, target.label, shape_KCHW)).to(device)
+            shape_KCHW = (len(target.weights_K), *shape_BCHW[1:])
+            noise_KCHW = noise_start(seed, target.label, shape_KCHW)
+            part = torch.from_numpy(noise_KCHW[positions]).to(device)
         else:
-            part = to_input(target.start_KHWC, mean_C, std_C, device)
-        assert part.shape == shape_KCHW, f"start of class {target.label}: {part.shape}"
+            part = to_input(target.start_KHWC[positions], mean_C, std_C, device)
+        expected = (len(positions), *shape_BCHW[1:])
+        assert part.shape == expected, f"start of class {target.label}: {part.shape}"
         parts.append(part)
     return torch.cat(parts)
 
