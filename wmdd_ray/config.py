@@ -378,7 +378,8 @@ class RecoverConfig:
     feature_weight: float = 1.0
     """Coefficient of the feature term."""
     moments: Literal["per_class", "global", "blend", "none"] = "per_class"
-    """BatchNorm target: the class's own moments (PCBN), the teacher's running ones (SRe2L), half of each loss (EDC), or nothing."""
+    """BatchNorm target: the class's own moments (PCBN); the teacher's running ones, matched by one image of every class together
+    (SRe2L); half of each loss, both of the class by itself (after EDC, which matches both by a batch); or nothing."""
     bn_weight: float = 10.0
     """Coefficient of the moment term, lambda of the paper (10 to 500 in WMDD's; on Fashion-MNIST 10 is the best of 1, 10, 100 from
     noise, and 1 is 0.6 points better from real images by hard labels: README)."""
@@ -397,7 +398,8 @@ class RecoverConfig:
     mixed_precision: bool = False
     """bfloat16 autocast of the teacher's passes on any device, losses in float32 (FADRM); pays where the processor has bfloat16."""
     images_per_group: int = 100
-    """Classes that share a forward pass: max(1, images_per_group // ipc). One group is one unit of work."""
+    """Images that share a forward pass: whole classes, one at least; for `moments global` one position or more of as many classes
+    as there are, this many at most (100 in SRe2L). One group is one unit of work."""
     crop_scale_min: float = 0.5
     """Smallest area fraction of the random resized crop during synthesis (0.08 in the reference, 0.5 in EDC)."""
     flip: bool = True
