@@ -152,7 +152,7 @@ def tiny_imagenet(ipc: int) -> DistillConfig:
             mixed_precision=True,
         ),
         recover=replace(_TOUCHED_UP, bn_weight=300.0, roll_px=8),
-        relabel=RelabelConfig(compression="top_k", top_k=50),
+        relabel=RelabelConfig(precision="int8", step=1.0),
         evaluate=replace(_STUDENT, network=network, all_real_epochs=50),
     )
 
@@ -183,8 +183,8 @@ _TOUCHED_UP = RecoverConfig(
 )
 
 # Small batches, a rate that ends at half its peak and averaged weights (RDED, EDC: the same SRe2L images read 21.3 or 40.2 %);
-# hidden weights by Muon (OGM: 39.4 -> 47.0 %). KL at temperature 20, because the labels of the two larger
-# keep their largest logits only.
+# hidden weights by Muon (OGM: 39.4 -> 47.0 %). KL at temperature 20, FKD's: labels of all classes in steps of 1 logit keep 99 %
+# of what they tell there, in 108 bytes a view of 200 classes and 524 of 1000.
 _STUDENT = EvaluateConfig(
     batch_size=50,
     optimizer="muon",
@@ -210,7 +210,7 @@ def _imagenet_like(
             roll_px=32,
             diffusion=_DIT_NETTE if name == "imagenette" else _DIT,
         ),
-        relabel=RelabelConfig(compression="full" if name == "imagenette" else "top_k", top_k=50),
+        relabel=RelabelConfig(precision="int8", step=1.0),
         evaluate=replace(_STUDENT, network=NetworkConfig(arch="resnet18")),
     )
 
