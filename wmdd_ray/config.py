@@ -752,8 +752,9 @@ class DistillConfig:
 
     recipe: str = "digits"
     """Name of the recipe that the defaults come from."""
-    variant: Literal["best", "paper"] = "best"
-    """Which defaults: `best` is what proved best (README), `paper` is WMDD as it was published."""
+    variant: Literal["best", "paper", "paper_weighted"] = "best"
+    """Which defaults: `best` is what proved best (README), `paper` is WMDD as its authors run it, with atoms of equal weight,
+    `paper_weighted` as they write it, with learned weights in the moments and in the students' loss."""
     ipc: int = 10
     """Distilled images per class."""
     seed: int = 0
