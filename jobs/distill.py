@@ -167,7 +167,8 @@ def tracked_run(run: Run) -> TrackedRun:
 
 def default_out(config: DistillConfig) -> str:
     """Return where a run goes when --out is absent. A submitted job's working folder is thrown away after it."""
-    name = f"{config.recipe}-ipc{config.ipc}" + ("-paper" if config.variant == "paper" else "")
+    variant = "" if config.variant == "best" else f"-{config.variant}"
+    name = f"{config.recipe}-ipc{config.ipc}{variant}"
     if (
         "WMDD_RAY_RUNS" in os.environ
     ):  # set by the files in cluster/, where no node's disk is the others'
