@@ -384,7 +384,8 @@ class RecoverConfig:
     """Coefficient of the moment term, lambda of the paper (10 to 500 in WMDD's; on Fashion-MNIST 10 is the best of 1, 10, 100 from
     noise, and 1 is 0.6 points better from real images by hard labels: README)."""
     weighted_moments: bool = False
-    """Weight each image's share of the synthetic moments by its atom's weight (paper eq. for PCBN; off in the released run)."""
+    """Weight each image's share of the synthetic moments, and of the terms `mean` and `rbf_mmd`, by its atom's weight (paper eq.
+    for PCBN; off in the released run). For students that weigh images too, --evaluate.weighted-loss."""
     ema_statistics: float = 0.0
     """Share of earlier iterations in the synthetic moments that are compared (0.8 in EDC, 0.4 in G-VBSM)."""
     ce_weight: float = 0.0
