@@ -19,9 +19,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def target_of(atoms_GKD: Tensor, weights_GK: Tensor) -> GroupTarget:
-    labels_G = torch.arange(len(atoms_GKD))
-    return GroupTarget(labels_G=labels_G, atoms_GKD=atoms_GKD, weights_GK=weights_GK)
+def target_of(atoms_GKD: Tensor, weights_GK: Tensor, share_GK: Tensor | None = None) -> GroupTarget:
+    return GroupTarget(
+        labels_G=torch.arange(len(atoms_GKD)),
+        atoms_GKD=atoms_GKD,
+        weights_GK=weights_GK,
+        share_GK=weights_GK if share_GK is None else share_GK,
+    )
 
 
 def simplex(*shape: int, seed: int = 0) -> Tensor:
@@ -155,6 +159,7 @@ def test_the_feature_term_of_a_class_does_not_depend_on_its_company(term: Any) -
             labels_G=torch.tensor([g]),
             atoms_GKD=atoms[g : g + 1],
             weights_GK=weights[g : g + 1],
+            share_GK=weights[g : g + 1],
         )
         got = feature_loss_G(term, features[rows], logits[rows], alone)
         torch.testing.assert_close(got[0], together_G[g])
@@ -176,6 +181,20 @@ def test_the_mean_term_compares_weighted_means_only() -> None:
     for features, expected in ((same_mean, 0.0), (moved, 4.0)):
         got = feature_loss_G("mean", features, features, target_of(atoms, weights))
         torch.testing.assert_close(got, torch.tensor([expected]))
+
+
+def test_images_of_equal_share_meet_the_mean_of_atoms_of_unequal_mass() -> None:
+    atoms = torch.tensor([[[0.0, 0.0], [4.0, 0.0]]], dtype=torch.float64)
+    weights, share = torch.tensor([[[0.75, 0.25]], [[0.5, 0.5]]], dtype=torch.float64)
+    # At (0, 0) and (2, 0) their mean is the class's, (1, 0); at their atoms it is not.
+    met = torch.tensor([[0.0, 0.0], [2.0, 0.0]], dtype=torch.float64)
+    for features, expected in ((met, 0.0), (atoms[0], 1.0)):
+        got = feature_loss_G("mean", features, features, target_of(atoms, weights, share))
+        torch.testing.assert_close(got, torch.tensor([expected], dtype=torch.float64))
+    got = feature_loss_G("rbf_mmd", atoms[0], atoms[0], target_of(atoms, weights, share))
+    # (s - w)' K (s - w) with s - w = (-1/4, 1/4) and a kernel of exp(-1) between the atoms.
+    expected = torch.tensor([2 / 16 * (1 - np.exp(-1))], dtype=torch.float64)
+    torch.testing.assert_close(got, expected)
 
 
 def test_the_rbf_term_has_the_known_values_of_two_points_and_of_equal_sets() -> None:

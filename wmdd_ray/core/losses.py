@@ -26,22 +26,27 @@ FeatureTerm = Literal["wasserstein", "cross_entropy", "mean", "rbf_mmd", "none"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GroupTarget:
-    """The targets of G classes as tensors on the device; `weights_GK` of each class sum to 1."""
+    """The targets of G classes as tensors on the device.
+
+    `weights_GK` are the masses of the atoms, `share_GK` those of the images, equal unless students weigh them too; both sum to
+    1 in each class.
+    """
 
     labels_G: Tensor
     atoms_GKD: Tensor
     weights_GK: Tensor
+    share_GK: Tensor
 
 
 def feature_loss_G(
     term: FeatureTerm, features_BD: Tensor, logits_BY: Tensor, target: GroupTarget
 ) -> Tensor:
-    """Return the feature term of every class, with f_j an image's feature, z_j its atom, w_j the atom's weight.
+    """Return the feature term of every class, with f_j an image's feature, s_j its share, z_j its atom, w_j the atom's weight.
 
     - wasserstein: mean_j |f_j - z_j|^2 (image j stays with atom j);
     - cross_entropy: mean_j CE(teacher's logits, label);
-    - mean: |sum_j w_j f_j - sum_j w_j z_j|^2, the MMD of the linear kernel;
-    - rbf_mmd: squared MMD between sum_j w_j delta(f_j) and sum_j w_j delta(z_j), kernel exp(-d^2 / h), with h the
+    - mean: |sum_j s_j f_j - sum_j w_j z_j|^2, the MMD of the linear kernel;
+    - rbf_mmd: squared MMD between sum_j s_j delta(f_j) and sum_j w_j delta(z_j), kernel exp(-d^2 / h), with h the
       median squared distance between two atoms (for a single atom: its squared norm).
     """
     if term == "cross_entropy":
@@ -50,10 +55,11 @@ def feature_loss_G(
     if term == "wasserstein":
         return (features_GKD - target.atoms_GKD).square().sum(dim=2).mean(dim=1)
     if term == "mean":
-        difference_GKD = target.weights_GK[:, :, None] * (features_GKD - target.atoms_GKD)
-        return difference_GKD.sum(dim=1).square().sum(dim=1)
+        images_GD = (target.share_GK[:, :, None] * features_GKD).sum(dim=1)
+        class_GD = (target.weights_GK[:, :, None] * target.atoms_GKD).sum(dim=1)
+        return (images_GD - class_GD).square().sum(dim=1)
     assert term == "rbf_mmd", term
-    return _rbf_mmd_G(features_GKD, target.atoms_GKD, target.weights_GK)
+    return _rbf_mmd_G(features_GKD, target)
 
 
 def cross_entropy_G(logits_BY: Tensor, target: GroupTarget) -> Tensor:
@@ -63,7 +69,8 @@ def cross_entropy_G(logits_BY: Tensor, target: GroupTarget) -> Tensor:
     return F.cross_entropy(logits_BY, labels_B, reduction="none").view(-1, k).mean(dim=1)
 
 
-def _rbf_mmd_G(features_GKD: Tensor, atoms_GKD: Tensor, weights_GK: Tensor) -> Tensor:
+def _rbf_mmd_G(features_GKD: Tensor, target: GroupTarget) -> Tensor:
+    atoms_GKD, weights_GK, share_GK = target.atoms_GKD, target.weights_GK, target.share_GK
     between_atoms_GKK = _squared_distances(atoms_GKD, atoms_GKD)
     k = weights_GK.shape[1]
     if k > 1:
@@ -74,14 +81,14 @@ def _rbf_mmd_G(features_GKD: Tensor, atoms_GKD: Tensor, weights_GK: Tensor) -> T
     # Atoms that coincide (or a zero atom) leave no scale: 1 then.
     width_G11 = torch.where(width_G > 0, width_G, torch.ones_like(width_G))[:, None, None]
 
-    def mean_kernel_G(distances_GKK: Tensor) -> Tensor:
+    def mean_kernel_G(first_GK: Tensor, distances_GKK: Tensor, second_GK: Tensor) -> Tensor:
         kernel_GKK = torch.exp(-distances_GKK / width_G11)
-        return torch.einsum("gi,gij,gj->g", weights_GK, kernel_GKK, weights_GK)
+        return torch.einsum("gi,gij,gj->g", first_GK, kernel_GKK, second_GK)
 
     return (
-        mean_kernel_G(_squared_distances(features_GKD, features_GKD))
-        - 2 * mean_kernel_G(_squared_distances(features_GKD, atoms_GKD))
-        + mean_kernel_G(between_atoms_GKK)
+        mean_kernel_G(share_GK, _squared_distances(features_GKD, features_GKD), share_GK)
+        - 2 * mean_kernel_G(share_GK, _squared_distances(features_GKD, atoms_GKD), weights_GK)
+        + mean_kernel_G(weights_GK, between_atoms_GKK, weights_GK)
     )
 
 

@@ -279,16 +279,18 @@ class _Objective:
         self.network, self.taps, self.config = network, taps, config
         self.device_type = torch.device(device).type
         own = [t if index == 0 else t.others[index - 1] for t in targets]
-        weights = [t.weights_K[positions] / t.weights_K[positions].sum() for t in targets]
+        weights_GK = stacked([w / w.sum() for w in (t.weights_K[positions] for t in targets)])
+        even_GK = torch.full_like(weights_GK, 1 / len(positions))
         self.target = GroupTarget(
             labels_G=torch.tensor([t.label for t in targets], device=device),
             atoms_GKD=stacked([t.atoms_KD[positions] for t in own]),
-            weights_GK=stacked(weights),
+            weights_GK=weights_GK,
+            share_GK=weights_GK if config.weighted_moments else even_GK,
         )
         self.with_feature = config.feature_term != "none" and config.feature_weight > 0
         self.moment_loss: MomentLoss | None = None
         if config.moments != "none" and config.bn_weight > 0:
-            self.moment_loss = _moment_loss(network, own, self.target.weights_GK, config)
+            self.moment_loss = _moment_loss(network, own, self.target.share_GK, config)
         is_active = self.with_feature or self.moment_loss is not None or config.ce_weight > 0
         if not is_active and config.iterations > 0:
             raise ConfigError(
@@ -333,26 +335,25 @@ class _Objective:
 def _moment_loss(
     network: nn.Module,
     own: Sequence[ClassTarget | TeacherTarget],
-    weights_GK: Tensor,
+    share_GK: Tensor,
     config: RecoverConfig,
 ) -> MomentLoss:
     """Return the moment term of a teacher's targets `own`; running moments alone are matched across the classes."""
     across = config.moments == "global"
-    weights = weights_GK.T / weights_GK.sum(dim=0)[:, None] if across else weights_GK
-    num_sets, size = weights.shape
+    share = share_GK.T / share_GK.sum(dim=0)[:, None] if across else share_GK
     moments_T: list[list[tuple[np.ndarray, np.ndarray]]] = []
     if config.moments in ("per_class", "blend"):
         moments_T.append([(t.mean_S, t.var_S) for t in own])
     if config.moments in ("global", "blend"):
-        moments_T.append([running_moments(network)] * num_sets)
+        moments_T.append([running_moments(network)] * len(share))
 
     def stacked(which: int) -> Tensor:
         rows = np.array([[moments[which] for moments in row] for row in moments_T])
-        return torch.from_numpy(rows.astype(np.float32)).to(weights.device)
+        return torch.from_numpy(rows.astype(np.float32)).to(share.device)
 
     return MomentLoss(
         tuple(norm.num_features for norm in batch_norms(network)),
-        weights if config.weighted_moments else torch.full_like(weights, 1 / size),
+        share,
         stacked(0),
         stacked(1),
         decay=config.ema_statistics,
