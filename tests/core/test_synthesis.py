@@ -542,3 +542,28 @@ def test_options_that_make_no_sense_are_refused(options: Any, message: str) -> N
 def test_more_tiles_than_pixels_are_refused() -> None:
     with pytest.raises(ConfigError, match="--recover.tiles"):
         recover([make_target(0)], replace(CONFIG, tiles=SIZE + 1))
+
+
+def test_an_image_matches_the_moments_of_its_own_cell() -> None:
+    """So K cells of a class do what K classes of one image each do, but for the names that their draws come from."""
+    still = replace(CONFIG, crop_scale_min=1.0, flip=False, roll_px=0, feature_term="none")
+    cells = [make_target(label, ipc=1) for label in (0, 2)]
+    whole = replace(
+        cells[0],
+        atoms_KD=np.concatenate([cell.atoms_KD for cell in cells]),
+        weights_K=np.array([0.3, 0.7]),
+        mean_S=np.stack([cell.mean_S for cell in cells]),
+        var_S=np.stack([cell.var_S for cell in cells]),
+        start_KHWC=np.concatenate(
+            [cell.start_KHWC for cell in cells if cell.start_KHWC is not None]
+        ),
+    )
+    (got,) = recover([whole], still)
+    expected = recover(cells, still)
+    difference = got.images_KHWC.astype(int)
+    difference -= np.concatenate([cell.images_KHWC for cell in expected])
+    assert np.abs(difference).max() <= 1, "one gray level, for losses of another scale"
+    mean = np.mean([cell.losses["bn"] for cell in expected])
+    np.testing.assert_allclose(got.losses["bn"], mean, rtol=1e-3)
+    (together,) = recover([replace(whole, mean_S=cells[0].mean_S, var_S=cells[0].var_S)], still)
+    assert np.abs(got.images_KHWC.astype(int) - together.images_KHWC).max() > 1

@@ -99,17 +99,16 @@ def _squared_distances(x_GKD: Tensor, y_GKD: Tensor) -> Tensor:
 
 
 class MomentLoss:
-    """BatchNorm moment term (PCBN) of every class: sum_l |mu_l(X_k) - mu_kl|_2 + |var_l(X_k) - var_kl|_2.
+    """BatchNorm moment term (PCBN) of sets of images: sum_l |mu_l(X_g) - mu_gl|_2 + |var_l(X_g) - var_gl|_2 of every set g.
 
-    The moments of a class come from those of its images by the law of total variance, image j with share w_j:
-    mean = sum_j w_j mean_j and var = sum_j w_j (var_j + (mean_j - mean)^2). All classes and layers are handled as one
+    The moments of a set come from those of its images by the law of total variance, image j with share w_j:
+    mean = sum_j w_j mean_j and var = sum_j w_j (var_j + (mean_j - mean)^2). All sets and layers are handled as one
     array, since a forward pass of many small layers would otherwise spend its time on launching small operations.
 
-    With `across_classes` the sets of images that have moments are not the classes: set j is image j of every class, as in
-    SRe2L. G and K then are in each other's place in the shares and the targets, and the loss, of every class, is the mean over
-    the sets: what a class's images have to answer for alike.
+    The sets are the G classes of K images each; or single images (of K = 1); or, `across_classes`, as in SRe2L, G image
+    positions of the K classes: set j is image j of every class.
 
-    Several targets of a class share the loss in equal parts. With `decay` > 0 what is compared is an average over the
+    Several targets of a set share the loss in equal parts. With `decay` > 0 what is compared is an average over the
     calls, m <- decay m + (1 - decay) current, through whose current part alone the gradient flows; the first call
     has no past and compares its own moments. `running` is that average (mean_GS, var_GS), None before the first call.
     """
@@ -124,7 +123,7 @@ class MomentLoss:
         *,
         across_classes: bool = False,
     ) -> None:
-        """Keep the targets (T, G, S) and the images' shares, of which each class's sum to 1; see above for the other sets."""
+        """Keep the targets (T, G, S) and the images' shares, of which each set's sum to 1."""
         shape = (len(mean_TGS), len(share_GK), sum(channels_L))
         assert mean_TGS.shape == var_TGS.shape == shape, (mean_TGS.shape, shape)
         self.share_GK1 = share_GK[:, :, None]
@@ -135,7 +134,7 @@ class MomentLoss:
         self.member_SL = F.one_hot(layer_S, len(channels_L)).to(mean_TGS)
 
     def __call__(self, taps: list[Tap]) -> Tensor:
-        """Return the loss of every class (G,) from each layer's (mean_BC, var_BC)."""
+        """Return the loss of every set (G,) from each layer's (mean_BC, var_BC)."""
         mean_GKS = self._by_set(torch.cat([mean for mean, _ in taps], dim=1))
         var_GKS = self._by_set(torch.cat([var for _, var in taps], dim=1))
         mean_GS = (self.share_GK1 * mean_GKS).sum(dim=1)
@@ -147,8 +146,7 @@ class MomentLoss:
                 var_GS = self.decay * self.running[1] + (1 - self.decay) * var_GS
             self.running = (mean_GS.detach(), var_GS.detach())
         loss_TG = self._norms_TG(mean_GS - self.mean_TGS) + self._norms_TG(var_GS - self.var_TGS)
-        loss_G = loss_TG.mean(dim=0)
-        return loss_G.mean().expand(self.share_GK1.shape[1]) if self.across_classes else loss_G
+        return loss_TG.mean(dim=0)
 
     def _by_set(self, values_BS: Tensor) -> Tensor:
         num_sets, size, _ = self.share_GK1.shape

@@ -62,9 +62,9 @@ class TeacherTarget:
 class ClassTarget:
     """What the images of one class shall meet.
 
-    `mean_S` and `var_S` are the class's moments of all BatchNorm inputs; `start_KHWC` (uint8, at the side that is
-    optimized) is the first iterate, None for noise; `others` are the targets in the teachers after the first, whose
-    widths may differ.
+    `mean_S` and `var_S` are the class's moments of all BatchNorm inputs; or, (K, S), those of the cell of each atom, which
+    its image then matches by itself. `start_KHWC` (uint8, at the side that is optimized) is the first iterate, None for
+    noise; `others` are the targets in the teachers after the first, whose widths may differ.
     """
 
     label: int
@@ -312,12 +312,19 @@ class _Objective:
             )
             total_G = total_G + config.feature_weight * terms["feature"]
         if self.moment_loss is not None:
-            terms["bn"] = self.moment_loss(self.taps)
+            terms["bn"] = self._of_classes(self.moment_loss(self.taps))
             total_G = total_G + config.bn_weight * terms["bn"]
         if config.ce_weight > 0:
             terms["ce"] = cross_entropy_G(logits_BY, self.target)
             total_G = total_G + config.ce_weight * terms["ce"]
         return terms | {"total": total_G}
+
+    def _of_classes(self, loss_of_sets: Tensor) -> Tensor:
+        """Return the moment loss of every class: its own, the mean of its images', or that of all positions."""
+        num_classes = len(self.target.labels_G)
+        if self.config.moments == "global":
+            return loss_of_sets.mean().expand(num_classes)
+        return loss_of_sets.view(num_classes, -1).mean(dim=1)
 
     def averages(self) -> dict[str, Tensor]:
         """Return the moments averaged so far: what the next call depends on beside its argument."""
@@ -338,24 +345,29 @@ def _moment_loss(
     share_GK: Tensor,
     config: RecoverConfig,
 ) -> MomentLoss:
-    """Return the moment term of a teacher's targets `own`; running moments alone are matched across the classes."""
-    across = config.moments == "global"
-    share = share_GK.T / share_GK.sum(dim=0)[:, None] if across else share_GK
-    moments_T: list[list[tuple[np.ndarray, np.ndarray]]] = []
-    if config.moments in ("per_class", "blend"):
-        moments_T.append([(t.mean_S, t.var_S) for t in own])
-    if config.moments in ("global", "blend"):
-        moments_T.append([running_moments(network)] * len(share))
+    """Return the moment term of a teacher's targets `own`: of classes, of each image, or of running moments across classes."""
+    across, of_cells = config.moments == "global", own[0].mean_S.ndim == 2
+    share = share_GK
+    if across:
+        share = share_GK.T / share_GK.sum(dim=0)[:, None]
+    elif of_cells:
+        share = torch.ones_like(share_GK).view(-1, 1)
+    assert not of_cells or config.moments != "blend", "a cell has no share of the running moments"
 
-    def stacked(which: int) -> Tensor:
-        rows = np.array([[moments[which] for moments in row] for row in moments_T])
-        return torch.from_numpy(rows.astype(np.float32)).to(share.device)
+    def stacked(own_rows: list[np.ndarray], running_S: np.ndarray) -> Tensor:
+        targets_T = []
+        if config.moments in ("per_class", "blend"):
+            targets_T.append(np.concatenate([np.atleast_2d(rows) for rows in own_rows]))
+        if config.moments in ("global", "blend"):
+            targets_T.append(np.broadcast_to(running_S, (len(share), len(running_S))))
+        return torch.from_numpy(np.stack(targets_T).astype(np.float32)).to(share.device)
 
+    running_mean_S, running_var_S = running_moments(network)
     return MomentLoss(
         tuple(norm.num_features for norm in batch_norms(network)),
         share,
-        stacked(0),
-        stacked(1),
+        stacked([t.mean_S for t in own], running_mean_S),
+        stacked([t.var_S for t in own], running_var_S),
         decay=config.ema_statistics,
         across_classes=across,
     )
