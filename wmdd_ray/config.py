@@ -390,6 +390,11 @@ class RecoverConfig:
     """Share of earlier iterations in the synthetic moments that are compared (0.8 in EDC, 0.4 in G-VBSM)."""
     ce_weight: float = 0.0
     """Coefficient of the teacher's cross-entropy on top of the feature term (1 in the reference's README, 0 in its late runs)."""
+    anchor_weight: float = 0.0
+    """Coefficient of the mean squared difference between middle features of an image and of the real image that it stands for,
+    both under the same crop, flip and roll (after CIM)."""
+    anchor_depth: float = 0.5
+    """Which middle features: rectified, after the BatchNorm layer at this share of the depth (0 the first, 1 the last)."""
     start: Literal["noise", "nearest", "random", "mosaic"] = "nearest"
     """First iterate: noise (paper), the real image nearest to the atom, a random one, or the teacher's easiest crops (RDED)."""
     tiles: int = 1
@@ -447,7 +452,10 @@ class RecoverConfig:
             f"a real start for --recover.residual-blends {self.residual_blends}",
             self.start,
         )
-        for name in ("feature_weight", "bn_weight", "ce_weight", "roll_px"):
+        _require(
+            0 <= self.anchor_depth <= 1, "recover.anchor-depth", "in [0, 1]", self.anchor_depth
+        )
+        for name in ("feature_weight", "bn_weight", "ce_weight", "anchor_weight", "roll_px"):
             value = getattr(self, name)
             _require(value >= 0, f"recover.{name.replace('_', '-')}", ">= 0", value)
         _require(
