@@ -156,7 +156,7 @@ PAPER: dict[str, dict[str, object]] = {
         "method": "inversion", "iterations": 2000, "beta1": 0.5, "beta2": 0.9, "start": "noise",
         "feature_term": "wasserstein", "feature_weight": 1.0, "moments": "per_class",
         "weighted_moments": False, "ema_statistics": 0.0, "ce_weight": 0.0, "tiles": 1,
-        "residual_blends": 0, "mixed_precision": False, "crop_scale_min": 0.08,
+        "residual_blends": 0, "mixed_precision": False, "crop_scale_min": 0.08, "anchor_weight": 0.0,
     },
     "relabel": {
         "epochs": 300, "compression": "full", "precision": "fp16", "labels": "stored",

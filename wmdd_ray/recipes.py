@@ -268,6 +268,7 @@ def _as_published(best: DistillConfig, *, is_weighted: bool) -> DistillConfig:
             weighted_moments=is_weighted,
             ema_statistics=0.0,
             ce_weight=0.0,
+            anchor_weight=0.0,
             start="noise",
             tiles=1,
             residual_blends=0,

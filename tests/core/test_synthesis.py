@@ -567,3 +567,58 @@ def test_an_image_matches_the_moments_of_its_own_cell() -> None:
     np.testing.assert_allclose(got.losses["bn"], mean, rtol=1e-3)
     (together,) = recover([replace(whole, mean_S=cells[0].mean_S, var_S=cells[0].var_S)], still)
     assert np.abs(got.images_KHWC.astype(int) - together.images_KHWC).max() > 1
+
+
+ANCHORED = replace(CONFIG, feature_term="none", moments="none", anchor_weight=1.0)
+
+
+def test_images_that_are_their_anchors_stay_and_have_no_anchor_loss() -> None:
+    target = make_target(0)
+    (got,) = recover([replace(target, anchors_KHWC=target.start_KHWC)], ANCHORED)
+    assert list(got.losses) == ["anchor", "total"] and got.losses["anchor"] == 0
+    assert target.start_KHWC is not None
+    np.testing.assert_array_equal(got.images_KHWC, target.start_KHWC)
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_every_image_is_pulled_to_its_own_anchor(depth: float) -> None:
+    target = replace(make_target(0), anchors_KHWC=smooth_pictures(7)[:2])
+    config = replace(ANCHORED, iterations=60, anchor_depth=depth)
+    first, last = first_and_last_losses(config, target)
+    assert last < 0.5 * first
+    (got,) = recover([target], config)
+    assert not any(module._forward_hooks for module in NETWORK.modules())
+    assert target.anchors_KHWC is not None and target.start_KHWC is not None
+
+    def distances(images_KHWC: np.ndarray) -> np.ndarray:
+        ours, real = (
+            features_and_moments(NETWORK, to_input(i, MEAN, STD), np.zeros(2), batch_size=2)[0]
+            for i in (images_KHWC, target.anchors_KHWC)
+        )
+        return ((ours[:, None] - real) ** 2).sum(axis=2)
+
+    before_KK, after_KK = distances(target.start_KHWC), distances(got.images_KHWC)
+    assert (np.diag(after_KK) < np.diag(before_KK)).all()
+    assert (after_KK.argmin(axis=1) == [0, 1]).all()
+
+
+def test_anchors_that_do_not_count_change_no_byte() -> None:
+    target = make_target(0)
+    (plain,) = recover([target], CONFIG)
+    (got,) = recover([replace(target, anchors_KHWC=smooth_pictures(7)[:2])], CONFIG)
+    assert codecs.encode_class_images(got) == codecs.encode_class_images(plain)
+
+
+def test_moments_are_those_of_the_images_where_anchors_pass_too() -> None:
+    target = replace(make_target(0), anchors_KHWC=smooth_pictures(7)[:2])
+    config = replace(CONFIG, iterations=1)
+    (plain,), (got,) = (
+        recover([target], config),
+        recover([target], replace(config, anchor_weight=1)),
+    )
+    assert got.losses["bn"] == plain.losses["bn"]
+
+
+def test_anchors_that_count_but_are_not_there_are_an_error() -> None:
+    with pytest.raises(ConfigError, match="anchor-weight: expected .* got those of 0 of 1 classes"):
+        recover([make_target(0)], ANCHORED)

@@ -7,7 +7,7 @@ References:
     Liu et al. 2025, Dataset Distillation via the Wasserstein Metric (feature term and per-class BatchNorm moments).
     Yin et al. 2023, SRe2L (cross-entropy and running statistics). Gretton et al. 2012, A kernel two-sample test.
     Shao et al. 2024, EDC (class and global statistics in equal parts) and G-VBSM (both average the statistics over
-    the iterations).
+    the iterations). CIM 2026 (middle features of the real images that an image stands for).
 """
 
 from __future__ import annotations
@@ -67,6 +67,15 @@ def cross_entropy_G(logits_BY: Tensor, target: GroupTarget) -> Tensor:
     k = target.weights_GK.shape[1]
     labels_B = target.labels_G.repeat_interleave(k)
     return F.cross_entropy(logits_BY, labels_B, reduction="none").view(-1, k).mean(dim=1)
+
+
+def anchor_loss_G(images_BCHW: Tensor, anchors_BCHW: Tensor, num_classes: int) -> Tensor:
+    """Return the mean squared difference of the rectified middle features of images and of their anchors, of every class.
+
+    Rectified, because networks rectify them in place or not.
+    """
+    difference_BCHW = F.relu(images_BCHW.float()) - F.relu(anchors_BCHW.float())
+    return difference_BCHW.square().flatten(1).mean(dim=1).view(num_classes, -1).mean(dim=1)
 
 
 def _rbf_mmd_G(features_GKD: Tensor, target: GroupTarget) -> Tensor:

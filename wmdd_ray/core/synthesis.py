@@ -2,6 +2,7 @@
 
 Minimized is the sum over the group's classes k of
     L_k = feature_weight * feature term + bn_weight * moment term + ce_weight * mean_j CE(teacher(x_j), k)
+          + anchor_weight * anchor term
 (`core/losses.py` has the terms). Unlike the reference, whose loss is one norm over the whole batch, no class's
 gradient depends on its company, and each image has its own crop, flip and roll. The exception are SRe2L's running statistics
 (`moments="global"`): as its authors do, image j of every class of the group matches them together. `core/groups.py` plans
@@ -34,10 +35,16 @@ from torch import Tensor, nn
 from wmdd_ray.config import RecoverConfig
 from wmdd_ray.core.embedding import running_moments
 from wmdd_ray.core.jitter import Jitter, noise_start
-from wmdd_ray.core.losses import GroupTarget, MomentLoss, cross_entropy_G, feature_loss_G
+from wmdd_ray.core.losses import (
+    GroupTarget,
+    MomentLoss,
+    anchor_loss_G,
+    cross_entropy_G,
+    feature_loss_G,
+)
 from wmdd_ray.core.networks import batch_norms, features_and_logits
 from wmdd_ray.core.pixel_adam import PixelAdam, State, to_array
-from wmdd_ray.core.taps import Tap, tapped
+from wmdd_ray.core.taps import Tap, output_of, tapped
 from wmdd_ray.core.tiles import tile_side
 from wmdd_ray.core.views import crop, to_input
 from wmdd_ray.errors import ConfigError, DataError
@@ -64,7 +71,8 @@ class ClassTarget:
 
     `mean_S` and `var_S` are the class's moments of all BatchNorm inputs; or, (K, S), those of the cell of each atom, which
     its image then matches by itself. `start_KHWC` (uint8, at the side that is optimized) is the first iterate, None for
-    noise; `others` are the targets in the teachers after the first, whose widths may differ.
+    noise; `anchors_KHWC`, alike, the real image that each image stands for; `others` are the targets in the teachers after
+    the first, whose widths may differ.
     """
 
     label: int
@@ -73,6 +81,7 @@ class ClassTarget:
     mean_S: np.ndarray
     var_S: np.ndarray
     start_KHWC: np.ndarray | None = None
+    anchors_KHWC: np.ndarray | None = None
     others: tuple[TeacherTarget, ...] = ()
 
 
@@ -113,7 +122,7 @@ def recover_group(
         on_step: called after each step as on_step(iterations done, get_state).
 
     Raises:
-        ConfigError: no loss term is active, or more tiles than pixels.
+        ConfigError: no loss term is active, anchors are weighed but not given, or more tiles than pixels.
         DataError: the optimization diverged; names the classes.
     """
     networks = (networks,) if isinstance(networks, nn.Module) else tuple(networks)
@@ -153,6 +162,7 @@ def recover_group(
         device=device,
         positions=positions,
     )
+    anchors_BCHW = _anchors(targets, positions, config, mean_C, std_C, device)
     terms: Terms = {}
     objectives: list[_Objective] = []
 
@@ -169,7 +179,12 @@ def recover_group(
         stack.enter_context(deterministic_convolutions())
         for m, network in enumerate(networks):
             taps = stack.enter_context(tapped(network))
-            objective = _Objective(network, m, taps, targets, positions, config, device)
+            middle: list[Tensor] = []
+            if config.anchor_weight > 0:
+                norms = batch_norms(network)
+                layer = norms[round(config.anchor_depth * (len(norms) - 1))]
+                middle = stack.enter_context(output_of(layer))
+            objective = _Objective(network, m, taps, middle, targets, positions, config, device)
             if state is not None:
                 objective.continue_from(
                     {
@@ -182,7 +197,8 @@ def recover_group(
         while adam.iteration < config.iterations:
             images = adam.images_BCHW.requires_grad_(True)
             objective = objectives[adam.iteration % len(objectives)]
-            terms = objective(jitter(images, adam.iteration))
+            anchors = None if anchors_BCHW is None else jitter(anchors_BCHW, adam.iteration)
+            terms = objective(jitter(images, adam.iteration), anchors)
             (gradient,) = torch.autograd.grad(terms["total"].sum(), images)
             terms = {name: value.detach() for name, value in terms.items()}
             adam.step(gradient)
@@ -268,6 +284,7 @@ class _Objective:
         network: nn.Module,
         index: int,
         taps: list[Tap],
+        middle: list[Tensor],
         targets: list[ClassTarget],
         positions: range,
         config: RecoverConfig,
@@ -276,7 +293,7 @@ class _Objective:
         def stacked(arrays: list[np.ndarray]) -> Tensor:
             return torch.from_numpy(np.stack(arrays).astype(np.float32)).to(device)
 
-        self.network, self.taps, self.config = network, taps, config
+        self.network, self.taps, self.middle, self.config = network, taps, middle, config
         self.device_type = torch.device(device).type
         own = [t if index == 0 else t.others[index - 1] for t in targets]
         weights_GK = stacked([w / w.sum() for w in (t.weights_K[positions] for t in targets)])
@@ -291,16 +308,23 @@ class _Objective:
         self.moment_loss: MomentLoss | None = None
         if config.moments != "none" and config.bn_weight > 0:
             self.moment_loss = _moment_loss(network, own, self.target.share_GK, config)
-        is_active = self.with_feature or self.moment_loss is not None or config.ce_weight > 0
+        is_active = self.with_feature or self.moment_loss is not None
+        is_active |= config.ce_weight > 0 or config.anchor_weight > 0
         if not is_active and config.iterations > 0:
             raise ConfigError(
                 "--recover: no loss term is active; give --recover.feature-weight, --recover.bn-weight (with "
                 "--recover.moments) or --recover.ce-weight a value above 0, or set --recover.iterations 0"
             )
 
-    def __call__(self, views_BCHW: Tensor) -> Terms:
+    def __call__(self, views_BCHW: Tensor, anchors_BCHW: Tensor | None = None) -> Terms:
         config = self.config
+        middle_of_anchors = None
         with torch.autocast(self.device_type, torch.bfloat16, enabled=config.mixed_precision):
+            if anchors_BCHW is not None:
+                # First, since the taps hold the last pass.
+                with torch.no_grad():
+                    features_and_logits(self.network, anchors_BCHW)
+                (middle_of_anchors,) = self.middle
             features_BD, logits_BY = features_and_logits(self.network, views_BCHW)
         features_BD, logits_BY = features_BD.float(), logits_BY.float()
         terms: Terms = {}
@@ -317,6 +341,9 @@ class _Objective:
         if config.ce_weight > 0:
             terms["ce"] = cross_entropy_G(logits_BY, self.target)
             total_G = total_G + config.ce_weight * terms["ce"]
+        if middle_of_anchors is not None:
+            terms["anchor"] = anchor_loss_G(self.middle[0], middle_of_anchors, len(total_G))
+            total_G = total_G + config.anchor_weight * terms["anchor"]
         return terms | {"total": total_G}
 
     def _of_classes(self, loss_of_sets: Tensor) -> Tensor:
@@ -371,6 +398,26 @@ def _moment_loss(
         decay=config.ema_statistics,
         across_classes=across,
     )
+
+
+def _anchors(
+    targets: list[ClassTarget],
+    positions: range,
+    config: RecoverConfig,
+    mean_C: Sequence[float],
+    std_C: Sequence[float],
+    device: torch.device | str,
+) -> Tensor | None:
+    """Return the real images that the images stand for, in their order, or None where they do not count."""
+    if config.anchor_weight == 0:
+        return None
+    given = [t.anchors_KHWC[positions] for t in targets if t.anchors_KHWC is not None]
+    if len(given) < len(targets):
+        raise ConfigError(
+            "--recover.anchor-weight: expected the real images that the images of every class stand for, got those of "
+            f"{len(given)} of {len(targets)} classes; leave it 0 without them"
+        )
+    return to_input(np.concatenate(given), mean_C, std_C, device)
 
 
 def _start(
