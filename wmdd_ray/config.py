@@ -233,15 +233,17 @@ class FeaturesConfig:
 class BarycenterConfig:
     """The weighted atoms of each class: min W2^2(sum_j w_j delta(z_j), 1/N sum_n delta(x_n))."""
 
-    solver: Literal["lloyd", "uniform", "emd", "sinkhorn", "sliced"] = "lloyd"
-    """`lloyd` is exact block descent with free weights; `uniform` fixes them to 1/K; `emd` is the paper's alternation; the atoms of
-    `sliced`, 1/K each, spread as far as the class in every direction, where the others' are means."""
+    solver: Literal["lloyd", "uniform", "emd", "sinkhorn", "sliced"] = "uniform"
+    """`uniform` fixes the weights to 1/K, which is what images stand for unless --recover.weighted-moments and
+    --evaluate.weighted-loss count their weights; `lloyd` is exact block descent with free ones, `emd` the paper's alternation for
+    them; the atoms of `sliced`, 1/K each, spread as far as the class in every direction, where the others' are means."""
     max_iters: int = 100
     """Most iterations of a start."""
     tol: float = 1e-6
     """Stop when the relative decrease of the cost falls below this."""
-    num_starts: int = 1
-    """Independent k-means++ starts of `lloyd` and `uniform`; the lowest cost wins."""
+    num_starts: int = 3
+    """Independent starts of `lloyd` (k-means++) and `uniform` (random images); the lowest cost wins. One is 0.1 to 0.8 % above the
+    best of 12 on features of Fashion-MNIST and up to 3.6 % on 20 separate clusters, three up to 0.4 and 2.0 %."""
     reg: float = 0.05
     """Entropic regularization of `sinkhorn`, as a fraction of the mean squared distance."""
     num_projections: int = 100

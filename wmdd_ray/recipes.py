@@ -87,7 +87,7 @@ def fashion_mnist(ipc: int) -> DistillConfig:
     Accuracy).
     """
     network = NetworkConfig(arch="convnet3", width=32)
-    barycenters = BarycenterConfig(solver="lloyd" if ipc < 10 else "sliced")
+    barycenters = BarycenterConfig(solver="lloyd" if ipc < 10 else "sliced", num_starts=1)
     if ipc < 10:
         recover = RecoverConfig(tiles=2, crop_scale_min=0.5, roll_px=2, diffusion=_SMALL_UNET)
     else:

@@ -145,6 +145,18 @@ def test_uniform_splits_a_large_cluster_instead() -> None:
     assert (found.atoms_KD[:, 0] > 25).sum() == 2
 
 
+def test_default_atoms_of_equal_weight_are_nearer_to_heavy_tailed_features_than_lloyds() -> None:
+    """Lloyd gives the few images of the tail atoms of their own, which at 1/K stand for more than there are."""
+    features = np.random.default_rng(0).lognormal(sigma=1.5, size=(400, 8)).astype(np.float32)
+    equal_K = np.full(20, 1 / 20)
+    default = solve_barycenter(features, 20, BarycenterConfig(), seed=0)
+    assert_allclose(default.weights_K, equal_K, rtol=20 * EPS)
+    free = solve(features, 20, "lloyd")
+    random = features[np.random.default_rng(1).choice(400, 20, replace=False)]
+    assert free.cost < default.cost < 0.2 * exact_cost(free.atoms_KD, equal_K, features)
+    assert default.cost < exact_cost(random, equal_K, features)
+
+
 def test_best_of_many_starts_is_the_optimal_quantization_of_a_line() -> None:
     features = np.sort(np.random.default_rng(0).gamma(1.0, size=(14, 1)), axis=0)
 

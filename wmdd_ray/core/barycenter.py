@@ -2,8 +2,9 @@
 
     min over atoms z_1..z_K and weights w in the simplex of W2^2( sum_j w_j delta(z_j), 1/N sum_n delta(x_n) )
 
-With free weights this is optimal quantization, which Lloyd's iteration descends exactly (`lloyd`, the default; see
-`lloyd.py`). With fixed weights 1/K it is balanced quantization (`uniform`). `emd` is the paper's alternation of
+With fixed weights 1/K this is balanced quantization (`uniform`, the default). With free weights it is optimal quantization,
+which Lloyd's iteration descends exactly (`lloyd`; see `lloyd.py`); its atoms may stand for single images, and are far from
+the class where each then counts 1/K. `emd` is the paper's alternation of
 subgradient steps on the weights and Newton steps on the atoms. `sinkhorn` and `sliced` exchange the exact transport of
 `uniform` for an entropic one and for one-dimensional ones. All return the exact W2^2 of what they return.
 
