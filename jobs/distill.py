@@ -184,7 +184,7 @@ def tracked_run(run: Run) -> TrackedRun:
 
 def default_out(config: DistillConfig) -> str:
     """Return where a run goes when --out is absent."""
-    variant = "-paper" if config.variant == "paper" else ""
+    variant = "" if config.variant == "best" else f"-{config.variant}"
     return endings.default_out(f"{config.recipe}-ipc{config.ipc}{variant}")
 
 

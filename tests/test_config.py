@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,14 +182,14 @@ def test_every_part_of_a_configuration_is_frozen_and_hashable() -> None:
 # WMDD as its paper and its authors' scripts have it; what is not here is of the recipe's data, or of where it runs.
 PAPER: dict[str, dict[str, object]] = {
     "barycenters": {
-        "solver": "lloyd", "max_iters": 100, "tol": 1e-6, "num_starts": 1,
+        "solver": "uniform", "max_iters": 100, "tol": 1e-6, "num_starts": 1,
         "margin_fraction": 0.0, "label_weight": None,
     },
     "recover": {
         "method": "inversion", "iterations": 2000, "beta1": 0.5, "beta2": 0.9, "start": "noise",
         "feature_term": "wasserstein", "feature_weight": 1.0, "moments": "per_class",
         "weighted_moments": False, "ema_statistics": 0.0, "ce_weight": 0.0, "tiles": 1,
-        "residual_blends": 0, "mixed_precision": False, "crop_scale_min": 0.08,
+        "residual_blends": 0, "mixed_precision": False, "crop_scale_min": 0.08, "anchor_weight": 0.0,
     },
     "relabel": {
         "epochs": 300, "compression": "full", "precision": "fp16", "labels": "stored",
@@ -233,6 +233,18 @@ def test_the_paper_variant_is_what_the_paper_and_its_scripts_say(
             monkeypatch.setitem(defaults, key, "a default that changed")
     monkeypatch.setattr("wmdd_ray.recipes.RECIPES", {name: lambda ipc: best})
     assert recipe_of(name, 10, "paper") == paper
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_weighted_paper_variant_differs_in_the_weights_and_where_they_count(name: str) -> None:
+    paper = recipe_of(name, 10, "paper")
+    assert recipe_of(name, 10, "paper_weighted") == replace(
+        paper,
+        variant="paper_weighted",
+        barycenters=replace(paper.barycenters, solver="lloyd"),
+        recover=replace(paper.recover, weighted_moments=True),
+        evaluate=replace(paper.evaluate, weighted_loss=True),
+    )
 
 
 @given(

@@ -12,7 +12,7 @@ from wmdd_ray.core.transport import exact_plan, squared_distances_KN
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.records import Barycenter
 
-EXACT = BarycenterConfig(label_weight=1.0, tol=0, max_iters=300)
+EXACT = BarycenterConfig(solver="lloyd", label_weight=1.0, tol=0, max_iters=300)
 
 
 def classes(*sizes: int, gap: float = 2.0, seed: int = 0) -> list[np.ndarray]:
@@ -145,6 +145,6 @@ def test_options_that_a_joint_barycenter_has_no_use_for_are_refused() -> None:
     with pytest.raises(ConfigError, match="solver: expected lloyd with --barycenters.label-weight"):
         BarycenterConfig(label_weight=1.0, solver="emd")
     with pytest.raises(ConfigError, match="margin-fraction: expected 0.0 with"):
-        BarycenterConfig(label_weight=1.0, margin_fraction=0.5)
+        BarycenterConfig(solver="lloyd", label_weight=1.0, margin_fraction=0.5)
     with pytest.raises(ConfigError, match="label-weight: expected >= 0, got -1"):
         BarycenterConfig(label_weight=-1.0)

@@ -19,9 +19,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def target_of(atoms_GKD: Tensor, weights_GK: Tensor) -> GroupTarget:
-    labels_G = torch.arange(len(atoms_GKD))
-    return GroupTarget(labels_G=labels_G, atoms_GKD=atoms_GKD, weights_GK=weights_GK)
+def target_of(atoms_GKD: Tensor, weights_GK: Tensor, share_GK: Tensor | None = None) -> GroupTarget:
+    return GroupTarget(
+        labels_G=torch.arange(len(atoms_GKD)),
+        atoms_GKD=atoms_GKD,
+        weights_GK=weights_GK,
+        share_GK=weights_GK if share_GK is None else share_GK,
+    )
 
 
 def simplex(*shape: int, seed: int = 0) -> Tensor:
@@ -155,6 +159,7 @@ def test_the_feature_term_of_a_class_does_not_depend_on_its_company(term: Any) -
             labels_G=torch.tensor([g]),
             atoms_GKD=atoms[g : g + 1],
             weights_GK=weights[g : g + 1],
+            share_GK=weights[g : g + 1],
         )
         got = feature_loss_G(term, features[rows], logits[rows], alone)
         torch.testing.assert_close(got[0], together_G[g])
@@ -176,6 +181,20 @@ def test_the_mean_term_compares_weighted_means_only() -> None:
     for features, expected in ((same_mean, 0.0), (moved, 4.0)):
         got = feature_loss_G("mean", features, features, target_of(atoms, weights))
         torch.testing.assert_close(got, torch.tensor([expected]))
+
+
+def test_images_of_equal_share_meet_the_mean_of_atoms_of_unequal_mass() -> None:
+    atoms = torch.tensor([[[0.0, 0.0], [4.0, 0.0]]], dtype=torch.float64)
+    weights, share = torch.tensor([[[0.75, 0.25]], [[0.5, 0.5]]], dtype=torch.float64)
+    # At (0, 0) and (2, 0) their mean is the class's, (1, 0); at their atoms it is not.
+    met = torch.tensor([[0.0, 0.0], [2.0, 0.0]], dtype=torch.float64)
+    for features, expected in ((met, 0.0), (atoms[0], 1.0)):
+        got = feature_loss_G("mean", features, features, target_of(atoms, weights, share))
+        torch.testing.assert_close(got, torch.tensor([expected], dtype=torch.float64))
+    got = feature_loss_G("rbf_mmd", atoms[0], atoms[0], target_of(atoms, weights, share))
+    # (s - w)' K (s - w) with s - w = (-1/4, 1/4) and a kernel of exp(-1) between the atoms.
+    expected = torch.tensor([2 / 16 * (1 - np.exp(-1))], dtype=torch.float64)
+    torch.testing.assert_close(got, expected)
 
 
 def test_the_rbf_term_has_the_known_values_of_two_points_and_of_equal_sets() -> None:
@@ -226,3 +245,27 @@ def test_cross_entropy_is_the_mean_of_each_class() -> None:
     torch.testing.assert_close(cross_entropy_G(logits, target), expected)
     got = feature_loss_G("cross_entropy", normal(4, 3), logits, target)
     torch.testing.assert_close(got, expected)
+
+
+def test_moments_across_classes_are_those_of_a_position_s_images_pooled() -> None:
+    torch.manual_seed(1)
+    num_classes, num_images = 3, 2
+    x_GKCHW = torch.randn(num_classes, num_images, 4, 5, 5, dtype=torch.float64)
+    x_BCHW = x_GKCHW.flatten(0, 1)
+    tap = (x_BCHW.mean(dim=(2, 3)), x_BCHW.var(dim=(2, 3), correction=0))
+    target_mean_C, target_var_C = torch.randn(4).double(), torch.rand(4).double()
+    loss = MomentLoss(
+        (4,),
+        torch.full((num_images, num_classes), 1 / num_classes, dtype=torch.float64),
+        target_mean_C.expand(1, num_images, 4),
+        target_var_C.expand(1, num_images, 4),
+        across_classes=True,
+    )
+    expected = []
+    for k in range(num_images):
+        # As SRe2L's hook has it: the moments of a batch of one image of every class.
+        batch = x_GKCHW[:, k]
+        var_C = batch.transpose(0, 1).reshape(4, -1).var(dim=1, correction=0)
+        mean_C = batch.mean(dim=(0, 2, 3))
+        expected.append((target_var_C - var_C).norm() + (target_mean_C - mean_C).norm())
+    torch.testing.assert_close(loss([tap]), torch.stack(expected))

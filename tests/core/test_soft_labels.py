@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax, softmax
 from torch import nn
 
-from wmdd_ray.config import NetworkConfig, RelabelConfig, ViewConfig
+from wmdd_ray.config import DistillConfig, NetworkConfig, RelabelConfig, ViewConfig
 from wmdd_ray.core.networks import build_network
 from wmdd_ray.core.soft_labels import (
     compress,
@@ -21,6 +23,7 @@ from wmdd_ray.core.soft_labels import (
 )
 from wmdd_ray.core.views import draw_views, render_views, take
 from wmdd_ray.errors import ConfigError, DataError
+from wmdd_ray.recipes import imagenet1k, tiny_imagenet
 
 FULL = RelabelConfig(compression="full")
 
@@ -171,6 +174,40 @@ def test_rows_are_taken_and_put_together_without_decompression(config: RelabelCo
     order = np.random.default_rng(0).permutation(20)
     parts = [take_labels(labels, order[:8]), take_labels(labels, order[8:])]
     np.testing.assert_array_equal(decompress(concatenate_labels(parts)), decompress(labels)[order])
+
+
+def kept_share(logits_VY: np.ndarray, config: RelabelConfig, temperature: float) -> float:
+    """Return how much of KL(teacher || uniform) at a temperature the compressed labels keep."""
+
+    def log_probabilities(values_VY: np.ndarray) -> np.ndarray:
+        return log_softmax(values_VY.astype(np.float64) / temperature, axis=1)
+
+    exact_VY = log_probabilities(logits_VY)
+    stored_VY = log_probabilities(decompress(compress(logits_VY, config)))
+    lost = (np.exp(exact_VY) * (exact_VY - stored_VY)).sum(axis=1).mean()
+    even = -np.log(logits_VY.shape[1])
+    return 1 - float(lost / (np.exp(exact_VY) * (exact_VY - even)).sum(axis=1).mean())
+
+
+@pytest.mark.parametrize("recipe", [tiny_imagenet, imagenet1k])
+def test_recipes_of_many_classes_keep_the_labels_at_their_students_temperature(
+    recipe: Callable[[int], DistillConfig],
+) -> None:
+    config = recipe(10)
+    num_classes = 200 if recipe is tiny_imagenet else 1000
+    logits_VY = np.random.default_rng(0).standard_t(5, size=(50, num_classes)) * 2
+    logits_VY[:, 0] += 12
+    temperature = config.evaluate.temperature
+    assert kept_share(logits_VY, config.relabel, temperature) > 0.97
+    # The guard would see what was there before.
+    assert kept_share(logits_VY, top(50), temperature) < 0.8
+
+
+def test_a_step_costs_its_variance_at_a_high_temperature() -> None:
+    logits_VY = random_logits(100, 50, scale=4)
+    share = kept_share(logits_VY, steps(1.0), 40.0)
+    # Both divergences are half of the variances over T^2.
+    assert abs((1 - share) - (1 / 12) / logits_VY.var(axis=1).mean()) < 0.1 * (1 - share)
 
 
 def test_equal_logits_are_the_uniform_distribution() -> None:

@@ -178,7 +178,7 @@ def test_weights_change_the_images_only_when_moments_are_weighted() -> None:
     [
         {},
         {"feature_term": "rbf_mmd", "weighted_moments": True},
-        {"feature_term": "mean", "moments": "global"},
+        {"feature_term": "mean", "moments": "none"},
         {"feature_term": "cross_entropy", "ce_weight": 1.0},
         {"moments": "blend", "ema_statistics": 0.5},
     ],
@@ -402,7 +402,7 @@ def test_divergence_is_an_error_that_names_the_classes() -> None:
 
 def test_a_blend_of_moments_is_half_of_each_loss() -> None:
     config = replace(CONFIG, iterations=1, feature_term="none")
-    target = make_target(0)
+    target = make_target(0, ipc=1)  # one image is a class by itself, and all of its position
     values = []
     for moments in ("per_class", "global", "blend"):
         (result,) = recover([target], replace(config, moments=moments))
@@ -542,3 +542,83 @@ def test_options_that_make_no_sense_are_refused(options: Any, message: str) -> N
 def test_more_tiles_than_pixels_are_refused() -> None:
     with pytest.raises(ConfigError, match="--recover.tiles"):
         recover([make_target(0)], replace(CONFIG, tiles=SIZE + 1))
+
+
+def test_an_image_matches_the_moments_of_its_own_cell() -> None:
+    """So K cells of a class do what K classes of one image each do, but for the names that their draws come from."""
+    still = replace(CONFIG, crop_scale_min=1.0, flip=False, roll_px=0, feature_term="none")
+    cells = [make_target(label, ipc=1) for label in (0, 2)]
+    whole = replace(
+        cells[0],
+        atoms_KD=np.concatenate([cell.atoms_KD for cell in cells]),
+        weights_K=np.array([0.3, 0.7]),
+        mean_S=np.stack([cell.mean_S for cell in cells]),
+        var_S=np.stack([cell.var_S for cell in cells]),
+        start_KHWC=np.concatenate(
+            [cell.start_KHWC for cell in cells if cell.start_KHWC is not None]
+        ),
+    )
+    (got,) = recover([whole], still)
+    expected = recover(cells, still)
+    difference = got.images_KHWC.astype(int)
+    difference -= np.concatenate([cell.images_KHWC for cell in expected])
+    assert np.abs(difference).max() <= 1, "one gray level, for losses of another scale"
+    mean = np.mean([cell.losses["bn"] for cell in expected])
+    np.testing.assert_allclose(got.losses["bn"], mean, rtol=1e-3)
+    (together,) = recover([replace(whole, mean_S=cells[0].mean_S, var_S=cells[0].var_S)], still)
+    assert np.abs(got.images_KHWC.astype(int) - together.images_KHWC).max() > 1
+
+
+ANCHORED = replace(CONFIG, feature_term="none", moments="none", anchor_weight=1.0)
+
+
+def test_images_that_are_their_anchors_stay_and_have_no_anchor_loss() -> None:
+    target = make_target(0)
+    (got,) = recover([replace(target, anchors_KHWC=target.start_KHWC)], ANCHORED)
+    assert list(got.losses) == ["anchor", "total"] and got.losses["anchor"] == 0
+    assert target.start_KHWC is not None
+    np.testing.assert_array_equal(got.images_KHWC, target.start_KHWC)
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_every_image_is_pulled_to_its_own_anchor(depth: float) -> None:
+    target = replace(make_target(0), anchors_KHWC=smooth_pictures(7)[:2])
+    config = replace(ANCHORED, iterations=60, anchor_depth=depth)
+    first, last = first_and_last_losses(config, target)
+    assert last < 0.5 * first
+    (got,) = recover([target], config)
+    assert not any(module._forward_hooks for module in NETWORK.modules())
+    assert target.anchors_KHWC is not None and target.start_KHWC is not None
+
+    def distances(images_KHWC: np.ndarray) -> np.ndarray:
+        ours, real = (
+            features_and_moments(NETWORK, to_input(i, MEAN, STD), np.zeros(2), batch_size=2)[0]
+            for i in (images_KHWC, target.anchors_KHWC)
+        )
+        return ((ours[:, None] - real) ** 2).sum(axis=2)
+
+    before_KK, after_KK = distances(target.start_KHWC), distances(got.images_KHWC)
+    assert (np.diag(after_KK) < np.diag(before_KK)).all()
+    assert (after_KK.argmin(axis=1) == [0, 1]).all()
+
+
+def test_anchors_that_do_not_count_change_no_byte() -> None:
+    target = make_target(0)
+    (plain,) = recover([target], CONFIG)
+    (got,) = recover([replace(target, anchors_KHWC=smooth_pictures(7)[:2])], CONFIG)
+    assert codecs.encode_class_images(got) == codecs.encode_class_images(plain)
+
+
+def test_moments_are_those_of_the_images_where_anchors_pass_too() -> None:
+    target = replace(make_target(0), anchors_KHWC=smooth_pictures(7)[:2])
+    config = replace(CONFIG, iterations=1)
+    (plain,), (got,) = (
+        recover([target], config),
+        recover([target], replace(config, anchor_weight=1)),
+    )
+    assert got.losses["bn"] == plain.losses["bn"]
+
+
+def test_anchors_that_count_but_are_not_there_are_an_error() -> None:
+    with pytest.raises(ConfigError, match="anchor-weight: expected .* got those of 0 of 1 classes"):
+        recover([make_target(0)], ANCHORED)

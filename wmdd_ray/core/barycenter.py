@@ -2,8 +2,9 @@
 
     min over atoms z_1..z_K and weights w in the simplex of W2^2( sum_j w_j delta(z_j), 1/N sum_n delta(x_n) )
 
-With free weights this is optimal quantization, which Lloyd's iteration descends exactly (`lloyd`, the default; see
-`lloyd.py`). With fixed weights 1/K it is balanced quantization (`uniform`). `emd` is the paper's alternation of
+With fixed weights 1/K this is balanced quantization (`uniform`, the default). With free weights it is optimal quantization,
+which Lloyd's iteration descends exactly (`lloyd`; see `lloyd.py`); its atoms may stand for single images, and are far from
+the class where each then counts 1/K. `emd` is the paper's alternation of
 subgradient steps on the weights and Newton steps on the atoms. `sinkhorn` and `sliced` exchange the exact transport of
 `uniform` for an entropic one and for one-dimensional ones. All return the exact W2^2 of what they return.
 
@@ -12,7 +13,8 @@ Legend: K atoms, N features, D feature width, P projections.
 References:
     Liu et al. 2025, Dataset Distillation via the Wasserstein Metric, algorithm 1. Cuturi and Doucet 2014, Fast
     Computation of Wasserstein Barycenters. Duchi et al. 2008, Efficient projections onto the l1-ball. Bonneel et al.
-    2015, Sliced and Radon Wasserstein barycenters of measures. Polyak and Juditsky 1992, averaging of iterates.
+    2015, Sliced and Radon Wasserstein barycenters of measures. Polyak and Juditsky 1992, averaging of iterates. Polyak
+    1969, Minimization of unsmooth functionals (the step for a known minimum).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from dataclasses import replace
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_array
 
 from wmdd_ray.config import BarycenterConfig
 from wmdd_ray.core.lloyd import Cloud, descend, plus_plus, solve_lloyd
@@ -34,11 +37,11 @@ from wmdd_ray.core.transport import (
 from wmdd_ray.errors import DataError
 from wmdd_ray.records import Barycenter
 
-# Rounds of Lloyd that give `uniform`, `emd`, `sinkhorn` and `sliced` their first atoms.
+# Rounds of Lloyd that give `emd`, `sinkhorn` and `sliced` their first atoms.
 _WARM_UP_ROUNDS = 5
 # Share of the way that `sliced` goes: at 1 the noise of the directions adds 5 to 10 % to W2^2.
 _SLICED_STEP = 0.1
-# Subgradient steps on the weights in one round of `emd`.
+# Most subgradient steps on the weights in one round of `emd`.
 _WEIGHT_STEPS = 5
 
 
@@ -119,26 +122,45 @@ def _start_of(features_ND: np.ndarray, ipc: int, rng: np.random.Generator) -> np
 def _uniform(
     features_ND: np.ndarray, ipc: int, config: BarycenterConfig, rng: np.random.Generator
 ) -> Barycenter:
-    """Balanced quantization: exact plan for weights 1/K, then every atom to the mean of its mass (Cuturi, Doucet 2014)."""
+    """Balanced quantization: exact plan for weights 1/K, then every atom to the mean of its mass (Cuturi, Doucet 2014).
+
+    The first atoms are images drawn at random: atoms of equal mass lie as densely as the images do, and k-means++, which
+    spreads them, costs more time than it saves rounds.
+    """
+    cloud = Cloud(features_ND)
     weights_K = np.full(ipc, 1.0 / ipc)
-    x_ND = features_ND.astype(np.float64)
     best: Barycenter | None = None
     for _ in range(config.num_starts):
-        atoms_KD = _start_of(features_ND, ipc, rng)
-        history: list[float] = []
-        converged = False
-        for _ in range(config.max_iters):
-            plan_KN, cost, _ = exact_plan(weights_K, squared_distances_KN(atoms_KD, x_ND))
-            history.append(cost)
-            if len(history) > 1 and history[-2] - cost <= config.tol * history[-2]:
-                converged = True
-                break
-            atoms_KD = ipc * (plan_KN @ x_ND)
-        found = _exact(atoms_KD, weights_K, features_ND, history, converged)
+        atoms_KD = features_ND[rng.choice(len(cloud), ipc, replace=False)].astype(np.float32)
+        found = _balanced(cloud, atoms_KD, weights_K, config)
         if best is None or found.cost < best.cost:
             best = found
     assert best is not None
     return best
+
+
+def _balanced(
+    cloud: Cloud, atoms_KD: np.ndarray, weights_K: np.ndarray, config: BarycenterConfig
+) -> Barycenter:
+    """Descend from float32 atoms for fixed weights. Every cost is that of the atoms as they are stored, and so is the last."""
+    history: list[float] = []
+    kept_KD, converged = atoms_KD, False
+    while len(history) < config.max_iters and not converged:
+        plan_KN, cost, _ = exact_plan(weights_K, cloud.exact_distances_KN(atoms_KD))
+        if history and cost > history[-1]:
+            converged = True  # within rounding: the atoms before are kept
+            break
+        converged = bool(history) and history[-1] - cost <= config.tol * history[-1]
+        history.append(cost)
+        kept_KD, atoms_KD = atoms_KD, _means(cloud, plan_KN, atoms_KD)
+    return _as_found(kept_KD, weights_K, history, converged)
+
+
+def _means(cloud: Cloud, plan_KN: np.ndarray, atoms_KD: np.ndarray) -> np.ndarray:
+    """Return the mean of every atom's mass, float32: the Newton step of the cost. An atom without mass stays."""
+    mass_K1 = plan_KN.sum(axis=1, keepdims=True)
+    means_KD = csr_array(plan_KN) @ cloud.x64_ND / np.maximum(mass_K1, 1e-300) + cloud.center_D
+    return np.where(mass_K1 > 0, means_KD.astype(np.float32), atoms_KD)
 
 
 def _sinkhorn(
@@ -218,42 +240,53 @@ def _quantile_means(ipc: int, num_images: int) -> np.ndarray:
 def _emd(
     features_ND: np.ndarray, ipc: int, config: BarycenterConfig, rng: np.random.Generator
 ) -> Barycenter:
-    """Subgradient steps on the weights and one Newton step on the atoms a round; the best round is returned.
+    """Subgradient steps on the weights and one Newton step on the atoms a round, neither of which raises the cost.
 
-    The dual potentials of the exact plan are a subgradient of W2^2 in the weights. Unlike the reference, the step
-    decreases, the result is projected onto the simplex (not renormalized), and weights and atoms belong together.
+    The dual potentials of the exact plan are a subgradient of W2^2 in the weights, and its minimum over them is known: the cost
+    of the nearest-atom plan. So the steps are Polyak's, (cost - minimum) / |slope|^2, which on a cost that is piecewise linear
+    come nearer by a factor each; they go on from round to round, and the best weights on the way count. Unlike the reference,
+    the result is projected onto the simplex (not renormalized), and weights and atoms belong together.
     """
-    x_ND = features_ND.astype(np.float64)
-    atoms_KD = _start_of(features_ND, ipc, rng)
-    weights_K = np.full(ipc, 1.0 / ipc)
-    best_atoms, best_weights, best_cost = atoms_KD, weights_K, np.inf
+    cloud = Cloud(features_ND)
+    atoms_KD = _start_of(features_ND, ipc, rng).astype(np.float32)
+    weights_K = walking_K = np.full(ipc, 1.0 / ipc)
     history: list[float] = []
-    steps = 0
-    converged = False
-    for _ in range(config.max_iters):
-        costs_KN = squared_distances_KN(atoms_KD, x_ND)
-        for _ in range(_WEIGHT_STEPS):
-            plan_KN, cost, potentials_K = exact_plan(weights_K, costs_KN)
-            if cost < best_cost:
-                best_atoms, best_weights, best_cost = atoms_KD, weights_K, cost
-            steps += 1
-            slope_K = potentials_K - potentials_K.mean()
-            scale = np.abs(slope_K).max()
-            if scale == 0:
-                break
-            weights_K = _onto_simplex(weights_K - slope_K / (scale * ipc * np.sqrt(steps)))
+    kept_KD, converged = atoms_KD, False
+    while len(history) < config.max_iters and not converged:
+        costs_KN = cloud.exact_distances_KN(atoms_KD)
         plan_KN, cost, _ = exact_plan(weights_K, costs_KN)
+        if history and cost > history[-1]:  # within rounding: the atoms stay where they were
+            costs_KN = cloud.exact_distances_KN(atoms_KD := kept_KD)
+            plan_KN, cost, _ = exact_plan(weights_K, costs_KN)
+        least = float(costs_KN.min(axis=0).mean())
+        best_K = weights_K
+        for step in range(_WEIGHT_STEPS + 1):
+            if cost - least <= config.tol * least:
+                break
+            # The best weights are numbers of images: the last step goes there.
+            is_last = step == _WEIGHT_STEPS
+            tried_K = _whole_images(walking_K, len(cloud)) if is_last else walking_K
+            tried_KN, tried_cost, potentials_K = exact_plan(tried_K, costs_KN)
+            if tried_cost < cost:
+                best_K, plan_KN, cost = tried_K, tried_KN, tried_cost
+            if not is_last:
+                slope_K = potentials_K - potentials_K.mean()
+                length = (tried_cost - least) / max(float(slope_K @ slope_K), 1e-300)
+                walking_K = _onto_simplex(walking_K - length * slope_K)
+        is_least = cost - least <= config.tol * least
+        converged = is_least and bool(history) and history[-1] - cost <= config.tol * history[-1]
         history.append(cost)
-        mass_K = plan_KN.sum(axis=1, keepdims=True)
-        newton_KD = np.where(mass_K > 0, plan_KN @ x_ND / np.maximum(mass_K, 1e-300), atoms_KD)
-        moved = float(((newton_KD - atoms_KD) ** 2 * mass_K).sum())
-        atoms_KD = newton_KD
-        if moved <= config.tol * max(cost, 1e-300):
-            converged = True
-            break
-    found = _exact(atoms_KD, weights_K, features_ND, history, converged)
-    kept = _exact(best_atoms, best_weights, features_ND, history, converged)
-    return found if found.cost <= kept.cost else kept
+        kept_KD, weights_K, atoms_KD = atoms_KD, best_K, _means(cloud, plan_KN, atoms_KD)
+    return _as_found(kept_KD, weights_K, history, converged)
+
+
+def _whole_images(weights_K: np.ndarray, num_images: int) -> np.ndarray:
+    """Return the weights in whole images of sum 1: the largest remainders are rounded up."""
+    images_K = num_images * weights_K
+    whole_K = np.floor(images_K)
+    up = np.argsort(whole_K - images_K, kind="stable")[: num_images - int(whole_K.sum())]
+    whole_K[up] += 1
+    return whole_K / num_images
 
 
 def _onto_simplex(vector_K: np.ndarray) -> np.ndarray:
@@ -274,10 +307,18 @@ def _exact(
     """Return the stored atoms with their exact cost."""
     stored_KD = atoms_KD.astype(np.float32)
     _, cost, _ = exact_plan(weights_K, squared_distances_KN(stored_KD, features_ND))
+    found = _as_found(stored_KD, weights_K, [cost], converged)
+    return replace(found, cost_history=tuple(history), num_iters=len(history))
+
+
+def _as_found(
+    stored_KD: np.ndarray, weights_K: np.ndarray, history: list[float], converged: bool
+) -> Barycenter:
+    """Return atoms whose exact cost is the last of the history."""
     return Barycenter(
         atoms_KD=stored_KD,
         weights_K=weights_K / weights_K.sum(),
-        cost=cost,
+        cost=history[-1],
         cost_history=tuple(history),
         num_iters=len(history),
         converged=converged,

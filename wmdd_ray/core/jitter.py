@@ -45,9 +45,14 @@ class Jitter:
         image_size: int,
         seed: int,
         device: torch.device | str,
+        positions: range | None = None,
     ) -> None:
-        """Prepare the streams of `labels`, `ipc` images each, as the network sees them: `image_size` pixels a side."""
+        """Prepare the streams of `labels`, `ipc` images each, as the network sees them: `image_size` pixels a side.
+
+        With `positions` only these of the images of every class are there; each is treated as in the company of all.
+        """
         self.labels, self.ipc, self.config = tuple(labels), ipc, config
+        self.of_class = range(ipc) if positions is None else positions
         self.image_size, self.seed, self.device = image_size, seed, device
         self._block = -1
         self._crop_TB4 = self._flip_TB = self._roll_TB2 = torch.empty(0)
@@ -67,9 +72,9 @@ class Jitter:
         for label in self.labels:
             rng = class_generator(self.seed, label, _JITTER, block)
             boxes = draw_crops(rng, _BLOCK * self.ipc, self.config.crop_scale_min)
-            crops.append(boxes.reshape(*shape, 4))
-            flips.append((rng.random(shape) < 0.5) & self.config.flip)
-            rolls.append(rng.integers(-reach, reach + 1, (*shape, 2)))
+            crops.append(boxes.reshape(*shape, 4)[:, self.of_class])
+            flips.append(((rng.random(shape) < 0.5) & self.config.flip)[:, self.of_class])
+            rolls.append(rng.integers(-reach, reach + 1, (*shape, 2))[:, self.of_class])
         self._crop_TB4 = self._on_device(crops)
         self._flip_TB = self._on_device(flips)
         self._roll_TB2 = self._on_device(rolls)

@@ -73,6 +73,9 @@ def solve_joint(
         converged = False
         for _ in range(config.max_iters):
             means_YKD, _, cost = _round(features, atoms_YKD, price_YY)
+            if history and cost > history[-1]:
+                converged = True  # within rounding
+                break
             history.append(cost)
             if len(history) > 1 and history[-2] - cost <= config.tol * history[-2]:
                 converged = True

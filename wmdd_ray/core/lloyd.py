@@ -60,6 +60,7 @@ class Cloud:
         self.center_D = features_ND.mean(axis=0, dtype=np.float64)
         self.x64_ND = features_ND.astype(np.float64) - self.center_D
         self.x_ND = self.x64_ND.astype(np.float32)
+        self.squared64_N = (self.x64_ND * self.x64_ND).sum(axis=1)
         self.squared64 = float((self.x64_ND * self.x64_ND).sum())
         self.squared_N = np.einsum("nd,nd->n", self.x_ND, self.x_ND)
 
@@ -73,6 +74,14 @@ class Cloud:
         distances += np.einsum("kd,kd->k", atoms, atoms)
         distances += self.squared_N[:, None]
         return np.maximum(distances, 0, out=distances)
+
+    def exact_distances_KN(self, atoms_KD: np.ndarray) -> np.ndarray:
+        """Return squared distances, float64, to atoms that are not centered."""
+        z = atoms_KD.astype(np.float64) - self.center_D
+        distances = (-2 * z) @ self.x64_ND.T
+        distances += (z * z).sum(axis=1)[:, None]
+        distances += self.squared64_N
+        return np.maximum(distances, 0.0, out=distances)
 
     def cells(self, cell_N: np.ndarray, ipc: int) -> csr_array:
         """Return the (K, N) indicator of an assignment: its product with the features sums every cell."""

@@ -2,9 +2,11 @@
 
 Minimized is the sum over the group's classes k of
     L_k = feature_weight * feature term + bn_weight * moment term + ce_weight * mean_j CE(teacher(x_j), k)
+          + anchor_weight * anchor term
 (`core/losses.py` has the terms). Unlike the reference, whose loss is one norm over the whole batch, no class's
-gradient depends on its company, and each image has its own crop, flip and roll. SRe2L's running statistics
-(`moments="global"`) are for the same reason matched by every class by itself.
+gradient depends on its company, and each image has its own crop, flip and roll. The exception are SRe2L's running statistics
+(`moments="global"`): as its authors do, image j of every class of the group matches them together. `core/groups.py` plans
+groups so that their company is always the same.
 
 Several teachers take turns: iteration i is the i-th modulo their number's. With `tiles` t the images are the t x t
 small ones of which `core/tiles.py` makes a stored image; the network sees each by itself, enlarged. With
@@ -24,55 +26,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from wmdd_ray.config import RecoverConfig
-from wmdd_ray.core.embedding import running_moments
 from wmdd_ray.core.jitter import Jitter, noise_start
-from wmdd_ray.core.losses import GroupTarget, MomentLoss, cross_entropy_G, feature_loss_G
 from wmdd_ray.core.networks import features_and_logits, required_batch_norms
+from wmdd_ray.core.objective import ClassTarget as ClassTarget
+from wmdd_ray.core.objective import Objective, Terms
+from wmdd_ray.core.objective import TeacherTarget as TeacherTarget
 from wmdd_ray.core.pixel_adam import PixelAdam, State, to_array
-from wmdd_ray.core.taps import Tap, tapped
+from wmdd_ray.core.taps import output_of, tapped
 from wmdd_ray.core.tiles import tile_side
 from wmdd_ray.core.views import crop, to_input
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.records import ClassImages
 
-Terms = dict[str, Tensor]
-
 MAX_CURVE_POINTS = 200
 """Iterations whose losses are kept, evenly spread, the first and the last among them."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TeacherTarget:
-    """What the images of one class shall meet in a teacher beside the first; atom j is that of image j there too."""
-
-    atoms_KD: np.ndarray
-    mean_S: np.ndarray
-    var_S: np.ndarray
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ClassTarget:
-    """What the images of one class shall meet.
-
-    `mean_S` and `var_S` are the class's moments of all BatchNorm inputs; `start_KHWC` (uint8, at the side that is
-    optimized) is the first iterate, None for noise; `others` are the targets in the teachers after the first, whose
-    widths may differ.
-    """
-
-    label: int
-    atoms_KD: np.ndarray
-    weights_K: np.ndarray
-    mean_S: np.ndarray
-    var_S: np.ndarray
-    start_KHWC: np.ndarray | None = None
-    others: tuple[TeacherTarget, ...] = ()
 
 
 def recover_group(
@@ -86,10 +59,11 @@ def recover_group(
     std_C: Sequence[float],
     seed: int,
     device: torch.device | str,
+    positions: range | None = None,
     state: State | None = None,
     on_step: Callable[[int, Callable[[], State]], None] | None = None,
 ) -> list[ClassImages]:
-    """Return the distilled images of every target, in order: K of side image_size // config.tiles.
+    """Return the distilled images of every target, in order: K of side image_size // config.tiles, or those at `positions`.
 
     Adam on the pixels, cosine rate to 0; after each step the pixels are clamped to the range of valid images. At the
     end they are rounded (the reference truncates). The losses are those of the last iteration, and so of the teacher
@@ -106,17 +80,25 @@ def recover_group(
         std_C: what the network's input is divided by.
         seed: each class draws from its own stream of (seed, label).
         device: where it is computed.
+        positions: which of the K images of every class are made; all of them by default, and where moments are of a class.
         state: resume from here: what `get_state` gave; the result is that of a run that never stopped.
         on_step: called after each step as on_step(iterations done, get_state).
 
     Raises:
-        ConfigError: no loss term is active, or more tiles than pixels.
+        ConfigError: no loss term is active, anchors are weighed but not given, or more tiles than pixels.
         DataError: the optimization diverged; names the classes.
     """
     networks = (networks,) if isinstance(networks, nn.Module) else tuple(networks)
     assert all(len(t.others) == len(networks) - 1 for t in targets), "one target a teacher"
-    num_images = len(targets[0].weights_K)
-    assert all(len(t.weights_K) == num_images for t in targets), "one number of images a group"
+    of_class = len(targets[0].weights_K)
+    assert all(len(t.weights_K) == of_class for t in targets), "one number of images a group"
+    positions = range(of_class) if positions is None else positions
+    needs_all = config.moments in ("per_class", "blend") or config.feature_term in (
+        "mean",
+        "rbf_mmd",
+    )
+    assert len(positions) == of_class or not needs_all, "a class is matched by all its images"
+    num_images = len(positions)
     side = tile_side(image_size, config.tiles)
     shape_BCHW = (len(targets) * num_images, channels, side, side)
     labels = [t.label for t in targets]
@@ -127,16 +109,25 @@ def recover_group(
     blends = _blend_iterations(config)
     start_BCHW = torch.empty(0)
     if state is None or blends:
-        start_BCHW = _start(targets, shape_BCHW, mean_C, std_C, seed, device)
+        start_BCHW = _start(targets, positions, shape_BCHW, mean_C, std_C, seed, device)
     if state is None:
         adam = PixelAdam(start_BCHW.clone() if blends else start_BCHW, config, color)
     else:
         adam = PixelAdam.from_state(state, shape_BCHW, config, color, device)
         losses = {k.removeprefix("loss_"): v for k, v in state.items() if k.startswith("loss_")}
     curves = _Curves(config.iterations, state or {})
-    jitter = Jitter(labels, num_images, config, image_size=image_size, seed=seed, device=device)
+    jitter = Jitter(
+        labels,
+        of_class,
+        config,
+        image_size=image_size,
+        seed=seed,
+        device=device,
+        positions=positions,
+    )
+    anchors_BCHW = _anchors(targets, positions, config, mean_C, std_C, device)
     terms: Terms = {}
-    objectives: list[_Objective] = []
+    objectives: list[Objective] = []
 
     def get_state() -> State:
         averages = {
@@ -151,7 +142,12 @@ def recover_group(
         stack.enter_context(deterministic_convolutions())
         for m, network in enumerate(networks):
             taps = stack.enter_context(tapped(network))
-            objective = _Objective(network, m, taps, targets, config, device)
+            middle: list[Tensor] = []
+            if config.anchor_weight > 0:
+                norms = required_batch_norms(network)
+                layer = norms[round(config.anchor_depth * (len(norms) - 1))]
+                middle = stack.enter_context(output_of(layer))
+            objective = Objective(network, m, taps, middle, targets, positions, config, device)
             if state is not None:
                 objective.continue_from(
                     {
@@ -164,7 +160,8 @@ def recover_group(
         while adam.iteration < config.iterations:
             images = adam.images_BCHW.requires_grad_(True)
             objective = objectives[adam.iteration % len(objectives)]
-            terms = objective(jitter(images, adam.iteration))
+            anchors = None if anchors_BCHW is None else jitter(anchors_BCHW, adam.iteration)
+            terms = objective(jitter(images, adam.iteration), anchors)
             (gradient,) = torch.autograd.grad(terms["total"].sum(), images)
             terms = {name: value.detach() for name, value in terms.items()}
             adam.step(gradient)
@@ -182,15 +179,15 @@ def recover_group(
     return [
         ClassImages(
             label=target.label,
-            images_KHWC=pixels_BHWC[of_class],
-            weights_K=target.weights_K,
+            images_KHWC=pixels_BHWC[own],
+            weights_K=target.weights_K[positions],
             losses={name: float(value_G[g]) for name, value_G in losses.items()},
             curves={name: value_PG[:, g] for name, value_PG in curve_PG.items()},
             curve_at_P=curve_at_P,
-            features_KD=features_BD[of_class],
+            features_KD=features_BD[own],
         )
         for g, target in enumerate(targets)
-        for of_class in [slice(g * num_images, (g + 1) * num_images)]
+        for own in [slice(g * num_images, (g + 1) * num_images)]
     ]
 
 
@@ -242,89 +239,29 @@ def _blend_iterations(config: RecoverConfig) -> frozenset[int]:
     return frozenset(config.iterations * part // num_parts for part in range(1, num_parts))
 
 
-class _Objective:
-    """Images as teacher number `index` sees them -> its active loss terms and their total, of every class (G,)."""
-
-    def __init__(
-        self,
-        network: nn.Module,
-        index: int,
-        taps: list[Tap],
-        targets: list[ClassTarget],
-        config: RecoverConfig,
-        device: torch.device | str,
-    ) -> None:
-        def stacked(arrays: list[np.ndarray]) -> Tensor:
-            return torch.from_numpy(np.stack(arrays).astype(np.float32)).to(device)
-
-        self.network, self.taps, self.config = network, taps, config
-        self.device_type = torch.device(device).type
-        own = [t if index == 0 else t.others[index - 1] for t in targets]
-        weights = [t.weights_K / t.weights_K.sum() for t in targets]
-        self.target = GroupTarget(
-            labels_G=torch.tensor([t.label for t in targets], device=device),
-            atoms_GKD=stacked([t.atoms_KD for t in own]),
-            weights_GK=stacked(weights),
+def _anchors(
+    targets: list[ClassTarget],
+    positions: range,
+    config: RecoverConfig,
+    mean_C: Sequence[float],
+    std_C: Sequence[float],
+    device: torch.device | str,
+) -> Tensor | None:
+    """Return the real images that the images stand for, in their order, or None where they do not count."""
+    if config.anchor_weight == 0:
+        return None
+    given = [t.anchors_KHWC[positions] for t in targets if t.anchors_KHWC is not None]
+    if len(given) < len(targets):
+        raise ConfigError(
+            "--recover.anchor-weight: expected the real images that the images of every class stand for, got those of "
+            f"{len(given)} of {len(targets)} classes; leave it 0 without them"
         )
-        self.with_feature = config.feature_term != "none" and config.feature_weight > 0
-        self.moment_loss: MomentLoss | None = None
-        if config.moments != "none" and config.bn_weight > 0:
-            moments_TG = []
-            if config.moments in ("per_class", "blend"):
-                moments_TG.append([(t.mean_S, t.var_S) for t in own])
-            if config.moments in ("global", "blend"):
-                moments_TG.append([running_moments(network)] * len(targets))
-            uniform = [np.full_like(w, 1 / len(w)) for w in weights]
-            self.moment_loss = MomentLoss(
-                tuple(norm.num_features for norm in required_batch_norms(network)),
-                stacked(weights if config.weighted_moments else uniform),
-                torch.stack([stacked([mean_S for mean_S, _ in row]) for row in moments_TG]),
-                torch.stack([stacked([var_S for _, var_S in row]) for row in moments_TG]),
-                decay=config.ema_statistics,
-            )
-        is_active = self.with_feature or self.moment_loss is not None or config.ce_weight > 0
-        if not is_active and config.iterations > 0:
-            raise ConfigError(
-                "--recover: no loss term is active; give --recover.feature-weight, --recover.bn-weight (with "
-                "--recover.moments) or --recover.ce-weight a value above 0, or set --recover.iterations 0"
-            )
-
-    def __call__(self, views_BCHW: Tensor) -> Terms:
-        config = self.config
-        with torch.autocast(self.device_type, torch.bfloat16, enabled=config.mixed_precision):
-            features_BD, logits_BY = features_and_logits(self.network, views_BCHW)
-        features_BD, logits_BY = features_BD.float(), logits_BY.float()
-        terms: Terms = {}
-        total_G = torch.zeros(len(self.target.labels_G), device=views_BCHW.device)
-        if self.with_feature:
-            assert config.feature_term != "none"
-            terms["feature"] = feature_loss_G(
-                config.feature_term, features_BD, logits_BY, self.target
-            )
-            total_G = total_G + config.feature_weight * terms["feature"]
-        if self.moment_loss is not None:
-            terms["bn"] = self.moment_loss(self.taps)
-            total_G = total_G + config.bn_weight * terms["bn"]
-        if config.ce_weight > 0:
-            terms["ce"] = cross_entropy_G(logits_BY, self.target)
-            total_G = total_G + config.ce_weight * terms["ce"]
-        return terms | {"total": total_G}
-
-    def averages(self) -> dict[str, Tensor]:
-        """Return the moments averaged so far: what the next call depends on beside its argument."""
-        if self.moment_loss is None or self.moment_loss.running is None:
-            return {}
-        return dict(zip(("mean", "var"), self.moment_loss.running, strict=True))
-
-    def continue_from(self, averages: dict[str, Tensor]) -> None:
-        """Continue from what `averages` returned."""
-        if averages:
-            assert self.moment_loss is not None
-            self.moment_loss.running = (averages["mean"], averages["var"])
+    return to_input(np.concatenate(given), mean_C, std_C, device)
 
 
 def _start(
     targets: list[ClassTarget],
+    positions: range,
     shape_BCHW: tuple[int, ...],
     mean_C: Sequence[float],
     std_C: Sequence[float],
@@ -333,12 +270,14 @@ def _start(
 ) -> Tensor:
     parts = []
     for target in targets:
-        shape_KCHW = (len(target.weights_K), *shape_BCHW[1:])
         if target.start_KHWC is None:
-            part = torch.from_numpy(noise_start(seed, target.label, shape_KCHW)).to(device)
+            shape_KCHW = (len(target.weights_K), *shape_BCHW[1:])
+            noise_KCHW = noise_start(seed, target.label, shape_KCHW)
+            part = torch.from_numpy(noise_KCHW[positions]).to(device)
         else:
-            part = to_input(target.start_KHWC, mean_C, std_C, device)
-        assert part.shape == shape_KCHW, f"start of class {target.label}: {part.shape}"
+            part = to_input(target.start_KHWC[positions], mean_C, std_C, device)
+        expected = (len(positions), *shape_BCHW[1:])
+        assert part.shape == expected, f"start of class {target.label}: {part.shape}"
         parts.append(part)
     return torch.cat(parts)
 

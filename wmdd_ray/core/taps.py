@@ -53,6 +53,21 @@ def tapped(network: nn.Module) -> Iterator[list[Tap]]:
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def output_of(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Yield a list that after each forward pass holds the layer's output, as what follows left it."""
+    kept: list[Tensor] = []
+
+    def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        kept[:] = [output]
+
+    handle = layer.register_forward_hook(keep)
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
 def _tapped_forward(
     norm: nn.BatchNorm2d, activation: nn.Module | None, taps: list[Tap], layer: int, x_BCHW: Tensor
 ) -> Tensor:

@@ -21,28 +21,29 @@ def barycenter(
     reference: bool = True,
     out: str | None = None,
 ) -> None:
-    """Solvers on a synthetic class, 1300 x 512: processor seconds on one thread, and exact W2^2.
+    """Solvers on a synthetic class, 1300 x 512, from one start: processor seconds on one thread, and exact W2^2.
 
     Args:
         ipc: Numbers of atoms.
         solvers: Solvers to measure.
         repeats: Classes, each with its own seed; every solver solves each once.
-        reference: Also measure the alternation as WMDD's reference runs it with learned weights.
+        reference: Also measure WMDD's reference: as its script runs it, with equal weights, and with learned ones.
         out: JSON file to write.
     """
     from wmdd_ray.core.barycenter import solve_barycenter
     from wmdd_ray.core.transport import exact_cost, one_thread
 
     def solve(solver: str, features_ND: np.ndarray, k: int, seed: int) -> tuple[np.ndarray, ...]:
-        if solver == "reference":
+        if solver in references:
             with one_thread():
-                return reference_alternation(features_ND, k, np.random.default_rng(seed))
-        config = BarycenterConfig(solver=cast(Solver, solver))
+                return references[solver](features_ND, k, np.random.default_rng(seed))
+        config = BarycenterConfig(solver=cast(Solver, solver), num_starts=1)
         found = solve_barycenter(features_ND, k, config, seed=seed)
         return found.atoms_KD, found.weights_K
 
+    references = {"reference": reference_uniform, "reference_weighted": reference_alternation}
     solve("uniform", synthetic_class(0)[:100], 5, 0)
-    names = [*(["reference"] if reference else []), *solvers]
+    names = [*(references if reference else []), *solvers]
     classes = [synthetic_class(seed) for seed in range(repeats)]
     rows: list[Row] = []
     for k in ipc:
@@ -70,6 +71,19 @@ def synthetic_class(seed: int) -> np.ndarray:
     cluster_N = rng.choice(20, size=1300, p=rng.dirichlet(np.full(20, 5.0)))
     noise = rng.normal(scale=0.41, size=(1300, 512))
     return np.maximum(centers[cluster_N] + noise, 0).astype(np.float32)
+
+
+def reference_uniform(
+    features_ND: np.ndarray, ipc: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return atoms and weights as the script of WMDD's authors has them: POT's free support from normal atoms, equal weights."""
+    import ot
+
+    x_ND = features_ND.astype(np.float64)
+    share_N = np.full(len(x_ND), 1 / len(x_ND))
+    start_KD = rng.standard_normal((ipc, x_ND.shape[1]))
+    weights_K = np.full(ipc, 1 / ipc)
+    return ot.lp.free_support_barycenter([x_ND], [share_N], start_KD, b=weights_K), weights_K
 
 
 def reference_alternation(
