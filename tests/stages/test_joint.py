@@ -55,7 +55,7 @@ def test_the_stage_solves_all_classes_by_the_rows_of_the_teachers_last_layer(
             reader.read(label).features_ND,
             4,
             tiny.config(*OPTION).barycenters,
-            seed=unit_seed(0, "barycenters", barycenters.unit_of(label)),
+            seed=unit_seed(0, "barycenters", atoms.unit_of(label)),
         )
         np.testing.assert_array_equal(found.barycenter.atoms_KD, joint.atoms_KD)
         np.testing.assert_array_equal(found.barycenter.weights_K, joint.weights_K)
