@@ -17,6 +17,7 @@ from types import FrameType
 
 from wmdd_ray.errors import WmddError
 from wmdd_ray.progress import AboveTheBar
+from wmdd_ray.redaction import PlainFormatter, plain
 from wmdd_ray.run import Run
 
 _GRACE_S = 10.0
@@ -53,11 +54,9 @@ def exit_code_of(
 
 def log_above_the_bar(*, verbose: bool) -> None:
     """Write log lines where the bar of a stage may stand; with `verbose` all of them."""
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(name)s: %(message)s",
-        handlers=[AboveTheBar()],
-    )
+    shown = AboveTheBar()
+    shown.setFormatter(PlainFormatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[shown])
 
 
 def join_cluster(out: str, *, verbose: bool) -> None:
@@ -102,7 +101,7 @@ def _ending_of(error: BaseException) -> tuple[int, str] | None:
         return error.exit_code, f"error: {error}"
     if type(error).__module__.startswith("ray."):
         lines = str(error).strip().splitlines() or [""]
-        told = f"{type(error).__name__}: {lines[-1].strip()}"
+        told = plain(f"{type(error).__name__}: {lines[-1].strip()}")
         return WmddError.exit_code, f"error: the cluster failed: {told}; {_RESUME}"
     return None
 

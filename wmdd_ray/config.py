@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Literal, get_args
 
 from wmdd_ray.errors import ConfigError
+from wmdd_ray.redaction import has_user, uri_fault
 
 Arch = Literal["convnet3", "resnet18", "resnet50", "mobilenet_v2", "vit_tiny"]
 Norm = Literal["batch", "instance"]
@@ -37,13 +38,9 @@ def _require(ok: bool, option: str, expected: str, got: object) -> None:
 
 def refuse_secrets(option: str, uri: str | None) -> None:
     """Refuse a URI with a password or a query: plans, logs, messages and the list of processes would show it."""
-    scheme, is_uri, rest = (uri or "").partition("://")
-    user, _, _ = rest.partition("/")[0].rpartition("@")
-    if is_uri and (":" in user or "?" in rest):
-        raise ConfigError(
-            f"--{option}: expected a URI without a password or a query, which would be repeated in logs and files; pass "
-            f"{scheme}://bucket/prefix, and credentials by a role, AWS_PROFILE or the environment"
-        )
+    fault = uri_fault(uri or "")
+    if fault is not None:
+        raise ConfigError(f"--{option}: {fault}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -850,8 +847,7 @@ class Reporting:
     def __post_init__(self) -> None:
         refuse_secrets("tensorboard", self.tensorboard)
         # A database's URI may have a query; the password is what must not be repeated.
-        user, at, _ = (self.mlflow or "").partition("://")[2].partition("/")[0].rpartition("@")
-        if at and ":" in user:
+        if has_user(self.mlflow or ""):
             raise ConfigError(
                 "--mlflow: expected a URI without a password, which would be repeated in logs and files; pass http://host:5000, "
                 "and credentials by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"

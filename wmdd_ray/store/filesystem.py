@@ -21,7 +21,7 @@ import fsspec
 
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.store.retries import NO_SUCH_BUCKET, client_errors, remedy, retried, status_of
-from wmdd_ray.store.uris import fsspec_filesystem, is_gcs, local_path
+from wmdd_ray.store.uris import check_uri, fsspec_filesystem, is_gcs, local_path
 
 # What a file system without hard links says: exFAT, many network and FUSE mounts.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -32,6 +32,7 @@ class Store:
     """A tree of objects under one root URI; keys are relative, with `/` between the parts."""
 
     def __init__(self, uri: str) -> None:
+        check_uri(uri)
         path = local_path(uri)
         self.uri = (str(path) if path is not None else uri).rstrip("/")
         self._path = path
