@@ -19,9 +19,11 @@ import tyro
 
 from wmdd_ray.card import size
 from wmdd_ray.config import DistillConfig, refuse_secrets
-from wmdd_ray.errors import ConfigError, WmddError
+from wmdd_ray.errors import ConfigError, DataError, WmddError
+from wmdd_ray.redaction import PlainFormatter
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
+from wmdd_ray.store.uris import check_named
 
 REPORT_KEY = "report.html"
 
@@ -35,7 +37,10 @@ class Report:
     out: str | None = None
     """File or URI to write, ending in .html; absent: report.html in the run's folder."""
     data: str | None = None
-    """Where the training images are now; absent: where the run read them."""
+    """Where the training images are; absent: no real images are shown, but for the embedded digits."""
+    follow_data: bool = False
+    """Without --data, read the training images where the run says that it read them (a path, s3:// or gs://): say so only of runs
+    that are yours."""
     classes: tuple[int, ...] = ()
     """Labels of the classes to show in full; absent: all, or of many 40 that are evenly spread."""
 
@@ -48,11 +53,18 @@ class Report:
 
 def main(arguments: list[str]) -> int:
     """Write the page and return the exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    shown = logging.StreamHandler()
+    shown.setFormatter(PlainFormatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[shown])
     try:
         report = tyro.cli(Report, args=arguments, description=__doc__)
         store, key = _target(report)
-        content = page_of(Store(report.run), classes=report.classes, data=report.data)
+        content = page_of(
+            Store(report.run),
+            classes=report.classes,
+            data=report.data,
+            follow_data=report.follow_data,
+        )
         store.put(key, content)
     except WmddError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -75,15 +87,17 @@ def page_of(
     source: Source | None = None,
     classes: tuple[int, ...] = (),
     data: str | None = None,
+    follow_data: bool = False,
 ) -> bytes:
     """Return the page of the run under `store`.
 
     Args:
         store: Root of the run.
         config: The run's configuration; None takes what the run has recorded.
-        source: Its training images; None opens them.
+        source: Its training images; None opens them, where they are named by the caller.
         classes: Labels to show in full; none takes a selection.
-        data: Where the training images are now; None where the run read them.
+        data: Where the training images are now.
+        follow_data: Whether they are opened where the run says that it read them.
 
     Raises:
         ConfigError: There is no run, or no such class.
@@ -106,13 +120,17 @@ def page_of(
     missing: list[str] = []
     if source is None:
         try:
+            if data is None and not follow_data and facts.config.data != "digits":
+                raise DataError("a place is not read because a run names it")
+            if data is None:
+                check_named(facts.config.data, store.uri)
             source = _open(facts.config)
         except WmddError as error:
             if data is not None:
                 raise
             missing.append(
                 f"Real images, which are not read where the run read them ({facts.config.data}): {error}. Pass --data to "
-                "jobs/report.py where they are."
+                "jobs/report.py where they are, or --follow-data if this run is yours."
             )
     expected = facts.input_fingerprint("data")
     if source is not None and expected is not None and source.fingerprint() != expected:
