@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from wmdd_ray.errors import ArtifactError
-from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.filesystem import Store, check_key
 
 FORMAT_VERSION = 1
 MANIFEST_KEY = "manifest.json"
@@ -32,11 +32,7 @@ class FileEntry:
     sha256: str
 
     def __post_init__(self) -> None:
-        parts = self.key.split("/")
-        if {"", ".", ".."} & set(parts) or any(c in self.key for c in "\\:\0"):
-            raise ArtifactError(
-                f"{self.key!r}: expected a relative key below its folder; the document that names it is not of this project"
-            )
+        check_key(self.key)
 
 
 def entry_of(key: str, content: bytes) -> FileEntry:

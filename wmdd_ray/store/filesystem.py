@@ -28,8 +28,19 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 _memory_lock = threading.Lock()
 
 
+def check_key(key: str) -> None:
+    """Raise an ArtifactError of a key that would lead out of its root, or that some store or disk takes for something else."""
+    parts = key.split("/")
+    safe = not ({"", ".", ".."} & {*parts} or any(c in key for c in "\\:\0"))
+    # Half a character has no bytes to be stored as.
+    if not safe or any("\ud800" <= c <= "\udfff" for c in key):
+        raise ArtifactError(
+            f"{key!r}: expected a relative key below its folder; the data or the document that names it is not of this project"
+        )
+
+
 class Store:
-    """A tree of objects under one root URI; keys are relative, with `/` between the parts."""
+    """A tree of objects under one root URI; keys are relative, with `/` between the parts (`check_key`)."""
 
     def __init__(self, uri: str) -> None:
         check_uri(uri)
@@ -64,6 +75,7 @@ class Store:
             FileNotFoundError: There is no such object.
             ArtifactError: The store did not answer, or refused.
         """
+        check_key(key)
         with self._named("read", key):
             if self._path is not None:
                 try:
@@ -73,7 +85,12 @@ class Store:
             return self._ask("cat_file", self._inside(key))
 
     def put(self, key: str, content: bytes) -> None:
-        """Write `content` to `key` in one piece, replacing what was there."""
+        """Write `content` to `key` in one piece, replacing what was there.
+
+        Raises:
+            ArtifactError: The store refused, or the key leads out of its root; nothing was written.
+        """
+        check_key(key)
         with self._named("write", key):
             if self._path is not None:
                 with _staged(self._path / key, content) as staged:
@@ -95,6 +112,7 @@ class Store:
             True when `content` is now at `key`, False when another content is.
         """
         assert content, "a conditional write needs content"
+        check_key(key)
         with self._named("create", key):
             if self._path is not None:
                 with _staged(self._path / key, content) as staged:
