@@ -25,13 +25,13 @@ from uuid import uuid4
 from wmdd_ray.errors import ArtifactError, WmddError
 from wmdd_ray.store.documents import (
     FileEntry,
-    entries_of,
     entry_of,
     read_sealed,
     read_verified,
     seal,
 )
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.schemas import check
 
 MAX_ATTEMPTS = 3
 """Times that a unit may end the process that works on it, at the same point and in the same run."""
@@ -186,6 +186,7 @@ class Room:
             found = read_sealed(self.store, "stage.json")
         except FileNotFoundError:
             return None
+        check(found, "the commit of a stage", self.store.url("stage.json"))
         units = {unit: marker_of(marker) for unit, marker in found.pop("units").items()}
         return StageCommit(units=units, **found)
 
@@ -218,15 +219,11 @@ def unit_given_up(unit: str, cause: str) -> WmddError:
     )
 
 
-def marker_of(found: dict[str, Any]) -> UnitMarker:
-    """Return the marker that was written as JSON."""
-    try:
-        files = tuple(entries_of(found.pop("files", None), f"unit {found.get('unit')}"))
-        return UnitMarker(files=files, **found)
-    except TypeError as error:
-        raise ArtifactError(
-            f"expected the marker of a unit, found another document ({error})"
-        ) from error
+def marker_of(found: Any) -> UnitMarker:
+    """Return the marker that was written as JSON; an ArtifactError when it is another document."""
+    check(found, "the marker of a unit", "units")
+    files = tuple(FileEntry(**entry) for entry in found["files"])
+    return UnitMarker(**{**found, "files": files})
 
 
 def _now() -> str:

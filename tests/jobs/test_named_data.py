@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from jobs import evaluate, report
+from tests.manifests import manifest_of
 from tests.test_dataset import write_dataset
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.errors import WmddError
@@ -68,8 +69,8 @@ def named(kind: str, web: Web, tmp_path: Path) -> str:
 
 
 def set_that_names(uri: str, out: Path) -> str:
-    provenance = {"recipe": "none"}
-    return write_dataset(str(out), source={"uri": uri}, provenance=provenance)
+    source = {**manifest_of()["source"], "uri": uri}
+    return write_dataset(str(out), source=source)
 
 
 def run_that_names(uri: str, out: Path) -> str:

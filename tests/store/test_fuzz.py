@@ -28,6 +28,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.manifests import manifest_of
 from tests.store.test_codecs import PAIRS
 from tests.store.written_sources import (
     CONFIG,
@@ -223,12 +224,12 @@ def verified() -> tuple[Target, list[bytes]]:
 def document() -> tuple[Target, list[bytes]]:
     store = Store(f"memory://{uuid.uuid4().hex}")
     entry = documents.entry_of("data/x", b"x")
-    content = documents.encode_manifest({"ipc": 3, "classes": list(NAMES)}, [entry])
+    content = documents.encode_manifest(manifest_of(ipc=7), [entry])
 
     def target(damaged: bytes) -> str:
         store.put(documents.MANIFEST_KEY, damaged or b" ")
         meta, files = documents.read_manifest(store)
-        assert (meta["ipc"], files) == (3, [entry]), "a changed document became data"
+        assert (meta["ipc"], files) == (7, [entry]), "a changed document became data"
         return "good"
 
     return target, [content]

@@ -183,8 +183,12 @@ def network_of(teacher: Teacher, device: torch.device | str = "cpu") -> nn.Modul
             channels=teacher.channels,
             image_size=teacher.image_size,
         )
+    # Before there is memory for a network of any width that the teacher's file may declare.
+    state = fitting_weights(
+        network, {k: torch.tensor(v) for k, v in teacher.weights.items()}, "the teacher"
+    )
     network.to_empty(device=device)
-    load_weights(network, {k: torch.tensor(v) for k, v in teacher.weights.items()}, "the teacher")
+    network.load_state_dict(state)
     return network.eval().requires_grad_(False)
 
 
@@ -217,7 +221,14 @@ def weights_of(network: nn.Module) -> dict[str, np.ndarray]:
 
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Copy `state` into `network`; every tensor must be there, expected, and of the right shape.
+    """Copy `state` into `network`; a DataError, as of `fitting_weights`, when it does not fit."""
+    network.load_state_dict(fitting_weights(network, state, where))
+
+
+def fitting_weights(
+    network: nn.Module, state: Mapping[str, Tensor], where: str
+) -> dict[str, Tensor]:
+    """Return `state` as `network` takes it; every tensor must be there, expected, and of the right shape.
 
     A missing `num_batches_tracked` counts as 0: checkpoints older than that buffer lack it, and eval mode does
     not use it.
@@ -248,4 +259,4 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], where: str) ->
             f"weights of {where} do not fit the network: {text}; check arch, width, small_stem, image_size, "
             "channels and the number of classes"
         )
-    network.load_state_dict(given)
+    return given

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.store.filesystem import Store, check_key
+from wmdd_ray.store.schemas import check
 
 FORMAT_VERSION = 1
 MANIFEST_KEY = "manifest.json"
 _CHECKSUM = "checksum"
+# An escape of one half of a character beyond the first 65,536; both halves together are one.
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +46,8 @@ def entry_of(key: str, content: bytes) -> FileEntry:
 
 def entries_of(found: Any, where: str) -> list[FileEntry]:
     """Return the entries that a document lists; an ArtifactError names it when they are something else."""
-    try:
-        return [FileEntry(**entry) for entry in found]
-    except TypeError as error:
-        raise ArtifactError(
-            f"{where}: expected a list of files, found another ({error})"
-        ) from error
+    check(found, "the files of a set", where)
+    return [FileEntry(**entry) for entry in found]
 
 
 def read_verified(store: Store, entry: FileEntry) -> bytes:
@@ -79,9 +79,12 @@ def dump_json(value: Any) -> bytes:
 
 
 def load_json(content: bytes, where: str) -> Any:
-    """Parse JSON; an ArtifactError names `where` when it is none."""
+    """Parse JSON; an ArtifactError names `where` when it is none, or names half a character, which nobody can write."""
     try:
-        return json.loads(content)
+        value = json.loads(content)
+        if _HALF.search(content):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{where}: expected JSON, found {content[:40]!r} ({error})") from error
 
@@ -133,7 +136,8 @@ def read_manifest(store: Store) -> tuple[dict[str, Any], list[FileEntry]]:
     """Return (metadata, files) of the data set under `store`.
 
     Raises:
-        ArtifactError: There is no manifest, it was changed, or it has a format that this version does not know.
+        ArtifactError: There is no manifest, it was changed, it has a format that this version does not know, or an entry
+            that cannot be.
     """
     try:
         manifest = read_sealed(store, MANIFEST_KEY)
@@ -152,4 +156,13 @@ def read_manifest(store: Store) -> tuple[dict[str, Any], list[FileEntry]]:
             f"{store.url(MANIFEST_KEY)}: expected format version {FORMAT_VERSION}, found "
             f"{manifest.get('format_version')!r}; install the wmdd_ray version that wrote it"
         )
-    return manifest, entries_of(manifest.pop("files", None), store.url(MANIFEST_KEY))
+    where = store.url(MANIFEST_KEY)
+    entries = entries_of(manifest.pop("files", None), where)
+    check(manifest, "the manifest of a data set", where)
+    channels = {manifest["channels"], len(manifest["mean"]), len(manifest["std"])}
+    if len(channels) > 1 or manifest["image_size"] % manifest["tiles"]:
+        raise ArtifactError(
+            f"{where}: expected a mean and a std a channel, and tiles that divide the image size, found others; it was written by "
+            "somebody else"
+        )
+    return manifest, entries

@@ -1,0 +1,389 @@
+"""Sets whose checksums are right and whose content is not: a stranger seals what he likes.
+
+All are read with little memory: what a file declares is refused before anything is allocated for it.
+"""
+
+from __future__ import annotations
+
+import io
+import resource
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.manifests import manifest_of
+from wmdd_ray.config import ViewConfig
+from wmdd_ray.core.views import draw_block
+from wmdd_ray.dataset import DistilledDataset
+from wmdd_ray.errors import ArtifactError, DataError, WmddError
+from wmdd_ray.export import Format, export
+from wmdd_ray.records import SoftLabelBlock, SoftLabels, ViewDraw
+from wmdd_ray.store import codecs, documents, packing
+from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.images import encode_png
+
+NAMES, SIZE, N = ("cat", "dog", "emu"), 8, 3
+IMAGES = np.random.default_rng(0).integers(0, 256, (N, SIZE, SIZE, 3), dtype=np.uint8)
+DATA, LABELS = "data/train-00000-of-00001.parquet", "labels/epochs-00000-00000.parquet"
+MORE_MEMORY_BYTES = 512 << 20
+
+
+@pytest.fixture(autouse=True)
+def little_memory() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + MORE_MEMORY_BYTES, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def images(**changes: Any) -> bytes:
+    given = {"images_NHWC": IMAGES, "labels_N": np.arange(N), "weights_NT": np.ones((N, 1))}
+    return codecs.encode_images(**{**given, **changes}, class_names=NAMES)
+
+
+def block(by_seed: bool = False) -> SoftLabelBlock:
+    views = ViewConfig()
+    draw = ViewDraw(
+        seed=0, image_size=SIZE, index_N=np.arange(N, dtype=np.int32), flip=views.flip,
+        crop_scale_min=views.crop_scale_min, mix=views.mix, mix_alpha=views.mix_alpha,
+    )  # fmt: skip
+    values_VK = -np.arange(9, dtype=np.float16).reshape(N, 3)
+    labels = SoftLabels(num_classes=3, values_VK=values_VK)
+    return SoftLabelBlock(
+        first_epoch=0, num_epochs=1, views=draw_block(draw, range(1)), labels=labels,
+        draw=draw if by_seed else None,
+    )  # fmt: skip
+
+
+def write(uri: Path, files: dict[str, bytes], **entries: Any) -> str:
+    """Write a set with right sizes and checksums."""
+    teacher = {"teacher.safetensors": b"x"}
+    files = {DATA: images(), LABELS: codecs.encode_soft_labels(block()), **teacher, **files}
+    store = Store(str(uri))
+    for key, content in files.items():
+        store.put(key, content)
+    listed = [documents.entry_of(key, content) for key, content in files.items()]
+    store.put("manifest.json", documents.encode_manifest(manifest_of(**entries), listed))
+    return store.uri
+
+
+def read_whole(uri: str) -> DistilledDataset:
+    dataset = DistilledDataset(uri)
+    assert len(dataset[0]) == 3
+    dataset.label_epoch(0)
+    return dataset
+
+
+def rewritten(content: bytes, change: Callable[[pa.Table], pa.Table]) -> bytes:
+    """Return a Parquet file with another table and the same footer."""
+    table = pq.read_table(pa.BufferReader(content))
+    sink = io.BytesIO()
+    changed = change(table).replace_schema_metadata(table.schema.metadata)
+    pq.write_table(changed, sink, write_page_checksum=True, store_schema=False)
+    return sink.getvalue()
+
+
+def with_column(name: str, values: Any) -> Callable[[pa.Table], pa.Table]:
+    def change(table: pa.Table) -> pa.Table:
+        at = table.column_names.index(name)
+        return table.set_column(at, name, pa.array(values, type=table[name].type))
+
+    return change
+
+
+def with_footer(content: bytes, **entries: Any) -> bytes:
+    table = pq.read_table(pa.BufferReader(content))
+    meta = documents.unseal(table.schema.metadata[b"wmdd"], "")
+    for name, value in entries.items():
+        if name in meta:
+            meta[name] = value
+        else:
+            meta["draw"][name] = value
+    sink = io.BytesIO()
+    table = table.replace_schema_metadata({b"wmdd": documents.seal(meta)})
+    pq.write_table(table, sink, write_page_checksum=True, store_schema=False)
+    return sink.getvalue()
+
+
+def flat_png(side: int) -> bytes:
+    """Return a PNG file of black pixels: a thousandth of its pixels' bytes."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    deflate = zlib.compressobj(9)
+    row = bytes(1 + 3 * side)
+    pixels = b"".join([*(deflate.compress(row) for _ in range(side)), deflate.flush()])
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    )
+
+
+def test_a_set_that_is_what_it_says_is_read(tmp_path: Path) -> None:
+    dataset = read_whole(write(tmp_path / "rows", {}))
+    np.testing.assert_array_equal(dataset.images, IMAGES)
+    by_seed = codecs.encode_soft_labels(block(by_seed=True))
+    read_whole(write(tmp_path / "drawn", {LABELS: by_seed}))
+
+
+def labels_with(**changes: Any) -> bytes:
+    own = block()
+    return codecs.encode_soft_labels(replace(own, labels=replace(own.labels, **changes)))
+
+
+def views_with(name: str, value: Any) -> bytes:
+    own = block()
+    array = getattr(own.views, name).copy()
+    array[1] = value
+    return codecs.encode_soft_labels(replace(own, views=replace(own.views, **{name: array})))
+
+
+def top_k(**changes: Any) -> bytes:
+    own = {
+        "values_VK": -np.ones((N, 2), np.float16),
+        "indices_VK": np.tile(np.array([0, 2], np.uint16), (N, 1)),
+        "rest_V": -np.ones(N, np.float16),
+    }
+    return labels_with(**{**own, **changes})
+
+
+def stepped(step: float) -> bytes:
+    return labels_with(values_VK=np.ones((N, 3), np.uint8), step_V=np.full(N, step, np.float16))
+
+
+HALF = np.ones((N, 3), np.float16)
+WRONG_LABELS: dict[str, Callable[[], bytes]] = {
+    "null logits": lambda: rewritten(
+        labels_with(), with_column("logits", [b"\0" * 6, None, b"\0" * 6])
+    ),
+    "null flips": lambda: rewritten(labels_with(), with_column("flip", [True, None, False])),
+    "NaN logits": lambda: labels_with(values_VK=HALF * np.float16(np.nan)),
+    "infinite logits": lambda: labels_with(values_VK=HALF * np.float16(-np.inf)),
+    "logits above the largest": lambda: labels_with(values_VK=HALF),
+    "logits of fewer classes than it says": lambda: labels_with(values_VK=-HALF[:, :2]),
+    "logits of more classes than it says": lambda: labels_with(values_VK=-HALF, num_classes=2),
+    "logits of other classes than the set": lambda: labels_with(
+        values_VK=-np.ones((N, 5), np.float16), num_classes=5
+    ),
+    "classes beyond the last": lambda: top_k(indices_VK=np.full((N, 2), 3, np.uint16)),
+    "a rest that is no number": lambda: top_k(rest_V=np.full(N, np.nan, np.float16)),
+    "an infinite step": lambda: stepped(np.inf),
+    "a step of nothing": lambda: stepped(0.0),
+    "a crop outside": lambda: views_with("crop_V4", (0.5, 0.5, 0.75, 0.5)),
+    "a crop of nothing": lambda: views_with("crop_V4", (0.5, 0.5, 0.0, 0.5)),
+    "a crop that is no number": lambda: views_with("partner_crop_V4", np.nan),
+    "a crop before the image": lambda: views_with("partner_crop_V4", (-0.25, 0, 0.5, 0.5)),
+    "a negative partner": lambda: views_with("partner_V", -1),
+    "a partner beyond the last image": lambda: views_with("partner_V", N),
+    "an image beyond the last": lambda: views_with("image_V", N),
+    "a share above one": lambda: views_with("share_V", 1.5),
+    "a mixed box beyond the view": lambda: views_with("mix_box_V4", (0, 0, SIZE + 1, 4)),
+    "a mixed box before the view": lambda: views_with("mix_box_V4", (-3, 0, 2, 4)),
+    "a column twice": lambda: rewritten(
+        labels_with(), lambda t: t.append_column("share", t["share"])
+    ),
+    "a column less": lambda: rewritten(labels_with(), lambda t: t.drop_columns(["share"])),
+    "another type": lambda: rewritten(
+        labels_with(), lambda t: t.set_column(0, t.column_names[0], pa.array(["x"] * N))
+    ),
+    "a million epochs": lambda: with_footer(
+        codecs.encode_soft_labels(block(True)), num_epochs=10**7
+    ),
+    "a million epochs and their views": lambda: with_footer(
+        codecs.encode_soft_labels(block(True)), num_epochs=10**7, num_views=3 * 10**7
+    ),
+    "views of all numbers": lambda: with_footer(
+        codecs.encode_soft_labels(block(True)), index_N=[[0, 2**31 - 1]]
+    ),
+    "views of all numbers, as it says": lambda: with_footer(
+        codecs.encode_soft_labels(block(True)), index_N=[[0, 2**31 - 1]], num_views=2**31 - 1
+    ),
+    "negative views": lambda: with_footer(
+        codecs.encode_soft_labels(block(True)), index_N=[[2**30, 3], [0, 2**30]]
+    ),
+    "a thousand million classes": lambda: with_footer(labels_with(), num_classes=10**9),
+    "a side of any size": lambda: with_footer(
+        codecs.encode_soft_labels(block(True)), image_size=10**9
+    ),
+    "text for a number": lambda: with_footer(labels_with(), num_epochs="1"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_LABELS.values(), ids=WRONG_LABELS.keys())
+def test_labels_that_cannot_be_are_refused(wrong: Callable[[], bytes], tmp_path: Path) -> None:
+    uri = write(tmp_path / "set", {LABELS: wrong()})
+    with pytest.raises(ArtifactError, match="expected"):
+        read_whole(uri)
+
+
+WRONG_IMAGES: dict[str, Callable[[], bytes]] = {
+    "label 99": lambda: images(labels_N=np.array([0, 1, 99])),
+    "label -5": lambda: images(labels_N=np.array([0, 1, -5])),
+    "a weight that is no number": lambda: images(weights_NT=np.array([[1], [np.nan], [1]])),
+    "an infinite weight": lambda: images(weights_NT=np.array([[1], [np.inf], [1]])),
+    "a negative weight": lambda: images(weights_NT=np.array([[1], [-0.5], [1]])),
+    "no weight at all": lambda: images(weights_NT=np.zeros((N, 1))),
+    "weights of tiles": lambda: images(weights_NT=np.full((N, 4), 0.25)),
+    "a null image": lambda: rewritten(
+        images(), with_column("image", [None, {"bytes": b"x", "path": "x"}, None])
+    ),
+    "a null file": lambda: rewritten(
+        images(), with_column("image", [{"bytes": None, "path": "x"}] * N)
+    ),
+    "a null label": lambda: rewritten(images(), with_column("label", [0, None, 2])),
+    "no PNG": lambda: rewritten(images(), with_column("image", [{"bytes": b"x", "path": "x"}] * N)),
+    "images of another side": lambda: images(images_NHWC=np.zeros((N, 16, 16, 3), np.uint8)),
+    "gray images": lambda: images(images_NHWC=np.zeros((N, SIZE, SIZE, 1), np.uint8)),
+    "no images": lambda: rewritten(images(), lambda t: t.slice(0, 0)),
+    "a column twice": lambda: rewritten(images(), lambda t: t.append_column("weight", t["weight"])),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_IMAGES.values(), ids=WRONG_IMAGES.keys())
+def test_images_that_cannot_be_are_refused_by_who_reads_or_exports_them(
+    wrong: Callable[[], bytes], tmp_path: Path
+) -> None:
+    uri = write(tmp_path / "set", {DATA: wrong()})
+    with pytest.raises(ArtifactError, match="expected"):
+        DistilledDataset(uri)
+    for layout in ("imagefolder", "webdataset", "huggingface"):
+        with pytest.raises(ArtifactError, match="expected"):
+            export(uri, str(tmp_path / layout), layout)
+
+
+@pytest.mark.parametrize("says", [SIZE, 12_000], ids=["a small side", "the large side"])
+def test_a_small_file_of_huge_pictures_is_refused_before_one_is_decoded(
+    says: int, tmp_path: Path
+) -> None:
+    png = flat_png(12_000)
+    row = {"bytes": png, "path": "x.png"}
+    content = rewritten(images(), with_column("image", [row] * N))
+    uri = write(tmp_path / "set", {DATA: content}, image_size=says)
+    assert len(content) < 1_500_000
+    with pytest.raises(ArtifactError, match="expected"):
+        DistilledDataset(uri)
+    with pytest.raises(ArtifactError, match="expected"):
+        codecs.decode_images(content)
+    with pytest.raises(ArtifactError, match="expected"):
+        export(uri, str(tmp_path / "out"), "imagefolder")
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"label_epochs": 10**8},
+        {"label_epochs": 10**300},
+        {"num_images": 10**12},
+        {"image_size": 10**9},
+        {"tiles": 3},
+        {"tiles": 0},
+        {"mean": [0.5]},
+        {"std": [0.0, 1.0, 1.0]},
+        {"mean": [float("nan"), 0.5, 0.5]},
+        {"std": [float("inf"), 1.0, 1.0]},
+        {"channels": 2},
+        {"class_names": []},
+        {"class_names": "cat"},
+        {"class_names": [1, 2, 3]},
+        {"class_names": ["cat", "dog"]},
+        {"labels": {"labels": "told", "batch_size": 1}},
+        {"source": "s3://bucket"},
+        {"provenance": {}},
+        {"ipc": True},
+    ],
+)
+def test_a_manifest_that_cannot_be_is_refused(entries: dict[str, Any], tmp_path: Path) -> None:
+    uri = write(tmp_path / "set", {}, **entries)
+    with pytest.raises(ArtifactError, match="expected"):
+        read_whole(uri)
+
+
+def test_names_of_label_files_allocate_nothing(tmp_path: Path) -> None:
+    labels = codecs.encode_soft_labels(block(by_seed=True))
+    files = {"labels/epochs-00001-99999999.parquet": labels}
+    uri = write(tmp_path / "set", files, label_epochs=10**8)
+    with pytest.raises(ArtifactError, match="a block of label epochs that takes at most 256 MiB"):
+        DistilledDataset(uri)
+
+
+def test_one_value_in_every_row_is_refused_while_it_is_read() -> None:
+    rows = [{"bytes": bytes(100_000), "path": "x.png"}] * 500
+    table, sink = pa.table({"image": pa.array(rows)}), io.BytesIO()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd", write_page_checksum=True) as file:
+        for _ in range(8):
+            file.write_table(table)
+    del table
+    assert len(sink.getvalue()) < 50_000
+    with pytest.raises(ArtifactError, match="a Parquet file that takes at most 256 MiB"):
+        packing.read_parquet(sink.getvalue())
+
+
+def test_a_teacher_that_declares_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+    from tests.store.test_codecs import teacher
+    from wmdd_ray.core.networks import network_of
+
+    with pytest.raises(DataError, match="do not fit the network"):
+        network_of(replace(teacher(), width=60_000))
+    for change in ({"width": 10**9}, {"mean_C": (float("nan"),)}, {"arch": 3}, {"top1": 7.0}):
+        arrays, meta = packing.unpack(codecs.encode_teacher(teacher()))
+        with pytest.raises(ArtifactError, match="expected a teacher"):
+            codecs.decode_teacher(packing.pack(arrays, **{**meta, **change}))
+    weights = {**teacher().weights, "conv.weight": np.full((2, 1, 3, 3), np.inf, np.float32)}
+    with pytest.raises(ArtifactError, match="finite weights"):
+        codecs.decode_teacher(codecs.encode_teacher(replace(teacher(), weights=weights)))
+
+
+@pytest.mark.parametrize("error", [MemoryError, pa.ArrowMemoryError])
+def test_a_machine_without_memory_is_told_as_itself_and_no_room_is_blamed(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error("malloc of 1 GB failed")
+
+    monkeypatch.setattr("wmdd_ray.store.packing.pq.ParquetFile", fail)
+    with pytest.raises(
+        WmddError, match="no memory left.*malloc of 1 GB.*may well be whole"
+    ) as told:
+        codecs.decode_images(images())
+    assert not isinstance(told.value, ArtifactError) and "room" not in str(told.value)
+
+
+@pytest.mark.parametrize("layout", ["imagefolder", "webdataset", "huggingface"])
+@pytest.mark.parametrize("path", ["../../victim/family.png", "/tmp/x.png", "\x1b]0;x\x07.png"])
+def test_an_export_names_its_files_itself(layout: Format, path: str, tmp_path: Path) -> None:
+    victim = tmp_path / "victim" / "family.png"
+    victim.parent.mkdir()
+    victim.write_bytes(b"precious")
+    rows = [{"bytes": encode_png(image), "path": path} for image in IMAGES]
+    uri = write(tmp_path / "set", {DATA: rewritten(images(), with_column("image", rows))})
+    export(uri, str(tmp_path / "out" / layout), layout)
+    assert victim.read_bytes() == b"precious"
+    assert {p.name for p in tmp_path.iterdir()} == {"victim", "set", "out"}
+    names = [f"{i:05d}_{i:05d}" for i in range(N)]
+    out = tmp_path / "out" / layout
+    if layout == "imagefolder":
+        assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*.png")) == [
+            f"{NAMES[i]}/{name}.png" for i, name in enumerate(names)
+        ]
+    elif layout == "webdataset":
+        with tarfile.open(out / "train-000000.tar") as archive:
+            assert sorted(archive.getnames()) == sorted(
+                f"{name}.{ending}" for name in names for ending in ("png", "cls", "json")
+            )
+    else:
+        (part,) = out.glob("data/*.parquet")
+        assert [row["path"] for row in pq.read_table(part)["image"].to_pylist()] == [
+            f"{name}.png" for name in names
+        ]
