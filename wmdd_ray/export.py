@@ -16,7 +16,7 @@ import re
 import tarfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -156,7 +156,7 @@ def export(
             target.put(key, content)
             written.append(entry_of(key, content))
         written.sort(key=lambda entry: entry.key)
-        target.put(EXPORT_KEY, seal({**about, "files": [asdict(entry) for entry in written]}))
+        target.put(EXPORT_KEY, seal({**about, "files": [entry.document() for entry in written]}))
     return Export(
         uri=target.uri,
         num_images=num_images,

@@ -196,7 +196,7 @@ class _Decode:
     def _begin(self, shard: Shard, skip: frozenset[int]) -> frozenset[int]:
         """Count the attempt, which Ray Data would repeat for ever, and return the chunks that are finished by now."""
         key = f"shard-{shard.id}"
-        if self._room.store.exists(f"attempts/{key}.json"):
+        if self._room.store.exists(self._room.place("attempts", f"{key}.json")):
             ids = (unit.rpartition("-") for unit in self._room.finished())
             skip |= {int(chunk) for of, _, chunk in ids if of == shard.id}
         self._room.begin_unit(key, point=len(skip))

@@ -219,7 +219,7 @@ class _Scan:
     def _begin(self, split: str, shard: Shard, parts: int, records: int) -> tuple[int, int, int]:
         """Count the attempt, which Ray Data would repeat for ever; return (attempt, parts, records) that are finished by now."""
         key = f"shard-{split}-{shard.id}"
-        if self._room.store.exists(f"attempts/{key}.json"):
+        if self._room.store.exists(self._room.place("attempts", f"{key}.json")):
             prefix = f"{split}-{shard.id}-"
             units = [unit for unit in self._room.finished() if unit.startswith(prefix)]
             done = _parts_of(self._room.read_units(units), split, shard)
@@ -373,6 +373,7 @@ class _Write:
                 attempt=attempt,
                 metrics={"split": row["split"], **metrics},
                 seconds=time.perf_counter() - started,
+                published=True,
             )
         return pa.table({"marker": [json.dumps(asdict(marker))]})
 

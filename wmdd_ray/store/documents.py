@@ -27,16 +27,25 @@ _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 class FileEntry:
     """One object of a committed set: relative key, size in bytes, SHA-256 in hex.
 
+    `at` is the key that it lies at where that is another one, because somebody else's content was at `key` before.
+
     Raises:
-        ArtifactError: The key would lead out of its folder.
+        ArtifactError: A key would lead out of its folder.
     """
 
     key: str
     size_bytes: int
     sha256: str
+    at: str = ""
 
     def __post_init__(self) -> None:
         check_key(self.key)
+        if self.at:
+            check_key(self.at)
+
+    def document(self) -> dict[str, Any]:
+        """Return the entry as documents have it."""
+        return {name: value for name, value in asdict(self).items() if value != ""}
 
 
 def entry_of(key: str, content: bytes) -> FileEntry:
@@ -60,16 +69,17 @@ def read_verified(store: Store, entry: FileEntry) -> bytes:
     found = ""
     for _ in range(2):
         try:
-            content = store.get(entry.key)
+            content = store.get(entry.at or entry.key)
         except FileNotFoundError:
             found = "no object"
             continue
-        if entry_of(entry.key, content) == entry:
+        here = entry_of(entry.key, content)
+        if (here.size_bytes, here.sha256) == (entry.size_bytes, entry.sha256):
             return content
         found = f"{len(content)} bytes with another checksum"
     raise ArtifactError(
-        f"{store.url(entry.key)}: expected {entry.size_bytes} bytes with SHA-256 {entry.sha256[:12]}..., found {found}; "
-        "restore the object, or delete the room that holds it and run the stage again"
+        f"{store.url(entry.at or entry.key)}: expected {entry.size_bytes} bytes with SHA-256 {entry.sha256[:12]}..., found "
+        f"{found}; restore the object, or delete the room that holds it and run the stage again"
     )
 
 
@@ -129,7 +139,7 @@ def _checksum(plain: dict[str, Any]) -> str:
 
 def encode_manifest(meta: dict[str, Any], files: list[FileEntry]) -> bytes:
     """Return the manifest of a data set: `meta`, the format version, and every file with size and checksum."""
-    return seal({"format_version": FORMAT_VERSION, **meta, "files": [asdict(f) for f in files]})
+    return seal({"format_version": FORMAT_VERSION, **meta, "files": [f.document() for f in files]})
 
 
 def read_manifest(store: Store) -> tuple[dict[str, Any], list[FileEntry]]:

@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from wmdd_ray.store.uris import check_uri, fsspec_filesystem, is_gcs, local_path
 
 # What a file system without hard links says: exFAT, many network and FUSE mounts.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_PLACINGS = 5
 _memory_lock = threading.Lock()
 
 
@@ -93,8 +94,7 @@ class Store:
         check_key(key)
         with self._named("write", key):
             if self._path is not None:
-                with _staged(self._path / key, content) as staged:
-                    os.replace(staged, self._path / key)
+                _placed(self._path / key, content, _replaced)
             else:
                 self._ask("pipe_file", self._inside(key), content, **self._whole())
 
@@ -114,11 +114,11 @@ class Store:
         assert content, "a conditional write needs content"
         check_key(key)
         with self._named("create", key):
-            if self._path is not None:
-                with _staged(self._path / key, content) as staged:
-                    created = _linked(staged, self._path / key)
-            else:
-                created = self._create_remote(key, content)
+            created = (
+                self._create_remote(key, content)
+                if self._path is None
+                else _placed(self._path / key, content, _linked)
+            )
         if created:
             return True
         try:
@@ -275,6 +275,23 @@ class Store:
             else:
                 what = remedy(error, self.uri)
             raise ArtifactError(f"cannot {verb} {self.url(key)}: {what}") from error
+
+
+def _placed(target: Path, content: bytes, place: Callable[[Path, Path], bool]) -> bool:
+    """Stage content beside its target and place it there; again when somebody has swept the room or emptied it meanwhile."""
+    for attempt in range(_PLACINGS):
+        try:
+            with _staged(target, content) as staged:
+                return place(staged, target)
+        except FileNotFoundError:
+            if attempt == _PLACINGS - 1:
+                raise
+    raise AssertionError("the last one returns or raises")
+
+
+def _replaced(staged: Path, target: Path) -> bool:
+    os.replace(staged, target)
+    return True
 
 
 def _linked(staged: Path, target: Path) -> bool:

@@ -56,6 +56,7 @@ _FILES = _array(
             "size_bytes": _COUNT,
             "sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
         },
+        {"at": _TEXT},
         closed=True,
     )
 )
@@ -73,6 +74,7 @@ _COMMIT = _object(
         "units": _ANY,  # each is checked as a marker
         **{"metrics": _ANY, "seconds": _number(0), "host": _TEXT, "run": _TEXT, "finished": _TEXT},
     },
+    {"space": _TEXT},
     closed=True,
 )
 _MANIFEST = _object(
