@@ -29,6 +29,7 @@ import pytest
 from PIL import Image
 
 from tests.manifests import manifest_of
+from tests.store.hostile import read_odd_sets
 from tests.store.test_codecs import PAIRS
 from tests.store.written_sources import (
     CONFIG,
@@ -48,7 +49,8 @@ from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.images import decode_image
 from wmdd_ray.store.sources import load_images, open_source
 
-COUNT = 3000
+COUNT = int(os.environ.get("WMDD_FUZZ_MUTANTS", 300))
+"""Examples of a kind; `make fuzz` tries 3000."""
 LIMIT_S = 2.0
 MORE_MEMORY_BYTES = 512 << 20
 RGB = SourceConfig(image_size=8, resize=8)
@@ -314,6 +316,7 @@ FORMATS: dict[str, Callable[[], tuple[Target, list[bytes]]]] = {
     "marker": marker,
     "verified": verified,
     "records": records,
+    "set": read_odd_sets,
 }
 
 

@@ -5,10 +5,12 @@ All are read with little memory: what a file declares is refused before anything
 
 from __future__ import annotations
 
+import functools
 import io
 import resource
 import struct
 import tarfile
+import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,19 +23,28 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.manifests import manifest_of
-from wmdd_ray.config import ViewConfig
-from wmdd_ray.core.views import draw_block
+from tests.store.hostile import (
+    DATA,
+    IMAGES,
+    LABELS,
+    NAMES,
+    SIZE,
+    N,
+    block,
+    images,
+    labels_with,
+    read_whole,
+    rewritten,
+    with_column,
+    with_footer,
+    write,
+)
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.errors import ArtifactError, DataError, WmddError
 from wmdd_ray.export import Format, export
-from wmdd_ray.records import SoftLabelBlock, SoftLabels, ViewDraw
-from wmdd_ray.store import codecs, documents, packing
-from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store import codecs, packing
 from wmdd_ray.store.images import encode_png
 
-NAMES, SIZE, N = ("cat", "dog", "emu"), 8, 3
-IMAGES = np.random.default_rng(0).integers(0, 256, (N, SIZE, SIZE, 3), dtype=np.uint8)
-DATA, LABELS = "data/train-00000-of-00001.parquet", "labels/epochs-00000-00000.parquet"
 MORE_MEMORY_BYTES = 512 << 20
 
 
@@ -46,75 +57,11 @@ def little_memory() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def images(**changes: Any) -> bytes:
-    given = {"images_NHWC": IMAGES, "labels_N": np.arange(N), "weights_NT": np.ones((N, 1))}
-    return codecs.encode_images(**{**given, **changes}, class_names=NAMES)
+def place() -> str:
+    return f"memory://{uuid.uuid4().hex}/set"
 
 
-def block(by_seed: bool = False) -> SoftLabelBlock:
-    views = ViewConfig()
-    draw = ViewDraw(
-        seed=0, image_size=SIZE, index_N=np.arange(N, dtype=np.int32), flip=views.flip,
-        crop_scale_min=views.crop_scale_min, mix=views.mix, mix_alpha=views.mix_alpha,
-    )  # fmt: skip
-    values_VK = -np.arange(9, dtype=np.float16).reshape(N, 3)
-    labels = SoftLabels(num_classes=3, values_VK=values_VK)
-    return SoftLabelBlock(
-        first_epoch=0, num_epochs=1, views=draw_block(draw, range(1)), labels=labels,
-        draw=draw if by_seed else None,
-    )  # fmt: skip
-
-
-def write(uri: Path, files: dict[str, bytes], **entries: Any) -> str:
-    """Write a set with right sizes and checksums."""
-    teacher = {"teacher.safetensors": b"x"}
-    files = {DATA: images(), LABELS: codecs.encode_soft_labels(block()), **teacher, **files}
-    store = Store(str(uri))
-    for key, content in files.items():
-        store.put(key, content)
-    listed = [documents.entry_of(key, content) for key, content in files.items()]
-    store.put("manifest.json", documents.encode_manifest(manifest_of(**entries), listed))
-    return store.uri
-
-
-def read_whole(uri: str) -> DistilledDataset:
-    dataset = DistilledDataset(uri)
-    assert len(dataset[0]) == 3
-    dataset.label_epoch(0)
-    return dataset
-
-
-def rewritten(content: bytes, change: Callable[[pa.Table], pa.Table]) -> bytes:
-    """Return a Parquet file with another table and the same footer."""
-    table = pq.read_table(pa.BufferReader(content))
-    sink = io.BytesIO()
-    changed = change(table).replace_schema_metadata(table.schema.metadata)
-    pq.write_table(changed, sink, write_page_checksum=True, store_schema=False)
-    return sink.getvalue()
-
-
-def with_column(name: str, values: Any) -> Callable[[pa.Table], pa.Table]:
-    def change(table: pa.Table) -> pa.Table:
-        at = table.column_names.index(name)
-        return table.set_column(at, name, pa.array(values, type=table[name].type))
-
-    return change
-
-
-def with_footer(content: bytes, **entries: Any) -> bytes:
-    table = pq.read_table(pa.BufferReader(content))
-    meta = documents.unseal(table.schema.metadata[b"wmdd"], "")
-    for name, value in entries.items():
-        if name in meta:
-            meta[name] = value
-        else:
-            meta["draw"][name] = value
-    sink = io.BytesIO()
-    table = table.replace_schema_metadata({b"wmdd": documents.seal(meta)})
-    pq.write_table(table, sink, write_page_checksum=True, store_schema=False)
-    return sink.getvalue()
-
-
+@functools.cache
 def flat_png(side: int) -> bytes:
     """Return a PNG file of black pixels: a thousandth of its pixels' bytes."""
 
@@ -131,16 +78,11 @@ def flat_png(side: int) -> bytes:
     )
 
 
-def test_a_set_that_is_what_it_says_is_read(tmp_path: Path) -> None:
-    dataset = read_whole(write(tmp_path / "rows", {}))
+def test_a_set_that_is_what_it_says_is_read() -> None:
+    dataset = read_whole(write(place(), {}))
     np.testing.assert_array_equal(dataset.images, IMAGES)
     by_seed = codecs.encode_soft_labels(block(by_seed=True))
-    read_whole(write(tmp_path / "drawn", {LABELS: by_seed}))
-
-
-def labels_with(**changes: Any) -> bytes:
-    own = block()
-    return codecs.encode_soft_labels(replace(own, labels=replace(own.labels, **changes)))
+    read_whole(write(place(), {LABELS: by_seed}))
 
 
 def views_with(name: str, value: Any) -> bytes:
@@ -222,8 +164,8 @@ WRONG_LABELS: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG_LABELS.values(), ids=WRONG_LABELS.keys())
-def test_labels_that_cannot_be_are_refused(wrong: Callable[[], bytes], tmp_path: Path) -> None:
-    uri = write(tmp_path / "set", {LABELS: wrong()})
+def test_labels_that_cannot_be_are_refused(wrong: Callable[[], bytes]) -> None:
+    uri = write(place(), {LABELS: wrong()})
     with pytest.raises(ArtifactError, match="expected"):
         read_whole(uri)
 
@@ -253,31 +195,29 @@ WRONG_IMAGES: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("wrong", WRONG_IMAGES.values(), ids=WRONG_IMAGES.keys())
 def test_images_that_cannot_be_are_refused_by_who_reads_or_exports_them(
-    wrong: Callable[[], bytes], tmp_path: Path
+    wrong: Callable[[], bytes],
 ) -> None:
-    uri = write(tmp_path / "set", {DATA: wrong()})
+    uri = write(place(), {DATA: wrong()})
     with pytest.raises(ArtifactError, match="expected"):
         DistilledDataset(uri)
     for layout in ("imagefolder", "webdataset", "huggingface"):
         with pytest.raises(ArtifactError, match="expected"):
-            export(uri, str(tmp_path / layout), layout)
+            export(uri, f"{uri}-{layout}", layout)
 
 
 @pytest.mark.parametrize("says", [SIZE, 12_000], ids=["a small side", "the large side"])
-def test_a_small_file_of_huge_pictures_is_refused_before_one_is_decoded(
-    says: int, tmp_path: Path
-) -> None:
+def test_a_small_file_of_huge_pictures_is_refused_before_one_is_decoded(says: int) -> None:
     png = flat_png(12_000)
     row = {"bytes": png, "path": "x.png"}
     content = rewritten(images(), with_column("image", [row] * N))
-    uri = write(tmp_path / "set", {DATA: content}, image_size=says)
+    uri = write(place(), {DATA: content}, manifest_of(image_size=says))
     assert len(content) < 1_500_000
     with pytest.raises(ArtifactError, match="expected"):
         DistilledDataset(uri)
     with pytest.raises(ArtifactError, match="expected"):
         codecs.decode_images(content)
     with pytest.raises(ArtifactError, match="expected"):
-        export(uri, str(tmp_path / "out"), "imagefolder")
+        export(uri, f"{uri}-out", "imagefolder")
 
 
 @pytest.mark.parametrize(
@@ -304,16 +244,16 @@ def test_a_small_file_of_huge_pictures_is_refused_before_one_is_decoded(
         {"ipc": True},
     ],
 )
-def test_a_manifest_that_cannot_be_is_refused(entries: dict[str, Any], tmp_path: Path) -> None:
-    uri = write(tmp_path / "set", {}, **entries)
+def test_a_manifest_that_cannot_be_is_refused(entries: dict[str, Any]) -> None:
+    uri = write(place(), {}, manifest_of(**entries))
     with pytest.raises(ArtifactError, match="expected"):
         read_whole(uri)
 
 
-def test_names_of_label_files_allocate_nothing(tmp_path: Path) -> None:
+def test_names_of_label_files_allocate_nothing() -> None:
     labels = codecs.encode_soft_labels(block(by_seed=True))
     files = {"labels/epochs-00001-99999999.parquet": labels}
-    uri = write(tmp_path / "set", files, label_epochs=10**8)
+    uri = write(place(), files, manifest_of(label_epochs=10**8))
     with pytest.raises(ArtifactError, match="a block of label epochs that takes at most 256 MiB"):
         DistilledDataset(uri)
 
@@ -330,7 +270,7 @@ def test_one_value_in_every_row_is_refused_while_it_is_read() -> None:
         packing.read_parquet(sink.getvalue())
 
 
-def test_a_teacher_that_declares_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+def test_a_teacher_that_declares_more_than_it_holds_is_refused() -> None:
     from tests.store.test_codecs import teacher
     from wmdd_ray.core.networks import network_of
 
@@ -367,7 +307,7 @@ def test_an_export_names_its_files_itself(layout: Format, path: str, tmp_path: P
     victim.parent.mkdir()
     victim.write_bytes(b"precious")
     rows = [{"bytes": encode_png(image), "path": path} for image in IMAGES]
-    uri = write(tmp_path / "set", {DATA: rewritten(images(), with_column("image", rows))})
+    uri = write(f"{tmp_path}/set", {DATA: rewritten(images(), with_column("image", rows))})
     export(uri, str(tmp_path / "out" / layout), layout)
     assert victim.read_bytes() == b"precious"
     assert {p.name for p in tmp_path.iterdir()} == {"victim", "set", "out"}
