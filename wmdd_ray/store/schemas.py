@@ -95,7 +95,13 @@ _MANIFEST = _object(
         ),
     },
     {
-        "labels": _object({"labels": {"enum": ["stored", "online"]}, "batch_size": _POSITIVE}),
+        "labels": _object(
+            {"labels": {"enum": ["stored", "online"]}, "batch_size": _POSITIVE},
+            {
+                **{"compression": {"enum": ["full", "top_k"]}, "top_k": _POSITIVE},
+                **{"precision": {"enum": ["fp16", "int8"]}, "step": _number(0)},
+            },
+        ),
         "teachers_top1": _array(_FRACTION, 1),
     },
 )
