@@ -216,7 +216,8 @@ def odd_set(content: bytes, root: str) -> dict[str, Any]:
             arrays, meta = packing.unpack(codecs.encode_teacher(teacher()))
             name = rng.choice(sorted(arrays))
             if rng.random() < 0.3:
-                arrays[name] = rng.choice((arrays[name][:1], arrays[name] * math.nan, np.zeros(0)))
+                odd = (arrays[name].reshape(-1)[:1], arrays[name] * math.nan, np.zeros(0))
+                arrays[name] = rng.choice(odd)
             else:
                 meta = odd_of(meta, rng)
             files[TEACHER] = packing.pack(arrays, **meta) if isinstance(meta, dict) else b"x"

@@ -21,6 +21,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from wmdd_ray.errors import ArtifactError, WmddError
+from wmdd_ray.store.pages import declared_bytes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -110,7 +111,7 @@ def read_parquet(content: bytes) -> pa.Table:
         return _read_parquet(content)
     except MemoryError:  # which Arrow's own is too
         raise
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"expected a Parquet file with valid page checksums: {error}"
         ) from error
@@ -119,14 +120,18 @@ def read_parquet(content: bytes) -> pa.Table:
 def _read_parquet(content: bytes) -> pa.Table:
     """Return the table, within the budget: a dictionary's one long value may stand in every row."""
     what = "a Parquet file"
+    pages, dictionary = declared_bytes(content)
+    check_budget(pages, len(content), what)
     with pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True) as file:
         meta, schema = file.metadata, file.schema_arrow
-        groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
-        check_budget(sum(max(0, group.total_byte_size) for group in groups), len(content), what)
         bits = [_bits(field.type) for field in schema]
         check_budget(sum(bits) / 8 * meta.num_rows, len(content), what)
         batches, total = [], 0
-        for batch in file.iter_batches(batch_size=meta.num_rows or 1 if all(bits) else _BATCH_ROWS):
+        # Where widths are not fixed, as many rows as fit, while they grow, when all hold the longest value that there can be.
+        rows = (
+            meta.num_rows if all(bits) else min(_BATCH_ROWS, BUDGET_BYTES // (4 * dictionary + 1))
+        )
+        for batch in file.iter_batches(batch_size=max(1, rows), use_threads=False):
             total += batch.nbytes
             check_budget(total, len(content), what)
             batches.append(batch)
