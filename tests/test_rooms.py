@@ -183,6 +183,15 @@ def test_a_marker_that_names_another_place_outside_its_room_is_refused(
         room.read_unit("g0")
 
 
+def test_a_plan_whose_space_leads_out_of_the_room_is_refused(
+    open_room: Callable[[str], Room],
+) -> None:
+    room = open_room("")
+    room.store.put("plan.json", seal({"fingerprint": "f", "space": "../../elsewhere"}))
+    with pytest.raises(ArtifactError, match="expected a space of hexadecimal digits"):
+        room.finished()
+
+
 def test_units_of_one_plan_are_none_of_the_next_ones(open_room: Callable[[str], Room]) -> None:
     zombie = open_room("one")
     assert zombie.finished() == set()  # it has seen the plan, and works

@@ -114,7 +114,13 @@ class Room:
     def space(self) -> str:
         """The folder inside `attempts/`, `units/` and `partial/` that the room's plan has to itself; empty of its first plan."""
         if self._space is None:
-            self._space = str((self.read_plan() or {}).get("space", ""))
+            space = str((self.read_plan() or {}).get("space", ""))
+            if not re.fullmatch("[0-9a-f]*", space):
+                raise ArtifactError(
+                    f"{self.store.url('plan.json')}: expected a space of hexadecimal digits, found {space[:40]!r}; it was written by "
+                    "somebody else"
+                )
+            self._space = space
         return self._space
 
     def place(self, kind: str, name: str = "") -> str:
