@@ -117,8 +117,8 @@ class Room:
             space = str((self.read_plan() or {}).get("space", ""))
             if not re.fullmatch("[0-9a-f]*", space):
                 raise ArtifactError(
-                    f"{self.store.url('plan.json')}: expected a space of hexadecimal digits, found {space[:40]!r}; it was written by "
-                    "somebody else"
+                    f"{self.store.url('plan.json')}: expected a space of hexadecimal digits, found {space[:40]!r}; somebody else "
+                    "wrote it"
                 )
             self._space = space
         return self._space
