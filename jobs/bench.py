@@ -17,18 +17,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
-from jobs.benches.accuracy.command import accuracy
-from jobs.benches.barycenter import barycenter
-from jobs.benches.features import features
-from jobs.benches.labels.command import labels
-from jobs.benches.loader import loader
-from jobs.benches.orchestration import orchestration
-from jobs.benches.otg.command import otg
-from jobs.benches.otm import otm
-from jobs.benches.prepare import prepare
-from jobs.benches.recover import recover
-from jobs.benches.robustness.command import robustness
-from jobs.benches.scale import scale
+from jobs import command_line
+from jobs.benches.scale.command import scale
+from jobs.benches.speed.barycenter import barycenter
+from jobs.benches.speed.features import features
+from jobs.benches.speed.loader import loader
+from jobs.benches.speed.orchestration import orchestration
+from jobs.benches.speed.otm import otm
+from jobs.benches.speed.prepare import prepare
+from jobs.benches.speed.recover import recover
+from jobs.benches.study.command import accuracy
+from jobs.benches.study.labels import labels
+from jobs.benches.study.otg import otg
+from jobs.benches.study.robustness import robustness
 
 
 def main(arguments: list[str]) -> None:
@@ -59,4 +60,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    command_line.run(main)

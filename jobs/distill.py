@@ -21,18 +21,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
-from jobs import endings
-from wmdd_ray.card import results_table, size
+from jobs import command_line, endings
 from wmdd_ray.config import DistillConfig, Reporting, Resources, StageName, refuse_secrets
-from wmdd_ray.progress import StageLine, duration
-from wmdd_ray.provenance import hardware, versions
+from wmdd_ray.product.card import results_table, size
 from wmdd_ray.recipes import recipe_of
-from wmdd_ray.rooms import StageCommit
-from wmdd_ray.run import Run, Stage, StageRun, expected_plan, fingerprint, flatten, run_pipeline
+from wmdd_ray.spine.provenance import hardware, versions
+from wmdd_ray.spine.rooms import StageCommit
+from wmdd_ray.spine.run import (
+    Run,
+    Stage,
+    StageRun,
+    expected_plan,
+    fingerprint,
+    flatten,
+    run_pipeline,
+)
 from wmdd_ray.store.documents import dump_json
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
-from wmdd_ray.tracking import TrackedRun, trackers_of
+from wmdd_ray.telling.progress import StageLine, duration
+from wmdd_ray.telling.trackers import TrackedRun, trackers_of
+
+_FIRST = "recipe variant ipc seed data val-data teacher out from overwrite dry-run num-workers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +92,7 @@ def parse(arguments: list[str]) -> Job:
     known, _ = first.parse_known_args(arguments)
     ipc = int(known.ipc) if known.ipc.isdecimal() else 10  # tyro says what is wrong with others
     default = Job(config=recipe_of(known.recipe, ipc, known.variant))
-    return tyro.cli(Job, args=arguments, default=default, description=__doc__)
+    return command_line.parse(Job, arguments, description=__doc__, default=default, first=_FIRST)
 
 
 def distill(job: Job) -> int:
@@ -92,15 +102,14 @@ def distill(job: Job) -> int:
     tracked = tracked_run(run)
     trackers = [] if job.dry_run else trackers_of(job.reporting, tracked)
     # Imported here: stages load torch and Ray, which a wrong option should not have to wait for.
+    from wmdd_ray.executors.dispatch import sweep_notes, watch_of
     from wmdd_ray.stages import recover
-    from wmdd_ray.stages.metrics import LiveWatch
     from wmdd_ray.stages.pipeline import PIPELINE
-    from wmdd_ray.stages.train_groups import sweep_notes
 
     if job.dry_run:
         print_plan(run, PIPELINE)
         return 0
-    run.watch = LiveWatch(tracked, trackers)
+    run.watch = watch_of(run, tracked, trackers)
     with endings.ended(run):
         if run.config.recover.method == "diffusion":
             # A wrong name is better told before the teacher is trained.
@@ -139,7 +148,7 @@ def open_run(job: Job) -> Run:
         )
 
     def connect() -> None:
-        endings.join_cluster(out, verbose=job.verbose)
+        endings.join_cluster(out, job.resources, verbose=job.verbose)
         # Only now: a run that was refused, or had nothing to do, is not what made the rooms.
         write_run_record(run)
 
@@ -230,6 +239,9 @@ def print_summary(
         )
         for reason in commits["features"].metrics["bad_images"][:5]:
             print(f"skipped         {reason}")
+    told = commits["features"].metrics.get("files_seen") if "features" in commits else None
+    if told and run.config.data != "digits":
+        print(f"real images     {told}")
     if report is not None:
         print(f"report          {report}")
     if "evaluation" in commits:
@@ -267,4 +279,4 @@ def write_report(run: Run) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command_line.run(main)

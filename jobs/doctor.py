@@ -26,6 +26,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.requirements import Requirement
 
+from jobs import command_line
 from jobs.checks.cluster import check_cluster, check_nodes
 from jobs.checks.images import check_data, check_teacher
 from jobs.checks.plan import check_plan
@@ -61,7 +62,7 @@ def main(arguments: list[str]) -> int:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--no-cluster", action="store_true")
     mine, arguments = own.parse_known_args(arguments)
-    if {"-h", "--help"} & {*arguments}:
+    if command_line.asks_for_help(arguments):
         print(__doc__)
     try:
         job = parse(arguments)
@@ -216,4 +217,4 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command_line.run(main)

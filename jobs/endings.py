@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
+from wmdd_ray.config import Resources
 from wmdd_ray.errors import WmddError
-from wmdd_ray.progress import AboveTheBar
 from wmdd_ray.redaction import PlainFormatter, plain
-from wmdd_ray.run import Run
+from wmdd_ray.spine.run import Run
+from wmdd_ray.telling.progress import AboveTheBar
 
 _GRACE_S = 10.0
 _RESUME = "finished units are kept: run the same command again to go on"
@@ -59,9 +60,11 @@ def log_above_the_bar(*, verbose: bool) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[shown])
 
 
-def join_cluster(out: str, *, verbose: bool) -> None:
+def join_cluster(out: str, resources: Resources, *, verbose: bool) -> None:
     """Join or start the cluster for a run under `out`, and go on hearing requests to terminate."""
-    from wmdd_ray.stages.cluster import connect
+    if resources.executor == "here":
+        return
+    from wmdd_ray.executors.cluster import connect
 
     try:
         connect(out, verbose=verbose)

@@ -20,14 +20,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs import distill, endings
-from jobs.asked import Asked, parse
-from jobs.results import print_summary, write_results
+from jobs import command_line, distill, endings
+from jobs.evaluation.options import Asked, parse
+from jobs.evaluation.results import print_summary, write_results
 from wmdd_ray.errors import DataError
-from wmdd_ray.progress import StageLine
-from wmdd_ray.run import Run, run_pipeline
+from wmdd_ray.spine.run import Run, run_pipeline
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
+from wmdd_ray.store.sources.classes import by_number, shown
+from wmdd_ray.telling.progress import StageLine
 
 
 def main(arguments: list[str]) -> int:
@@ -44,18 +45,18 @@ def main(arguments: list[str]) -> int:
 def evaluate(asked: Asked) -> int:
     """Train and test the students that are missing, and print the table."""
     started = time.monotonic()
-    from wmdd_ray.attacks import require_libraries
+    from wmdd_ray.executors.dispatch import sweep_notes, watch_of
+    from wmdd_ray.robustness import results
+    from wmdd_ray.robustness.attacks import require_libraries
     from wmdd_ray.stages import attack
     from wmdd_ray.stages.given_set import config_of, stages
-    from wmdd_ray.stages.metrics import LiveWatch
-    from wmdd_ray.stages.train_groups import sweep_notes
 
     run = open_run(asked)
     configs = {student: config_of(asked.config, student) for student in asked.students}
     if asked.attack.names:
         require_libraries(asked.attack.names, len(run.source("train").class_names))
     real = run.source("real").fingerprint() if asked.config.evaluate.baselines else None
-    run.watch = LiveWatch(distill.tracked_run(run), [])
+    run.watch = watch_of(run, distill.tracked_run(run))
     with endings.ended(run):
         work = stages(asked.config, asked.students, real)
         if asked.attack.names:
@@ -69,7 +70,7 @@ def evaluate(asked: Asked) -> int:
         for student in asked.students
         for row in commits[student].metrics["table"]
     ]
-    attacked = attack.results(run, configs, asked.attack) if asked.attack.names else None
+    attacked = results.results(run, configs, asked.attack) if asked.attack.names else None
     write_results(run, asked, commits, table, attacked)
     print_summary(run, asked, commits, table, attacked, time.monotonic() - started)
     return 0
@@ -115,7 +116,7 @@ def open_run(asked: Asked) -> Run:
         open_source=open_split,
         # The longest name of an architecture would touch the numbers.
         progress=lambda name: StageLine(f"{name:<{width}}"),
-        connect=lambda: endings.join_cluster(asked.out, verbose=job.verbose),
+        connect=lambda: endings.join_cluster(asked.out, job.resources, verbose=job.verbose),
         unsafe_commits=job.allow_unsafe_commits,
     )
     return run
@@ -132,9 +133,18 @@ def foreign_set(asked: Asked, names: tuple[str, ...]) -> Source:
             f"--classes order: expected {len(names)} classes as the held-out images have, found {len(found.class_names)} in "
             f"{job.uri}"
         )
+    ordered = names if {*found.class_names} == {*names} else by_number(found.class_names)
+    if ordered is not names and by_number(names) != names:
+        raise DataError(
+            f"--classes order: the held-out images' classes {shown(names)} are numbered and come in the order of text, so class 2 "
+            f"could be {by_number(names)[2]!r} or {names[2]!r}; pad their names with zeros, or name the set's classes alike and "
+            "pass --classes names"
+        )
+    if ordered != found.class_names:
+        found = open_source(job.uri, source, split="train", class_names=ordered)
     found.class_names = names
     return found
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command_line.run(main)

@@ -16,10 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
-from wmdd_ray.card import size
+from jobs import command_line
 from wmdd_ray.config import LabelKind, refuse_secrets
 from wmdd_ray.errors import WmddError
-from wmdd_ray.export import Export, Format, export
+from wmdd_ray.product.card import size
+from wmdd_ray.product.export import Export, Format, export
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ _OPENED_BY = {
 def main(arguments: list[str]) -> int:
     """Run the job and return its exit code."""
     try:
-        job = tyro.cli(Job, args=arguments, description=__doc__)
+        job = command_line.parse(Job, arguments, description=__doc__)
         done = export(job.uri, job.out, job.layout, labels=job.labels, license_name=job.license)
     except WmddError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -85,4 +86,4 @@ def show(job: Job, done: Export) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command_line.run(main)

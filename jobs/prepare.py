@@ -22,16 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
-from jobs import endings
+from jobs import command_line, endings
 from jobs.checks.report import many
 from jobs.distill import tracked_run
-from wmdd_ray.card import size
 from wmdd_ray.config import DistillConfig, Resources, refuse_secrets
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError, LostRaceError
-from wmdd_ray.prepare import SPLITS, PrepareConfig, check_class_names
-from wmdd_ray.progress import StageLine, duration
-from wmdd_ray.provenance import versions
-from wmdd_ray.run import Run, difference, expected_plan, run_pipeline
+from wmdd_ray.product.card import size
+from wmdd_ray.spine.provenance import versions
+from wmdd_ray.spine.run import Run, difference, expected_plan, run_pipeline
 from wmdd_ray.store.documents import FileEntry, encode_manifest, entries_of, read_sealed
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
@@ -40,6 +38,10 @@ from wmdd_ray.store.sources.listing import NoSuchSplitError
 from wmdd_ray.store.sources.opening import PREPARED_KEY
 from wmdd_ray.store.sources.webdataset_index import parse_class_names
 from wmdd_ray.store.uris import local_path
+from wmdd_ray.telling.progress import StageLine, duration
+from wmdd_ray.units.splitting import SPLITS, PrepareConfig, check_class_names
+
+_FIRST = "out val-data val-fraction max-side classes format teacher overwrite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ def main(arguments: list[str]) -> int:
     """Run the job and return its exit code."""
 
     def work() -> int:
-        job = tyro.cli(Job, args=arguments, description=__doc__)
+        job = command_line.parse(Job, arguments, description=__doc__, first=_FIRST)
         endings.log_above_the_bar(verbose=job.verbose)
         return prepare(job)
 
@@ -92,7 +94,7 @@ def prepare(job: Job) -> int:
     started = time.monotonic()
     run = open_run(job)
     # Imported here: Ray, which a wrong option should not have to wait for.
-    from wmdd_ray.stages.metrics import LiveWatch
+    from wmdd_ray.executors.dispatch import watch_of
     from wmdd_ray.stages.prepare import SCAN, WRITE, delete_parts
 
     plans = {"scan": expected_plan(run, SCAN, {})}
@@ -108,7 +110,7 @@ def prepare(job: Job) -> int:
             f"(chance {100 / len(images.class_names):.1f} %)"
         )
     if found is None:
-        run.watch = LiveWatch(tracked_run(run), [])
+        run.watch = watch_of(run, tracked_run(run))
         with endings.ended(run):
             commits = run_pipeline(run, (SCAN, WRITE), overwrite=job.overwrite)
         made = commits[WRITE.room]
@@ -144,7 +146,7 @@ def open_run(job: Job) -> Run:
         resources=Resources(),
         open_source=open_split,
         progress=StageLine,
-        connect=lambda: endings.join_cluster(job.out, verbose=job.verbose),
+        connect=lambda: endings.join_cluster(job.out, run.resources, verbose=job.verbose),
         unsafe_commits=job.allow_unsafe_commits,
     )
     return run
@@ -257,6 +259,7 @@ def _publish(
         "class_names": list(source.class_names),
         **written,
         "bad_images": scanned["bad_images"],
+        "files_seen": scanned["files_seen"],
         "options": asdict(cast(Any, run.config)),
         "source": {
             "root": source.root,
@@ -289,6 +292,8 @@ def print_summary(store: Store, found: dict[str, Any], seconds: float) -> None:
             f"{split:<16}{part['num_images']} images, {min(counts)} to {max(counts)} a class, {size(part['size_bytes'])} in {files}"
         )
     print(f"classes         {len(names)}: {shown(names)}")
+    for split, told in found.get("files_seen", {}).items():
+        print(f"{split:<16}{told}")
     if found["bad_images"]:
         print(
             f"left out        {many(found['bad_images'], 'bad image')}: {store.url('bad_images.jsonl')}"
@@ -363,4 +368,4 @@ def _in_our_words(text: str, named: bool) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command_line.run(main)

@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
-from wmdd_ray.card import size
+from jobs import command_line
 from wmdd_ray.config import DistillConfig, refuse_secrets
 from wmdd_ray.errors import ConfigError, DataError, WmddError
+from wmdd_ray.product.card import size
 from wmdd_ray.redaction import PlainFormatter
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
@@ -57,7 +58,7 @@ def main(arguments: list[str]) -> int:
     shown.setFormatter(PlainFormatter("%(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[shown])
     try:
-        report = tyro.cli(Report, args=arguments, description=__doc__)
+        report = command_line.parse(Report, arguments, description=__doc__)
         store, key = _target(report)
         content = page_of(
             Store(report.run),
@@ -104,9 +105,9 @@ def page_of(
         DataError: `data` is no data set.
     """
     # Imported here: stages load torch and Ray, which a wrong option should not have to wait for.
-    from jobs.pages.classes import chosen_labels, shown_classes
-    from jobs.pages.facts import read_run
-    from jobs.pages.page import render
+    from wmdd_ray.product.pages.classes import chosen_labels, shown_classes
+    from wmdd_ray.product.pages.facts import read_run
+    from wmdd_ray.product.pages.page import render
     from wmdd_ray.stages.pipeline import PIPELINE
 
     facts = read_run(store, PIPELINE, config)
@@ -147,4 +148,4 @@ def _open(config: DistillConfig) -> Source:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command_line.run(main)

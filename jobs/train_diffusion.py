@@ -21,68 +21,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
-from jobs import endings
+from jobs import command_line, endings
 from wmdd_ray.config import SourceConfig, refuse_secrets
-from wmdd_ray.diffusion_card import CLASSES_KEY, INDEX_KEY, check_widths
+from wmdd_ray.diffusion.card import CLASSES_KEY, INDEX_KEY, check_widths
+from wmdd_ray.diffusion.training import Training, train_unet
 from wmdd_ray.errors import ConfigError, DataError
-from wmdd_ray.progress import StageLine, duration
-from wmdd_ray.provenance import hardware, versions
+from wmdd_ray.options import check, fingerprint_options, option
 from wmdd_ray.recipes import recipe_of
-from wmdd_ray.run import difference, fingerprint
+from wmdd_ray.spine.provenance import hardware, versions
+from wmdd_ray.spine.run import difference, fingerprint
 from wmdd_ray.store.documents import read_sealed, seal
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, load_images, open_source
+from wmdd_ray.telling.progress import StageLine, duration
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
-    from torch import nn
 
     from wmdd_ray.core.optimizer import State
-    from wmdd_ray.diffusion import DiffusionModel
+    from wmdd_ray.diffusion.model import DiffusionModel
 
 _PLAN_KEY = "training/plan.json"
 _PREVIEW_IMAGES, _PREVIEW_STEPS = 6, 25
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """What the weights depend on, beside the images."""
-
-    widths: tuple[int, ...] = (16, 32, 64)
-    """Channels at the image's resolution, at its half, and so on; multiples of 8. The last one has attention."""
-    layers: int = 1
-    """Blocks at each resolution."""
-    epochs: int = 100
-    """Passes over the images; of Fashion-MNIST 3 are as many steps."""
-    batch_size: int = 64
-    """Images of a step."""
-    learning_rate: float = 2e-3
-    """Peak rate of AdamW; cosine to 0."""
-    ema_decay: float = 0.995
-    """Decay a step of the weights' moving average, which is what is kept."""
-    drop_class: float = 0.1
-    """Share of the labels that are left out, for --recover.diffusion.guidance-scale (0.1 in DiT)."""
-    flip: bool = False
-    """Mirror half of the images (off for digits: a mirrored digit is no digit)."""
-    seed: int = 0
-    """Seed of everything random."""
-
-    def __post_init__(self) -> None:
-        for name in ("layers", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')}: expected >= 1, got {getattr(self, name)}"
-                )
-        for name in ("ema_decay", "drop_class"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')}: expected in [0, 1), got {getattr(self, name)}"
-                )
-        if not 0 < self.learning_rate < float("inf"):
-            raise ConfigError(f"--learning-rate: expected > 0, got {self.learning_rate}")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"--seed: expected in [0, 2^63), got {self.seed}")
+_FIRST = "recipe data out epochs batch-size learning-rate widths seed overwrite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +56,9 @@ class Job:
     """Training images: `digits` (embedded), a path, or a URI; the recipe's by default."""
     out: str | None = None
     """Folder or URI of the model; runs/diffusion-RECIPE by default."""
-    checkpoint_s: float = 30.0
+    checkpoint_s: float = option(30.0, gt=0)
     """Least seconds between two stored states."""
-    memory_limit_gib: float = 4.0
+    memory_limit_gib: float = option(4.0, gt=0)
     """Most of decoded images; they are held in memory."""
     overwrite: bool = False
     """Replace a model that was trained with other options or on other images."""
@@ -109,11 +70,7 @@ class Job:
     def __post_init__(self) -> None:
         refuse_secrets("out", self.out)
         refuse_secrets("data", self.data)
-        for name in ("checkpoint_s", "memory_limit_gib"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(
-                    f"--{name.replace('_', '-')}: expected a finite number > 0, got {getattr(self, name)}"
-                )
+        check(self)
         check_widths(self.training.widths, self.source.image_size)
 
 
@@ -135,7 +92,7 @@ def parse(arguments: list[str]) -> Job:
     known, _ = first.parse_known_args(arguments)
     recipe = recipe_of(known.recipe, 1)
     default = Job(recipe=known.recipe, data=recipe.data, source=recipe.source)
-    return tyro.cli(Job, args=arguments, default=default, description=__doc__)
+    return command_line.parse(Job, arguments, description=__doc__, default=default, first=_FIRST)
 
 
 def train(job: Job) -> int:
@@ -148,7 +105,7 @@ def train(job: Job) -> int:
     if mine and store.exists(INDEX_KEY):
         print(f"found whole     {store.uri}")
         return 0
-    from wmdd_ray.diffusion import save_model
+    from wmdd_ray.diffusion.model import save_model
 
     # Before the folder is claimed: it shall not be of options that never trained.
     _, labels_N, images_NHWC, _ = _loaded(job, source)
@@ -184,7 +141,7 @@ def train(job: Job) -> int:
 
 def _plan(job: Job, source: Source) -> dict[str, Any]:
     """Return what the weights depend on, in the form of a room's plan."""
-    options = {"source": asdict(job.source), "training": asdict(job.training)}
+    options = {name: fingerprint_options(getattr(job, name)) for name in ("source", "training")}
     head = {
         "version": 1,
         "options": json.loads(json.dumps(options)),
@@ -242,9 +199,9 @@ def _trained(
     """Return the trained model, and the losses of the epochs of this run."""
     import torch
 
-    from wmdd_ray.diffusion import DiffusionModel, trained_card
-    from wmdd_ray.rooms import Room
-    from wmdd_ray.stages.checkpoints import Checkpoints
+    from wmdd_ray.diffusion.model import DiffusionModel, trained_card
+    from wmdd_ray.spine.checkpoints import Checkpoints
+    from wmdd_ray.spine.rooms import Room
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep = Checkpoints(Room(store, ""), "training", job.checkpoint_s)
@@ -274,71 +231,13 @@ def _trained(
     return DiffusionModel(card, network, None, scheduler), losses
 
 
-def train_unet(
-    training: Training,
-    images_NHWC: np.ndarray,
-    labels_N: np.ndarray,
-    *,
-    num_classes: int,
-    device: torch.device | str,
-    state: State | None,
-    on_epoch: Callable[[int, float, Callable[[], State]], None],
-) -> tuple[nn.Module, Any]:
-    """Return a UNet with the average of its weights, and its scheduler.
-
-    Args:
-        training: What the weights depend on, beside the images.
-        images_NHWC: uint8, square.
-        labels_N: int64.
-        num_classes: Classes; one more stands for none.
-        device: Where to train.
-        state: Resume from here: what `get_state` gave.
-        on_epoch: Called as on_epoch(epoch from 0, mean loss, get_state).
-    """
-    import torch
-
-    from wmdd_ray.core.denoising import train_denoiser
-    from wmdd_ray.core.synthesis import deterministic_convolutions
-    from wmdd_ray.diffusion import new_unet
-
-    with torch.random.fork_rng([]):
-        torch.manual_seed(training.seed)
-        network, scheduler = new_unet(
-            training.widths,
-            image_size=images_NHWC.shape[1],
-            channels=images_NHWC.shape[3],
-            num_classes=num_classes,
-            layers=training.layers,
-        )
-    # A third less time on CPU, and what tensor cores want.
-    network = network.to(device, memory_format=torch.channels_last)
-    with deterministic_convolutions():
-        train_denoiser(
-            network,
-            scheduler,
-            images_NHWC,
-            labels_N,
-            null_class=num_classes,
-            epochs=training.epochs,
-            batch_size=training.batch_size,
-            learning_rate=training.learning_rate,
-            ema_decay=training.ema_decay,
-            drop_class=training.drop_class,
-            flip=training.flip,
-            seed=training.seed,
-            state=state,
-            on_epoch=on_epoch,
-        )
-    return network, scheduler
-
-
 def _preview(model: DiffusionModel, seed: int) -> bytes:
     """Return a PNG with some samples of each class, without guidance by real images."""
     from functools import partial
 
     from wmdd_ray.config import DiffusionConfig
-    from wmdd_ray.core.sampling import SampleTarget, sample_group
-    from wmdd_ray.pictures import preview
+    from wmdd_ray.diffusion.sampling import SampleTarget, sample_group
+    from wmdd_ray.units.pictures import preview
 
     names = model.card.class_names[:20]
     device = next(model.network.parameters()).device
@@ -366,4 +265,4 @@ def _blank(model: DiffusionModel) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command_line.run(main)

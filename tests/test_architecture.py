@@ -1,11 +1,9 @@
-"""The arrows of the house go down only, and nothing in it unpickles: read off the source, file by file.
-
-jobs -> stages -> {core, store} -> {records, config, errors}; only jobs and stages know Ray; core is pure mathematics.
-"""
+"""The arrows of the house go down only, nothing goes in circles, nothing unpickles: read off the source, file by file."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,16 +13,27 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*ROOT.glob("wmdd_ray/**/*.py"), *ROOT.glob("jobs/**/*.py")])
 
-# What a room must not import, by the longest prefix of its path.
-FORBIDDEN = {
-    "jobs/": (),
-    "wmdd_ray/stages/": ("jobs",),
-    "wmdd_ray/": ("jobs", "ray", "wmdd_ray.stages"),
-    "wmdd_ray/store/": ("jobs", "ray", "torch", "torchvision", "wmdd_ray.core", "wmdd_ray.stages"),
-}
+# From the bottom up: a room may import what stands before its own row, its own files, and nothing else of the project.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("wmdd_ray.errors",),
+    ("wmdd_ray.options",),
+    ("wmdd_ray.config", "wmdd_ray.records"),
+    ("wmdd_ray.recipes",),
+    ("wmdd_ray.core", "wmdd_ray.store"),
+    ("wmdd_ray.spine", "wmdd_ray.dataset"),
+    ("wmdd_ray.diffusion",),
+    ("wmdd_ray.units",),
+    ("wmdd_ray.robustness", "wmdd_ray.telling"),
+    ("wmdd_ray.product",),
+    ("wmdd_ray.executors",),
+    ("wmdd_ray.stages",),
+    ("jobs",),
+)
+KNOW_RAY = ("wmdd_ray.executors", "wmdd_ray.stages", "jobs")
+FORBIDDEN = {"wmdd_ray.store": ("torch", "torchvision")}
 # Where a list of what is allowed is shorter: third parties and ours. The standard library is free unless named below.
 ALLOWED = {
-    "wmdd_ray/core/": (
+    "wmdd_ray.core": (
         *(
             "numpy",
             "ot",
@@ -37,10 +46,11 @@ ALLOWED = {
         ),
         *("wmdd_ray.config", "wmdd_ray.core", "wmdd_ray.errors", "wmdd_ray.records"),
     ),
-    "wmdd_ray/config.py": ("wmdd_ray.errors", "wmdd_ray.redaction"),
-    "wmdd_ray/records.py": ("numpy", "wmdd_ray.errors"),
-    "wmdd_ray/errors.py": ("wmdd_ray.redaction",),
-    "wmdd_ray/redaction.py": (),
+    "wmdd_ray.config": ("wmdd_ray.errors", "wmdd_ray.options", "wmdd_ray.redaction"),
+    "wmdd_ray.options": ("wmdd_ray.errors", "wmdd_ray.redaction"),
+    "wmdd_ray.records": ("numpy", "wmdd_ray.errors"),
+    "wmdd_ray.errors": ("wmdd_ray.redaction",),
+    "wmdd_ray.redaction": (),
 }
 # Core reads no clock, touches no files, starts nothing, and takes its randomness as an argument.
 IMPURE = (
@@ -141,23 +151,59 @@ def impure_calls(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, f"{name}( uses the global random state"
 
 
+def layer_of(module: str) -> tuple[int, str]:
+    """Return the row of a module of the project, and its room there."""
+    for row, rooms in enumerate(LAYERS):
+        for room in rooms:
+            if within(module, (room,)):
+                return row, room
+    return -1, module  # the package itself
+
+
+def is_above(module: str, other: str) -> bool:
+    """Whether `module` must not import `other`, both of the project."""
+    (row, room), (other_row, other_room) = layer_of(module), layer_of(other)
+    return other_row > row or (other_row == row and other_room != room)
+
+
+def module_of(path: str) -> str:
+    """Return the dotted name of a file."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
 def violations(path: str, source: str) -> list[str]:
     """What the file at `path` (relative to the root) does against the house's rules, as `path:line: what`."""
-    tree = ast.parse(source)
-    forbidden = max((room for room in FORBIDDEN if path.startswith(room)), key=len)
-    listed = [room for room in ALLOWED if path.startswith(room)]
-    found: list[tuple[int, str]] = list(unsafe_calls(tree))
-    for line, module in imports(tree, path):
-        if within(module, FORBIDDEN[forbidden]) or within(module, UNPICKLERS):
-            found.append((line, f"imports {module}"))
-        foreign = module.split(".")[0] not in STANDARD_LIBRARY
-        if any(foreign and not within(module, ALLOWED[room]) for room in listed):
-            found.append((line, f"imports {module}"))
-        if path.startswith("wmdd_ray/core/") and within(module, IMPURE):
-            found.append((line, f"imports {module}"))
-    if path.startswith("wmdd_ray/core/"):
-        found += impure_calls(tree)
-    return [f"{path}:{line}: {what}" for line, what in sorted(set(found))]
+    tree, module = ast.parse(source), module_of(path)
+    room = layer_of(module)[1]
+    wrong: list[tuple[int, str]] = list(unsafe_calls(tree))
+    for line, other in imports(tree, path):
+        ours = other.split(".")[0] in ("wmdd_ray", "jobs")
+        foreign = other.split(".")[0] not in STANDARD_LIBRARY
+        if (
+            (ours and other != "wmdd_ray" and is_above(module, other))
+            or (within(other, ("ray",)) and not within(module, KNOW_RAY))
+            or within(other, (*FORBIDDEN.get(room, ()), *UNPICKLERS))
+            or (room in ALLOWED and foreign and not within(other, ALLOWED[room]))
+            or (room == "wmdd_ray.core" and within(other, IMPURE))
+        ):
+            wrong.append((line, f"imports {other}"))
+    if room == "wmdd_ray.core":
+        wrong += impure_calls(tree)
+    return [f"{path}:{line}: {what}" for line, what in sorted(set(wrong))]
+
+
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Return module -> modules of the project that it imports, at its top or later."""
+    names = {module_of(path) for path in sources}
+    graph: dict[str, set[str]] = {}
+    for path, source in sources.items():
+        module = module_of(path)
+        graph[module] = set()
+        for _, other in imports(ast.parse(source), path):
+            target = other if other in names else other.rpartition(".")[0]
+            if target in names and target != module:
+                graph[module].add(target)
+    return graph
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -178,7 +224,13 @@ def test_every_file_keeps_to_its_room(path: Path) -> None:
         ("wmdd_ray/store/x.py", "import torch.nn as nn"),
         ("wmdd_ray/store/x.py", "def f():\n    from wmdd_ray import core"),
         ("wmdd_ray/store/x.py", "from ..core import transport"),
-        ("wmdd_ray/run.py", "import ray.data"),
+        ("wmdd_ray/spine/run.py", "import ray.data"),
+        ("wmdd_ray/units/x.py", "import ray"),
+        ("wmdd_ray/units/x.py", "from wmdd_ray.executors import here"),
+        ("wmdd_ray/units/x.py", "from wmdd_ray.product.card import size"),
+        ("wmdd_ray/executors/x.py", "from wmdd_ray.stages import recover"),
+        ("wmdd_ray/diffusion/x.py", "from wmdd_ray.units.images import read_images"),
+        ("wmdd_ray/telling/x.py", "from wmdd_ray.product.card import size"),
         ("wmdd_ray/dataset.py", "importlib.import_module('ray')"),
         ("wmdd_ray/config.py", "from wmdd_ray.records import Teacher"),
         ("wmdd_ray/errors.py", "import numpy"),
@@ -207,8 +259,27 @@ def test_a_planted_violation_is_found(path: str, line: str) -> None:
             "torch.load(content, weights_only=True)\nnp.random.Generator(bits)\nmodel.eval()",
         ),
         ("wmdd_ray/store/x.py", "import fsspec\nfrom wmdd_ray.records import Teacher"),
-        ("wmdd_ray/x.py", "import rayon"),
+        ("wmdd_ray/spine/x.py", "import rayon"),
+        ("wmdd_ray/executors/x.py", "import ray\nfrom wmdd_ray.units import images"),
     ],
 )
 def test_what_a_room_may_do_is_no_violation(path: str, line: str) -> None:
     assert violations(path, line) == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    sources = {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for p in SOURCES}
+    graph = import_graph(sources)
+    # A package that imports its own files, as it does to show them, is no circle of theirs.
+    packages = {m for m in graph if any(other.startswith(m + ".") for other in graph)}
+    plain = {m: graph[m] - packages for m in graph.keys() - packages}
+    tuple(graphlib.TopologicalSorter(plain).static_order())
+
+
+def test_a_planted_circle_is_found() -> None:
+    sources = {
+        "wmdd_ray/store/a.py": "from wmdd_ray.store import b",
+        "wmdd_ray/store/b.py": "def f():\n    from wmdd_ray.store.a import g",
+    }
+    with pytest.raises(graphlib.CycleError):
+        tuple(graphlib.TopologicalSorter(import_graph(sources)).static_order())

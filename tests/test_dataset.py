@@ -289,7 +289,6 @@ def drawn_files(*, online: bool = False) -> dict[str, bytes | None]:
         crop_scale_min=views.crop_scale_min,
         flip=views.flip,
         mix=views.mix,
-        mix_alpha=views.mix_alpha,
     )
     files: dict[str, bytes | None] = {}
     for key, content in label_files(1, RELABEL).items():

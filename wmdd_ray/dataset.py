@@ -8,8 +8,8 @@ Item i is image i mod N as the label epoch i // N shows it, so one pass of a loa
 training. Views are self-contained and rendered on demand: any batch size, any order and any number
 of workers give the same pixels. Views that were not stored are drawn again, and compared with what
 was labeled; logits that were not stored (`labels=online`) are computed by the teacher, batch by
-batch, in the process that loads them. Every object is verified by size and SHA-256 when it is read.
-Needs neither Ray nor a GPU.
+batch, in the process that loads them: another batch changes them by about 1e-6. Every object is
+verified by size and SHA-256 when it is read. Needs neither Ray nor a GPU.
 
 Legend: N images, V views, Y classes, C channels, H W pixels.
 """
@@ -94,7 +94,7 @@ class DistilledDataset(Dataset[Item]):
             cache_gib: most memory of a process for label epochs. When all of them are larger, an
                 order that stays within an epoch (`sampler`, `epoch`) reads each of them once.
             epochs: passes over the images; None is one of every label epoch. More of them use the labels several times, which
-                at 60 of 300 costs little (README); fewer leave the last label epochs out.
+                at 60 of 300 costs little (jobs/benches/results); fewer leave the last label epochs out.
             teacher_device: where the teacher computes logits that were not stored. A loader with workers needs "cpu" or
                 `multiprocessing_context="spawn"`.
 

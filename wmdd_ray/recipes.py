@@ -1,7 +1,7 @@
 """Complete, named configurations. A recipe is a function of ipc; a variant of one is `dataclasses.replace`.
 
-`digits` and `fashion_mnist` were tuned and run for this repository (README). The ImageNet recipes have not been run here: they
-carry the same kinds of choices with the numbers that were published since WMDD (`_TOUCHED_UP`, `_STUDENT`).
+`digits` and `fashion_mnist` were tuned and run for this repository (jobs/benches/results). The ImageNet recipes have not been run
+here: they carry the same kinds of choices with the numbers that were published since WMDD (`_TOUCHED_UP`, `_STUDENT`).
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def fashion_mnist(ipc: int) -> DistillConfig:
     """Return Fashion-MNIST (IDX files) at its own 28 pixels, sized for two cores: a narrow ConvNet-3.
 
     Below ten images a class each stored image holds four small ones that are optimized at length: more pictures are worth
-    more than sharper ones. Ten are whole real images, touched up, at atoms that spread as far as the class does (README,
-    Accuracy).
+    more than sharper ones. Ten are whole real images, touched up, at atoms that spread as far as the class does
+    (jobs/benches/results).
     """
     network = NetworkConfig(arch="convnet3", width=32)
     barycenters = BarycenterConfig(solver="lloyd" if ipc < 10 else "sliced")
@@ -124,6 +124,43 @@ def fashion_mnist(ipc: int) -> DistillConfig:
     )
 
 
+def cifar10(ipc: int) -> DistillConfig:
+    """Return CIFAR-10 at its own 32 pixels with the literature's ConvNet-3 of width 128, which two cores can train.
+
+    For a ResNet-18 give `--squeeze.network.arch resnet18 --squeeze.network.small-stem` (and the same of `--evaluate.network`).
+    """
+    return _cifar("cifar10", ipc, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+
+
+def cifar100(ipc: int) -> DistillConfig:
+    """Return CIFAR-100 with all that `cifar10` has. Not run here."""
+    return _cifar("cifar100", ipc, mean=(0.5071, 0.4866, 0.4409), std=(0.2673, 0.2564, 0.2762))
+
+
+def _cifar(
+    name: str, ipc: int, *, mean: tuple[float, ...], std: tuple[float, ...]
+) -> DistillConfig:
+    """Return the recipe of `fashion_mnist` with another teacher, on images of 32 pixels and three channels."""
+    like, network = fashion_mnist(ipc), NetworkConfig(arch="convnet3", width=128)
+    return replace(
+        like,
+        recipe=name,
+        data=name,
+        source=SourceConfig(image_size=32, resize=32, mean=mean, std=std),
+        squeeze=SqueezeConfig(
+            network=network,
+            epochs=24,
+            batch_size=128,
+            learning_rate=0.1,
+            warmup_epochs=2,
+            crop_scale_min=1.0,
+            shift_px=4,
+            mixed_precision=True,
+        ),
+        evaluate=replace(like.evaluate, network=network, mixed_precision=True, all_real_epochs=20),
+    )
+
+
 def imagenette(ipc: int) -> DistillConfig:
     """Return ImageNette (10 classes of ImageNet) at 224 pixels with ResNet-18: WMDD's teacher, a recipe of today."""
     return _imagenet_like("imagenette", ipc, squeeze=_WMDD_SQUEEZE, bn_weight=10.0)
@@ -147,6 +184,7 @@ def tiny_imagenet(ipc: int) -> DistillConfig:
             epochs=50,
             batch_size=128,
             learning_rate=0.1,
+            warmup_epochs=2,
             weight_decay=1e-4,
             crop_scale_min=0.25,
             mixed_precision=True,
@@ -217,7 +255,15 @@ def _imagenet_like(
 
 RECIPES: dict[str, Callable[[int], DistillConfig]] = {
     recipe.__name__: recipe
-    for recipe in (digits, fashion_mnist, imagenette, tiny_imagenet, imagenet1k)
+    for recipe in (
+        digits,
+        fashion_mnist,
+        cifar10,
+        cifar100,
+        imagenette,
+        tiny_imagenet,
+        imagenet1k,
+    )
 }
 
 
@@ -278,9 +324,7 @@ def _as_published(best: DistillConfig) -> DistillConfig:
         relabel=replace(
             best.relabel,
             epochs=300,
-            views=ViewConfig(
-                crop_scale_min=0.08, flip=best.relabel.views.flip, mix="cutmix", mix_alpha=1.0
-            ),
+            views=ViewConfig(crop_scale_min=0.08, flip=best.relabel.views.flip, mix="cutmix"),
             compression="full",
             precision="fp16",
             labels="stored",

@@ -172,8 +172,8 @@ class Views:
     """V self-contained views: each row replays to the same pixels without its neighbors.
 
     Crops are (top, left, height, width) as fractions of the image. A view is mixed with the view of a partner image:
-    `mix_box_V4` = (top, left, bottom, right) in pixels of the output is taken from the partner (CutMix), or the
-    partner's share is 1 - `share_V` of every pixel (MixUp). `share_V` is the image's own share in [0, 1].
+    `mix_box_V4` = (top, left, bottom, right) in pixels of the output is taken from the partner (CutMix). `share_V` is the
+    image's own share in [0, 1].
     """
 
     image_V: Array  # int32, index into the data set
@@ -209,7 +209,7 @@ class ViewDraw:
     crop_scale_min: float
     flip: bool
     mix: str
-    mix_alpha: float
+    mix_alpha: float = 1.0  # always; label files have it
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from wmdd_ray.provenance import hardware, versions
+from wmdd_ray.spine.provenance import hardware, versions
 
 Row = dict[str, Any]
 Spread = dict[str, float]

@@ -15,8 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from jobs.checks.report import Finding, Visit, many
 from jobs.checks.storage import Speed, measure_speed, told_speed
 from jobs.distill import default_out
-from wmdd_ray.card import size
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError
+from wmdd_ray.product.card import size
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Shard, Source
 
@@ -33,7 +33,7 @@ def check_cluster(visit: Visit) -> Iterator[Finding]:
     """Join the cluster, or start Ray here as a run would, and tell how wide a stage works on it."""
     import ray
 
-    from wmdd_ray.stages import cluster
+    from wmdd_ray.executors import cluster
 
     address = os.environ.get("RAY_ADDRESS", "")
     verbose = visit.job.verbose
@@ -74,7 +74,7 @@ def check_cluster(visit: Visit) -> Iterator[Finding]:
 
 def _workers(visit: Visit, has: Mapping[str, float], *, grows: bool) -> Finding:
     """Tell how wide a stage works on the cluster's resources."""
-    from wmdd_ray.stages.cluster import width
+    from wmdd_ray.executors.cluster import width
 
     growth = "an autoscaler adds nodes" if grows else "no autoscaler is seen"
     try:

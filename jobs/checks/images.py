@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 
 from jobs.checks.report import Finding, Visit, many
-from wmdd_ray.card import size
 from wmdd_ray.config import Arch, NetworkConfig
 from wmdd_ray.errors import BadImageError
+from wmdd_ray.product.card import size
 from wmdd_ray.store.images import decode_image
 from wmdd_ray.store.sources import RawImage, Shard, Source
 from wmdd_ray.store.sources.parquet import ParquetSource
@@ -38,6 +38,8 @@ def check_data(visit: Visit) -> Iterator[Finding]:
         shards = source.shards(_RECORDS)
         names = source.class_names
         counts = class_counts(source, shards)
+        titles = zip(names, source.titles, strict=False)
+        called = [f"{name} ({title.partition(',')[0]})" for name, title in titles] or names
         total = sum(counts.values()) if counts else source.num_images
         each = (
             f"{_span(counts.values())} of each" if counts else "how many of each only reading tells"
@@ -45,7 +47,7 @@ def check_data(visit: Visit) -> Iterator[Finding]:
         yield Finding(
             "ok",
             f"{split}: {'an unknown number of' if total is None else total} images ({source.format}, "
-            f"{size(source.total_bytes)}) of {len(names)} classes ({_shown(names)}), {each}",
+            f"{size(source.total_bytes)}) of {len(names)} classes ({_shown(called)}), {each}",
         )
         absent = [
             k
@@ -60,7 +62,9 @@ def check_data(visit: Visit) -> Iterator[Finding]:
                 "FAIL",
                 f"train: {told}, but ipc is {ipc}"
                 + (f" of {atoms // ipc} tiles" if atoms > ipc else ""),
-                "lower --ipc, or drop the class",
+                "lower --ipc, or drop the class"
+                if counts and all(counts[k] for k in absent)
+                else "take classes without an image out of the class names (classes.txt, the names that the files declare)",
             )
         elif absent:
             yield Finding("warning", f"val: {told}", "how well they are told apart stays unknown")
@@ -72,7 +76,7 @@ def class_counts(source: Source, shards: Sequence[Shard]) -> Counter[int] | None
     counts: Counter[int] = Counter()
     if isinstance(source, ParquetSource):
         with ThreadPoolExecutor(_READERS) as pool:
-            for labels in pool.map(lambda shard: parquet_labels(source, shard.file), shards):
+            for labels in pool.map(lambda shard: source.class_counts(shard.file), shards):
                 counts.update(labels)
         return counts
     for shard in shards:
@@ -80,14 +84,6 @@ def class_counts(source: Source, shards: Sequence[Shard]) -> Counter[int] | None
             return None
         counts[shard.labels[0]] += shard.num_images
     return counts
-
-
-def parquet_labels(source: ParquetSource, file: str) -> Counter[int]:
-    """Return label -> rows of one Parquet file, reading no images."""
-    with source.open_parquet(file) as (parquet, columns):
-        found = parquet.read(columns=[columns.label]).column(0).to_pylist()
-    counts = Counter(label for label in found if label is not None)
-    return Counter({source.class_of(label, file): rows for label, rows in counts.items()})
 
 
 def _sample(visit: Visit, split: str, source: Source, shards: Sequence[Shard]) -> Iterator[Finding]:
@@ -154,9 +150,9 @@ def check_teacher(visit: Visit) -> Iterator[Finding]:
     import torch
 
     from wmdd_ray.core.networks import build_network, load_weights, network_of
-    from wmdd_ray.stages.given_teacher import check_names, given_weights
-    from wmdd_ray.stages.held_out import Listed
-    from wmdd_ray.stages.teacher import measure, read_teacher
+    from wmdd_ray.units.given_teacher import check_names, given_weights
+    from wmdd_ray.units.held_out import Listed
+    from wmdd_ray.units.teacher import measure, read_teacher
 
     config, run = visit.job.config, visit.run
     names = run.source("train").class_names

@@ -12,12 +12,12 @@ from wmdd_ray.core.checkpoints import torchvision_weights
 from wmdd_ray.core.networks import build_network, load_weights
 from wmdd_ray.errors import DataError
 from wmdd_ray.recipes import recipe_of
-from wmdd_ray.rooms import Room
-from wmdd_ray.stages.given_teacher import given_weights
-from wmdd_ray.stages.held_out import Listed
-from wmdd_ray.stages.teacher import measure, read_teacher
+from wmdd_ray.spine.rooms import Room
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source
+from wmdd_ray.units.given_teacher import given_weights
+from wmdd_ray.units.held_out import Listed
+from wmdd_ray.units.teacher import measure, read_teacher
 
 
 def probe_class_order(spec: str, source: Source, recipe: str) -> float:

@@ -7,10 +7,10 @@ from typing import Any
 
 from jobs.checks.report import Finding, Visit
 from jobs.checks.storage import free_bytes
-from wmdd_ray.card import size
 from wmdd_ray.errors import ConfigError
-from wmdd_ray.rooms import Room
-from wmdd_ray.run import Progress, StageRun, difference, expected_plan
+from wmdd_ray.product.card import size
+from wmdd_ray.spine.rooms import Room
+from wmdd_ray.spine.run import Progress, StageRun, difference, expected_plan
 
 _MARGIN = 1.2
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jobs.distill import Job
-from wmdd_ray.run import Run
+from wmdd_ray.spine.run import Run
 
 Mark = Literal["ok", "warning", "FAIL", "skipped"]
 

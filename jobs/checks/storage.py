@@ -17,8 +17,8 @@ from email.utils import parsedate_to_datetime
 
 from jobs.checks.report import Finding, Visit
 from jobs.distill import Job
-from wmdd_ray.card import size
 from wmdd_ray.errors import ArtifactError
+from wmdd_ray.product.card import size
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.uris import fsspec_filesystem, is_gcs, local_path
 

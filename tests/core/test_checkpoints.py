@@ -4,6 +4,7 @@ import io
 import pickle
 import re
 import urllib.error
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args
 
@@ -159,3 +160,13 @@ def test_torchvision_has_weights_of_every_architecture_but_our_own() -> None:
         torchvision_weights("")
     for arch in set(get_args(Arch)) - {"convnet3", "vit_tiny"}:
         assert arch in str(caught.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_refused_pickle_is_refused_for_the_class_that_it_wants(zipped: bool) -> None:
+    sink = io.BytesIO()
+    torch.save({"a": Fraction(1, 2)}, sink, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(DataError) as refused:
+        read_checkpoint(sink.getvalue(), "a file")
+    assert "GLOBAL fractions.Fraction was not an allowed global by default)" in str(refused.value)
+    assert "two options" not in str(refused.value) and "\x1b" not in str(refused.value)

@@ -335,14 +335,14 @@ def test_the_weight_is_that_of_ipc_ten_and_falls_with_ipc_by_the_power() -> None
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"curvature_weight": -1.0}, r"--squeeze.curvature-weight: expected a finite number >= 0"),
+        ({"curvature_weight": -1.0}, r"--squeeze.curvature-weight: expected >= 0"),
         ({"curvature_weight": float("nan")}, r"--squeeze.curvature-weight: .*got nan"),
-        ({"curvature_step": 0.0}, r"--squeeze.curvature-step: expected a finite number > 0"),
+        ({"curvature_step": 0.0}, r"--squeeze.curvature-step: expected > 0"),
         (
             {"curvature_form": "hessian"},
             r"--squeeze.curvature-form: expected one of gradient, loss",
         ),
-        ({"curvature_ipc_power": -0.5}, r"--squeeze.curvature-ipc-power: expected a finite"),
+        ({"curvature_ipc_power": -0.5}, r"--squeeze.curvature-ipc-power: expected >= 0"),
     ],
 )
 def test_options_that_cannot_be_are_refused(wrong: dict[str, object], message: str) -> None:

@@ -9,18 +9,20 @@ from typing import Any
 
 import pytest
 
-from jobs.benches.accuracy.checks import check_result, read_result, required_rows
-from jobs.benches.accuracy.definitions import Options
-from jobs.benches.accuracy.rendering import (
+from jobs.benches.study.checks import check_result, read_result, required_rows
+from jobs.benches.study.definitions import Options
+from jobs.benches.study.rendering import (
     README,
+    RESULTS,
     committed,
     markers,
     published_lines,
     render,
     rendered,
 )
-from jobs.benches.accuracy.scores import label_robust_score, sealed
-from jobs.benches.accuracy.tables import table_of
+from jobs.benches.study.scores import label_robust_score, sealed
+from jobs.benches.study.summary import summary_lines
+from jobs.benches.study.tables import table_of
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.store.documents import dump_json
 
@@ -171,11 +173,11 @@ def test_what_differs_between_groups_is_said_of_each() -> None:
         "schedule": "half_cosine",
     }
     student["hard"] |= {"norm": "batch", "learning_rate": 0.01}
-    relabel["views"] |= {"mix": "mixup", "mix_alpha": 0.4}
+    relabel["views"] |= {"mix": "none"}
     lines = rendered(sealed(result), "r.json").splitlines()
     assert (
         "**all real images**: 1,000 views, half cosine schedule, bfloat16; by soft labels: crops from 25 % of the area, flips, "
-        "Mixup (alpha 0.4), MSE to logits, ce_weight 0.025; by hard labels: sgd at 0.01, batch norm; labels by convnet3; "
+        "no mixing, MSE to logits, ce_weight 0.025; by hard labels: sgd at 0.01, batch norm; labels by convnet3; "
         "1 set x 2 students."
     ) in lines
     assert any(
@@ -434,40 +436,83 @@ def test_only_the_main_table_must_have_every_kind_of_real_images(name: str) -> N
     check_result(result | {"table": "digits"}, "r.json")
 
 
-# README
+# The pages
 
 
-def test_rendering_fills_the_place_between_the_markers_and_nothing_else(tmp_path: Path) -> None:
+def test_rendering_fills_the_places_between_the_markers_and_nothing_else(tmp_path: Path) -> None:
     readme, results = tmp_path / "README.md", tmp_path / "results"
+    page = results / "README.md"
     results.mkdir()
     content = sealed(made_up())
     (results / "accuracy-main.json").write_bytes(content)
     (results / "accuracy-main-ipc50.json").write_bytes(content)
-    text = "# before\n"
-    for name in ("main", "published", "main-ipc50"):
+
+    def places(*names: str) -> str:
+        return "# before\n" + "".join(
+            "\n{}\nold\n{}\n\nafter\n".format(*markers(name)) for name in names
+        )
+
+    def filled(text: str, name: str, table: str) -> str:
         begin, end = markers(name)
-        text += f"\n{begin}\nold\n{end}\n\nafter {name}\n"
-    readme.write_text(text)
-    assert render(readme, results) == ["main", "main-ipc50"]
-    table, published = rendered(content, "r.json"), "\n".join(published_lines()) + "\n"
-    for name, new in (("main", table), ("published", published), ("main-ipc50", table)):
-        begin, end = markers(name)
-        text = text.replace(f"{begin}\nold\n{end}", f"{begin}\n{new}{end}")
-    assert readme.read_text() == text
-    assert render(readme, results) == ["main", "main-ipc50"]
-    assert readme.read_text() == text
-    readme.write_text("# before\n")
+        return text.replace(f"{begin}\nold\n{end}", f"{begin}\n{table}{end}")
+
+    tables, summary = places("main", "published", "main-ipc50"), places("summary")
+    page.write_text(tables)
+    readme.write_text(summary)
+    for _ in range(2):
+        assert render(readme, results) == ["main", "main-ipc50"]
+        text = filled(tables, "published", "\n".join(published_lines()) + "\n")
+        for name in ("main", "main-ipc50"):
+            text = filled(text, name, rendered(content, "r.json"))
+        assert page.read_text() == text
+        lines = summary_lines([made_up()])
+        assert readme.read_text() == filled(summary, "summary", "\n".join(lines) + "\n")
+    page.write_text("# before\n")
     with pytest.raises(ArtifactError, match="expected the lines <!-- accuracy:main -->"):
         render(readme, results)
 
 
-def test_the_readme_shows_the_committed_results_and_no_others() -> None:
-    text = README.read_text(encoding="utf-8")
-    shown = dict(
-        re.findall(r"<!-- accuracy:(\S+) -->\n(.*?)<!-- /accuracy:\1 -->", text, re.DOTALL)
-    )
-    assert shown.pop("published") == "\n".join(published_lines()) + "\n"
+def shown(page: Path) -> dict[str, str]:
+    text = page.read_text(encoding="utf-8")
+    return dict(re.findall(r"<!-- accuracy:(\S+) -->\n(.*?)<!-- /accuracy:\1 -->", text, re.DOTALL))
+
+
+def test_the_pages_show_the_committed_results_and_no_others() -> None:
+    tables = shown(RESULTS / "README.md")
+    assert tables.pop("published") == "\n".join(published_lines()) + "\n"
     # A table that nobody can check has no place.
-    assert shown == {name: rendered(path.read_bytes(), name) for name, path in committed().items()}
-    for name, path in committed().items():
-        assert name.split("-")[0] == json.loads(path.read_bytes())["table"]
+    assert tables == {name: rendered(path.read_bytes(), name) for name, path in committed().items()}
+    results = [json.loads(path.read_bytes()) for path in committed().values()]
+    assert shown(README) == {"summary": "\n".join(summary_lines(results)) + "\n"}
+    for name, result in zip(committed(), results, strict=True):
+        assert name.split("-")[0] == result["table"]
+
+
+# The summary
+
+
+def test_the_summary_has_means_by_both_labels_all_real_images_and_the_published_best() -> None:
+    ablation = made_up() | {"table": "ablation"}
+    assert summary_lines([made_up(), made_up(), ablation])[2:] == [
+        "| `fashion_mnist`, convnet3 of width 128 | 10 | 80.0 / 70.0 | 75.0 / 65.0 | 75.0 / 65.0 | 86.8 (KIP) / 85.3 (IDC) |",
+        "| `fashion_mnist`, convnet3 of width 128 | all | – | 92.0 / 90.0 | – | – |",
+    ]
+
+
+def test_images_that_decode_to_several_are_compared_with_published_ones_that_do() -> None:
+    result = made_up()
+    result["groups"][0]["rows"][1]["num_read"] = 400
+    assert summary_lines([result])[2].endswith("| – / 89.1 (FreD) |")
+
+
+@pytest.mark.parametrize(("key", "value"), [("dataset", "digits"), ("width", 32)])
+def test_published_numbers_stand_beside_their_own_data_and_network_only(
+    key: str, value: str | int
+) -> None:
+    result = made_up()
+    if key == "width":
+        for group in result["groups"]:
+            group["student"]["network"]["width"] = value
+    else:
+        result[key] = value
+    assert summary_lines([result])[2].endswith("75.0 / 65.0 | – |")

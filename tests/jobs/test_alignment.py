@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from jobs.benches.accuracy import work
-from jobs.benches.accuracy.command import accuracy
-from jobs.benches.accuracy.definitions import Options, TableName
-from jobs.benches.accuracy.rendering import rendered
-from jobs.benches.accuracy.splits import Workplace, make_splits
-from jobs.benches.accuracy.tables import table_of
-from jobs.benches.accuracy.units import ImagesUnit, LabelsUnit, StudentUnit
-from jobs.benches.otm import otm
+from jobs.benches.study.units import ImagesUnit, LabelsUnit, StudentUnit
+
+from jobs.benches.speed.otm import otm
+from jobs.benches.study.command import accuracy
+from jobs.benches.study.definitions import Options, TableName
+from jobs.benches.study.rendering import rendered
+from jobs.benches.study.splits import Workplace, make_splits
+from jobs.benches.study.tables import table_of
 
 TINY: dict[str, Any] = {
     "ipc": (2,), "distill_seeds": 1, "student_seeds": 2, "width": 4, "epochs": 1,

@@ -19,9 +19,9 @@ from tests.stages import tiny
 from tests.stages.tiny import FinishedRun
 from tests.store.faulty_s3 import FaultyS3
 from tests.store.written_sources import write_imagefolder, write_parquet, write_webdataset
-from wmdd_ray.rooms import Room
-from wmdd_ray.stages.teacher import read_teacher
+from wmdd_ray.spine.rooms import Room
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.units.teacher import read_teacher
 
 Report = dict[str, list[str]]
 Examine = Callable[..., tuple[int, Report]]

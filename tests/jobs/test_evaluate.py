@@ -15,25 +15,27 @@ import pytest
 import safetensors.numpy
 import torch
 
-from jobs import asked, evaluate
+from jobs import evaluate
+from jobs.evaluation import options as asked
 from tests.conftest import S3Uri
 from tests.stages.tiny import FinishedRun
-from wmdd_ray.attacks import Attacked
 from wmdd_ray.config import DistillConfig, RelabelConfig, SourceConfig, ViewConfig
 from wmdd_ray.core.views import draw_views
 from wmdd_ray.errors import DataError
-from wmdd_ray.export import export
-from wmdd_ray.stages import attack
-from wmdd_ray.stages.given_set import Given, GivenSets
-from wmdd_ray.stages.held_out import Listed
-from wmdd_ray.stages.metrics import RayMetrics
-from wmdd_ray.stages.real_images import random_real
-from wmdd_ray.stages.training_sets import Input
+from wmdd_ray.executors.metrics import RayMetrics
+from wmdd_ray.product.export import export
+from wmdd_ray.robustness import units as attacking
+from wmdd_ray.robustness.attacks import Attacked
+from wmdd_ray.robustness.units import draw_sample, slices_of
 from wmdd_ray.store import documents
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.images import encode_png
 from wmdd_ray.store.sources import load_images, open_source
-from wmdd_ray.tracking import Number
+from wmdd_ray.telling.trackers import Number
+from wmdd_ray.units.given_set import Given, GivenSets
+from wmdd_ray.units.held_out import Listed
+from wmdd_ray.units.real_images import random_real
+from wmdd_ray.units.training_sets import Input
 
 # The student of the tiny run, in the driver.
 STUDENT = (
@@ -398,7 +400,7 @@ def test_contradicting_results_are_kept_and_marked(
         )
 
     out = shutil.copytree(attacked, tmp_path / "out")
-    monkeypatch.setattr(attack, "attack", misled)
+    monkeypatch.setattr(attacking, "attack", misled)
     assert typed(finished_run.out, out, *ATTACKED, "--attacks", "pgd,mim,autoattack") == 0
     found = results(out)["attacks"]
     told = {(c["what"], c["eps"]): c["suspect"] for c in found["contradictions"]}
@@ -419,12 +421,12 @@ def test_a_sample_takes_all_of_small_classes_and_some_classes_where_there_are_mo
     None
 ):
     val = Listed.of(open_source("digits", SOURCE, split="val"), SOURCE)
-    _, few_N = attack.draw_sample(val, 3, seed=1)
-    _, all_N = attack.draw_sample(val, 10_000, seed=1)
+    _, few_N = draw_sample(val, 3, seed=1)
+    _, all_N = draw_sample(val, 10_000, seed=1)
     assert len(set(few_N.tolist())) == 3
     assert len(all_N) == sum(1 for _, labels_N in val.chunks() for _ in labels_N)
-    first, second = (attack.draw_sample(val, 30, seed=seed)[0] for seed in (1, 2))
-    np.testing.assert_array_equal(first, attack.draw_sample(val, 30, seed=1)[0])
+    first, second = (draw_sample(val, 30, seed=seed)[0] for seed in (1, 2))
+    np.testing.assert_array_equal(first, draw_sample(val, 30, seed=1)[0])
     assert (first != second).any()
 
 
@@ -446,7 +448,7 @@ def test_the_uri_comes_first(arguments: list[str], capsys: pytest.CaptureFixture
         (("--attack-images", "1000"), "--attack-images: expected --attacks beside it"),
         (
             ("--labels", "hard", "--evaluate.sinkhorn-weight", "0.3"),
-            "--evaluate.sinkhorn-weight: expected 0 for students of hard labels alone",
+            "--evaluate.sinkhorn-weight: expected 0 without soft labels",
         ),
     ],
 )
@@ -526,6 +528,6 @@ def test_the_slices_of_attacked_images_are_a_partition_and_smaller_for_larger_im
     side: int, images: int
 ) -> None:
     config = DistillConfig(source=SourceConfig(image_size=side, resize=side))
-    slices = attack._slices(1001, config)
+    slices = slices_of(1001, config)
     assert [i for part in slices for i in range(1001)[part]] == list(range(1001))
     assert slices[0] == slice(0, images)

@@ -25,12 +25,12 @@ from PIL import Image
 from jobs import export as job
 from tests.conftest import S3Uri
 from tests.manifests import manifest_of
-from wmdd_ray import export as exports
 from wmdd_ray.config import NetworkConfig, SourceConfig
 from wmdd_ray.core.networks import build_network, network_of, weights_of
 from wmdd_ray.core.tiles import untile
 from wmdd_ray.core.views import to_input
-from wmdd_ray.export import Export, export, folder_names
+from wmdd_ray.product import export as exports
+from wmdd_ray.product.export import Export, export, folder_names
 from wmdd_ray.records import Teacher
 from wmdd_ray.store import codecs, documents
 from wmdd_ray.store.filesystem import Store

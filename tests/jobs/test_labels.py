@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from jobs.benches.accuracy.splits import load_split, make_splits
 from jobs.benches.labels import files
 from jobs.benches.labels.command import labels
 from jobs.benches.labels.options import options_of
 from jobs.benches.labels.students import Comparison
-from jobs.benches.loader import loader, write_random_set
+
+from jobs.benches.speed.loader import loader, write_random_set
+from jobs.benches.study.splits import load_split, make_splits
 from tests.store.written_sources import idx_of
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.store.filesystem import Store
@@ -48,7 +48,7 @@ def tiny_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     teacher = replace(teacher, weights=weights)
     few = partial(files.synthetic_rows, num_views=100)
     monkeypatch.setattr(files, "synthetic_rows", few)
-    monkeypatch.setattr("wmdd_ray.stages.teacher.read_teacher", lambda room: teacher)
+    monkeypatch.setattr("wmdd_ray.units.teacher.read_teacher", lambda room: teacher)
     return [str(tmp_path / "teacher"), str(folder)]
 
 
@@ -114,13 +114,13 @@ def test_the_same_command_again_trains_nobody_and_the_test_split_finds_the_same_
         raise AssertionError("somebody was trained again")
 
     monkeypatch.setattr("jobs.benches.labels.students.train_student", train)
-    monkeypatch.setattr("jobs.benches.accuracy.work.speed_on", train)
+    monkeypatch.setattr("jobs.benches.study.work.speed_on", train)
     measure(tiny_bench, tmp_path, seeds=(1,), out=str(again))
     assert "0 students to train" in capsys.readouterr().err
     assert json.loads(again.read_text())["rows"] == json.loads(first.read_text())["rows"]
     opened: list[str] = []
     monkeypatch.setattr(
-        "jobs.benches.accuracy.splits.load_split",
+        "jobs.benches.study.splits.load_split",
         lambda uri, config, split, names: (
             opened.append(split) or load_split(uri, config, split, names)
         ),
@@ -137,7 +137,7 @@ def test_what_a_student_learns_from_is_what_the_file_holds(
     tiny_bench: list[str], tmp_path: Path
 ) -> None:
     from wmdd_ray.recipes import recipe_of
-    from wmdd_ray.stages.teacher import read_teacher
+    from wmdd_ray.units.teacher import read_teacher
 
     teacher, data = tiny_bench
     recipe = recipe_of("fashion_mnist", 1)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from jobs import bench
-from jobs.benches.accuracy.definitions import Options
-from jobs.benches.accuracy.splits import Workplace, long_tailed, make_splits
-from jobs.benches.accuracy.tables import table_of
-from jobs.benches.accuracy.work import rows_of
+from jobs.benches.study.definitions import Options
+from jobs.benches.study.splits import Workplace, long_tailed, make_splits
+from jobs.benches.study.tables import table_of
+from jobs.benches.study.work import rows_of
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.store.documents import unseal

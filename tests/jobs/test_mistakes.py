@@ -27,7 +27,7 @@ from jobs import distill, evaluate, export, prepare, report
 from tests.conftest import S3Uri, free_port
 from tests.stages import scarcity, tiny
 from tests.stages.tiny import FinishedRun
-from wmdd_ray.stages import features
+from wmdd_ray.executors import streams
 from wmdd_ray.store import codecs, retries
 
 JOBS: dict[str, Callable[[list[str]], int]] = {
@@ -58,15 +58,14 @@ LOCAL = [
         "an option that does not exist",
         "distill --recover.iteration 500",
         2,
-        "Unrecognized options Unrecognized options: --recover.iteration, 500 Perhaps you meant: "
-        "--recover.diffusion.sinkhorn-iterations INT Sinkhorn iterations of a guided step. (default: 50) "
-        "--recover.iterations INT Adam steps (2000 in WMDD). (default: 100) For full helptext, run jobs/distill.py --help",
+        "error: --recover.iteration: there is no such option; did you mean --recover.iterations? --help-all shows every option",
     ),
     Mistake(
         "a recipe that does not exist",
-        "distill --recipe cifar10",
+        "distill --recipe cifar",
         2,
-        "error: --recipe: expected one of digits, fashion_mnist, imagenette, tiny_imagenet, imagenet1k, got 'cifar10'",
+        "error: --recipe: expected one of digits, fashion_mnist, cifar10, cifar100, imagenette, tiny_imagenet, "
+        "imagenet1k, got 'cifar'",
     ),
     Mistake(
         "images that are not there",
@@ -92,16 +91,41 @@ LOCAL = [
         "a folder without images",
         "distill --recipe imagenette --data HERE/notes --out HERE/new",
         4,
-        "error: HERE/notes: expected IDX files (train-images-idx3-ubyte.gz, ...), WebDataset shards (*.tar), Parquet files "
+        "error: HERE/notes: expected IDX files (train-images-idx3-ubyte.gz, ...), CIFAR's binary version (data_batch_1.bin, ..., or "
+        "cifar-10-binary.tar.gz), WebDataset shards (*.tar), Parquet files "
         "(*.parquet), image folders (CLASS/*.jpg or train/CLASS/*.jpg), a table of paths and labels (labels.csv, train.csv, ...), "
         "found 1 other files (1 x .txt): 'a.txt'; check --data, --val-data and --source.format",
+    ),
+    Mistake(
+        "folders of folders of images",
+        "distill --recipe imagenette --data HERE/levels --out HERE/new",
+        4,
+        "error: HERE/levels: the layout is in doubt: images lie two levels down, in folders such as 'tame/cat', 'wild/ant': the "
+        "classes may be the upper 2 or the lower 3 folders; say what is meant by --source.layout '{class}', or by --source.layout "
+        "'*/{class}'",
+    ),
+    Mistake(
+        "CIFAR in the version with pickles",
+        "distill --recipe cifar10 --data HERE/pickles --out HERE/new",
+        4,
+        "error: HERE/pickles: expected the binary version of CIFAR, found the python one (cifar-10-batches-py/data_batch_1), whose "
+        "pickles can run any code and are never read; take https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz or "
+        "cifar-100-binary.tar.gz",
+    ),
+    Mistake(
+        "held-out labels that are numbers, of classes that are words",
+        f"distill --data HERE/images/train --val-data HERE/numbers {COLOR} {SMALL}".replace("imagefolder", "auto"),
+        4,
+        "error: HERE/numbers: image NUMBER.png has label NUMBER, a number, and nothing says which of the 3 classes 'ant', 'bee', "
+        "'cat' it means; put classes.txt with the names in label order beside the files, or pass --source.numbers index if numbers "
+        "count the training classes in this order (index-from-1: from 1)",
     ),
     Mistake(
         "no held-out images",
         f"distill --data HERE/images/train {COLOR} {SMALL}",
         4,
-        "error: HERE/images/train: expected held-out images in folders or files named test, val, valid, validation, found 'ant/', "
-        "'bee/', 'cat/'; pass held-out images as --val-data",
+        "error: HERE/images/train: expected held-out images in folders or files named dev, test, testing, val, valid, validation, "
+        "found 'ant/', 'bee/', 'cat/'; pass held-out images as --val-data",
     ),
     Mistake(
         "held-out images of other classes",
@@ -267,8 +291,7 @@ LOCAL = [
         "a label outside of the class map",
         "prepare HERE/table --out HERE/new",
         4,
-        "error: HERE/table: image b.png has label 'dog', expected one of the 1 classes beside the table ('cat'); correct the label, or "
-        "add it to the class names",
+        "error: HERE/table: image b.png has label 'dog', expected one of the 1 classes 'cat'; correct the label or the class names",
     ),
     Mistake(
         "prepared images among the real ones",
@@ -336,12 +359,19 @@ def here(finished_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) ->
         draw(root / "other" / kind / "0.png", 0)
     for index in range(2):
         (root / "broken/train/ant" / f"{index}.png").write_bytes(b"<!DOCTYPE")
+    for kind in ("tame/cat", "wild/ant", "wild/bee"):
+        draw(root / "levels" / kind / "0.png", 0)
     (root / "notes").mkdir()
     (root / "notes/a.txt").write_text("no image")
     draw(root / "table/a.png", 0)
     draw(root / "table/b.png", 1)
     (root / "table/labels.csv").write_text("path,label\na.png,cat\nb.png,dog\n")
     (root / "table/classes.txt").write_text("cat\n")
+    draw(root / "numbers/0.png", 0)
+    draw(root / "numbers/1.png", 1)
+    (root / "numbers/labels.csv").write_text("path,label\n0.png,0\n1.png,1\n")
+    (root / "pickles/cifar-10-batches-py").mkdir(parents=True)
+    (root / "pickles/cifar-10-batches-py/data_batch_1").write_bytes(b"\x80\x02}q\x01.")
 
     shutil.copytree(finished_run.out, root / "run")
     shutil.copytree(finished_run.out / "dataset", root / "incomplete")
@@ -468,7 +498,7 @@ def test_a_mistake_about_storage_is_answered_by_what_to_do(
 def test_a_class_that_is_too_small_is_refused_before_an_image_is_read(
     make: Callable[..., None], ray_local: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "_stream", lambda *_: pytest.fail("images are read"))
+    monkeypatch.setattr(streams, "embedded", lambda *_: pytest.fail("images are read"))
     make(next(mistake for mistake in LOCAL if "--ipc 10 --data" in mistake.typed))
 
 

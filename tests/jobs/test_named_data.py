@@ -106,7 +106,7 @@ def test_a_set_does_not_choose_what_evaluate_contacts(
 
 
 def test_a_set_of_ones_own_is_followed_to_its_images_when_its_user_says_so(tmp_path: Path) -> None:
-    from jobs.asked import parse
+    from jobs.evaluation.options import parse
 
     uri = set_that_names(str(tmp_path), tmp_path / "set")
     asked = parse([uri, "--out", "out", "--follow-data"], None)

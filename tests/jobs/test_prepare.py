@@ -18,7 +18,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -26,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jobs import distill, prepare
-from jobs.benches.prepare import prepare as prepare_bench
+from jobs.benches.speed.prepare import prepare as prepare_bench
 from tests.conftest import S3Uri
 from tests.stages.tiny import FinishedRun
 from tests.store.written_sources import (
@@ -38,15 +37,16 @@ from tests.store.written_sources import (
     WRITERS,
     write_imagefolder,
 )
-from wmdd_ray.prepare import PrepareConfig, check_class_names, held_out, output_files
-from wmdd_ray.progress import StageLine
 from wmdd_ray.recipes import recipe_of
-from wmdd_ray.rooms import Room, UnitMarker
+from wmdd_ray.spine.rooms import Room, UnitMarker
 from wmdd_ray.stages import prepare as stage
 from wmdd_ray.store import codecs, parts
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.shrink import kept_image
 from wmdd_ray.store.sources import open_source
+from wmdd_ray.telling.progress import StageLine
+from wmdd_ray.units.prepared import Scanner, Writer
+from wmdd_ray.units.splitting import PrepareConfig, check_class_names, held_out, output_files
 
 COUNTS = {"ant eater": 23, "пчела": 12, "猫": 1}
 LARGE = {"ant eater": 3, "пчела": 2}
@@ -269,14 +269,14 @@ class _Dying:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class _DyingScan(_Dying, stage._Scan):
+class _DyingScan(_Dying, Scanner):
     def _commit(self, *args: Any, **options: Any) -> UnitMarker:
         marker = super()._commit(*args, **options)
         self._die()  # a part is committed, and nobody was told
         return marker
 
 
-class _DyingWrite(_Dying, stage._Write):
+class _DyingWrite(_Dying, Writer):
     def _table(self, rows_N: np.ndarray) -> tuple[bytes, dict[str, Any]]:
         made = super()._table(rows_N)
         self._die()  # a file is made and not stored
@@ -293,8 +293,8 @@ def test_a_worker_that_is_killed_in_either_pass_is_replaced_and_the_bytes_are_th
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr(stage, "_Scan", partial(_DyingScan, str(tmp_path / "scan")))
-    monkeypatch.setattr(stage, "_Write", partial(_DyingWrite, str(tmp_path / "write")))
+    monkeypatch.setattr(stage, "Scanner", partial(_DyingScan, str(tmp_path / "scan")))
+    monkeypatch.setattr(stage, "Writer", partial(_DyingWrite, str(tmp_path / "write")))
     assert prepare.main([str(data), "--out", str(out), *OPTIONS]) == 0, capsys.readouterr().err
     assert (tmp_path / "scan").exists() and (tmp_path / "write").exists()
     assert payloads(out) == payloads(prepared)
@@ -308,27 +308,27 @@ def test_a_shard_whose_reader_died_goes_on_after_its_last_part(
     config = PrepareConfig(shard_mb=1, max_side=64)
     source = open_source(str(data), config.source, split="train")
     (shard, *_) = source.shards(2048)
-    row = {"split": ["train"], "shard": [shard.written()], "parts": [0], "records": [0]}
+    row = {"split": "train", "shard": shard.written(), "parts": 0, "records": 0}
 
-    def begun(name: str, row: dict[str, Any]) -> tuple[Store, Iterator[pa.Table]]:
+    def begun(name: str, row: dict[str, Any]) -> tuple[Store, Iterator[UnitMarker]]:
         room = Room(Store(str(tmp_path)), name, run="r")
-        return room.store, stage._Scan(room, {"train": source}, config)(pa.table(row))
+        return room.store, Scanner(room, {"train": source}, config).work(row)
 
     whole, undisturbed = begun("whole", row)
     assert len(list(undisturbed)) >= 2
     store, dying = begun("dying", row)
-    first = json.loads(next(dying)["marker"][0].as_py())
+    first = next(dying)
     del dying
-    before = (tmp_path / "dying" / "units" / f"{first['unit']}.json").stat().st_mtime_ns
+    before = (tmp_path / "dying" / "units" / f"{first.unit}.json").stat().st_mtime_ns
     if driver_knows:
-        row |= {"parts": [1], "records": [first["metrics"]["records"]]}
+        row |= {"parts": 1, "records": first.metrics["records"]}
     store, again = begun("dying", row)
-    markers = [json.loads(table["marker"][0].as_py()) for table in again]
-    assert first["unit"] not in [marker["unit"] for marker in markers]
-    assert (tmp_path / "dying" / "units" / f"{first['unit']}.json").stat().st_mtime_ns == before
+    markers = list(again)
+    assert first.unit not in [marker.unit for marker in markers]
+    assert (tmp_path / "dying" / "units" / f"{first.unit}.json").stat().st_mtime_ns == before
     made, expected = ({key: s.get(key) for key in s.list("parts")} for s in (store, whole))
     assert made == expected
-    records = first["metrics"]["records"] + sum(m["metrics"]["records"] for m in markers)
+    records = first.metrics["records"] + sum(m.metrics["records"] for m in markers)
     assert records == shard.num_images
 
 
@@ -403,7 +403,7 @@ def test_a_teacher_with_the_same_names_passes_and_one_in_another_order_is_refuse
     finished_run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from jobs.checks.order import probe_class_order
-    from wmdd_ray.stages.teacher import TEACHER_KEY, UNIT, read_teacher
+    from wmdd_ray.units.teacher import TEACHER_KEY, UNIT, read_teacher
 
     digits = open_source("digits", recipe_of("digits", 1, "best").source, split="train")
     assert probe_class_order(str(finished_run.out), digits, "imagenet1k") > 0.5
@@ -449,7 +449,7 @@ def _inside(root: Path) -> list[str]:
 
 def _occupied(root: Path) -> list[str]:
     Store(str(root / "out")).put("thesis.tex", b"x")
-    return [_folder(root, "ant"), "--out", str(root / "out")]
+    return [_folder(root, "ant", "bee"), "--out", str(root / "out")]
 
 
 def _both(root: Path) -> list[str]:
@@ -478,7 +478,7 @@ def _outside_the_map(root: Path) -> list[str]:
 def _all_bad(root: Path) -> list[str]:
     source = Store(str(root / "source"))
     for i in range(3):
-        source.put(f"ant/{i}.jpg", b"no picture")
+        source.put(f"{NAMES[i]}/{i}.jpg", b"no picture")
     return [source.uri, "--out", str(root / "out"), "--max-bad-images", "2"]
 
 

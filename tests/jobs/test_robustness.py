@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from jobs.benches.accuracy.splits import Workplace
 from jobs.benches.robustness.attacks import AttackUnit, sample_rows
 from jobs.benches.robustness.command import robustness
 from jobs.benches.robustness.scores import markdown, targets
-from wmdd_ray.attacks import SETTINGS, Attacked
+
+from jobs.benches.study.splits import Workplace
+from wmdd_ray.robustness.attacks import SETTINGS, Attacked
 
 TINY: dict[str, Any] = {
     "ipc": (1,), "methods": ("sre2l",), "weights": (0.5,), "attacks": ("pgd",), "eps": ("8/255", "24/255"),

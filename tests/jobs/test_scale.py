@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.benches.classes import Classes, cost_model
-from jobs.benches.processes import descendants, own_mib, peak_mib, shares_mib
-from jobs.benches.rooms import store_rows
-from jobs.benches.workers import losses
+from jobs.benches.scale.classes import Classes, cost_model
+from jobs.benches.scale.processes import descendants, own_mib, peak_mib, shares_mib
+from jobs.benches.scale.rooms import store_rows
+from jobs.benches.scale.workers import losses
 from tests.conftest import S3Uri
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +92,7 @@ def test_a_peak_that_is_gone_again_is_seen() -> None:
     script = (
         "import os, time\n"
         "import numpy as np\n"
-        "from jobs.benches.processes import own_mib, watched\n"
+        "from jobs.benches.scale.processes import own_mib, watched\n"
         "with watched(every_s=0.01) as peaks:\n"
         "    held, until = np.ones(1 << 23), time.monotonic() + 60\n"  # 64 MiB
         "    while peaks.driver < own_mib(os.getpid()) and time.monotonic() < until:\n"

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-from jobs import train_diffusion
 from jobs.benches.otg.command import otg
 from jobs.benches.otg.scores import markdown
-from wmdd_ray.core import denoising
+
+from jobs import train_diffusion
 from wmdd_ray.core.optimizer import State
-from wmdd_ray.diffusion import load_model, new_unet
-from wmdd_ray.diffusion_card import read_card
+from wmdd_ray.diffusion import denoising
+from wmdd_ray.diffusion.card import read_card
+from wmdd_ray.diffusion.model import load_model, new_unet
 from wmdd_ray.errors import ConfigError
-from wmdd_ray.stages.checkpoints import Checkpoints
+from wmdd_ray.spine.checkpoints import Checkpoints
 
 TINY = (
     *("--widths", "8", "--batch-size", "512", "--epochs", "3", "--checkpoint-s", "1e-9"),
@@ -105,8 +105,8 @@ def test_a_folder_with_something_else_is_refused(
 REFUSED = (
     (2, "--widths: expected at most 4 for 8 pixels", ("--widths", "8", "8", "8", "8", "8")),
     (2, "--widths: expected multiples of 8", ("--widths", "12")),
-    (2, "--seed: expected in [0, 2^63), got -1", ("--seed", "-1")),
-    (2, "--checkpoint-s: expected a finite number > 0, got -1", ("--checkpoint-s", "-1")),
+    (2, "--seed: expected in [0, 9223372036854775808), got -1", ("--seed", "-1")),
+    (2, "--checkpoint-s: expected > 0, got -1.0", ("--checkpoint-s", "-1")),
     (2, "--memory-limit-gib: expected a finite number > 0, got nan", ("--memory-limit-gib", "nan")),
     (4, "raise --memory-limit-gib", ("--memory-limit-gib", "1e-9")),
 )

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from wmdd_ray.rooms import Room
-from wmdd_ray.stages.checkpoints import Checkpoints
+from wmdd_ray.spine.checkpoints import Checkpoints
+from wmdd_ray.spine.rooms import Room
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _HUNGER_BYTES = 256 << 20

@@ -20,11 +20,11 @@ from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.networks import last_linear, network_of
 from wmdd_ray.core.selection import margin_of
 from wmdd_ray.records import ClassBarycenter
-from wmdd_ray.run import Room
-from wmdd_ray.stages import barycenters
-from wmdd_ray.stages.teacher import TEACHER_KEY
+from wmdd_ray.spine.run import Room
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.units import atoms
+from wmdd_ray.units.teacher import TEACHER_KEY
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
 
@@ -51,15 +51,15 @@ def solved(
 ) -> list[ClassBarycenter]:
     """Return the barycenters of a run's features, solved in this process."""
     room = Room(Store(str(into)), "barycenters")
-    actor = barycenters.BarycenterActor(
+    actor = atoms.ClassSolver(
         room, Room(Store(str(out)), "features"), NAMES, config or tiny.config(), last_layer
     )
     for label in range(10):
-        actor.work(barycenters.unit_of(label))
+        actor.work(atoms.unit_of(label))
     files = {
         entry.key: entry for m in room.read_units(room.finished()).values() for entry in m.files
     }
-    return [barycenters.read_barycenter(room, files, label) for label in range(10)]
+    return [atoms.read_barycenter(room, files, label) for label in range(10)]
 
 
 def test_atoms_by_margin_lie_nearer_to_the_other_classes_than_those_of_the_whole_class(

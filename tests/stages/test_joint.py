@@ -13,13 +13,13 @@ from tests.stages.tiny import FinishedRun
 from wmdd_ray.core.joint import solve_joint
 from wmdd_ray.core.networks import last_linear, network_of
 from wmdd_ray.records import ClassBarycenter
-from wmdd_ray.rooms import Room
-from wmdd_ray.run import unit_seed
-from wmdd_ray.stages import barycenters
-from wmdd_ray.stages.class_features import ClassFeaturesReader
-from wmdd_ray.stages.teacher import TEACHER_KEY
+from wmdd_ray.spine.rooms import Room
+from wmdd_ray.spine.run import unit_seed
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.units import atoms
+from wmdd_ray.units.class_features import ClassFeaturesReader
+from wmdd_ray.units.teacher import TEACHER_KEY
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
 
@@ -28,9 +28,7 @@ OPTION = ("--barycenters.label-weight", "0.2")
 
 def classes_of(out: Path) -> list[ClassBarycenter]:
     return [
-        codecs.decode_class_barycenter(
-            (out / "barycenters" / barycenters.key_of(label)).read_bytes()
-        )
+        codecs.decode_class_barycenter((out / "barycenters" / atoms.key_of(label)).read_bytes())
         for label in range(10)
     ]
 
@@ -47,7 +45,7 @@ def test_the_stage_solves_all_classes_by_the_rows_of_the_teachers_last_layer(
         last_linear(network_of(teacher, torch.device("cpu"))).weight.detach().numpy(),
         4,
         tiny.config(*OPTION).barycenters,
-        seeds=[unit_seed(0, "barycenters", barycenters.unit_of(label)) for label in range(10)],
+        seeds=[unit_seed(0, "barycenters", atoms.unit_of(label)) for label in range(10)],
         where=[""] * 10,
     )
     moved = 0.0
@@ -71,7 +69,7 @@ def test_what_is_finished_stays_and_the_rest_comes_out_the_same(
     whole = {path.name: path.read_bytes() for path in (room / "classes").iterdir()}
     (room / "stage.json").unlink()
     for label in (2, 7):
-        (room / barycenters.key_of(label)).unlink()
+        (room / atoms.key_of(label)).unlink()
         (room / "units" / f"{label:05d}.json").unlink()
     before = (room / "units" / "00003.json").stat().st_mtime_ns
     assert tiny.job(out, *OPTION, "--until", "barycenters") == 0

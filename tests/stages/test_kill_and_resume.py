@@ -9,7 +9,7 @@ import pytest
 
 from tests.stages import tiny
 from tests.stages.tiny import ROOM_OF, STAGES, FinishedRun
-from wmdd_ray.stages import recover
+from wmdd_ray.units import images
 
 pytestmark = [pytest.mark.slow, pytest.mark.chaos]
 
@@ -60,13 +60,13 @@ def test_a_group_killed_between_two_steps_goes_on_from_its_last_stored_step(
     assert tiny.markers(out, "images") == {}
 
     steps: list[str] = []
-    count = recover.Checkpoints.maybe
+    count = images.Checkpoints.maybe
 
-    def counted(self: recover.Checkpoints, get_state: object) -> None:
+    def counted(self: images.Checkpoints, get_state: object) -> None:
         steps.append(self._folder.split("/")[1])
         count(self, get_state)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(recover.Checkpoints, "maybe", counted)
+    monkeypatch.setattr(images.Checkpoints, "maybe", counted)
     assert tiny.job(out, *options) == 0
     assert [steps.count(f"g{i:05d}") for i in range(5)] == [12 - 7, 12, 12, 12, 12]
     assert not (out / "images/partial").exists() or not any((out / "images/partial").iterdir())

@@ -61,12 +61,3 @@ def test_steps_and_stored_rows_hold_the_same_labels_to_half_a_step(
     # The options of a room are part of what it is.
     assert tiny.job(out, *options) == 2
     assert "relabel.stored_views='rows' (this run asks for 'seed')" in capsys.readouterr().err
-
-
-def test_a_beta_share_other_than_uniform_keeps_its_rows(
-    finished_run: tiny.FinishedRun, tmp_path: Path
-) -> None:
-    out = tiny.copy_rooms(finished_run.out, tmp_path, *BEFORE)
-    assert tiny.job(out, "--relabel.views.mix-alpha", "0.8", "--until", "assemble") == 0
-    assert "crop" in pq.read_schema(label_files(out)[0]).names
-    assert len(DistilledDataset(str(out / "dataset"))) == 40 * 6

@@ -21,10 +21,11 @@ from wmdd_ray.core.soft_labels import label_views
 from wmdd_ray.core.views import to_input
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.errors import ConfigError, WmddError
-from wmdd_ray.export import export as export_set
+from wmdd_ray.product.export import export as export_set
 from wmdd_ray.stages import evaluate, relabel, squeeze
-from wmdd_ray.stages.teacher import units_of
-from wmdd_ray.stages.training_sets import _stored_labels
+from wmdd_ray.units import teacher as training
+from wmdd_ray.units.teacher import units_of
+from wmdd_ray.units.training_sets import _stored_labels
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
 
@@ -196,7 +197,7 @@ def test_several_teachers_are_taken_from_a_run_that_has_them(
 def test_a_second_teacher_that_was_cut_goes_on_and_the_first_is_not_trained_again(
     two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = squeeze.train_classifier
+    train = training.train_classifier
     began: list[int] = []
 
     @functools.wraps(train)
@@ -209,9 +210,9 @@ def test_a_second_teacher_that_was_cut_goes_on_and_the_first_is_not_trained_agai
         began.append(options["start_epoch"])  # type: ignore[arg-type]
         train(*args, on_epoch=on_epoch_or_cut, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(squeeze, "Checkpoints", tiny.WaitingCheckpoints)
-    monkeypatch.setattr(squeeze, "train_classifier", cut)
-    monkeypatch.setattr(squeeze, "_STATE_EVERY_S", -1.0)
+    monkeypatch.setattr(training, "Checkpoints", tiny.WaitingCheckpoints)
+    monkeypatch.setattr(training, "train_classifier", cut)
+    monkeypatch.setattr(training, "_STATE_EVERY_S", -1.0)
     options = (*TWO, "--until", "squeeze")
     assert tiny.job(tmp_path, *options) == 1
     assert any((tmp_path / "teacher/partial/teacher-1").glob("state-?.safetensors"))

@@ -17,10 +17,11 @@ from tests.stages.tiny import FinishedRun
 from wmdd_ray.core.networks import build_network
 from wmdd_ray.errors import WmddError
 from wmdd_ray.records import Teacher
-from wmdd_ray.run import Room
+from wmdd_ray.spine.run import Room
 from wmdd_ray.stages import squeeze
-from wmdd_ray.stages.teacher import read_teacher
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.units import teacher as training
+from wmdd_ray.units.teacher import read_teacher
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 slow = pytest.mark.slow
@@ -30,6 +31,10 @@ UNTIL = ("--until", "squeeze")
 CURVED = (
     "--squeeze.curvature-weight", "0.4", "--squeeze.curvature-ipc-power", "1",
     "--squeeze.curvature-step", "1",
+)  # fmt: skip
+OF_TODAY = (
+    "--squeeze.optimizer", "muon", "--squeeze.learning-rate", "0.01", "--squeeze.warmup-epochs", "1",
+    "--squeeze.ema-decay", "0.9", "--squeeze.shift-px", "1",
 )  # fmt: skip
 State = dict[str, torch.Tensor]
 
@@ -147,16 +152,16 @@ def test_a_teacher_that_is_nowhere_is_refused(
     assert f"--teacher {tmp_path}/missing.pt: expected a committed teacher" in error
 
 
-@pytest.mark.parametrize("curved", [False, True], ids=["plain", "with curvature"])
+@pytest.mark.parametrize("curved", [False, True], ids=["plain", "with everything"])
 def test_training_that_was_cut_goes_on_from_its_last_stored_epoch_with_the_same_bytes(
     curved: bool, finished_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = (*UNTIL, *(CURVED if curved else ()))
+    options = (*UNTIL, *((*CURVED, *OF_TODAY) if curved else ()))
     whole = finished_run.out
     if curved:
         whole = tmp_path / "whole"
         assert tiny.job(whole, *options) == 0
-    train = squeeze.train_classifier
+    train = training.train_classifier
     began: list[int] = []
 
     @functools.wraps(train)
@@ -169,9 +174,9 @@ def test_training_that_was_cut_goes_on_from_its_last_stored_epoch_with_the_same_
         began.append(options["start_epoch"])  # type: ignore[arg-type]
         train(*args, on_epoch=on_epoch_or_cut, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(squeeze, "Checkpoints", tiny.WaitingCheckpoints)
-    monkeypatch.setattr(squeeze, "train_classifier", cut)
-    monkeypatch.setattr(squeeze, "_STATE_EVERY_S", -1.0)
+    monkeypatch.setattr(training, "Checkpoints", tiny.WaitingCheckpoints)
+    monkeypatch.setattr(training, "train_classifier", cut)
+    monkeypatch.setattr(training, "_STATE_EVERY_S", -1.0)
     out = tmp_path / "run"
     assert tiny.job(out, *options) == 1
     assert any((out / "teacher/partial/teacher").glob("state-?.safetensors"))
@@ -200,6 +205,13 @@ def test_a_teacher_without_curvature_is_the_one_of_before_there_was_such_an_opti
     assert not [name for name in told if name.startswith("curvature")]
     unused = tiny.config("--squeeze.curvature-step", "1", "--squeeze.curvature-form", "loss")
     assert squeeze.options(unused) == squeeze.options(plain)
+
+
+def test_a_teacher_without_the_options_of_today_is_the_one_of_before_there_were_such() -> None:
+    plain, modern = (squeeze.options(tiny.config(*added))["squeeze"] for added in ((), OF_TODAY))
+    later = {"optimizer": "muon", "warmup_epochs": 1.0, "ema_decay": 0.9, "shift_px": 1}
+    assert modern == plain | later | {"learning_rate": 0.01}
+    assert not plain.keys() & later.keys()
 
 
 def test_teachers_of_one_effective_weight_are_one_teacher() -> None:

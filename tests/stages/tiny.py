@@ -26,9 +26,9 @@ from unittest import mock
 from jobs import distill
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.optimizer import State
-from wmdd_ray.progress import StageLine
-from wmdd_ray.stages.checkpoints import Checkpoints
+from wmdd_ray.spine.checkpoints import Checkpoints
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.telling.progress import StageLine
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("teacher", "features", "barycenters", "images", "labels", "dataset", "evaluation")
@@ -173,7 +173,7 @@ def started(
 def _driver(
     arguments: list[str], ray_address: str, log: str, die_in: str, die_by: int, die_at_step: int
 ) -> None:
-    from wmdd_ray.stages import recover
+    from wmdd_ray.units import images
 
     os.setsid()
     os.environ["RAY_ADDRESS"] = ray_address
@@ -200,7 +200,7 @@ def _driver(
 
     mock.patch.object(distill, "StageLine", DeadlyLine).start()
 
-    class DeadlyCheckpoints(recover.Checkpoints):
+    class DeadlyCheckpoints(images.Checkpoints):
         """Kills the process group after a known step."""
 
         steps = 0
@@ -213,7 +213,7 @@ def _driver(
             if self.steps == die_at_step:
                 os.killpg(0, signal.SIGKILL)
 
-    mock.patch.object(recover, "Checkpoints", DeadlyCheckpoints).start()
+    mock.patch.object(images, "Checkpoints", DeadlyCheckpoints).start()
     sys.exit(distill.main(arguments))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 CODES = {
+    301: "PermanentRedirect",
     400: "ExpiredToken",
     403: "AccessDenied",
     409: "ConditionalRequestConflict",

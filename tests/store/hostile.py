@@ -21,9 +21,9 @@ from wmdd_ray.config import NetworkConfig, ViewConfig
 from wmdd_ray.core.networks import build_network, weights_of
 from wmdd_ray.core.views import draw_block
 from wmdd_ray.dataset import DistilledDataset
-from wmdd_ray.export import Format, export
+from wmdd_ray.product.export import Format, export
 from wmdd_ray.records import SoftLabelBlock, SoftLabels, Teacher, ViewDraw
-from wmdd_ray.rooms import StageCommit
+from wmdd_ray.spine.rooms import StageCommit
 from wmdd_ray.store import codecs, documents, packing
 from wmdd_ray.store.filesystem import Store
 

@@ -103,10 +103,15 @@ def test_members_that_hold_pickles_are_not_read(store: Store, bird: bytes) -> No
     store.put("x.tar", tar_of(members))
     (chunk,) = read_all(store)
     assert len(chunk.keys) == 1 and len(chunk.bad) == 1
-    for label in (bird, object_array(bird), b'!!python/object/apply:os.system ["x"]'):
+    for label in (bird, object_array(bird)):
         store.put("x.tar", tar_of([("0.png", PNGS[0]), ("0.cls", label)]))
         (chunk,) = read_all(store)
         assert chunk.keys == () and "no label" in chunk.bad[0]
+    # Text that is YAML to others is a name, and no class's.
+    text = b'!!python/object/apply:os.system ["x"]'
+    store.put("x.tar", tar_of([("0.png", PNGS[0]), ("0.cls", text)]))
+    with pytest.raises(DataError, match="expected one of the 1 classes 'ant'"):
+        read_all(store)
 
 
 def hostile_schema(bird: bytes) -> pa.Schema:
@@ -438,8 +443,41 @@ def test_links_out_of_the_folder_are_refused_by_name_or_followed_when_told(
     _, files = list_files(store.uri, follow_links=True)
     assert any(file.startswith(name) for file in files)
     if name.startswith("train/") and target != ".":
-        mine = replace(CONFIG, follow_links=True)
+        mine = replace(CONFIG, follow_links=True, layout="train/{class}")
         assert open_source(store.uri, mine, split="train").num_images == 2
+
+
+def test_links_of_a_pattern_and_of_lists_of_classes_stay_inside_too(
+    store: Store, outside: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    data = outside.parent / "data"
+    store.put("a-000.tar", tar_of([("0.png", PNGS[0]), ("0.cls", b"0")]))
+    link(data, "a-001.tar", outside / "train-000.tar")
+    pattern = store.url("a-{000..001}.tar")
+    with pytest.raises(DataError, match=r"1 links that lead elsewhere: 'a-001\.tar'.*follow-links"):
+        open_source(pattern, CONFIG, split="train")
+    mine = replace(CONFIG, follow_links=True)
+    assert len(open_source(pattern, mine, split="train").files) == 2
+    (data / "a-001.tar").unlink()
+    theirs = tmp_path_factory.mktemp("theirs") / "classes.txt"
+    theirs.write_text("theirs\n")
+    # Beside one file that is named, and a pattern: what else lies there is not listed.
+    link(data, "classes.txt", theirs)
+    for uri in (store.url("a-000.tar"), store.url("a-{000..000}.tar")):
+        with pytest.raises(DataError, match=r"1 links that lead elsewhere: 'classes\.txt'"):
+            open_source(uri, CONFIG, split="train")
+    assert open_source(pattern.replace("001", "000"), mine, split="train").class_names == (
+        "theirs",
+    )
+
+
+def test_an_image_folder_of_a_table_that_is_a_link_is_refused(store: Store, outside: Path) -> None:
+    link(outside.parent / "data", "images", outside / "ant")
+    store.put("labels.csv", b"path,label\nimages/0.png,ant\n")
+    with pytest.raises(DataError, match="1 links that lead elsewhere: 'images'"):
+        open_source(store.url("labels.csv"), CONFIG, split="train")
+    mine = replace(CONFIG, follow_links=True)
+    assert open_source(store.url("labels.csv"), mine, split="train").num_images == 1
 
 
 def test_links_inside_the_folder_are_read_once_and_circles_end(
@@ -465,7 +503,8 @@ def test_pipes_are_passed_over_and_names_that_are_no_text_are_refused(
 ) -> None:
     store.put("train/ant/0.png", PNGS[0])
     os.mkfifo(tmp_path / "data/train/ant/1.png")
-    assert open_source(store.uri, CONFIG, split="train").num_images == 1
+    one_class = replace(CONFIG, layout="train/{class}")
+    assert open_source(store.uri, one_class, split="train").num_images == 1
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/data/train/ant/\xff.png")).write_bytes(PNGS[0])
     with pytest.raises(DataError, match=r"file names in UTF-8, found 1 others: .*xff\.png"):
         open_source(store.uri, CONFIG, split="train")

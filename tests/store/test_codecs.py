@@ -113,7 +113,7 @@ def block(top_k: bool = False) -> SoftLabelBlock:
         partner_V=np.arange(6, dtype=np.int32)[::-1].copy(),
         partner_crop_V4=(RNG.random((6, 4)) / 2).astype(np.float32),
         partner_flip_V=RNG.random(6) < 0.5,
-        mix_box_V4=RNG.integers(0, 8, size=(6, 4)).astype(np.int16),
+        mix_box_V4=np.array([(0, 1, 4, 1 + i) for i in range(1, 7)], dtype=np.int16),
         share_V=RNG.random(6).astype(np.float32),
     )
     labels = SoftLabels(num_classes=5, values_VK=-RNG.random((6, 5)).astype(np.float16))

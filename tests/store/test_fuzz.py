@@ -43,7 +43,7 @@ from tests.store.written_sources import (
 )
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import BadImageError, DataError, WmddError
-from wmdd_ray.rooms import Room
+from wmdd_ray.spine.rooms import Room
 from wmdd_ray.store import codecs, documents
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.images import decode_image

@@ -40,7 +40,7 @@ from tests.store.hostile import (
 )
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.errors import ArtifactError, DataError, WmddError
-from wmdd_ray.export import Format, export
+from wmdd_ray.product.export import Format, export
 from wmdd_ray.store import codecs, packing
 from wmdd_ray.store.images import encode_png
 from wmdd_ray.store.pages import declared_bytes

@@ -38,7 +38,6 @@ def draw(num_images: int = 50, first: int = 200) -> ViewDraw:
         crop_scale_min=views.crop_scale_min,
         flip=views.flip,
         mix=views.mix,
-        mix_alpha=views.mix_alpha,
     )
 
 
@@ -129,6 +128,30 @@ def test_a_file_of_an_earlier_version_is_refused_with_what_to_do() -> None:
     pq.write_table(table, sink, write_page_checksum=True)
     with pytest.raises(ArtifactError, match="format 2, found one that an earlier.*run relabel"):
         codecs.decode_soft_labels(sink.getvalue().to_pybytes(), draw_block)
+
+
+@pytest.mark.parametrize("by_seed", [True, False])
+def test_mixup_of_an_earlier_version_is_refused_with_what_to_do(by_seed: bool) -> None:
+    written = block(by_seed=by_seed)
+    if written.draw is not None:
+        written = replace(written, draw=replace(written.draw, mix="mixup"))
+    else:
+        blended = replace(written.views, mix_box_V4=np.zeros_like(written.views.mix_box_V4))
+        written = replace(written, views=blended)
+    with pytest.raises(ArtifactError, match="found MixUp's.*; run relabel and assemble again"):
+        codecs.decode_soft_labels(codecs.encode_soft_labels(written), draw_block)
+
+
+def test_shares_of_any_distribution_are_read_as_they_were_stored() -> None:
+    # Earlier versions could draw CutMix by other shares than uniform ones, and stored the boxes then.
+    written = block(by_seed=False)
+    one_pixel_V4 = np.tile(np.array([[3, 4, 4, 5]], np.int16), (len(written.views), 1))
+    share_V = np.full(len(written.views), 1 - 1 / 28**2, np.float32)
+    written = replace(
+        written, views=replace(written.views, mix_box_V4=one_pixel_V4, share_V=share_V)
+    )
+    found = codecs.decode_soft_labels(codecs.encode_soft_labels(written), draw_block)
+    assert_same(found.views, written.views)
 
 
 def test_bytes_a_view_are_those_of_the_entropy_not_of_the_arrays() -> None:

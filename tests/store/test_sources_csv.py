@@ -97,9 +97,11 @@ def _fields() -> dict[str, object]:
     return {name: getattr(CONFIG, name) for name in CONFIG.__slots__}
 
 
-def test_image_folders_beside_a_table_of_labels_are_a_question_and_beside_another_none(
-    store: Store,
+def test_folders_of_classes_beside_a_table_of_labels_are_a_question_and_beside_another_none(
+    tmp_path: Path,
 ) -> None:
+    store = Store(str(tmp_path))
+    write_imagefolder(store, "")
     write(store, *ROWS)
     with pytest.raises(
         DataError, match="expected one format, found 2: .*name one by --source.format"
@@ -108,6 +110,13 @@ def test_image_folders_beside_a_table_of_labels_are_a_question_and_beside_anothe
     store.delete("labels.csv")
     write(store, "1,2", name="noisy_labels.csv", header="a,b")
     assert opened(store.uri).format == "imagefolder"
+
+
+def test_one_folder_of_images_is_no_class_where_a_table_of_labels_lies_beside_it(
+    store: Store,
+) -> None:
+    write(store, *ROWS)
+    assert labels_by_path(opened(store.uri)) == EXPECTED
 
 
 def test_a_table_beside_tars_changes_nothing(tmp_path: Path) -> None:
@@ -164,7 +173,7 @@ def test_the_order_of_classes_beside_the_table_is_kept(store: Store) -> None:
             "images/000.png,dog",
             "image images/000.png has label 'dog', expected one of the 3 classes",
         ),
-        ("images/000.png,7", "image images/000.png has label '7', expected one of the 3 classes"),
+        ("images/000.png,7", r"image images/000.png has label 7, expected 0 to 2 \(3 classes\)"),
     ],
 )
 def test_a_label_outside_the_map_is_refused(store: Store, row: str, message: str) -> None:

@@ -33,7 +33,7 @@ from tests.store.written_sources import (
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, load_images, open_source
-from wmdd_ray.store.sources.listing import expand_braces
+from wmdd_ray.store.sources.patterns import expand_braces
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_class_folders_may_have_folders_inside(store: Store) -> None:
 def test_many_files_read_ahead_come_in_order(store: Store) -> None:
     for i in range(60):
         store.put(f"ant/{i:02d}.png", b"%d" % i)
-    source = open_source(store.uri, CONFIG, split="train")
+    source = open_source(store.uri, replace(CONFIG, layout="{class}"), split="train")
     contents = [raw.content for shard in source.shards(60) for raw in source.read_shard(shard)]
     assert contents == [b"%d" % i for i in range(60)]
 
@@ -167,16 +167,21 @@ def test_training_images_are_not_taken_from_a_held_out_folder(store: Store) -> N
         open_source(store.uri, CONFIG, split="train")
 
 
-def test_missing_held_out_classes_are_a_warning_and_loose_images_too(
+def test_missing_held_out_classes_are_a_warning_and_loose_images_are_counted(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.put("val/ant/0.png", PNGS[0])
     store.put("val/0.png", PNGS[0])
+    with pytest.raises(
+        DataError, match="1 files are no images of a class, beside 1 .* of no class"
+    ):
+        open_source(store.uri, CONFIG, split="val", class_names=NAMES)
+    half = replace(CONFIG, max_passed_over=0.5)
     with caplog.at_level(logging.WARNING):
-        source = open_source(store.uri, CONFIG, split="val", class_names=NAMES)
+        source = open_source(store.uri, half, split="val", class_names=NAMES)
     assert source.class_names == NAMES and source.num_images == 1
     assert "no images of 2 training classes: 'bee', 'cat'" in caplog.text
-    assert "1 images lie in no class folder" in caplog.text
+    assert [group.example for group in source.passed_over] == ["val/0.png"]
 
 
 def test_tar_labels_may_be_json_and_classes_may_be_numbers(
@@ -254,10 +259,10 @@ def test_parquet_columns_are_chosen_by_the_declared_features(store: Store) -> No
 
 def test_parquet_without_the_two_columns_says_what_it_has(store: Store) -> None:
     sink = io.BytesIO()
-    pq.write_table(pa.table({"image": PNGS, "name": ["ant"] * 24}), sink)
+    pq.write_table(pa.table({"image": PNGS, "width": [8] * 24}), sink)
     store.put("x.parquet", sink.getvalue())
     with pytest.raises(
-        DataError, match="expected one image column .* found image: binary, name: string"
+        DataError, match="expected a label column .* found image: binary, width: int64; name the"
     ):
         open_source(store.uri, CONFIG, split="train")
 
@@ -294,6 +299,17 @@ def test_brace_patterns_and_single_files_name_what_is_read(
         open_source(store.url(pattern.replace("1}", "3}")), CONFIG, split="train")
 
 
+def test_braces_in_the_name_of_a_folder_are_none_of_the_pattern(store: Store) -> None:
+    write_webdataset(store.child("set {v1}/{a,b}"))
+    for uri in ("set {v1}/{a,b}", "set {v1}/{a,b}/train-{000..001}.tar", "set {v1}"):
+        source = open_source(store.url(uri), CONFIG, split="train")
+        assert labels_of(source) == LABELS_N.tolist()
+    with pytest.raises(
+        DataError, match=r"set \{v1\}/x-\{0..1\}.tar: expected 2 files, 2 of them are"
+    ):
+        open_source(store.url("set {v1}/x-{0..1}.tar"), CONFIG, split="train")
+
+
 def test_braces_stand_for_ranges_and_lists() -> None:
     assert expand_braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
     assert expand_braces("{a,b}/{0..1}") == ["a/0", "a/1", "b/0", "b/1"]
@@ -303,7 +319,7 @@ def test_braces_stand_for_ranges_and_lists() -> None:
 
 
 def test_files_are_split_by_the_words_in_their_names(store: Store) -> None:
-    train = ["my-training2.parquet", "val-mirror/train-0.parquet"]
+    train = ["my-training2.parquet", "train-0.parquet"]
     names = ["val/a.parquet", "x_test.parquet", "constrained.parquet", *train]
     for name in names:
         store.put(name, parquet_of(PNGS[:3], [0, 1, 2], NAMES))

@@ -6,6 +6,7 @@ Legend: C color channels.
 from __future__ import annotations
 
 import io
+import re
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -53,7 +54,7 @@ def read_checkpoint(content: bytes, name: str) -> dict[str, Tensor]:
         )
     # Damaged bytes raise a dozen kinds of error in these two parsers; all of them mean the same to the user.
     except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = _reason(error)
         raise DataError(
             f"checkpoint {name}: expected safetensors, or a torch file with tensors only (weights_only=True), got "
             f"{len(content)} bytes that cannot be read as such ({reason}); save the model's state_dict() and "
@@ -75,6 +76,13 @@ def read_checkpoint(content: bytes, name: str) -> dict[str, Tensor]:
         if all(k.startswith(prefix) for k in state):
             state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state
+
+
+def _reason(error: Exception) -> str:
+    """Return the line that says why; torch's begins with advice in color, which is not to be followed for files of others."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    said = re.search(r"WeightsUnpickler error: (.+?)(?:\. Please|\n|$)", text)
+    return said[1] if said else text.split("\n")[0] or type(error).__name__
 
 
 def _refuse_zip_bomb(content: bytes) -> None:

@@ -164,34 +164,51 @@ class WeightAverage:
             average.copy_(torch.tensor(state[f"average.{name}"]).reshape(average.shape))
 
 
-def cosine_rate(peak: float, step: int, num_steps: int) -> float:
-    """Return peak (1 + cos(pi step / num_steps)) / 2: `peak` at step 0, 0 at `num_steps`."""
-    return 0.5 * peak * (1 + math.cos(math.pi * step / num_steps))
+def cosine_rate(peak: float, step: int, num_steps: int, warmup_steps: int = 0) -> float:
+    """Return peak (1 + cos(pi t / T)) / 2 with t = step - warmup_steps and T = num_steps - warmup_steps.
+
+    That is `peak` at t = 0 and 0 at `num_steps`. Before, the rate rises by peak / (warmup_steps + 1) a step from just that.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / (warmup_steps + 1)
+    return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup_steps) / (num_steps - warmup_steps)))
 
 
 def take_step(
-    optimizer: torch.optim.Optimizer, loss: torch.Tensor, peak: float, step: int, num_steps: int
+    optimizer: torch.optim.Optimizer,
+    loss: torch.Tensor,
+    peak: float,
+    step: int,
+    num_steps: int,
+    warmup_steps: int = 0,
 ) -> None:
-    """Take one step along the gradient of `loss`, at the cosine's rate."""
+    """Take one step along the gradient of `loss`, at the rate of `cosine_rate`."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     for group in optimizer.param_groups:
-        group["lr"] = cosine_rate(peak, step, num_steps)
+        group["lr"] = cosine_rate(peak, step, num_steps, warmup_steps)
     optimizer.step()
 
 
-def training_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    """Return copies of all weights, buffers and optimizer state as plain arrays."""
+def training_state(
+    network: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None = None
+) -> State:
+    """Return copies of all weights, buffers and optimizer state as plain arrays, and of the average's."""
     state = {f"network.{k}": _array_of(v) for k, v in network.state_dict().items()}
     for index, slots in optimizer.state_dict()["state"].items():
         for name, value in slots.items():
             if value is not None:
                 state[f"optimizer.{index}.{name}"] = _array_of(value)
-    return state
+    return state if average is None else state | average.state()
 
 
-def load_training_state(network: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
-    """Put `training_state` back into a network and an optimizer that were built the same way.
+def load_training_state(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: State,
+    average: WeightAverage | None = None,
+) -> None:
+    """Put `training_state` back into a network, an optimizer and an average that were built the same way.
 
     `Optimizer.load_state_dict` alone would keep the arrays' row-major layout, and fused optimizers
     walk parameter and state by address: with weights in channels-last format they would pair wrong
@@ -215,6 +232,8 @@ def load_training_state(network: nn.Module, optimizer: torch.optim.Optimizer, st
             slots.setdefault(int(index), {})[name] = value if name != "step" else value.reshape(())
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
+    if average is not None:
+        average.load(state)
 
 
 def _array_of(value: torch.Tensor) -> np.ndarray:

@@ -91,7 +91,7 @@ def hard_label_loss(
     share_B: torch.Tensor,
     weights_B: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the mean cross-entropy to labels that are mixed as CutMix and MixUp mix their images.
+    """Return the mean cross-entropy to labels that are mixed as CutMix mixes their images.
 
     mean_b w_b (-share_b log p_b[class_b] - (1 - share_b) log p_b[partner's class_b]).
 
@@ -103,7 +103,7 @@ def hard_label_loss(
         weights_B: weight of each image, of mean 1 over the data set; None is 1.
 
     References:
-        Yun et al. 2019, CutMix. Zhang et al. 2018, mixup.
+        Yun et al. 2019, CutMix.
     """
     log_BY = F.log_softmax(student_BY.float(), dim=1)
     own_B, other_B = (log_BY.gather(1, c[:, None])[:, 0] for c in (classes_B, partners_B))

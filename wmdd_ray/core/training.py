@@ -46,6 +46,21 @@ from wmdd_ray.records import Views
 _RENDER_FLOATS = 1 << 24
 
 
+def classifier_optimizer(
+    network: nn.Module, config: SqueezeConfig
+) -> tuple[torch.optim.Optimizer, WeightAverage | None]:
+    """Return what `train_classifier` steps with, and averages by; the network's device and memory format are set before."""
+    optimizer = make_optimizer(
+        network,
+        config.optimizer,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+    )
+    average = WeightAverage(network, config.ema_decay) if config.ema_decay > 0 else None
+    return optimizer, average
+
+
 def train_classifier(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -58,6 +73,7 @@ def train_classifier(
     seed: int,
     rank: int = 0,
     start_epoch: int = 0,
+    average: WeightAverage | None = None,
     on_epoch: Callable[[int, float], None] | None = None,
     on_curvature: Callable[[int, float], None] | None = None,
 ) -> None:
@@ -66,14 +82,14 @@ def train_classifier(
     The loss is the cross-entropy, plus `config.curvature_weight` times the curvature of the same augmented images
     (`core.curvature`; the weight is taken as it is, see `SqueezeConfig.at_ipc`).
 
-    SGD's rate falls as a cosine per step to 0. The images are cropped, resized back and flipped at
-    random. To resume: load the `training_state` that `on_epoch` saved after epoch e, and pass
-    `start_epoch` = e + 1; the result is the same to the last bit.
+    The rate rises per step during `config.warmup_epochs`, then falls as a cosine to 0. The images are cropped, resized
+    back, shifted and flipped at random. To resume: load the `training_state` that `on_epoch` saved after epoch e, and
+    pass `start_epoch` = e + 1; the result is the same to the last bit.
 
     Args:
         network: classifier on its device, wrapped in DistributedDataParallel or not. Channels-last
             format (set before wrapping) makes 1.5 times the steps per second on CPU.
-        optimizer: of `make_optimizer(network, "sgd", ...)`.
+        optimizer: of `classifier_optimizer`.
         epoch_batches: epoch -> batches of this rank, (uint8 NHWC, int64 labels). At most
             `steps_per_epoch` are used; in distributed training every rank needs equally many.
         config: epochs, rate, augmentation, precision.
@@ -83,6 +99,7 @@ def train_classifier(
         seed: seed of the augmentation.
         rank: this worker; each draws its own augmentation.
         start_epoch: first epoch to train.
+        average: of `classifier_optimizer`; updated at every step, and put into the network at the end.
         on_epoch: called with (epoch, mean loss) after every epoch.
         on_curvature: called with (epoch, mean curvature term, without its weight) before `on_epoch`, when the weight is
             positive.
@@ -92,6 +109,7 @@ def train_classifier(
     """
     device = next(network.parameters()).device
     num_steps = config.epochs * steps_per_epoch
+    warmup_steps = round(config.warmup_epochs * steps_per_epoch)
     # Its own passes need no exchange: the gradients of all terms are summed over the workers in one backward.
     bare = network.module if isinstance(network, DistributedDataParallel) else network
     for epoch in range(start_epoch, config.epochs):
@@ -102,28 +120,17 @@ def train_classifier(
         with _seeded_dropout(seed, epoch, rank, device):
             for i, (images_BHWC, labels_B) in enumerate(batches):
                 images = to_input(images_BHWC, mean_C, std_C, device)
-                images = _augment(images, rng, config.crop_scale_min, config.flip)
+                images = _augment(images, rng, config)
                 with torch.autocast(
                     device.type, dtype=torch.bfloat16, enabled=config.mixed_precision
                 ):
                     logits_BY = network(images)
-                labels = labels_B.to(device)
-                loss = F.cross_entropy(
-                    logits_BY.float(), labels, label_smoothing=config.label_smoothing
-                )
-                if config.curvature_weight > 0:
-                    term = classifier_curvature(
-                        bare,
-                        images,
-                        labels,
-                        step=config.curvature_step,
-                        form=config.curvature_form,
-                        label_smoothing=config.label_smoothing,
-                    )
-                    loss = loss + config.curvature_weight * term
-                    bent += term.detach()
+                loss, term = _classifier_loss(bare, logits_BY, images, labels_B.to(device), config)
+                bent += term.detach()
                 step = epoch * steps_per_epoch + i
-                take_step(optimizer, loss, config.learning_rate, step, num_steps)
+                take_step(optimizer, loss, config.learning_rate, step, num_steps, warmup_steps)
+                if average is not None:
+                    average.update()
                 total += loss.detach()
                 count += 1
         mean_loss = float(total) / max(count, 1)
@@ -132,6 +139,8 @@ def train_classifier(
             on_curvature(epoch, float(bent) / max(count, 1))
         if on_epoch is not None:
             on_epoch(epoch, mean_loss)
+    if average is not None:
+        average.put_into_network()
 
 
 def train_student(
@@ -187,45 +196,14 @@ def train_student(
         weight_decay=config.weight_decay,
     )
     average = WeightAverage(network, config.ema_decay) if config.ema_decay > 0 else None
-    weights = None
-    if config.weighted_loss:
-        assert weights_N is not None, "a weighted loss needs weights"
-        weights = torch.tensor(weights_N / weights_N.mean(), dtype=torch.float32, device=device)
-    classes = None
-    if labels == "hard" or config.ce_weight > 0:
-        assert classes_N is not None, "hard labels need the images' classes"
-        classes = torch.tensor(classes_N, dtype=torch.int64, device=device)
+    loss_of = _StudentLoss(config, labels, weights_N, classes_N, device)
     first = 0
     if state is not None:
         first = int(state["epoch"])
-        load_training_state(network, optimizer, {k: v for k, v in state.items() if k != "epoch"})
-        if average is not None:
-            average.load(state)
+        load_training_state(network, optimizer, state, average)
 
     def get_state() -> State:
-        found = training_state(network, optimizer) | {"epoch": np.array(epoch + 1)}
-        return found if average is None else found | average.state()
-
-    def loss_of(student_BY: torch.Tensor, rows: _Rows) -> torch.Tensor:
-        weights_B = None if weights is None else weights[rows.image_B]
-        hard = None
-        if classes is not None:
-            classes_B, partners_B = classes[rows.image_B], classes[rows.partner_B]
-            hard = hard_label_loss(student_BY, classes_B, partners_B, rows.share_B, weights_B)
-            if labels == "hard":
-                return hard
-        if config.loss == "mse":
-            soft = logit_loss(student_BY, rows.teacher_BY, weights_B)
-        else:
-            soft = soft_label_loss(student_BY, rows.teacher_BY, config.temperature, weights_B)
-        if config.sinkhorn_weight > 0:
-            soft = soft + config.sinkhorn_weight * transport_loss(
-                student_BY,
-                rows.teacher_BY,
-                regularization=config.sinkhorn_regularization,
-                iterations=config.sinkhorn_iterations,
-            )
-        return soft if hard is None else soft + config.ce_weight * hard
+        return training_state(network, optimizer, average) | {"epoch": np.array(epoch + 1)}
 
     for epoch in range(first, epochs):
         network.train()
@@ -256,6 +234,51 @@ def train_student(
         average.put_into_network()
 
 
+class _StudentLoss:
+    """The loss of a batch: to the teacher's logits, to the images' classes, or to both, as the options say."""
+
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        labels: Literal["soft", "hard"],
+        weights_N: np.ndarray | None,
+        classes_N: np.ndarray | None,
+        device: torch.device,
+    ) -> None:
+        self._config, self._labels = config, labels
+        self._weights: torch.Tensor | None = None
+        if config.weighted_loss:
+            assert weights_N is not None, "a weighted loss needs weights"
+            weights = weights_N / weights_N.mean()
+            self._weights = torch.tensor(weights, dtype=torch.float32, device=device)
+        self._classes: torch.Tensor | None = None
+        if labels == "hard" or config.ce_weight > 0:
+            assert classes_N is not None, "hard labels need the images' classes"
+            self._classes = torch.tensor(classes_N, dtype=torch.int64, device=device)
+
+    def __call__(self, student_BY: torch.Tensor, rows: _Rows) -> torch.Tensor:
+        config = self._config
+        weights_B = None if self._weights is None else self._weights[rows.image_B]
+        hard = None
+        if self._classes is not None:
+            classes_B, partners_B = self._classes[rows.image_B], self._classes[rows.partner_B]
+            hard = hard_label_loss(student_BY, classes_B, partners_B, rows.share_B, weights_B)
+            if self._labels == "hard":
+                return hard
+        if config.loss == "mse":
+            soft = logit_loss(student_BY, rows.teacher_BY, weights_B)
+        else:
+            soft = soft_label_loss(student_BY, rows.teacher_BY, config.temperature, weights_B)
+        if config.sinkhorn_weight > 0:
+            soft = soft + config.sinkhorn_weight * transport_loss(
+                student_BY,
+                rows.teacher_BY,
+                regularization=config.sinkhorn_regularization,
+                iterations=config.sinkhorn_iterations,
+            )
+        return soft if hard is None else soft + config.ce_weight * hard
+
+
 def accuracy(network: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
     """Return (top-1, top-5) as fractions; top-5 is top-Y when there are fewer than 5 classes.
 
@@ -279,14 +302,41 @@ def accuracy(network: nn.Module, batches: Iterable[Batch]) -> tuple[float, float
     return hits[0] / count, hits[1] / count
 
 
+def _classifier_loss(
+    bare: nn.Module,
+    logits_BY: torch.Tensor,
+    images_BCHW: torch.Tensor,
+    labels_B: torch.Tensor,
+    config: SqueezeConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss, and the curvature term that it holds `config.curvature_weight` times (0 without one)."""
+    smoothing = config.label_smoothing
+    loss = F.cross_entropy(logits_BY.float(), labels_B, label_smoothing=smoothing)
+    if config.curvature_weight == 0:
+        return loss, torch.zeros_like(loss)
+    term = classifier_curvature(
+        bare,
+        images_BCHW,
+        labels_B,
+        step=config.curvature_step,
+        form=config.curvature_form,
+        label_smoothing=smoothing,
+    )
+    return loss + config.curvature_weight * term, term
+
+
 def _augment(
-    images_BCHW: torch.Tensor, rng: np.random.Generator, scale_min: float, flip: bool
+    images_BCHW: torch.Tensor, rng: np.random.Generator, config: SqueezeConfig
 ) -> torch.Tensor:
-    """Return random resized crops, flipped with probability 1/2, at the images' own size."""
-    device, count = images_BCHW.device, len(images_BCHW)
-    crop_B4 = torch.from_numpy(draw_crops(rng, count, scale_min)).to(device)
-    flip_B = torch.from_numpy((rng.random(count) < 0.5) & flip).to(device)
-    return crop(images_BCHW, crop_B4, flip_B, images_BCHW.shape[-1])
+    """Return random resized crops, shifted, and flipped with probability 1/2, at the images' own size."""
+    device, count, side = images_BCHW.device, len(images_BCHW), images_BCHW.shape[-1]
+    crop_B4 = draw_crops(rng, count, config.crop_scale_min)
+    flip_B = (rng.random(count) < 0.5) & config.flip
+    if config.shift_px > 0:
+        reach = config.shift_px
+        crop_B4[:, :2] += rng.integers(-reach, reach + 1, (count, 2)) / side
+    boxes, flips = torch.from_numpy(crop_B4).to(device), torch.from_numpy(flip_B).to(device)
+    return crop(images_BCHW, boxes, flips, side)
 
 
 class _Rows(NamedTuple):

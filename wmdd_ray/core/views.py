@@ -1,7 +1,7 @@
 """Random views of images: drawn from a seed, stored as plain arrays, replayed to the same pixels.
 
-A view is a resized crop with an optional flip, mixed with such a crop of a partner image (CutMix or
-MixUp). Each row of a `Views` record is self-contained, so a student may use any batch size, order
+A view is a resized crop with an optional flip, mixed with such a crop of a partner image (CutMix).
+Each row of a `Views` record is self-contained, so a student may use any batch size, order
 or number of workers. Pixels are computed by gathers and by separate elementwise float32 operations,
 never by a reduction: they do not depend, to the last bit, on what else is in the batch.
 
@@ -13,8 +13,8 @@ them, and exp and log differ between processors.
 Legend: B batch, V views, N images, C channels, H W pixels of the input, S pixels of an output side.
 
 References:
-    Yun et al. 2019, CutMix. Zhang et al. 2018, mixup. Shen and Xing 2022, FKD (stored views and
-    their soft labels). Szegedy et al. 2015, the ranges of area and aspect of random resized crops.
+    Yun et al. 2019, CutMix. Shen and Xing 2022, FKD (stored views and their soft labels). Szegedy
+    et al. 2015, the ranges of area and aspect of random resized crops.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from dataclasses import fields, replace
 
 import numpy as np
 import torch
-from scipy.special import betaincinv
 
 from wmdd_ray.config import ViewConfig
 from wmdd_ray.core.resample import crop
@@ -39,7 +38,6 @@ __all__ = [
     "draw_crops",
     "draw_views",
     "exact_order",
-    "is_exact",
     "renamed",
     "render_views",
     "take",
@@ -124,10 +122,9 @@ def draw_views(
 ) -> Views:
     """Return one view of every image; row i depends only on (seed, epoch, i), its partner on N too.
 
-    CutMix: lambda ~ Beta(alpha, alpha); a box of area share 1 - lambda around a uniform center,
-    clipped at the border, is taken from the partner, and `share_V` is the image's own share after
-    clipping. MixUp: `share_V` is lambda. The partner is any image of the data set, with its own
-    crop and flip.
+    CutMix: lambda is uniform; a box of area share 1 - lambda around a uniform center, clipped at
+    the border, is taken from the partner, and `share_V` is the image's own share after clipping.
+    The partner is any image of the data set, with its own crop and flip.
 
     Args:
         num_images: images of the data set.
@@ -140,7 +137,6 @@ def draw_views(
     image_V = np.arange(num_images, dtype=np.int32)
     crop_V4 = _crops_of(u[:, 0:4], config.crop_scale_min)
     flip_V = (u[:, 4] < 0.5) & config.flip
-    box_V4 = np.zeros((num_images, 4), dtype=np.int16)
     if config.mix == "none":
         return Views(
             image_V=image_V,
@@ -149,14 +145,10 @@ def draw_views(
             partner_V=image_V,
             partner_crop_V4=crop_V4,
             partner_flip_V=flip_V,
-            mix_box_V4=box_V4,
+            mix_box_V4=np.zeros((num_images, 4), dtype=np.int16),
             share_V=np.ones(num_images, dtype=np.float32),
         )
-    # Unlike a rejection sampler, the inverse of the distribution function needs one number a row.
-    alpha = config.mix_alpha
-    share_V = u[:, 11] if alpha == 1 else betaincinv(alpha, alpha, u[:, 11])
-    if config.mix == "cutmix":
-        box_V4, share_V = _mix_boxes(share_V, u[:, 12:14], image_size)
+    box_V4, share_V = _mix_boxes(u[:, 11], u[:, 12:14], image_size)
     return Views(
         image_V=image_V,
         crop_V4=crop_V4,
@@ -169,18 +161,12 @@ def draw_views(
     )
 
 
-def is_exact(config: ViewConfig) -> bool:
-    """Whether any machine draws these views to the same bits: all but those with a Beta(alpha, alpha) other than uniform."""
-    return config.mix == "none" or config.mix_alpha == 1
-
-
 def draw_block(draw: ViewDraw, epochs: range) -> Views:
     """Return the views of a block of label epochs, epoch by epoch, as `relabel` drew them."""
     config = ViewConfig(
         crop_scale_min=draw.crop_scale_min,
         flip=draw.flip,
         mix=draw.mix,  # type: ignore[arg-type]
-        mix_alpha=draw.mix_alpha,
     )
     parts = [
         draw_views(len(draw.index_N), draw.image_size, config, seed=draw.seed, epoch=epoch)
@@ -202,8 +188,7 @@ def exact_order(n: int, *, seed: int, number: int) -> np.ndarray:
 def render_views(images_NCHW: Images, views: Views, image_size: int) -> torch.Tensor:
     """Return the views' pixels, float32 (V, C, image_size, image_size), on the images' device.
 
-    A row whose mix box is not empty is CutMix; any other row is share * view + (1 - share) *
-    partner's view, which for share 1 is the view itself.
+    A row whose mix box is not empty has the partner's view there; any other row is the view itself.
 
     Args:
         images_NCHW: normalized images of the data set, or `StoredImages`.
@@ -216,9 +201,7 @@ def render_views(images_NCHW: Images, views: Views, image_size: int) -> torch.Te
         return torch.tensor(array, device=device)
 
     top_V, left_V, bottom_V, right_V = views.mix_box_V4.T
-    is_cut_V = (bottom_V > top_V) & (right_V > left_V)
-    is_blend_V = ~is_cut_V & (views.share_V < 1)
-    is_mixed = bool(is_cut_V.any() or is_blend_V.any())
+    is_mixed = bool(((bottom_V > top_V) & (right_V > left_V)).any())
     image_V, crop_V4, flip_V = views.image_V, views.crop_V4, views.flip_V
     if is_mixed:
         # Own and partner's crops in one go: of a small batch, most of the time is the operations' overhead.
@@ -230,17 +213,11 @@ def render_views(images_NCHW: Images, views: Views, image_size: int) -> torch.Te
     if not is_mixed:
         return own
     own, other = own[: len(views)], own[len(views) :]
-    if is_cut_V.any():
-        pixel_S = np.arange(image_size)
-        in_rows_VS = (pixel_S >= top_V[:, None]) & (pixel_S < bottom_V[:, None])
-        in_columns_VS = (pixel_S >= left_V[:, None]) & (pixel_S < right_V[:, None])
-        rows, columns = on_device(in_rows_VS), on_device(in_columns_VS)
-        own = torch.where(rows[:, None, :, None] & columns[:, None, None, :], other, own)
-    if is_blend_V.any():
-        share_V = np.where(is_blend_V, views.share_V, np.float32(1))
-        share = on_device(share_V)[:, None, None, None]
-        own = share * own + (1 - share) * other
-    return own
+    pixel_S = np.arange(image_size)
+    in_rows_VS = (pixel_S >= top_V[:, None]) & (pixel_S < bottom_V[:, None])
+    in_columns_VS = (pixel_S >= left_V[:, None]) & (pixel_S < right_V[:, None])
+    rows, columns = on_device(in_rows_VS), on_device(in_columns_VS)
+    return torch.where(rows[:, None, :, None] & columns[:, None, None, :], other, own)
 
 
 def take(views: Views, index: np.ndarray | slice) -> Views:

@@ -6,87 +6,30 @@ images are opened once a worker and used after training only; the last epoch is 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
-import torch
 
-from wmdd_ray.config import DistillConfig, LabelKind
-from wmdd_ray.core.class_order import confusion
-from wmdd_ray.core.networks import build_network, load_weights, weights_of
-from wmdd_ray.core.optimizer import State
-from wmdd_ray.core.training import accuracy, train_student
-from wmdd_ray.provenance import hardware, versions
-from wmdd_ray.records import StudentResult
-from wmdd_ray.rooms import Room
-from wmdd_ray.run import StageRun, Work, unit_seed
-from wmdd_ray.stages.checkpoints import Checkpoints
-from wmdd_ray.stages.held_out import HeldOut, Listed
-from wmdd_ray.stages.training_sets import TILED, OpenSets, open_sets
-from wmdd_ray.stages.workers import DoUnit, Report, do_units
-from wmdd_ray.store import codecs, documents
-
-_STATE_EVERY_S = 20.0
+from wmdd_ray.config import DistillConfig
+from wmdd_ray.executors.dispatch import do_units
+from wmdd_ray.options import fingerprint_options
+from wmdd_ray.spine.numbers import Number, StageNumbers
+from wmdd_ray.spine.provenance import hardware, versions
+from wmdd_ray.spine.rooms import UnitMarker
+from wmdd_ray.spine.run import StageRun, Work
+from wmdd_ray.store import documents
+from wmdd_ray.units.held_out import Listed
+from wmdd_ray.units.students import longest_first, open_worker, rows, unit_ids
+from wmdd_ray.units.training_sets import OpenSets, open_sets
 
 
 def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that the results depend on."""
-    evaluate = asdict(config.evaluate)
-    if config.evaluate.sinkhorn_weight == 0:
-        # A term that is left out is as it was when there was none.
-        for name in ("sinkhorn_weight", "sinkhorn_regularization", "sinkhorn_iterations"):
-            del evaluate[name]
-    return {"seed": config.seed, "evaluate": evaluate}
-
-
-def rows(config: DistillConfig) -> tuple[str, ...]:
-    """Return the rows of the table: the distilled set first."""
-    tiled = config.recover.tiles > 1
-    return (
-        "distilled",
-        *(row for row in config.evaluate.baselines if tiled or row not in TILED),
-    )
-
-
-def unit_ids(config: DistillConfig) -> tuple[str, ...]:
-    """Return one unit a (row, labels, seed), as the table has them."""
-    return tuple(
-        f"{row}-{labels}-s{seed:03d}"
-        for row in rows(config)
-        for labels in config.evaluate.labels
-        for seed in range(config.evaluate.num_seeds)
-    )
-
-
-def parts_of(unit: str) -> tuple[str, LabelKind, int]:
-    """Return (row, labels, seed) of a unit."""
-    row, labels, seed = unit.rsplit("-", 2)
-    return row, "soft" if labels == "soft" else "hard", int(seed[1:])
-
-
-def longest_first(units: Sequence[str]) -> list[str]:
-    """Return the units as workers take them: all real images, then what is labeled while its student trains, then the rest."""
-
-    def rank(unit: str) -> tuple[bool, bool]:
-        row, labels, _ = parts_of(unit)
-        return row != "all_real", row == "distilled" or labels == "hard"
-
-    return sorted(units, key=rank)
-
-
-def key_of(unit: str) -> str:
-    """Return the key of a student's result."""
-    return f"results/{unit}.json"
-
-
-def student_key(unit: str) -> str:
-    """Return the key of a student's weights, where they are kept."""
-    return f"students/{unit}.safetensors"
+    return {"seed": config.seed, "evaluate": fingerprint_options(config.evaluate)}
 
 
 def plan(stage: StageRun) -> Work:
@@ -95,8 +38,14 @@ def plan(stage: StageRun) -> Work:
     return Work(units=units, estimated_bytes=2000 * len(units))
 
 
-def work(stage: StageRun) -> dict[str, Any]:
-    """Train every student that is not trained yet, and return the table."""
+def work(stage: StageRun, *, of: Sequence[str] | None = None, keep: bool = False) -> dict[str, Any]:
+    """Train every student that is not trained yet, and return the table.
+
+    Args:
+        stage: The stage.
+        of: Rows to train; all by default.
+        keep: Store the students' weights too.
+    """
     config = stage.config
     source = stage.run.source("train")
     sets = partial(
@@ -109,23 +58,24 @@ def work(stage: StageRun) -> dict[str, Any]:
         config=config,
     )
     return {
-        **train_students(stage, config, sets),
+        **train_students(stage, config, sets, of=of or rows(config), keep=keep),
         "teacher_top1": stage.inputs["teacher"].metrics["top1"],
     }
 
 
 def train_students(
-    stage: StageRun, config: DistillConfig, sets: OpenSets, *, keep: bool = False
+    stage: StageRun, config: DistillConfig, sets: OpenSets, *, of: Sequence[str], keep: bool
 ) -> dict[str, Any]:
     """Train the students of every row that are not trained yet, test them on held-out images, and return the table.
 
     Args:
         stage: The stage; its room holds a result a student.
-        config: Rows, seeds and recipe of the students.
+        config: Seeds and recipe of the students.
         sets: Opens what they are trained on; in a worker.
+        of: Rows of the table.
         keep: Store their weights too (`read_student`).
     """
-    units = unit_ids(config)
+    units = unit_ids(config, of)
     val = Listed.of(stage.run.source("val"), config.source)
     opened = partial(open_worker, room=stage.room, sets=sets, val=val, config=config, kept=keep)
     do_units(stage, longest_first(units), opened)
@@ -135,7 +85,7 @@ def train_students(
         for unit, marker in markers.items()
     }
     table = []
-    for row, labels in product(rows(config), config.evaluate.labels):
+    for row, labels in product(of, config.evaluate.labels):
         found = [r for r in results.values() if (r["row"], r["labels"]) == (row, labels)]
         top1 = np.array([r["top1"] for r in found])
         recall_SY = np.array([r["recall_per_class"] for r in found])
@@ -162,114 +112,15 @@ def train_students(
     }
 
 
-def open_worker(
-    device: torch.device,
-    *,
-    room: Room,
-    sets: OpenSets,
-    val: Listed,
-    config: DistillConfig,
-    kept: bool,
-) -> DoUnit:
-    """Open the data set and the held-out images, and return the function that trains one student."""
-    opened = sets(device)
-    shown = opened.input
-    held_out = HeldOut(val, shown.mean_C, shown.std_C, device)
-
-    def do_unit(unit: str, report: Report) -> None:
-        started = time.perf_counter()
-        attempt = room.begin_unit(unit)
-        if attempt is None:
-            return
-        row, labels, number = parts_of(unit)
-        chosen = opened.get(row, labels)
-        in_core = time.perf_counter()
-        # The seed is of the student alone: student 0 of every row starts from the same weights.
-        seed = unit_seed(config.seed, "student", f"{number:03d}")
-        torch.manual_seed(seed)
-        student = config.evaluate.for_labels(labels)
-        network = build_network(
-            student.network,
-            num_classes=shown.num_classes,
-            channels=shown.channels,
-            image_size=shown.image_size,
-        ).to(device)
-
-        keep = Checkpoints(room, unit, _STATE_EVERY_S)
-
-        def on_epoch(epoch: int, loss: float, get_state: Callable[[], State]) -> None:
-            keep.maybe(get_state)
-            report(
-                (epoch + 1) / (chosen.epochs + 1),
-                f"{row}, {labels} labels, seed {number}, epoch {epoch + 1}/{chosen.epochs}",
-                epoch=epoch + 1,
-                loss=loss,
-            )
-
-        train_student(
-            network,
-            chosen.images,
-            chosen.label_epoch,
-            chosen.weights_N,
-            student,
-            epochs=chosen.epochs,
-            image_size=shown.image_size,
-            seed=seed,
-            classes_N=chosen.classes_N,
-            labels=labels,
-            state=keep.load(),
-            on_epoch=on_epoch,
-        )
-        top1, top5 = accuracy(network, held_out)
-        in_core = time.perf_counter() - in_core
-        per_class = _recall(network.eval(), held_out, shown.num_classes)
-        result = StudentResult(
-            row=row,
-            arch=student.network.arch,
-            seed=number,
-            top1=top1,
-            top5=top5,
-            epochs=chosen.epochs,
-            num_images=len(chosen.images),
-            seconds=round(in_core, 3),
-            labels=labels,
-            hardware=hardware(),
-            versions=versions()["versions"],
-        )
-        content = documents.dump_json({**asdict(result), "recall_per_class": per_class})
-        payloads = {key_of(unit): content}
-        if kept:
-            payloads[student_key(unit)] = codecs.encode_state(weights_of(network))
-        room.commit_unit(
-            unit,
-            payloads,
-            metrics={"top1": top1, "seconds_in_core": round(in_core, 4)},
-            attempt=attempt,
-            seconds=time.perf_counter() - started,
-        )
-        keep.clear()
-
-    return do_unit
+def _series(unit: str) -> tuple[str, str]:
+    row, labels, seed = unit.rsplit("-", 2)
+    return f"{row}-{labels}", seed
 
 
-def read_student(
-    room: Room, unit: str, config: DistillConfig, num_classes: int, device: torch.device
-) -> torch.nn.Module:
-    """Return a student of a committed room that keeps them, in evaluation mode."""
-    source = config.source
-    with torch.device("meta"):
-        network = build_network(
-            config.evaluate.for_labels(parts_of(unit)[1]).network,
-            num_classes=num_classes,
-            channels=source.channels,
-            image_size=source.image_size,
-        )
-    network.to_empty(device=device)
-    state = codecs.decode_state(room.read(room.committed().file(student_key(unit))))
-    load_weights(network, {k: torch.tensor(v) for k, v in state.items()}, f"student {unit}")
-    return network.eval()
+def _numbers(stage: StageRun, marker: UnitMarker) -> list[Number]:
+    part, seed = _series(marker.unit)
+    name, top1 = stage.stage.name, marker.metrics["top1"]
+    return [Number(stage=name, metric="top1", part=part, value=top1, step=int(seed[1:]))]
 
 
-def _recall(network: torch.nn.Module, held_out: HeldOut, num_classes: int) -> list[float]:
-    counts_YY = confusion(network, held_out, num_classes)
-    return [round(float(r), 4) for r in np.diag(counts_YY) / np.maximum(counts_YY.sum(axis=1), 1)]
+NUMBERS = StageNumbers(series=_series, numbers=_numbers)

@@ -1,92 +1,19 @@
-"""A distilled set that is given: one of ours at any URI, or labelled images that somebody else distilled.
-
-Of ours the stored views and labels are used. Images of others have their classes, and soft labels when a teacher is
-given: views are drawn and labeled by it as `relabel` does. Baselines are real images under the same views and teacher.
-
-Legend: N images that a student sees, V views, Y classes, H W pixels, C channels.
-"""
+"""The stages that test a set which is given: its teacher, if there is one, then a room of students an architecture."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
-
-from wmdd_ray.config import Arch, DistillConfig, LabelKind
-from wmdd_ray.core.networks import labeler_of
-from wmdd_ray.core.soft_labels import compress, decompress
-from wmdd_ray.core.views import StoredImages, draw_views, take
-from wmdd_ray.dataset import DistilledDataset
-from wmdd_ray.errors import ArtifactError, DataError
-from wmdd_ray.export import set_id
-from wmdd_ray.records import Teacher, Views
-from wmdd_ray.rooms import Room
-from wmdd_ray.run import Stage, StageRun, Work, unit_seed
+from wmdd_ray.config import Arch, DistillConfig
+from wmdd_ray.options import fingerprint_options
+from wmdd_ray.spine.run import Stage, StageRun, Work
 from wmdd_ray.stages import evaluate, squeeze
-from wmdd_ray.stages.held_out import Listed
-from wmdd_ray.stages.real_images import random_real
-from wmdd_ray.stages.teacher import read_teacher, units_of
-from wmdd_ray.stages.training_sets import (
-    KEPT_LOGITS,
-    Input,
-    LabelEpoch,
-    Sets,
-    TrainingSet,
-    cycled,
-    fresh_labels,
-    hard_views,
-    load_all_real,
-    logits_of,
-)
-from wmdd_ray.store.documents import load_json, read_manifest
-from wmdd_ray.store.filesystem import Store
-from wmdd_ray.store.sources import Source
-
-_SET_BYTES = 8 << 30
-_CHUNK_IMAGES = 512
-
-
-@dataclass(frozen=True, kw_only=True)
-class OwnSet:
-    """One of our distilled sets: where it lies, and what its manifest says. Stands in for a `Source`."""
-
-    uri: str
-    meta: dict[str, Any]
-    identity: str
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the classes in label order."""
-        return tuple(self.meta["class_names"])
-
-    def fingerprint(self) -> str:
-        """Return the SHA-256 over the files of the set."""
-        return self.identity
-
-
-def own_set(uri: str) -> OwnSet | None:
-    """Return the set of ours at `uri`, or in `dataset/` of a run at `uri`; None when what is there is none of ours.
-
-    Raises:
-        ArtifactError: It is one of ours, and was changed.
-    """
-    for store in (Store(uri), Store(uri).child("dataset")):
-        try:
-            manifest = load_json(store.get("manifest.json"), store.url("manifest.json"))
-        except (FileNotFoundError, IsADirectoryError):
-            continue
-        except ArtifactError:
-            if store.exists("teacher.safetensors"):
-                raise
-            continue
-        if isinstance(manifest, dict) and "label_epochs" in manifest:
-            meta, files = read_manifest(store)
-            return OwnSet(uri=store.uri, meta=meta, identity=set_id(files))
-    return None
+from wmdd_ray.units.given_set import OwnSet, listed_set, open_given
+from wmdd_ray.units.held_out import Listed
+from wmdd_ray.units.students import rows, unit_ids
 
 
 def stages(
@@ -127,12 +54,13 @@ def _stage_of(student: Arch, config: DistillConfig, real: str | None) -> Stage:
     own = config_of(config, student)
 
     def plan(stage: StageRun) -> Work:
-        units = evaluate.unit_ids(own)
+        units = unit_ids(own)
         return Work(units=units, estimated_bytes=2000 * len(units))
 
     def options(_: DistillConfig) -> dict[str, Any]:
-        relabel = {"views": asdict(own.relabel.views), "epochs": own.relabel.epochs}
-        about = {"source": asdict(own.source), "relabel": relabel, "real_data": real}
+        relabel = fingerprint_options(own.relabel)
+        relabel = {name: relabel[name] for name in ("views", "epochs")}
+        about = {"source": fingerprint_options(own.source), "relabel": relabel, "real_data": real}
         return {**evaluate.options(own), **about}
 
     def work(stage: StageRun) -> dict[str, Any]:
@@ -146,7 +74,7 @@ def _stage_of(student: Arch, config: DistillConfig, real: str | None) -> Stage:
             config=own,
         )
         # Kept, so that attacks can be asked for later without training again.
-        return evaluate.train_students(stage, own, sets, keep=True)
+        return evaluate.train_students(stage, own, sets, of=rows(own), keep=True)
 
     return Stage(
         name=student,
@@ -157,176 +85,5 @@ def _stage_of(student: Arch, config: DistillConfig, real: str | None) -> Stage:
         options=options,
         plan=plan,
         work=work,
+        numbers=evaluate.NUMBERS,
     )
-
-
-def listed_set(source: Source, config: DistillConfig) -> Listed:
-    """Return the images of a foreign set; they are brought to the input's size whole, not cropped from a larger one."""
-    own = replace(config.source, resize=config.source.image_size)
-    return Listed.of(source, own, _CHUNK_IMAGES)
-
-
-def open_given(
-    device: torch.device,
-    *,
-    own_uri: str | None,
-    listed: Listed | None,
-    real: Listed | None,
-    teacher_room: Room | None,
-    config: DistillConfig,
-) -> Sets:
-    """Open a set of ours at `own_uri`, or the images of somebody else's."""
-    if own_uri is not None:
-        dataset = DistilledDataset(own_uri)
-        return GivenSets(
-            Given(
-                pixels_NHWC=dataset.images,
-                classes_N=dataset.labels,
-                weights_N=dataset.weights,
-                tiles=dataset.tiles,
-                stored=cycled(dataset),
-                label_epochs=dataset.label_epochs,
-            ),
-            Input.of(dataset.teacher()),
-            dataset.teachers(),
-            real,
-            config,
-            device,
-        )
-    assert listed is not None, "a set is ours or somebody else's"
-    loaded = listed.load(_SET_BYTES)
-    if loaded is None:
-        raise DataError(
-            f"{listed.source.root}: expected a distilled set, found images of more than {_SET_BYTES >> 30} GiB decoded"
-        )
-    pixels_NHWC, classes_N = loaded
-    order_N = np.argsort(classes_N, kind="stable")
-    source = config.source
-    shown = Input(
-        len(listed.source.class_names),
-        source.channels,
-        source.image_size,
-        source.mean,
-        source.std,
-    )
-    return GivenSets(
-        Given(
-            pixels_NHWC=pixels_NHWC[order_N],
-            classes_N=classes_N[order_N],
-            weights_N=np.ones(len(order_N)),
-            tiles=1,
-            stored=None,
-            label_epochs=config.relabel.epochs,
-        ),
-        shown,
-        ()
-        if teacher_room is None
-        else tuple(read_teacher(teacher_room, unit) for unit in units_of(config)),
-        real,
-        config,
-        device,
-    )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Given:
-    """A distilled set in memory; `tiles` as in `DistilledDataset`, `stored` its views and labels where it has them."""
-
-    pixels_NHWC: np.ndarray
-    classes_N: np.ndarray
-    weights_N: np.ndarray
-    tiles: int
-    stored: LabelEpoch | None
-    label_epochs: int
-
-
-class GivenSets(Sets):
-    """The given set (`distilled`), and `random_real` and `all_real` images beside it."""
-
-    def __init__(
-        self,
-        given: Given,
-        shown: Input,
-        teachers: Sequence[Teacher],
-        real: Listed | None,
-        config: DistillConfig,
-        device: torch.device,
-    ) -> None:
-        super().__init__()
-        self._given, self._input, self._teachers = given, shown, teachers
-        self._real, self._config, self._device = real, config, device
-
-    @property
-    def input(self) -> Input:
-        return self._input
-
-    def _make(self, row: str, labels: LabelKind) -> TrainingSet:
-        given, config, shown = self._given, self._config, self._input
-        epochs = config.evaluate.epochs
-        pixels, classes_N, weights_N = given.pixels_NHWC, given.classes_N, given.weights_N
-        if row == "all_real":
-            assert self._real is not None
-            pixels, classes_N = load_all_real(self._real)
-            epochs = config.evaluate.all_real_epochs
-        elif row == "random_real":
-            assert self._real is not None
-            # As many stored pictures; whole ones are fewer than tiles, and get as many more passes.
-            classes_N = given.classes_N[:: given.tiles**2]
-            epochs *= given.tiles**2
-            pixels = random_real(self._real, classes_N, seed=config.seed)
-        if row != "distilled":
-            weights_N = np.ones(len(pixels))
-        if labels == "hard":
-            label_epoch = hard_views(len(pixels), shown.image_size, config)
-        elif row == "distilled" and given.stored is not None:
-            label_epoch = given.stored
-        else:
-            assert self._teachers, "soft labels need a teacher"
-            label_epoch = (
-                fresh_labels(pixels, self._teachers, config, self._device)
-                if row == "all_real"
-                else self._labeled(pixels)
-            )
-        images = StoredImages(pixels, shown.mean_C, shown.std_C, self._device)
-        return TrainingSet(images, classes_N, label_epoch, weights_N, epochs)
-
-    def _views(self, epoch: int) -> Views:
-        """Return the views of an epoch: those that the set has stored, dealt out to whole images where it has tiles."""
-        given, config, num_tiles = self._given, self._config, self._given.tiles**2
-        if given.stored is None:
-            seed = unit_seed(config.seed, "relabel", "0000")
-            views, size = config.relabel.views, self._input.image_size
-            return draw_views(
-                len(given.pixels_NHWC), size, views, seed=seed, epoch=epoch % given.label_epochs
-            )
-        views_of, _ = given.stored(epoch // num_tiles)
-        if num_tiles == 1:
-            return views_of
-        part = take(views_of, np.flatnonzero(views_of.image_V % num_tiles == epoch % num_tiles))
-        return replace(
-            part,
-            image_V=part.image_V // num_tiles,
-            partner_V=part.partner_V // num_tiles,
-        )
-
-    def _labeled(self, pixels_NHWC: np.ndarray) -> LabelEpoch:
-        """Return epoch -> the set's views and the teachers' logits on these images, kept where they are small."""
-        teacher, config = self._teachers[0], self._config
-        network = labeler_of(self._teachers, self._device)
-        images = StoredImages(pixels_NHWC, teacher.mean_C, teacher.std_C, self._device)
-        period = self._given.label_epochs * self._given.tiles**2
-        keep = len(images) * period * teacher.num_classes <= KEPT_LOGITS
-        kept: dict[int, tuple[Views, np.ndarray | None]] = {}
-
-        def label_epoch(epoch: int) -> tuple[Views, np.ndarray | None]:
-            epoch %= period
-            if epoch not in kept:
-                views = self._views(epoch)
-                logits_VY = logits_of(network, images, views, teacher, config)
-                found = views, decompress(compress(logits_VY, config.relabel))
-                if not keep:
-                    return found
-                kept[epoch] = found
-            return kept[epoch]
-
-        return label_epoch

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from wmdd_ray.run import Stage
+from wmdd_ray.spine.numbers import StageNumbers
+from wmdd_ray.spine.run import Stage
 from wmdd_ray.stages import assemble, barycenters, evaluate, features, recover, relabel, squeeze
 
 
@@ -21,6 +22,7 @@ def _stage(
         options=module.options,
         plan=module.plan,
         work=module.work,
+        numbers=getattr(module, "NUMBERS", StageNumbers()),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -176,3 +177,11 @@ def read_manifest(store: Store) -> tuple[dict[str, Any], list[FileEntry]]:
             "somebody else"
         )
     return manifest, entries
+
+
+def set_id(entries: Sequence[FileEntry]) -> str:
+    """Return the SHA-256 of a data set: over the names and checksums of its files."""
+    digest = hashlib.sha256()
+    for entry in sorted(entries, key=lambda entry: entry.key):
+        digest.update(f"{entry.key} {entry.sha256}\n".encode())
+    return digest.hexdigest()

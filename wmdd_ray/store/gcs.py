@@ -21,6 +21,7 @@ from gcsfs.core import GCSFile, GCSFileSystem
 from gcsfs.retry import HttpError, NonRetryableError
 from google.auth.exceptions import GoogleAuthError, TransportError
 
+from wmdd_ray.config import BucketAccess
 from wmdd_ray.store import retries
 
 _KINDS = {
@@ -32,14 +33,16 @@ _KINDS = {
 _SAID_CHARS = 300
 
 
-def gcs_filesystem(*, repeats: bool) -> Gcs:
+def gcs_filesystem(access: BucketAccess, *, repeats: bool) -> Gcs:
     """Return a client with the credentials that Google's own libraries would use, none with `STORAGE_EMULATOR_HOST`.
 
     Args:
+        access: Whether without credentials, and whether this account pays.
         repeats: Whether it asks again itself, as `retries.retried` does for those who do not go through a `Store`.
     """
     return (_RepeatingGcs if repeats else Gcs)(
-        token="anon" if os.environ.get("STORAGE_EMULATOR_HOST") else None,
+        token="anon" if access.anonymous or os.environ.get("STORAGE_EMULATOR_HOST") else None,
+        requester_pays=access.requester_pays,
         use_listings_cache=False,
         requests_timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=30),
         session_kwargs={"raise_for_status": _refuse},

@@ -147,6 +147,7 @@ def decode_soft_labels(
                 f"{meta['num_epochs']} epochs there"
             )
         draw = ViewDraw(**{**meta["draw"], "index_N": _from_runs(runs)})
+        _refuse_mixup(draw.mix == "mixup")
         views = _redrawn(draw, meta, draw_block)
     else:
         arrays = {
@@ -156,6 +157,8 @@ def decode_soft_labels(
         for name, dtype in _VIEW_MATRICES.items():
             arrays[name] = from_binary_rows(table[name.removesuffix("_V4")], dtype)
         views = Views(**arrays)
+        has_box_V = (views.mix_box_V4[:, 2:] > views.mix_box_V4[:, :2]).all(axis=1)
+        _refuse_mixup(bool(((views.share_V < 1) & ~has_box_V).any()))
         _check_views(views)
     return SoftLabelBlock(
         first_epoch=meta["first_epoch"],
@@ -179,6 +182,14 @@ def _check_views(views: Views) -> None:
         check_range("images of views", getattr(views, name), 0, np.iinfo(np.int32).max)
     check_range("shares of mixed views", views.share_V, 0, 1)
     check_range("mixed boxes", views.mix_box_V4, 0, np.iinfo(np.int16).max)
+
+
+def _refuse_mixup(blended: bool) -> None:
+    if blended:
+        raise ArtifactError(
+            "expected views mixed by CutMix or not at all, found MixUp's, which earlier versions of wmdd_ray drew; run relabel "
+            "and assemble again (--overwrite)"
+        )
 
 
 def _redrawn(

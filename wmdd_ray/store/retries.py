@@ -10,6 +10,7 @@ kept from it stands in `gcs.py`.
 from __future__ import annotations
 
 import random
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -37,6 +38,9 @@ _ELSEWHERE = {"AuthorizationHeaderMalformed", "PermanentRedirect"}
 _EXPIRED = {
     "ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired", "authError", "400",
 }  # fmt: skip
+# What stores answer to x-amz-checksum-* and aws-chunked when they do not know them, in many words.
+_UNKNOWN = {400, 411, 501}
+_CHECKSUMS = re.compile("checksum|chunked|trailer|x-amz-content-sha256", re.IGNORECASE)
 NO_SUCH_BUCKET = "NoSuchBucket"
 NO_CREDENTIALS = "NoCredentials"
 
@@ -105,6 +109,11 @@ def remedy(error: BaseException, uri: str) -> str:
         )
     if code == NO_SUCH_BUCKET:
         return f"there is no such bucket ({error}); create it or correct the URI"
+    if status in _UNKNOWN and _CHECKSUMS.search(str(error)):
+        return (
+            f"the store does not take the checksums that AWS's own takes ({error}); set AWS_REQUEST_CHECKSUM_CALCULATION and "
+            "AWS_RESPONSE_CHECKSUM_VALIDATION to when_required, for the driver and all workers"
+        )
     if code in _ELSEWHERE:
         return f"the bucket is in another region ({error}); set AWS_REGION to the bucket's, and AWS_ENDPOINT_URL if it has one"
     if isinstance(error, PermissionError):

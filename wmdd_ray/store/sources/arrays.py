@@ -17,15 +17,16 @@ import numpy as np
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.base import RawImage, Shard, Source, class_shards
-from wmdd_ray.store.sources.classes import integer_names, match_classes
+from wmdd_ray.store.sources.classes import MAX_CLASSES, integer_names, match_classes
 from wmdd_ray.store.sources.files import reading
+from wmdd_ray.store.sources.labels import found_classes, label_of, number_places
 from wmdd_ray.store.sources.listing import Listing, Split, no_such_split
 
 _IDX_NAME = re.compile(r"(?:.*[-/])?(train|t10k|test|val)-images[-.]idx[34]-ubyte(\.gz)?")
 _IDX_SPLITS = {"train": ("train",), "val": ("val", "t10k", "test")}
 _UBYTE = 0x08
-# Deflate cannot shrink by more than this, so a header that promises more lies.
-_MAX_GZIP_RATIO = 1032
+# Images shrink to a fifth; deflate could make a thousand bytes of one.
+_MAX_GZIP_RATIO, _FREE_BYTES = 100, 1 << 20
 # The IDX files carry no names; https://github.com/zalandoresearch/fashion-mnist lists these.
 _FASHION_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
@@ -53,14 +54,18 @@ class ArraySource(Source):
 
     @abc.abstractmethod
     def _load(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return (images uint8 NHW or NHWC, labels_N)."""
+        """Return (images uint8 NHW or NHWC, labels_N as the files number them)."""
 
     def _loaded(self) -> tuple[np.ndarray, np.ndarray]:
         if self._arrays is None:
-            images, labels_N = self._load()
-            for index in np.flatnonzero(labels_N >= len(self.class_names))[:1]:
-                self.class_of(int(labels_N[index]), str(index))
-            self._arrays = images, labels_N
+            images, numbers_N = self._load()
+            values, first, place_N = np.unique(numbers_N, return_index=True, return_inverse=True)
+            classes = []
+            for value, i in zip(values, first, strict=True):
+                label = label_of(int(value), self.config.numbers)
+                assert label is not None, "a byte is never -1"
+                classes.append(self.class_of(label, str(i)))
+            self._arrays = images, np.array(classes, dtype=np.int64)[place_N]
         return self._arrays
 
     @property
@@ -130,19 +135,13 @@ def open_digits(
 
 
 class IdxSource(ArraySource):
-    """A pair of IDX files. They hold no class names: held-out labels are the training labels."""
+    """A pair of IDX files. They hold no class names."""
 
     format = "idx"
 
-    def __init__(
-        self,
-        listing: Listing,
-        images_file: str,
-        labels_file: str,
-        class_names: tuple[str, ...],
-    ) -> None:
+    def __init__(self, listing: Listing, images_file: str, labels_file: str) -> None:
         files = {name: listing.files[name] for name in sorted((images_file, labels_file))}
-        super().__init__(listing.root, files, listing.config, class_names)
+        super().__init__(listing.root, files, listing.config, integer_names(MAX_CLASSES))
         self.images_file = images_file
         self.labels_file = labels_file
         self.sizes = files  # stays with a copy, unlike the listing
@@ -184,16 +183,23 @@ def open_idx(listing: Listing) -> IdxSource:
         raise DataError(
             f"{listing.root}: found {images_file} but not its labels, {stem} or {stem}.gz"
         )
-    if listing.class_names is not None:
-        return IdxSource(listing, images_file, labels_file, listing.class_names)
-    # The number of classes is in the labels: a first look with as many as a byte can name.
-    probe = IdxSource(listing, images_file, labels_file, integer_names(256))
-    num_classes = int(_read_idx(probe, labels_file, (1,)).max(initial=0)) + 1
-    is_fashion = "fashion" in f"{listing.root}/{images_file}".lower() and num_classes == len(
-        _FASHION_NAMES
-    )
-    names = _FASHION_NAMES if is_fashion else integer_names(num_classes)
-    return IdxSource(listing, images_file, labels_file, names)
+    source = IdxSource(listing, images_file, labels_file)
+    wanted, numbers = listing.class_names, listing.config.numbers
+    is_fashion = "fashion" in f"{listing.root}/{images_file}".lower()
+    if wanted is not None:
+        # The training labels, whose names no file holds.
+        same = is_fashion and wanted == _FASHION_NAMES
+        source.name_classes(wanted, None if same else number_places(wanted, numbers))
+        return source
+    values = np.unique(_read_idx(source, labels_file, (1,)))
+    labels = (label_of(int(value), numbers) for value in values)
+    # Of no labels, the file is told when it is read.
+    present = {label: labels_file for label in labels if label is not None} or {0: labels_file}
+    names, places = found_classes(present, numbers, listing.root)
+    if is_fashion and names == integer_names(len(_FASHION_NAMES)):
+        names = _FASHION_NAMES
+    source.name_classes(names, places)
+    return source
 
 
 def _read_idx(source: IdxSource, file: str, expected_dims: tuple[int, ...]) -> np.ndarray:
@@ -208,7 +214,7 @@ def _read_idx(source: IdxSource, file: str, expected_dims: tuple[int, ...]) -> n
         with reading(where, what), source.open_random(file, source.sizes[file]) as handle:
             stored = handle.read()
             is_gzip = file.endswith(".gz")
-            limit_bytes = len(stored) * (_MAX_GZIP_RATIO if is_gzip else 1)
+            limit_bytes = len(stored) * (_MAX_GZIP_RATIO if is_gzip else 1) + _FREE_BYTES
             stream: BinaryIO = io.BytesIO(stored)
             if is_gzip:
                 stream = cast(BinaryIO, gzip.GzipFile(fileobj=stream))

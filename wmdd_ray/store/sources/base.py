@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -15,18 +16,29 @@ import pyarrow.fs as pafs
 
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
-from wmdd_ray.store.sources.classes import MAX_CLASSES
-from wmdd_ray.store.sources.files import open_whole, reading, streamed
+from wmdd_ray.store.sources import labels
+from wmdd_ray.store.sources.classes import MAX_CLASSES, plain
+from wmdd_ray.store.sources.files import (
+    open_whole,
+    reading,
+    refuse_outside,
+    streamed,
+)
+from wmdd_ray.store.sources.labels import Label, Places
+from wmdd_ray.store.sources.passed import PassedOver, shown_groups, total
 from wmdd_ray.store.uris import arrow_filesystem
+
+# The names of 65,536 classes have a tenth of it.
+_MAX_BESIDE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
     """One unit of reading; holds all that a worker needs beside the `Source`.
 
-    `keys` names the images of random-access formats; `file` is the tar or Parquet file, relative to
-    the root. `labels` are the distinct classes inside, ascending, or None when only reading tells;
-    likewise `num_images`. `sizes` are the bytes of each of `keys`, or of `file`, as listed.
+    `keys` names the images of random-access formats; `file` is the tar or Parquet file, relative to the root. `labels` are the
+    distinct classes inside, ascending, or None when only reading tells; likewise `num_images`. `sizes` are the bytes of each of
+    `keys`, or of `file`, as listed; of a tar inside `file` also where it begins, and its bytes.
     """
 
     id: str
@@ -71,14 +83,24 @@ class Source(abc.ABC):
         root: Absolute URI that file names are relative to.
         config: How the images are read.
         class_names: Name of class `label`, in label order.
-        relabel: Class of each label that the files hold, where the files number the classes in
-        another order.
+        relabel: Class of each number that the files hold as a label, where it is not that number itself.
+        titles: What the classes are called in words, in label order, where a file of the data says so; else empty.
+        passed_over: Files under the URI that are not read, in groups. Driver only.
+        read_beside: Files that were read for what they say of the images. Driver only.
+        passed_inside: Members of the archive that `read_shard` went through last that are no part of an image.
     """
 
     format: ClassVar[str]
     # What a copy on a worker does without: the listing can be hundreds of megabytes, connections do
     # not travel.
-    _transient: ClassVar[tuple[str, ...]] = ("_files", "_filesystem")
+    _transient: ClassVar[tuple[str, ...]] = (
+        "_files",
+        "_filesystem",
+        "_by_name",
+        "titles",
+        "passed_over",
+        "read_beside",
+    )
 
     def __init__(
         self,
@@ -87,18 +109,33 @@ class Source(abc.ABC):
         files: dict[str, int],
         config: SourceConfig,
         class_names: tuple[str, ...],
-        relabel: tuple[int, ...] | None = None,
+        relabel: Places = None,
     ) -> None:
-        if not 1 <= len(class_names) <= MAX_CLASSES:
-            raise DataError(
-                f"{root}: expected 1 to {MAX_CLASSES} classes, found {len(class_names)}"
-            )
         self.root = root
         self.config = config
-        self.class_names = class_names
-        self.relabel = relabel
+        self.name_classes(class_names, relabel)
+        self.titles: tuple[str, ...] = ()
+        self.passed_over: tuple[PassedOver, ...] = ()
+        self.read_beside: set[str] = set()
+        self.passed_inside: tuple[PassedOver, ...] = ()
         self._files: dict[str, int] | None = files
         self._filesystem: tuple[pafs.FileSystem, str] | None = None
+
+    def name_classes(self, class_names: tuple[str, ...], relabel: Places) -> None:
+        """Say what the classes are, and which of them the numbers in the files mean.
+
+        Raises:
+            DataError: There is none, or there are more than soft labels can name.
+        """
+        if not 1 <= len(class_names) <= MAX_CLASSES:
+            raise DataError(
+                f"{self.root}: expected 1 to {MAX_CLASSES} classes, found {len(class_names)}"
+            )
+        self.class_names = class_names
+        self.relabel = relabel
+        # Stay what they are when somebody calls the classes otherwise.
+        self._label_names = class_names
+        self._by_name: dict[str, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the listing, caches and connections behind."""
@@ -153,10 +190,13 @@ class Source(abc.ABC):
     def fingerprint(self) -> str:
         """Return a SHA-256 over file names, sizes, format and classes: cheap. Driver only."""
         digest = hashlib.sha256()
-        digest.update(json.dumps([self.format, self.class_names, self.relabel]).encode())
+        digest.update(json.dumps([self.format, self.class_names, self._numbering()]).encode())
         for name, size_bytes in sorted(self.files.items()):
             digest.update(json.dumps([name, size_bytes]).encode())
         return digest.hexdigest()
+
+    def _numbering(self) -> object:
+        return self.relabel
 
     def url(self, file: str) -> str:
         """Return the full URI of a file."""
@@ -172,32 +212,46 @@ class Source(abc.ABC):
         return streamed(self.open_random(file, size_bytes))
 
     def read_if_there(self, file: str) -> bytes | None:
-        """Return the content of a small file, or None when there is none."""
+        """Return the content of a small file, or None when there is none.
+
+        Raises:
+            DataError: It is a link that leads out of the folder, and such are not to be followed.
+        """
         filesystem, path = self._connected()
+        if not self.config.follow_links:
+            refuse_outside(self.root, [file])
         with reading(self.url(file), "a file"):
             if filesystem.get_file_info(f"{path}/{file}").type != pafs.FileType.File:
                 return None
+            self.read_beside.add(file)
             with self.open_random(file) as handle:
+                if handle.size() > _MAX_BESIDE_BYTES:
+                    raise DataError(
+                        f"{self.url(file)}: expected a file of at most {_MAX_BESIDE_BYTES} bytes, found {handle.size()}"
+                    )
                 return handle.read()
 
     def _connected(self) -> tuple[pafs.FileSystem, str]:
         if self._filesystem is None:
-            self._filesystem = arrow_filesystem(self.root)
+            self._filesystem = arrow_filesystem(self.root, self.config.bucket)
         return self._filesystem
 
-    def class_of(self, label: int, key: str) -> int:
+    def class_of(self, label: Label, key: str) -> int:
         """Return the class of a label found in a file.
 
         Raises:
-            DataError: The label is outside the classes.
+            DataError: The label is none of the classes.
         """
-        count = len(self.class_names if self.relabel is None else self.relabel)
-        if not 0 <= label < count:
-            raise DataError(
-                f"{self.root}: image {key} has label {label}, expected 0 to {count - 1} "
-                f"({count} classes); correct the labels or the class names"
-            )
-        return label if self.relabel is None else self.relabel[label]
+        return self._class_of(label, key, self.relabel)
+
+    def _class_of(self, label: Label, key: str, places: Places) -> int:
+        if self._by_name is None:
+            names = [plain(name) for name in self._label_names]
+            counts = Counter(names)
+            # A name of two classes stands for none.
+            self._by_name = {name: k for k, name in enumerate(names) if counts[name] == 1}
+        where = f"{self.root}: image {key}"
+        return labels.class_of(label, places, self._label_names, self._by_name, where)
 
     @property
     def max_content_bytes(self) -> int:
@@ -243,3 +297,24 @@ def class_shards(
 def file_shard_id(position: int) -> str:
     """Return the id of the shard that is the file at `position` of the sorted listing."""
     return f"s{position:05d}"
+
+
+def told_counts(
+    source: Source, num_images: int, num_bad: int, inside: Sequence[PassedOver] = ()
+) -> str:
+    """Return the account of a pass over all files of a split, in a line. Driver only.
+
+    Args:
+        source: Knows which files are read, and which are passed over.
+        num_images: Good images.
+        num_bad: Images that were named and left out.
+        inside: Members of archives that were passed over.
+    """
+    read, passed = len(source.files), total(source.passed_over)
+    told = (
+        f"{read + passed:,} files seen = {read:,} read + {passed:,} passed over{shown_groups(source.passed_over)}; in those that "
+        f"were read: {num_images:,} images + {num_bad:,} bad"
+    )
+    return told + (
+        f" + {total(inside):,} members passed over{shown_groups(inside)}" if inside else ""
+    )

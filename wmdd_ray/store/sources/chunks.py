@@ -14,6 +14,7 @@ from wmdd_ray.errors import BadImageError, DataError
 from wmdd_ray.store.images import decode_image
 from wmdd_ray.store.sources.base import RawImage, Shard, Source
 from wmdd_ray.store.sources.classes import SHOWN, one_line
+from wmdd_ray.store.sources.passed import PassedOver
 
 # Shard size of a whole-set read: only bounds what is decoded at once.
 _LOAD_CHUNK_IMAGES = 512
@@ -21,7 +22,10 @@ _LOAD_CHUNK_IMAGES = 512
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DecodedChunk:
-    """The good images among consecutive records of a shard; "key: reason" of the `bad` ones."""
+    """The good images among consecutive records of a shard; "key: reason" of the `bad` ones.
+
+    The last one of an archive tells which of its members are `passed` over.
+    """
 
     shard_id: str
     chunk: int
@@ -30,6 +34,7 @@ class DecodedChunk:
     labels_N: np.ndarray  # int64
     images_NHWC: np.ndarray  # uint8
     bad: tuple[str, ...]
+    passed: tuple[PassedOver, ...] = ()
 
 
 def decoded_chunks(
@@ -88,6 +93,7 @@ def decoded_chunks(
                 labels_N=np.array(labels, dtype=np.int64),
                 images_NHWC=np.stack(images) if images else np.empty(shape, dtype=np.uint8),
                 bad=tuple(bad),
+                passed=source.passed_inside if ahead is None else (),
             )
         if ahead is None:
             return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
+import unicodedata
 from collections.abc import Sequence
 
 from wmdd_ray.errors import DataError
@@ -24,7 +26,8 @@ def match_classes(
     Raises:
         DataError: A found name is not wanted, or a wanted name is there twice.
     """
-    if tuple(found) == tuple(wanted):
+    found, wanted = tuple(map(plain, found)), tuple(map(plain, wanted))
+    if found == wanted:
         return None
     place = {name: label for label, name in enumerate(wanted)}
     if len(place) < len(wanted):
@@ -36,8 +39,8 @@ def match_classes(
     if unknown:
         raise DataError(
             f"{where}: expected the {len(wanted)} training classes, found {len(unknown)} others: "
-            + shown(unknown)
-            + (f"; absent: {shown(missing)}" if missing else "")
+            + exact(unknown)
+            + (f"; absent: {exact(missing)}" if missing else "")
             + "; pass held-out images with the same class names"
         )
     if missing:
@@ -45,6 +48,11 @@ def match_classes(
             "%s: no images of %d training classes: %s", where, len(missing), shown(missing)
         )
     return tuple(place[name] for name in found)
+
+
+def plain(name: str) -> str:
+    """Return a class name as names are compared: composed (NFC), without spaces at its ends."""
+    return unicodedata.normalize("NFC", name).strip()
 
 
 @functools.cache  # the longest has 65,536 names, and every opening asks for it
@@ -55,8 +63,17 @@ def integer_names(count: int) -> tuple[str, ...]:
 
 def shown(names: Sequence[str]) -> str:
     """Return the first few names, and how many more there are."""
-    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(repr(name) for name in names[:SHOWN]) + more
+    return _listed([repr(name) for name in names[:SHOWN]], len(names))
+
+
+def exact(names: Sequence[str]) -> str:
+    """Return the first few names so that no two of them look the same: beyond ASCII with their code points."""
+    told = [repr(n) if n.isascii() else f"{n!r} ({ascii(n)[1:-1]})" for n in names[:SHOWN]]
+    return _listed(told, len(names))
+
+
+def _listed(told: Sequence[str], count: int) -> str:
+    return ", ".join(told) + (f", and {count - SHOWN} more" if count > SHOWN else "")
 
 
 def one_line(name: str) -> str:
@@ -64,3 +81,15 @@ def one_line(name: str) -> str:
     if len(name) > _MAX_LINE:
         name = f"{name[: _MAX_LINE // 2]}...{name[-_MAX_LINE // 2 :]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
+def by_number(names: Sequence[str]) -> tuple[str, ...]:
+    """Return names in the order of the numbers in them (`2_cat`, `10_dog`), where these are 0, 1, ... or 1, 2, ...; others as is.
+
+    Folders come in the order of their names as text: 0, 1, 10, 11, 2.
+    """
+    first = [re.search("[0-9]{1,9}", name) for name in names]
+    numbers = [int(number[0]) for number in first if number]
+    if sorted(numbers) not in ([*range(len(names))], [*range(1, len(names) + 1)]):
+        return tuple(names)
+    return tuple(name for _, name in sorted(zip(numbers, names, strict=True)))

@@ -19,12 +19,12 @@ from wmdd_ray.store.sources.classes import (
     MAX_CLASSES,
     SHOWN,
     integer_names,
-    match_classes,
     one_line,
     shown,
 )
-from wmdd_ray.store.sources.files import read_ahead, reading
-from wmdd_ray.store.sources.imagefolder import is_image_name
+from wmdd_ray.store.sources.endings import is_image_name
+from wmdd_ray.store.sources.files import read_ahead, reading, refuse_outside
+from wmdd_ray.store.sources.labels import beside_classes, found_classes, label_of
 from wmdd_ray.store.sources.listing import (
     SPLIT_NAMES,
     Listing,
@@ -42,7 +42,6 @@ _PATH_NAMES = (
 )
 _LABEL_NAMES = ("label", "labels", "class", "class_name", "category", "target")
 _SPLIT_NAME = "split"
-_INTEGER = re.compile(r"[+-]?[0-9]{1,9}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +121,7 @@ class CsvSource(Source):
             problem = self.too_large(file.size())
             content = b"" if problem else file.read()
         return RawImage(
-            key=key, label=self.class_of(int(label), key), content=content, problem=problem
+            key=key, label=self._class_of(int(label), key, None), content=content, problem=problem
         )
 
 
@@ -136,7 +135,7 @@ def open_csv(listing: Listing) -> CsvSource:
 
     A row belongs to the split that its column `split` or its table's name says; without either, as in other formats.
     Labels are class names, in sorted order unless `classes.txt` or `classes.json` beside the table gives another, or
-    numbers into these. Paths are relative to the table; absolute ones and URIs must lie below its folder.
+    numbers. Paths are relative to the table; absolute ones and URIs must lie below its folder.
     """
     tables = {name: size for name, size in listing.files.items() if is_csv(name)}
     source = CsvSource(
@@ -147,7 +146,7 @@ def open_csv(listing: Listing) -> CsvSource:
     )
     rows, digest = _rows_of_split(source, listing)
     images = _image_files(listing, rows)
-    checked = [_checked(row, images) for row in _without_repeats(rows)]
+    checked = [_checked(row, images, listing.config) for row in _without_repeats(rows)]
     names, label_of = _classes(source, listing, checked)
     keys: dict[int, list[str]] = {}
     problems: dict[str, str] = {}
@@ -198,7 +197,7 @@ def _rows_of_split(source: CsvSource, listing: Listing) -> tuple[list[_Row], str
         try:
             rows += (
                 replace(row, path=_relative(row.path, source.root))
-                for row in _rows(text, source.url(table), table, word)
+                for row in _rows(text, source.url(table), table, word, listing.config)
             )
             digest.update(content)
         except _NoSuchColumnsError:
@@ -217,14 +216,14 @@ def _rows_of_split(source: CsvSource, listing: Listing) -> tuple[list[_Row], str
     raise no_such_split(listing, sorted({row.split for row in rows} - {""}) or list(source.files))
 
 
-def _rows(text: str, where: str, table: str, word: str) -> Iterator[_Row]:
+def _rows(text: str, where: str, table: str, word: str, config: SourceConfig) -> Iterator[_Row]:
     """Yield the rows of one table."""
     head = text.partition("\n")[0]
     delimiter = max(",;\t", key=head.count)
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         first = next(lines, [])
-        path_at, label_at, split_at = _columns(first, where)
+        path_at, label_at, split_at = _columns(first, config, where)
         width = max(path_at, label_at, -1 if split_at is None else split_at) + 1
         has_header = not is_image_name(first[path_at].strip())
         for cells in lines if has_header else itertools.chain([first], lines):
@@ -241,14 +240,14 @@ def _rows(text: str, where: str, table: str, word: str) -> Iterator[_Row]:
         ) from error
 
 
-def _columns(header: list[str], where: str) -> tuple[int, int, int | None]:
-    """Return the places of path, label and split: by usual names, else the first two of two columns."""
-    named = [cell.strip().lower().replace(" ", "_") for cell in header]
+def _columns(header: list[str], config: SourceConfig, where: str) -> tuple[int, int, int | None]:
+    """Return the places of path, label and split: as asked for, by usual names, else the first two of two columns."""
+    named = [_column_name(cell) for cell in header]
     split = named.index(_SPLIT_NAME) if _SPLIT_NAME in named else None
-    path = next((named.index(name) for name in _PATH_NAMES if name in named), None)
-    label = next((named.index(name) for name in _LABEL_NAMES if name in named), None)
+    path = _place(named, config.image_column, _PATH_NAMES)
+    label = _place(named, config.label_column, _LABEL_NAMES)
     others = [i for i in range(len(named)) if i != split]
-    if len(others) == 2:
+    if len(others) == 2 and config.label_column is None and config.image_column is None:
         first, second = others
         if path is None:
             path = second if label == first else first
@@ -257,9 +256,19 @@ def _columns(header: list[str], where: str) -> tuple[int, int, int | None]:
     if path is None or label is None:
         raise _NoSuchColumnsError(
             f"{where}: expected a header with a column of paths ({', '.join(_PATH_NAMES[:4])}, ...) and one of labels "
-            f"({', '.join(_LABEL_NAMES[:4])}, ...), or two columns; found {shown(header) or 'an empty table'}"
+            f"({', '.join(_LABEL_NAMES[:4])}, ...), or two columns; found {shown(header) or 'an empty table'}; name them by "
+            "--source.image-column and --source.label-column"
         )
     return path, label, split
+
+
+def _column_name(cell: str) -> str:
+    return cell.strip().lower().replace(" ", "_")
+
+
+def _place(named: list[str], wanted: str | None, usual: Sequence[str]) -> int | None:
+    names = usual if wanted is None else (_column_name(wanted),)
+    return next((named.index(name) for name in names if name in named), None)
 
 
 def _image_files(listing: Listing, rows: Sequence[_Row]) -> dict[str, int]:
@@ -270,7 +279,11 @@ def _image_files(listing: Listing, rows: Sequence[_Row]) -> dict[str, int]:
     inside = [folder for folder in folders if not (folder.startswith("/") or ".." in folder)]
     common = posixpath.commonpath(inside) if inside and all(inside) else ""
     where = f"{listing.root}/{common}".rstrip("/")
-    root, found = list_files(where, follow_links=listing.config.follow_links)
+    if not listing.config.follow_links:
+        refuse_outside(listing.root, [common])
+    root, found = list_files(
+        where, follow_links=listing.config.follow_links, access=listing.config.bucket
+    )
     prefix = f"{common}/" if common else ""
     return {prefix + name: size for name, size in found.items()}
 
@@ -291,13 +304,13 @@ def _without_repeats(rows: Sequence[_Row]) -> Iterator[_Row]:
             yield replace(row, problem=f"{row.path} stands at {before.place} already{other}")
 
 
-def _checked(row: _Row, images: Mapping[str, int]) -> _Row:
+def _checked(row: _Row, images: Mapping[str, int], config: SourceConfig) -> _Row:
     """Return a row with its path as the listing has it, or with the reason why it is no image."""
     if row.problem:
         return row
     if not row.path:
         return replace(row, problem="no path")
-    if not row.label:
+    if label_of(row.label, config.numbers, is_text=True) is None:
         return replace(row, problem=f"no label for {one_line(row.path)}")
     # Tables that were written on Windows.
     for path in (row.path, row.path.replace("\\", "/")):
@@ -317,22 +330,18 @@ def _classes(
     found = {row.label: row.path for row in reversed(rows) if not row.problem}
     if not found:
         raise DataError(f"{source.root}: expected rows with paths and labels, found no good one")
-    wanted = listing.class_names
-    names = wanted or read_class_names(source)
-    if names is not None and found.keys() <= set(names):
-        place = {name: label for label, name in enumerate(names)}
-        return names, {name: place[name] for name in found}
-    if all(_INTEGER.fullmatch(label) for label in found):
-        source.class_names = names or integer_names(max(map(int, found)) + 1)
-        return source.class_names, {
-            label: source.class_of(int(label), path) for label, path in found.items()
-        }
-    if wanted is not None:
-        match_classes(sorted(found), wanted, source.root)
-    if names is not None:
-        label, path = min((label, path) for label, path in found.items() if label not in set(names))
-        raise DataError(
-            f"{source.root}: image {path} has label {label!r}, expected one of the {len(names)} classes beside the table "
-            f"({shown(names)}); correct the label, or add it to the class names"
+    numbers = listing.config.numbers
+    labels = {
+        text: label
+        for text in found
+        if (label := label_of(text, numbers, is_text=True)) is not None
+    }
+    names, places = beside_classes(
+        read_class_names(source), listing.class_names, numbers, source.root
+    )
+    if names is None:
+        names, places = found_classes(
+            {label: found[text] for text, label in labels.items()}, numbers, source.root
         )
-    return tuple(sorted(found)), {name: label for label, name in enumerate(sorted(found))}
+    source.name_classes(names, places)
+    return names, {text: source.class_of(label, found[text]) for text, label in labels.items()}

@@ -10,8 +10,9 @@ import contextlib
 import io
 import logging
 import os
+import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -21,7 +22,8 @@ import pyarrow.fs as pafs
 from wmdd_ray.errors import ArtifactError, DataError
 from wmdd_ray.store.retries import passes, remedy, status_of
 from wmdd_ray.store.sources.classes import shown
-from wmdd_ray.store.uris import is_gcs
+from wmdd_ray.store.sources.endings import is_system_name
+from wmdd_ray.store.uris import is_gcs, local_path
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +57,15 @@ def _remedy(said: str) -> str:
     """Return what to do about a failure of a store, by the names that Arrow has for S3's."""
     if "AWS Error NO_SUCH_BUCKET" in said:
         return "create the bucket or correct the URI"
+    if "HTTP status 301" in said:
+        located = re.search("located in '([^']+)'", said)
+        region = located[1] if located else "REGION"
+        return f"the bucket is in another region: pass --source.bucket.region {region} (or set AWS_REGION)"
     if "AWS Error ACCESS_DENIED" in said or "AWS Error INVALID_ACCESS_KEY_ID" in said:
-        return "check the credentials and the permissions on this path"
+        return (
+            "check the credentials and the permissions on this path; a public bucket is read with --source.bucket.anonymous, one "
+            "whose readers pay with --source.bucket.requester-pays, one of another account with --source.bucket.profile"
+        )
     if "AWS Error" in said:
         return (
             "check that the endpoint and region are right (AWS_ENDPOINT_URL, AWS_REGION) and that the store answers, then run the "
@@ -184,18 +193,18 @@ class _WholeReads(io.RawIOBase):
         super().close()
 
 
-def walk_local(root: str, *, follow_links: bool) -> dict[str, int]:
-    """Return relative name -> bytes of every visible file under a folder of the local disk.
+def walk_local(root: str, *, follow_links: bool) -> tuple[dict[str, int], list[str]]:
+    """Return relative name -> bytes of every file under a folder of the local disk, and the names that are hidden or a system's.
 
-    A folder is read once, by whatever names it can be reached; names with a leading dot are left out, and so is what is
-    neither file nor folder (pipes, devices). A link that leads nowhere counts as a file of 0 bytes, so that it is missed
-    when it is read.
+    A folder is read once, by whatever names it can be reached; what is neither file nor folder (pipes, devices) is left out.
+    A link that leads nowhere counts as a file of 0 bytes, so that it is missed when it is read.
 
     Raises:
         DataError: Links lead out of `root` and are not to be followed, or names are not UTF-8.
     """
     top = os.path.realpath(root)
     files: dict[str, int] = {}
+    hidden: list[str] = []
     folders, links = deque([(root, "")]), deque[tuple[str, str]]()
     outside: list[str] = []
     undecodable: list[str] = []
@@ -210,14 +219,17 @@ def walk_local(root: str, *, follow_links: bool) -> dict[str, int]:
             continue
         seen.add((stat.st_dev, stat.st_ino))
         with os.scandir(folder) as found:
-            entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
-        if prefix and not entries:
-            empty.append(prefix.rstrip("/"))
+            entries = sorted(found, key=lambda e: e.name)
+        visible = 0
         for entry in entries:
             name = prefix + entry.name
+            if is_system_name(entry.name):
+                hidden += _names_below(entry, name)
+                continue
+            visible += 1
             if not _is_utf8(entry.name):
                 undecodable.append(repr(os.fsencode(name)))
-            elif entry.is_symlink() and not (follow_links or _is_inside(entry.path, top)):
+            elif entry.is_symlink() and not (follow_links or is_inside(entry.path, top)):
                 outside.append(name)
             elif entry.is_dir():
                 (links if entry.is_symlink() else folders).append((entry.path, name + "/"))
@@ -225,11 +237,10 @@ def walk_local(root: str, *, follow_links: bool) -> dict[str, int]:
                 files[name] = entry.stat().st_size
             elif entry.is_symlink():
                 files[name] = 0
+        if prefix and not visible:
+            empty.append(prefix.rstrip("/"))
     if outside:
-        raise DataError(
-            f"{root}: expected files below it, found {len(outside)} links that lead elsewhere: {shown(outside)}; copy "
-            "what they lead to, or pass --source.follow-links if these links are your own"
-        )
+        raise leads_outside(root, outside)
     if undecodable:
         raise DataError(
             f"{root}: expected file names in UTF-8, found {len(undecodable)} others: {', '.join(undecodable[:5])}; "
@@ -239,7 +250,40 @@ def walk_local(root: str, *, follow_links: bool) -> dict[str, int]:
         logger.warning(
             "%s: %d folders are empty and make no class: %s", root, len(empty), shown(empty)
         )
-    return files
+    return files, hidden
+
+
+def _names_below(entry: os.DirEntry[str], name: str) -> list[str]:
+    """Return a name that is not read, or the names of all files in the folder that it is."""
+    if not entry.is_dir(follow_symlinks=False):
+        return [name]
+    return [
+        os.path.join(name, os.path.relpath(folder, entry.path), file).replace("/./", "/")
+        for folder, _, files in os.walk(entry.path)
+        for file in files
+    ]
+
+
+def refuse_outside(root: str, names: Sequence[str]) -> None:
+    """Refuse names below a root on the local disk that lead out of it by a link; on another store there are none.
+
+    Raises:
+        DataError: Some do.
+    """
+    folder = local_path(root)
+    if folder is not None:
+        top = os.path.realpath(folder)
+        outside = [name for name in names if not is_inside(f"{folder}/{name}", top)]
+        if outside:
+            raise leads_outside(root, outside)
+
+
+def leads_outside(root: str, names: Sequence[str]) -> DataError:
+    """Return the error that links lead out of a folder."""
+    return DataError(
+        f"{root}: expected files below it, found {len(names)} links that lead elsewhere: {shown(names)}; copy "
+        "what they lead to, or pass --source.follow-links if these links are your own"
+    )
 
 
 def _is_utf8(name: str) -> bool:
@@ -250,6 +294,7 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
-def _is_inside(link: str, top: str) -> bool:
+def is_inside(link: str, top: str) -> bool:
+    """Return whether a path leads to a place in a folder, links followed; `top` is the folder's own real path."""
     target = os.path.realpath(link)
     return target == top or target.startswith(top.rstrip(os.sep) + os.sep)

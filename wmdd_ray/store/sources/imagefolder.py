@@ -1,55 +1,55 @@
-"""One folder a class: `CLASS/*.jpg`, or `train/CLASS/*.jpg` beside `val/CLASS/*.jpg`."""
+"""One folder a class: `CLASS/*.jpg`, or `train/CLASS/*.jpg` beside `val/CLASS/*.jpg`, or as --source.layout says."""
 
 from __future__ import annotations
 
 import itertools
 import logging
+import re
 from collections.abc import Iterator, Sequence
-from pathlib import PurePosixPath
 
-from wmdd_ray.errors import DataError
+from wmdd_ray.errors import ConfigError, DataError
+from wmdd_ray.store.sources import flat
 from wmdd_ray.store.sources.base import RawImage, Shard, Source, class_shards
-from wmdd_ray.store.sources.classes import match_classes, shown
+from wmdd_ray.store.sources.classes import match_classes, plain, shown
+from wmdd_ray.store.sources.endings import is_image_name
 from wmdd_ray.store.sources.files import read_ahead, reading
-from wmdd_ray.store.sources.listing import SPLIT_NAMES, Listing, no_such_split
+from wmdd_ray.store.sources.layout import Flat, doubt, find_classes, join
+from wmdd_ray.store.sources.listing import SPLIT_NAMES, Listing, no_such_split, split_word
+from wmdd_ray.store.sources.patterns import layout_pattern
 
 logger = logging.getLogger(__name__)
 
-# Also what is not decoded: such files are counted as bad images, so that they do not vanish without
-# a word.
-_IMAGE_ENDINGS = frozenset(
-    {
-        ".jpg",
-        ".jpeg",
-        ".png",
-        ".webp",
-        ".bmp",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".avif",
-        ".heic",
-    }
-)
-
 
 class ImageFolderSource(Source):
-    """Image files whose path names their class: the first folder below `folder`.
+    """Image files whose path names their class. The key of an image is its path relative to the root.
 
-    The key of an image is its path relative to the root, `folder` included.
+    Attributes:
+        pattern: Matches the paths, with the class as a group.
+        layout: The same in words.
     """
 
     format = "imagefolder"
 
-    def __init__(self, listing: Listing, folder: str, class_names: tuple[str, ...]) -> None:
-        files = dict(_class_images(listing.files, folder))
+    def __init__(
+        self,
+        listing: Listing,
+        files: dict[str, int],
+        pattern: re.Pattern[str],
+        layout: str,
+        class_names: tuple[str, ...],
+    ) -> None:
         super().__init__(
             root=listing.root, files=files, config=listing.config, class_names=class_names
         )
-        self.folder = folder
-        self._label_of = {name: label for label, name in enumerate(class_names)}
+        self.pattern = pattern
+        self.layout = layout
+        self._label_of = {plain(name): label for label, name in enumerate(class_names)}
+        if len(self._label_of) < len(class_names):
+            twin = next(n for n in class_names if class_names[self._label_of[plain(n)]] != n)
+            other = class_names[self._label_of[plain(twin)]]
+            raise DataError(
+                f"{self.root}: two classes have names that look the same: {ascii(twin)} and {ascii(other)}; rename or join them"
+            )
 
     @property
     def num_images(self) -> int:
@@ -68,13 +68,10 @@ class ImageFolderSource(Source):
         return list(self._read(keys, ()))
 
     def _label(self, key: str) -> int:
-        parts = key.removeprefix(self.folder).split("/")
-        inside = key.startswith(self.folder) and len(parts) >= 2 and ".." not in parts
-        if not inside or parts[0] not in self._label_of:
-            raise DataError(
-                f"{self.root}: no image {key!r}, expected a path {self.folder}CLASS/FILE"
-            )
-        return self._label_of[parts[0]]
+        match = None if ".." in key.split("/") else self.pattern.fullmatch(key)
+        if match is None or plain(match["class"]) not in self._label_of:
+            raise DataError(f"{self.root}: no image {key!r}, expected a path {self.layout}/FILE")
+        return self._label_of[plain(match["class"])]
 
     def _read(self, keys: Sequence[str], sizes: Sequence[int]) -> Iterator[RawImage]:
         """Yield the files in order, with a few reads under way ahead of the consumer."""
@@ -92,68 +89,94 @@ class ImageFolderSource(Source):
 
 
 def is_class_image(name: str) -> bool:
-    """Return whether a file is an image inside some folder."""
+    """Return whether a file is an image inside some folder, by its name."""
     return "/" in name and is_image_name(name)
 
 
-def open_imagefolder(listing: Listing) -> ImageFolderSource:
-    """Return the image folders of the split.
+def open_imagefolder(listing: Listing) -> Source:
+    """Return the images of the split: of class folders, or of a folder with a list of their classes.
 
-    A folder `train` with folders of images inside is a split; one with images right inside is the
-    class of trains.
+    Raises:
+        DataError: The layout leaves a doubt that --source.layout has to settle, or no file is an image.
     """
-    folder = _split_folder(listing)
-    found = sorted(
-        {
-            name.removeprefix(folder).split("/")[0]
-            for name, _ in _class_images(listing.files, folder)
-        }
-    )
-    loose = sum(
-        1 for name in listing.files
-        if name.startswith(folder) and "/" not in name.removeprefix(folder) and is_image_name(name)
-    )  # fmt: skip
-    if loose:
-        logger.warning(
-            "%s/%s: %d images lie in no class folder and are not read", listing.root, folder, loose
-        )
-    others = {
-        name.removeprefix(folder).split("/")[0]
+    layout = listing.config.layout
+    pattern = layout_pattern(layout) if layout else None
+    files = {} if pattern is None else _files_of_layout(listing, pattern)
+    if pattern is None or not files:
+        if not listing.images:
+            raise DataError(
+                f"{listing.root}: expected images, found none among {len(listing.files)} files"
+            )
+        found = find_classes(listing)
+        if isinstance(found, Flat):
+            return flat.open_flat(listing, found)
+        layout = join(found, "{class}")
+        pattern = re.compile(re.escape(join(found, "")) + "(?P<class>[^/]+)/.+", re.DOTALL)
+        files = _matching(listing, pattern)
+        table = flat.table_in(listing, found)
+        if table and listing.config.format != "imagefolder":
+            raise doubt(
+                listing,
+                f"both folders and {table} may say the classes",
+                layout,
+                otherwise="--source.format csv",
+            )
+    matches = (pattern.fullmatch(name) for name in files)
+    classes = sorted({match["class"] for match in matches if match})
+    _warn_of_empty_classes(listing, layout, classes)
+    if listing.class_names is not None:
+        where = join(listing.root, layout.partition("{")[0]).rstrip("/")
+        match_classes(classes, listing.class_names, where)
+    return ImageFolderSource(listing, files, pattern, layout, listing.class_names or tuple(classes))
+
+
+def _warn_of_empty_classes(listing: Listing, layout: str, classes: list[str]) -> None:
+    """Say which folders beside those of the classes hold no image, and so make no class."""
+    above = layout.removesuffix("{class}")
+    if "{" in above or "*" in layout or above == layout:
+        return
+    beside = {
+        name.removeprefix(above).partition("/")[0]
         for name in listing.files
-        if name.startswith(folder) and "/" in name.removeprefix(folder)
-    } - {*found}
-    if others and found:
+        if name.startswith(above) and "/" in name.removeprefix(above)
+    }
+    if empty := sorted(beside - {*classes}):
         logger.warning(
             "%s/%s: %d folders hold no image and make no class: %s",
-            listing.root, folder, len(others), shown(sorted(others)),
+            listing.root, above, len(empty), shown(empty),
         )  # fmt: skip
-    if listing.class_names is not None:
-        match_classes(found, listing.class_names, f"{listing.root}/{folder}".rstrip("/"))
-    return ImageFolderSource(listing, folder, listing.class_names or tuple(found))
 
 
-def _split_folder(listing: Listing) -> str:
-    nested = {
-        name.split("/")[0] for name in listing.files if name.count("/") >= 2 and is_image_name(name)
+def _matching(listing: Listing, pattern: re.Pattern[str]) -> dict[str, int]:
+    return {
+        name: size
+        for name, size in listing.files.items()
+        if name in listing.images and pattern.fullmatch(name)
     }
-    for names in SPLIT_NAMES[listing.split]:
-        for folder in sorted(nested):
-            if folder.lower() in names:
-                return f"{folder}/"
-    every_name = frozenset().union(*(names for split in SPLIT_NAMES.values() for names in split))
-    top = {name.split("/")[0] for name in listing.files if is_class_image(name)}
-    has_splits = any(folder.lower() in every_name for folder in nested)
-    if has_splits or (listing.split == "val" and not listing.dedicated):
-        raise no_such_split(listing, [f"{folder}/" for folder in sorted(top)])
-    return ""
 
 
-def _class_images(files: dict[str, int], folder: str) -> Iterator[tuple[str, int]]:
-    for name, size in files.items():
-        if name.startswith(folder) and is_class_image(name.removeprefix(folder)):
-            yield name, size
-
-
-def is_image_name(name: str) -> bool:
-    """Return whether a file is an image by its ending."""
-    return PurePosixPath(name).suffix.lower() in _IMAGE_ENDINGS
+def _files_of_layout(listing: Listing, pattern: re.Pattern[str]) -> dict[str, int]:
+    """Return the images of the split that --source.layout describes; none where it was not meant for held-out images elsewhere."""
+    layout = listing.config.layout
+    if "class" not in pattern.groupindex:
+        raise ConfigError(
+            f"--source.layout: expected {{class}} in the layout of folders of images, got {layout!r}"
+        )
+    files = _matching(listing, pattern)
+    if not files and not listing.dedicated:
+        raise DataError(
+            f"{listing.root}: expected images at --source.layout {layout!r}, found {len(listing.images)} elsewhere, such as "
+            f"{min(listing.images, default='none')!r}"
+        )
+    if "split" in pattern.groupindex:
+        words = {
+            name: split_word(match["split"]) for name in files if (match := pattern.fullmatch(name))
+        }
+        for names in SPLIT_NAMES[listing.split]:
+            if chosen := {name: size for name, size in files.items() if words[name] in names}:
+                return chosen
+    elif listing.split == "train" or listing.dedicated:
+        return files
+    if listing.dedicated:
+        return {}
+    raise no_such_split(listing, sorted({name.partition("/")[0] + "/" for name in files}))

@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import pyarrow.fs as pafs
 
-from wmdd_ray.config import SourceConfig
+from wmdd_ray.config import BucketAccess, SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.classes import shown
-from wmdd_ray.store.sources.files import reading, walk_local
+from wmdd_ray.store.sources.endings import (
+    START_BYTES,
+    is_image_name,
+    is_image_start,
+    is_system_name,
+    tells_nothing,
+)
+from wmdd_ray.store.sources.files import (
+    open_whole,
+    read_ahead,
+    reading,
+    refuse_outside,
+    walk_local,
+)
+from wmdd_ray.store.sources.patterns import expand_braces, layout_pattern
 from wmdd_ray.store.uris import arrow_filesystem, local_path
 
 Split = Literal["train", "val"]
 
-_MAX_EXPANDED = 100_000
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+# Parts of one thing.
+_PART_FOLDER = re.compile(r"[0-9]+|[^=]+=.*|.*\.parquet", re.IGNORECASE)
 
 
 class NoSuchSplitError(DataError):
@@ -33,8 +50,9 @@ class NothingThereError(DataError):
 # In order of preference: `test` often carries no labels where there is a `validation` too.
 SPLIT_NAMES: dict[Split, tuple[frozenset[str], ...]] = {
     "train": (frozenset({"train", "training"}),),
-    "val": (frozenset({"val", "valid", "validation"}), frozenset({"test"})),
+    "val": (frozenset({"val", "valid", "validation", "dev"}), frozenset({"test", "testing"})),
 }
+_SPLIT_WORDS = frozenset().union(*itertools.chain.from_iterable(SPLIT_NAMES.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +60,7 @@ class Listing:
     """A URI as asked for and as found. `files` maps relative names to bytes, sorted by name.
 
     `dedicated` says that the URI was given for this split alone, so that names without a split
-    belong to it.
+    belong to it. `hidden` are the names that are hidden or a system's, of which none is in `files`.
     """
 
     root: str
@@ -51,63 +69,108 @@ class Listing:
     split: Split
     dedicated: bool
     class_names: tuple[str, ...] | None
+    hidden: tuple[str, ...] = ()
+
+    @cached_property
+    def images(self) -> frozenset[str]:
+        """Names of the files that are images: by their ending, or where it tells nothing by their first bytes."""
+        return frozenset(filter(is_image_name, self.files)).union(self._images_by_content())
+
+    def _images_by_content(self) -> Iterator[str]:
+        unknown = [name for name, size in self.files.items() if size and tells_nothing(name)]
+        filesystem, base = arrow_filesystem(self.root)
+
+        def is_image(name: str) -> bool:
+            with reading(f"{self.root}/{name}", "a file"):
+                handle = open_whole(filesystem, f"{base}/{name}", name, None)
+                with handle:
+                    return is_image_start(handle.read(START_BYTES))
+
+        yield from itertools.compress(unknown, read_ahead(is_image, unknown))
 
 
-def list_files(uri: str, *, follow_links: bool = False) -> tuple[str, dict[str, int]]:
-    """Return (root, files) of a folder, a file, or a pattern such as `train-{000..012}.tar`.
+def list_files(
+    uri: str, *, follow_links: bool = False, access: BucketAccess | None = None
+) -> tuple[str, dict[str, int]]:
+    """Return (root, files) of a folder, a file, or a pattern such as `train-{000..012}.tar`, as `list_all`."""
+    return list_all(uri, follow_links=follow_links, access=access)[:2]
 
-    Hidden names (a leading dot in any part) are left out: macOS writes `._x.jpg` beside `x.jpg`.
+
+def list_all(
+    uri: str, *, follow_links: bool = False, access: BucketAccess | None = None
+) -> tuple[str, dict[str, int], tuple[str, ...]]:
+    """Return (root, files, hidden) of a folder, a file, or a pattern such as `train-{000..012}.tar`.
+
+    What is hidden (a leading dot in any part: macOS writes `._x.jpg` beside `x.jpg`) or a system's is told apart.
 
     Args:
         uri: What to list.
         follow_links: Whether links on the local disk may lead out of the folder; a file that is named is read in
             any case.
+        access: How a bucket is reached.
 
     Raises:
-        DataError: There is nothing, a file of the pattern is missing, or links lead out of the folder.
+        DataError: There is nothing, a file of the pattern is missing, links lead out of the folder, or keys have empty parts.
         ArtifactError: The store cannot be reached, or refuses.
     """
     path = local_path(uri)
     uri = (str(path) if path is not None else uri).rstrip("/")
-    if "{" in uri:
-        return _list_pattern(uri)
-    filesystem, base = arrow_filesystem(uri)
+    if "{" in uri and not (path is not None and path.exists()):
+        return *_list_pattern(uri, access, follow_links=follow_links), ()
+    filesystem, base = arrow_filesystem(uri, access)
     with reading(uri, "files that can be listed"):
         top = filesystem.get_file_info(base)
         if top.type == pafs.FileType.File:
             folder, _, name = uri.rpartition("/")
-            return folder, {name: top.size}
-        files = (
+            return folder, {name: top.size}, ()
+        files, hidden = (
             walk_local(uri, follow_links=follow_links)
             if path is not None and top.type == pafs.FileType.Directory
             else _remote_files(filesystem, base)
         )
-    visible = {name: size for name, size in files.items() if not re.search(r"(^|/)\.", name)}
-    if not visible:
+    refuse_empty_parts(uri, files)
+    if not files:
         raise NothingThereError(
             f"{uri}: expected images, found nothing there; check --data and --val-data"
         )
-    return uri, dict(sorted(visible.items()))
+    return uri, dict(sorted(files.items())), tuple(hidden)
 
 
-def _remote_files(filesystem: pafs.FileSystem, base: str) -> dict[str, int]:
+def _remote_files(filesystem: pafs.FileSystem, base: str) -> tuple[dict[str, int], list[str]]:
     try:
         found = filesystem.get_file_info(pafs.FileSelector(base, recursive=True))
     except FileNotFoundError:
-        return {}
+        return {}, []
     # Object stores name keys without the leading slash that a root such as memory's has.
     prefix = base.strip("/") + "/"
-    return {
+    files = {
         entry.path.lstrip("/").removeprefix(prefix): entry.size
         for entry in found
         if entry.type == pafs.FileType.File
     }
+    hidden = [name for name in files if any(map(is_system_name, name.split("/")))]
+    for name in hidden:
+        del files[name]
+    return files, hidden
 
 
-def _list_pattern(uri: str) -> tuple[str, dict[str, int]]:
-    root = uri[: uri.index("{")].rpartition("/")[0]
-    names = [name.removeprefix(root + "/") for name in expand_braces(uri)]
-    filesystem, base = arrow_filesystem(root)
+def refuse_empty_parts(uri: str, files: Iterable[str]) -> None:
+    """Refuse keys of an object store that no client can be relied on to find again."""
+    empty = [name for name in files if "//" in f"/{name}"]
+    if empty:
+        raise DataError(
+            f"{uri}: expected keys without empty parts, found {len(empty)} with a doubled slash: {shown(empty)}; rename them, or "
+            "pass the folder behind that slash"
+        )
+
+
+def _list_pattern(
+    uri: str, access: BucketAccess | None, *, follow_links: bool
+) -> tuple[str, dict[str, int]]:
+    is_disk = local_path(uri) is not None
+    root = _folder_of_pattern(uri, is_disk=is_disk)
+    names = expand_braces(uri.removeprefix(root + "/"), uri)
+    filesystem, base = arrow_filesystem(root, access)
     with reading(uri, "files that can be listed"):
         entries = filesystem.get_file_info([f"{base}/{name}" for name in names])
     missing = [
@@ -118,66 +181,66 @@ def _list_pattern(uri: str) -> tuple[str, dict[str, int]]:
             f"{uri}: expected {len(names)} files, {len(missing)} of them are missing: "
             f"{shown(missing)}; correct the pattern or restore the files"
         )
+    if not follow_links:
+        refuse_outside(root, names)
     return root, {name: entry.size for name, entry in sorted(zip(names, entries, strict=True))}
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """Return the names that `{000..012}` and `{a,b}` stand for, in order.
-
-    Numbers are as wide as the first end of their range.
-
-    Raises:
-        DataError: An unclosed or empty brace, a falling range, or more than 100,000 names.
-    """
-    parts = _BRACES.split(pattern)
-    if any(c in part for part in parts[::2] for c in "{}"):
-        raise DataError(
-            f"{pattern}: expected closed braces without nesting, such as {{000..012}} or {{a,b}}"
-        )
-    choices = [_choices(part, pattern) if i % 2 else [part] for i, part in enumerate(parts)]
-    count = 1
-    for options in choices:
-        count *= len(options)
-    if not 1 <= count <= _MAX_EXPANDED:
-        raise DataError(
-            f"{pattern}: expected 1 to {_MAX_EXPANDED} files, the pattern stands for {count}"
-        )
-    return ["".join(combination) for combination in itertools.product(*choices)]
-
-
-def _choices(body: str, pattern: str) -> list[str]:
-    match = _RANGE.fullmatch(body)
-    if match is None:
-        return body.split(",")
-    first, last = int(match[1]), int(match[2])
-    if last - first >= _MAX_EXPANDED:
-        raise DataError(f"{pattern}: the range {body} stands for more than {_MAX_EXPANDED} files")
-    return [f"{number:0{len(match[1])}d}" for number in range(first, last + 1)]
+def _folder_of_pattern(uri: str, *, is_disk: bool) -> str:
+    """Return the folder above the first brace of a pattern; a folder of the disk may have braces in its own name."""
+    root, slash, rest = uri[: uri.index("{")].rpartition("/")[0], "/", uri
+    while is_disk:
+        rest = uri.removeprefix(root + "/")
+        first, slash, _ = rest.partition("/")
+        if not slash or not os.path.isdir(f"{root}/{first}"):
+            break
+        root = f"{root}/{first}"
+    return root
 
 
 def files_of_split(listing: Listing, candidates: dict[str, int]) -> dict[str, int]:
     """Return the candidates of the split, by words in their names.
 
     `train-0001.tar` and `data/validation-0.parquet` have such a word. Files without any are
-    training images, or all belong to a dedicated URI.
+    training images, or all belong to a dedicated URI. --source.layout may name the files.
 
     Raises:
-        DataError: No file is left.
+        DataError: No file is left, or they lie in several folders, so that they may be several data sets.
     """
+    layout = listing.config.layout
+    if layout:
+        pattern = layout_pattern(layout)
+        candidates = {n: size for n, size in candidates.items() if pattern.fullmatch(n)}
     words = {name: split_word(name) for name in candidates}
     for names in SPLIT_NAMES[listing.split]:
         selected = {name: size for name, size in candidates.items() if words[name] in names}
         if selected:
-            return selected
-    if not any(words.values()) and (listing.split == "train" or listing.dedicated):
-        return candidates
-    raise no_such_split(listing, list(candidates))
+            break
+    else:
+        if any(words.values()) or not (listing.split == "train" or listing.dedicated):
+            raise no_such_split(listing, list(candidates))
+        selected = candidates
+    folders = Counter(_place(name) for name in selected)
+    if len(folders) > 1 and not layout:
+        held = ", ".join(f"{folder or '.'}/ ({count})" for folder, count in folders.most_common(5))
+        depth = max(name.count("/") for name in selected)
+        raise DataError(
+            f"{listing.root}: the files of one split lie in {len(folders)} folders: {held}, which may be several data sets, or "
+            f"sizes or configurations of one; pass one of them as --data, or name the files that belong together by "
+            f"--source.layout ('{'*/' * depth}*' takes all that lie so deep)"
+        )
+    return selected
 
 
+def _place(name: str) -> str:
+    """Return the folder of a file, without folders that are parts of one thing: numbers, `key=value`, `x.parquet/`."""
+    return "/".join(part for part in name.split("/")[:-1] if not _PART_FOLDER.fullmatch(part))
+
+
+@lru_cache(1 << 16)
 def split_word(name: str) -> str:
     """Return the last word of a path that names a split: files count more than their folders."""
-    known = frozenset().union(*itertools.chain.from_iterable(SPLIT_NAMES.values()))
-    found = [word for word in re.split(r"[^a-z]+", name.lower()) if word in known]
+    found = [word for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLIT_WORDS]
     return found[-1] if found else ""
 
 

@@ -2,24 +2,62 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
-from pathlib import PurePosixPath
 
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
-from wmdd_ray.store.sources import arrays, csvfile, imagefolder, parquet, webdataset
+from wmdd_ray.store.sources import (
+    arrays,
+    cifar,
+    class_tars,
+    csvfile,
+    flat,
+    imagefolder,
+    parquet,
+    webdataset,
+)
 from wmdd_ray.store.sources.base import Source
-from wmdd_ray.store.sources.classes import shown
-from wmdd_ray.store.sources.listing import Listing, Split, list_files, split_word
+from wmdd_ray.store.sources.classes import SHOWN, shown
+from wmdd_ray.store.sources.endings import ending_of, is_image_name
+from wmdd_ray.store.sources.layout import Flat, find_classes, is_unlabeled, join
+from wmdd_ray.store.sources.listing import (
+    Listing,
+    NoSuchSplitError,
+    Split,
+    list_all,
+    split_word,
+)
+from wmdd_ray.store.sources.passed import (
+    LABELS,
+    NO_CLASS,
+    NO_IMAGE,
+    NOT_NAMED,
+    OTHER_SPLIT,
+    SYSTEM,
+    UNLABELED,
+    PassedOver,
+    Tally,
+    lost,
+    total,
+)
 
 PREPARED_KEY = "prepared.json"
 """What `jobs/prepare.py` writes last beside its Parquet files; a folder that holds it needs no format."""
 
+_WNID = re.compile("n[0-9]{8}")
+_WORDS = ("words.txt", "LOC_synset_mapping.txt")
+
 # Each predicate looks at one relative name; each opener at the whole listing.
 _FORMATS: dict[str, tuple[Callable[[str], bool], Callable[[Listing], Source], str]] = {
     "idx": (arrays.is_idx, arrays.open_idx, "IDX files (train-images-idx3-ubyte.gz, ...)"),
-    "webdataset": (webdataset.is_tar, webdataset.open_webdataset, "WebDataset shards (*.tar)"),
+    "cifar": (
+        cifar.is_cifar,
+        cifar.open_cifar,
+        "CIFAR's binary version (data_batch_1.bin, ..., or cifar-10-binary.tar.gz)",
+    ),
+    "webdataset": (webdataset.is_tar, class_tars.open_tars, "WebDataset shards (*.tar)"),
     "parquet": (parquet.is_parquet, parquet.open_parquet, "Parquet files (*.parquet)"),
     "imagefolder": (
         imagefolder.is_class_image,
@@ -27,8 +65,8 @@ _FORMATS: dict[str, tuple[Callable[[str], bool], Callable[[Listing], Source], st
         "image folders (CLASS/*.jpg or train/CLASS/*.jpg)",
     ),
     "csv": (
-        csvfile.is_csv,
-        csvfile.open_csv,
+        flat.is_table,
+        flat.open_tables,
         "a table of paths and labels (labels.csv, train.csv, ...)",
     ),
 }
@@ -60,7 +98,7 @@ def open_source(
     """
     if config.format in ("auto", "digits") and uri == "digits":
         return arrays.open_digits(config, split, class_names)
-    root, files = list_files(uri, follow_links=config.follow_links)
+    root, files, hidden = list_all(uri, follow_links=config.follow_links, access=config.bucket)
     listing = Listing(
         root=root,
         files=files,
@@ -68,8 +106,69 @@ def open_source(
         split=split,
         dedicated=dedicated,
         class_names=class_names,
+        hidden=hidden,
     )
-    return _FORMATS[_detect(listing)][1](listing)
+    source = _FORMATS[_detect(listing)][1](listing)
+    source.titles = _titles(source, listing)
+    source.passed_over = _passed_over(source, listing)
+    if source.format == "imagefolder":
+        _refuse_much_passed_over(source)
+    return source
+
+
+def _titles(source: Source, listing: Listing) -> tuple[str, ...]:
+    """Return what the classes are called in words, where these are WordNet ids and a list of words comes with them."""
+    if not all(map(_WNID.fullmatch, source.class_names)):
+        return ()
+    for name in listing.files:
+        if name.rpartition("/")[2] in _WORDS and listing.root == source.root:
+            lines = (source.read_if_there(name) or b"").decode("utf-8", "replace").splitlines()
+            words = {line[:9]: line[9:].strip() for line in lines}
+            if words.keys() >= {*source.class_names}:
+                return tuple(words[wnid] for wnid in source.class_names)
+    return ()
+
+
+def _passed_over(source: Source, listing: Listing) -> tuple[PassedOver, ...]:
+    """Return the files of a listing that the source of a split does not read, by reason, ending and folder."""
+    prefix = source.root.removeprefix(listing.root).lstrip("/")
+    read = {join(prefix, name) for name in source.files}
+    beside = {join(prefix, name) for name in source.read_beside}
+    own = {_split_of(name) for name in read}
+    tally = Tally()
+    for name in listing.hidden:
+        tally.add(SYSTEM, name)
+    for name in listing.files:
+        if name in read:
+            continue
+        word = _split_of(name)
+        if word and word not in own:
+            tally.add(OTHER_SPLIT, name)
+        elif name in beside:
+            tally.add(LABELS, name)
+        elif not is_image_name(name):
+            tally.add(NO_IMAGE, name)
+        elif source.format == "csv":
+            tally.add(NOT_NAMED, name)
+        else:
+            tally.add(UNLABELED if is_unlabeled(name) else NO_CLASS, name)
+    return tally.groups()
+
+
+def _split_of(name: str) -> str:
+    """Return the word of a split that a file belongs to: for files that are images, by their folders alone."""
+    return split_word(name.rpartition("/")[0] if is_image_name(name) else name)
+
+
+def _refuse_much_passed_over(source: Source) -> None:
+    missed = lost(source.passed_over)
+    share = total(missed) / (total(missed) + len(source.files))
+    if share > source.config.max_passed_over:
+        raise DataError(
+            f"{source.root}: {total(missed)} files are no images of a class, beside {len(source.files)} that are read: "
+            f"{', '.join(group.told for group in missed[:SHOWN])}; that is {share:.0%}, and --source.max-passed-over allows "
+            f"{source.config.max_passed_over:.0%}. Raise it if they may be left out, or say by --source.layout where the images lie"
+        )
 
 
 def _detect(listing: Listing) -> str:
@@ -85,15 +184,20 @@ def _detect(listing: Listing) -> str:
     asked = len(listing.files) == 1 or any(map(_names_labels, listing.files))
     if listing.config.format == "auto" and not (asked and {*matches} <= {"csv", "imagefolder"}):
         matches = [name for name in matches if name != "csv"]
+    if len(matches) == 2 and "csv" in matches and not _has_class_folders(listing):
+        return "csv"
     if len(matches) == 1:
         return matches[0]
+    # Only now, for it looks into files.
+    if not matches and "imagefolder" in candidates and any("/" in name for name in listing.images):
+        return "imagefolder"
     expected = ", ".join(_FORMATS[name][2] for name in (matches or candidates))
     if matches:
         raise DataError(
             f"{listing.root}: expected one format, found {len(matches)}: {expected}; name one by "
             "--source.format or pass the folder that holds just one"
         )
-    endings = Counter(PurePosixPath(name).suffix.lower() or "none" for name in listing.files)
+    endings = Counter(ending_of(name) or "none" for name in listing.files)
     counts = ", ".join(f"{count} x {ending}" for ending, count in endings.most_common(5))
     raise DataError(
         f"{listing.root}: expected {expected}, found {len(listing.files)} other files ({counts}): "
@@ -101,9 +205,19 @@ def _detect(listing: Listing) -> str:
     )
 
 
+def _has_class_folders(listing: Listing) -> bool:
+    """Return whether the images may lie in folders of classes, so that a table beside them is not all that says them."""
+    try:
+        return not isinstance(find_classes(listing), Flat)
+    except NoSuchSplitError:
+        return False
+    except DataError:
+        return True
+
+
 def _names_labels(name: str) -> bool:
     """Return whether a table is named as the labels of images are."""
-    stem = PurePosixPath(name).stem.lower()
+    stem = name.rpartition(".")[0].lower()
     return csvfile.is_csv(name) and (stem in ("labels", "metadata") or split_word(name) == stem)
 
 

@@ -1,9 +1,11 @@
-"""Parquet in Hugging Face's layout: a column of encoded images and one of integer labels."""
+"""Parquet in Hugging Face's layout: a column of encoded images and one of labels, numbers or names."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,65 +15,87 @@ import pyarrow.parquet as pq
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError, WmddError
 from wmdd_ray.store.sources.base import RawImage, Shard, Source, file_shard_id
-from wmdd_ray.store.sources.classes import MAX_CLASSES, integer_names, match_classes
+from wmdd_ray.store.sources.classes import (
+    MAX_CLASSES,
+    integer_names,
+    match_classes,
+    one_line,
+    plain,
+)
 from wmdd_ray.store.sources.files import reading
+from wmdd_ray.store.sources.labels import (
+    Label,
+    Places,
+    found_classes,
+    label_of,
+    number_places,
+)
 from wmdd_ray.store.sources.listing import Listing, files_of_split
 from wmdd_ray.store.sources.parquet_columns import Columns, find_columns
+from wmdd_ray.store.sources.parquet_limits import batch_rows, batches, check_unpacked
 
 # Rows that are in memory at once, beside the pages they come from.
 _BATCH_ROWS = 32
 # Column chunks are read in pieces of this size: a row group can be as large as the file.
 _BUFFER_BYTES = 8 << 20
 _FOOTER_THREADS = 8
+_LABEL_ROWS = 65_536
+
+Names = tuple[str, ...]
+logger = logging.getLogger(__name__)
 
 
 class ParquetSource(Source):
     """Parquet files, a shard each. The key of an image is `FILE#ROW`."""
 
     format = "parquet"
-    _transient = (*Source._transient, "_num_rows")
+    _transient = (*Source._transient, "_footers")
 
-    def __init__(
-        self,
-        *,
-        root: str,
-        files: dict[str, int],
-        config: SourceConfig,
-        class_names: tuple[str, ...],
-        relabel: tuple[int, ...] | None = None,
-    ) -> None:
+    def __init__(self, *, root: str, files: dict[str, int], config: SourceConfig) -> None:
         super().__init__(
-            root=root, files=files, config=config, class_names=class_names, relabel=relabel
+            root=root, files=files, config=config, class_names=integer_names(MAX_CLASSES)
         )
-        self._num_rows: dict[str, int] | None = None
+        self._footers: dict[str, tuple[int, Names | None]] | None = None
 
     @property
     def num_images(self) -> int:
-        return sum(self._rows_of_files().values())
+        return sum(num_rows for num_rows, _ in self.footers.values())
 
     def shards(self, chunk_images: int) -> list[Shard]:
-        rows = self._rows_of_files()
         return [
-            Shard(id=file_shard_id(i), file=file, num_images=rows[file], sizes=(size_bytes,))
+            Shard(
+                id=file_shard_id(i),
+                file=file,
+                num_images=self.footers[file][0],
+                sizes=(size_bytes,),
+            )
             for i, (file, size_bytes) in enumerate(self.files.items())
         ]
 
-    def _rows_of_files(self) -> dict[str, int]:
-        """Return the rows of every file by its footer; read once, several at a time.
+    @property
+    def footers(self) -> dict[str, tuple[int, Names | None]]:
+        """Rows and declared class names of every file; read once, several at a time. Driver only.
 
-        The label statistics beside it stay untouched: Arrow 26 ends the whole process (SIGABRT)
+        The label statistics beside them stay untouched: Arrow 26 ends the whole process (SIGABRT)
         when it is asked for the statistics of certain malformed footers.
         """
-        if self._num_rows is None:
+        if self._footers is None:
             self._connected()
-            with ThreadPoolExecutor(_FOOTER_THREADS) as executor:
-                rows = list(executor.map(self._rows_of_file, self.files))
-            self._num_rows = dict(zip(self.files, rows, strict=True))
-        return self._num_rows
+            one_of: dict[Names | None, Names | None] = {}
 
-    def _rows_of_file(self, file: str) -> int:
-        with self.open_parquet(file, self.files[file]) as (parquet, _):
-            return int(parquet.metadata.num_rows)
+            def read(file: str) -> tuple[int, Names | None]:
+                with self.open_parquet(file, self.files[file]) as (parquet, columns):
+                    names = columns.class_names
+                    return int(parquet.metadata.num_rows), one_of.setdefault(names, names)
+
+            with ThreadPoolExecutor(_FOOTER_THREADS) as executor:
+                self._footers = dict(zip(self.files, executor.map(read, self.files), strict=True))
+        return self._footers
+
+    def _numbering(self) -> object:
+        declared = {names: None for _, names in self.footers.values()}
+        places = [self._places(names) for names in declared]
+        return places[0] if len(places) == 1 else places
 
     @contextlib.contextmanager
     def open_parquet(
@@ -81,16 +105,55 @@ class ParquetSource(Source):
         where = self.url(file)
         with reading(where, "a Parquet file"), self.open_random(file, size_bytes) as handle:
             parquet = _parquet_file(handle, where)
-            yield parquet, find_columns(parquet.schema_arrow, where)
+            columns = find_columns(parquet.schema_arrow, self.config, where)
+            check_unpacked(parquet, columns, where)
+            yield parquet, columns
+
+    def label_counts(self, file: str, size_bytes: int | None = None) -> Counter[Label]:
+        """Return label -> rows of a file, reading its label column alone; rows without a label are left out."""
+        counts = Counter[Label]()
+        with self.open_parquet(file, size_bytes) as (parquet, columns):
+            is_fixed = pa.types.is_primitive(parquet.schema_arrow.field(columns.label).type)
+            rows = _LABEL_ROWS if is_fixed else batch_rows(parquet, columns.label, _LABEL_ROWS)
+            for batch in parquet.iter_batches(rows, columns=[columns.label], use_threads=False):
+                values = batch.column(columns.label)
+                if pa.types.is_dictionary(values.type):
+                    values = values.dictionary_decode()
+                for found in values.value_counts().to_pylist():
+                    label = label_of(found["values"], self.config.numbers)
+                    if label is not None:
+                        counts[label] += found["counts"]
+                if len(counts) > MAX_CLASSES:
+                    raise DataError(
+                        f"{self.url(file)}: expected labels of at most {MAX_CLASSES} classes in {columns.label}, found more; "
+                        "name another column by --source.label-column"
+                    )
+        return counts
+
+    def class_counts(self, file: str) -> Counter[int]:
+        """Return class -> rows of a file, reading no images."""
+        with self.open_parquet(file) as (_, columns):
+            places = self._places(columns.class_names)
+        counts = Counter[int]()
+        for label, rows in self.label_counts(file).items():
+            counts[self._class_of(label, file, places)] += rows
+        return counts
+
+    def _places(self, names: Names | None) -> Places:
+        """Return the class of each number in a file that declares these names."""
+        if names is None:
+            return self.relabel
+        if [*map(plain, names)] == [*map(plain, self._label_names)]:
+            return None
+        return tuple(self.class_of(name, "any") for name in names)
 
     def read_shard(self, shard: Shard) -> Iterator[RawImage]:
         row = 0
         with self.open_parquet(shard.file, shard.size_bytes) as (parquet, columns):
-            for batch in parquet.iter_batches(
-                _BATCH_ROWS, columns=columns.paths, use_threads=False
-            ):
+            places = self._places(columns.class_names)
+            for batch in batches(parquet, columns, _BATCH_ROWS):
                 for i in range(len(batch)):
-                    yield self._record(shard.file, row + i, columns, batch, i)
+                    yield self._record(shard.file, row + i, columns, places, batch, i)
                 row += len(batch)
             if row != parquet.metadata.num_rows:
                 raise DataError(
@@ -99,19 +162,22 @@ class ParquetSource(Source):
                 )
 
     def _record(
-        self, file: str, row: int, columns: Columns, batch: pa.RecordBatch, i: int
+        self, file: str, row: int, columns: Columns, places: Places, batch: pa.RecordBatch, i: int
     ) -> RawImage:
         key = f"{file}#{row}"
-        label, content = batch.column(columns.label)[i].as_py(), columns.images(batch)[i].as_py()
+        value, content = batch.column(columns.label)[i].as_py(), columns.images(batch)[i].as_py()
+        label = label_of(value, self.config.numbers)
         if label is None:
-            problem = f"no label: {columns.label} is null"
+            said = "null" if value is None else one_line(repr(value))
+            problem = f"no label: {columns.label} is {said}"
         elif content is None:
             problem = f"no image: {columns.image} has no bytes (paths in it are not followed)"
         else:
             problem = self.too_large(len(content))
         if problem:
             return RawImage(key=key, label=-1, content=b"", problem=problem)
-        return RawImage(key=key, label=self.class_of(label, key), content=content)
+        assert label is not None
+        return RawImage(key=key, label=self._class_of(label, key, places), content=content)
 
     def read_keys(self, keys: Sequence[str]) -> list[RawImage]:
         rows_by_file: dict[str, set[int]] = {}
@@ -142,14 +208,14 @@ class ParquetSource(Source):
                     f"{self.url(file)}: no row {rows[-1]}, the file has {parquet.metadata.num_rows}"
                     "; it was changed since the key was made"
                 )
-            start = 0
+            start, places = 0, self._places(columns.class_names)
             for group in range(parquet.metadata.num_row_groups):
                 stop = start + parquet.metadata.row_group(group).num_rows
                 wanted = [row for row in rows if start <= row < stop]
                 for row, batch, i in _pick(
                     parquet, group, columns, [row - start for row in wanted]
                 ):
-                    yield start + row, self._record(file, start + row, columns, batch, i)
+                    yield start + row, self._record(file, start + row, columns, places, batch, i)
                 start = stop
 
 
@@ -176,9 +242,7 @@ def _pick(
     if not wanted:
         return
     first_row = 0
-    for batch in parquet.iter_batches(
-        _BATCH_ROWS, row_groups=[group], columns=columns.paths, use_threads=False
-    ):
+    for batch in batches(parquet, columns, _BATCH_ROWS, [group]):
         for row in wanted:
             if first_row <= row < first_row + len(batch):
                 yield row, batch, row - first_row
@@ -195,40 +259,32 @@ def is_parquet(name: str) -> bool:
 def open_parquet(listing: Listing) -> ParquetSource:
     """Return the Parquet files of the split.
 
-    Class names come from the ClassLabel of the `huggingface` schema metadata. Without it the
-    classes are integers, and the label columns are read once to find the largest.
+    Class names come from the ClassLabel in the `huggingface` schema metadata of every file, brought together by name. Where no
+    file has any, the label columns are read once to find the classes.
     """
     files = files_of_split(listing, {n: s for n, s in listing.files.items() if is_parquet(n)})
-    source = ParquetSource(
-        root=listing.root,
-        files=files,
-        config=listing.config,
-        class_names=integer_names(MAX_CLASSES),
-    )
-    with source.open_parquet(next(iter(files))) as (_, columns):
-        names = columns.class_names
-    relabel = None
+    source = ParquetSource(root=listing.root, files=files, config=listing.config)
+    declared = [
+        names for names in {n: None for _, n in source.footers.values()} if names is not None
+    ]
+    numbers = listing.config.numbers
     if listing.class_names is not None:
-        relabel = match_classes(names, listing.class_names, listing.root) if names else None
-        names = listing.class_names
-    return ParquetSource(
-        root=listing.root,
-        files=files,
-        config=listing.config,
-        class_names=names or integer_names(_count_classes(source)),
-        relabel=relabel,
-    )
-
-
-def _count_classes(source: ParquetSource) -> int:
-    """Return one more than the largest label, by reading the label column of every file."""
-    largest = -1
-    for file in source.files:
-        with source.open_parquet(file) as (parquet, columns):
-            for batch in parquet.iter_batches(columns=[columns.label], use_threads=False):
-                labels = batch.column(columns.label).drop_null().to_pylist()
-                if labels:
-                    largest = max(largest, source.class_of(max(labels), file))
-    if largest < 0:
-        raise DataError(f"{source.root}: expected images with labels, found no label")
-    return largest + 1
+        source.name_classes(listing.class_names, number_places(listing.class_names, numbers))
+        for own in declared:
+            match_classes(own, listing.class_names, listing.root)
+    elif declared:
+        names = declared[0]
+        known = {*map(plain, names)}
+        for own in declared[1:]:
+            names += tuple(name for name in own if plain(name) not in known)
+            known.update(map(plain, own))
+        if len(names) > len(declared[0]):
+            logger.warning(
+                "%s: files declare different classes, %d in all", listing.root, len(names)
+            )
+        source.name_classes(names, number_places(names, numbers))
+    else:
+        found = {y: file for file, size in files.items() for y in source.label_counts(file, size)}
+        where = listing.root if len(files) > 1 else source.url(next(iter(files)))
+        source.name_classes(*found_classes(found, numbers, where))
+    return source

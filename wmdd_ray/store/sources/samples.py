@@ -8,14 +8,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from wmdd_ray.config import SourceConfig
+from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.classes import SHOWN
+from wmdd_ray.store.sources.endings import IMAGE_ENDINGS, is_system_name
+from wmdd_ray.store.sources.labels import Label, label_of
+from wmdd_ray.store.sources.passed import NO_IMAGE, SYSTEM, Tally
 from wmdd_ray.store.sources.tar import Readable, tar_members
 
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 _LABEL_ENDINGS = ("cls", "json")
 _MAX_LABEL_BYTES = 1 << 20
 # WebDataset's rule: the stem ends at the first dot of the base name.
-_MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
+_FIRST_DOT = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
+_LAST_DOT = re.compile(r"((?:.*/)?[^./][^/]*)\.([^./]+)", re.DOTALL)
 
 
 @dataclass(slots=True)
@@ -24,10 +29,11 @@ class Sample:
 
     stem: str
     endings: dict[str, None] = field(default_factory=dict)  # in order
+    has_image: bool = False
     offset: int = 0
     size_bytes: int = 0
     content: bytes | None = None
-    label: int | None = None
+    label: Label | None = None
     problem: str = ""
 
     @property
@@ -36,60 +42,133 @@ class Sample:
         return ", ".join(itertools.islice(self.endings, SHOWN))
 
 
-def samples(stream: Readable, where: str, max_content_bytes: int) -> Iterator[Sample]:
+def samples(
+    stream: Readable,
+    where: str,
+    max_content_bytes: int,
+    config: SourceConfig,
+    *,
+    passed: Tally | None = None,
+) -> Iterator[Sample]:
     """Group members into samples; a stem with neither image nor label (a license) is none.
 
-    A stem that comes again is a bad sample: shards that were joined or packed twice count their images twice.
+    A stem that comes again is a bad sample: shards that were joined or packed twice count their images twice. So is one with
+    several images, unless the user says which.
+
+    Args:
+        stream: The archive.
+        where: What messages call it.
+        max_content_bytes: Largest image whose content is kept.
+        config: Where a member's stem ends, and which members are image and label.
+        passed: Counts the members that are no part of a sample.
+
+    Raises:
+        DataError: Stems that end at the last dot would be samples that those that end at the first are not, and the options do
+            not say which are meant.
     """
+    keys = config.tar_keys
+    pattern = _LAST_DOT if keys == "last-dot" else _FIRST_DOT
+    passed = Tally() if passed is None else passed
+    wanted_image = (config.image_column or "").lower()
+    # A key can only stand in JSON.
+    label_endings = _LABEL_ENDINGS if config.label_column is None else ("json",)
     seen: set[int] = set()  # hashes: a name can have a mebibyte
 
+    def split_name(name: str) -> tuple[str, str]:
+        match = pattern.fullmatch(name)
+        hidden = any(map(is_system_name, name.split("/")))
+        return (match[1], match[2].lower()) if match and not hidden else ("", "")
+
     def wanted(name: str, size_bytes: int) -> bool:
-        ending = _split_name(name)[1]
-        if ending in IMAGE_ENDINGS:
+        ending = split_name(name)[1]
+        if is_image_ending(ending, wanted_image):
             return size_bytes <= max_content_bytes
-        return ending in _LABEL_ENDINGS and size_bytes <= _MAX_LABEL_BYTES
+        return ending in label_endings and size_bytes <= _MAX_LABEL_BYTES
 
     members = tar_members(stream, where, wanted)
-    named = ((_split_name(member.name), member) for member in members)
+    named = ((split_name(member.name), member) for member in members)
     for stem, group in itertools.groupby(named, key=lambda pair: pair[0][0]):
         if not stem:
-            # groupby needs its group consumed before it goes on, and does so by itself.
+            for _, member in group:
+                hidden = any(map(is_system_name, member.name.split("/")))
+                passed.add(SYSTEM if hidden else NO_IMAGE, member.name)
             continue
         sample = Sample(stem)
+        inner = _InnerStems()
+        others = Tally()
         for (_, ending), member in group:
             if ending in sample.endings:
                 sample.problem = f"the archive holds {ending} of this key more than once"
                 continue
             sample.endings[ending] = None
-            if ending in IMAGE_ENDINGS and not sample.size_bytes:
+            if is_image_ending(ending, wanted_image):
+                if sample.has_image:
+                    sample.problem = (
+                        f"several images of this key ({sample.shown_endings}); name one's ending by "
+                        "--source.image-column"
+                    )
+                    continue
+                sample.has_image = True
                 sample.offset, sample.size_bytes, sample.content = (
                     member.offset,
                     member.size_bytes,
                     member.content,
                 )
-            elif (
-                ending in _LABEL_ENDINGS
-                and member.content is not None
-                and (ending == "cls" or sample.label is None)
-            ):
-                sample.label = _parse_label(member.content, ending)
-        if any(ending in (*IMAGE_ENDINGS, *_LABEL_ENDINGS) for ending in sample.endings):
+            elif ending in label_endings:
+                if member.content is not None and (ending == "cls" or sample.label is None):
+                    sample.label = _parse_label(member.content, ending, config)
+            elif not is_image_ending(ending) and ending not in _LABEL_ENDINGS:
+                inner.add(ending)
+                others.add(NO_IMAGE, member.name)
+        if inner.whole and keys == "auto":
+            raise DataError(
+                f"{where}: the keys of its members are in doubt: {stem}.{inner.whole} with its label is a sample if keys "
+                f"end at the last dot, and a part of {stem} if they end at the first, as webdataset has it; say which by "
+                "--source.tar-keys last-dot or --source.tar-keys first-dot"
+            )
+        is_sample = any(
+            is_image_ending(e, wanted_image) or e in _LABEL_ENDINGS for e in sample.endings
+        )
+        # Images of another key's rule are a bad sample together, and not passed over one by one.
+        if is_sample or not inner.images:
+            passed.add_all(others.groups())
+        if is_sample or inner.images:
             if hash(stem) in seen:
                 sample.problem = "the archive holds this key more than once"
             seen.add(hash(stem))
             yield sample
 
 
-def _split_name(name: str) -> tuple[str, str]:
-    match = _MEMBER.fullmatch(name)
-    return (match[1], match[2].lower()) if match else ("", "")
+def is_image_ending(ending: str, wanted: str = "") -> bool:
+    """Return whether members with this ending, without its dot, are images: all with a known one, or with `wanted` alone."""
+    return ending == wanted if wanted else f".{ending}" in IMAGE_ENDINGS
 
 
-def _parse_label(content: bytes, ending: str) -> int | None:
+class _InnerStems:
+    """What the members of one stem would be if keys ended at the last dot."""
+
+    def __init__(self) -> None:
+        self.images: set[str] = set()
+        self._labels: set[str] = set()
+        self.whole = ""
+
+    def add(self, ending: str) -> None:
+        inner, dot, last = ending.rpartition(".")
+        if not dot:
+            return
+        if is_image_ending(last):
+            self.images.add(inner)
+        elif last in _LABEL_ENDINGS:
+            self._labels.add(inner)
+        if inner in self.images and inner in self._labels:
+            self.whole = inner
+
+
+def _parse_label(content: bytes, ending: str, config: SourceConfig) -> Label | None:
+    if ending == "cls":
+        return label_of(content, config.numbers, is_text=True)
     try:
-        if ending == "cls":
-            return int(content)
-        label = json.loads(content)["label"]
+        value = json.loads(content)[config.label_column or "label"]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None
-    return label if type(label) is int else None
+    return label_of(value, config.numbers)

@@ -20,6 +20,7 @@ _BLOCK = 512
 # Long names and PAX records; real ones have a few hundred bytes.
 _MAX_EXTENSION_BYTES = 1 << 20
 _SKIP_BYTES = 1 << 20
+_MAX_DIGITS = 18  # of a length or size: 2^63 and more are no file's
 _PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 # Their size field says nothing about what follows.
 _WITHOUT_CONTENT = (
@@ -45,14 +46,23 @@ class Member:
 
 
 def tar_members(
-    stream: Readable, where: str, wanted: Callable[[str, int], bool]
+    stream: Readable,
+    where: str,
+    wanted: Callable[[str, int], bool],
+    seek: Callable[[int], object] | None = None,
 ) -> Iterator[Member]:
     """Yield the regular members in order; `wanted(name, size_bytes)` decides whose content is read.
+
+    Args:
+        stream: The archive from its start.
+        where: What messages call it.
+        wanted: Whether a member's content is kept.
+        seek: Goes to a place in the stream, counted in bytes from the start; without it all content is read.
 
     Raises:
         DataError: A malformed header, a cut member, or no end marker.
     """
-    reader = _Reader(stream, where)
+    reader = _Reader(stream, where, seek)
     name, size_bytes = None, None
     while (header := reader.header()) is not None:
         if header.type == tarfile.GNUTYPE_LONGNAME:
@@ -61,7 +71,8 @@ def tar_members(
         if header.type in _PAX_TYPES:
             records = _pax_records(reader.extension(header.size), where)
             name = records.get("path", name)
-            size_bytes = int(records["size"]) if records.get("size", "").isdecimal() else size_bytes
+            if "size" in records:
+                size_bytes = _size_of(records["size"], where)
             continue
         if header.type == tarfile.GNUTYPE_SPARSE:
             raise DataError(
@@ -79,11 +90,20 @@ def tar_members(
             name, size_bytes = None, None
 
 
+def _size_of(text: str, where: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
+        raise DataError(
+            f"{where}: expected a whole tar archive, found an extended header with size {text[:20]!r}"
+        )
+    return int(text)
+
+
 class _Reader:
     """Blocks of a tar stream, counted."""
 
-    def __init__(self, stream: Readable, where: str) -> None:
+    def __init__(self, stream: Readable, where: str, seek: Callable[[int], object] | None) -> None:
         self._stream = stream
+        self._seek = seek
         self._where = where
         self.position = 0
 
@@ -130,6 +150,11 @@ class _Reader:
         return content
 
     def _skip(self, size_bytes: int) -> None:
+        if self._seek is not None and size_bytes > _SKIP_BYTES:
+            # The last byte is read, so that a cut is seen.
+            self.position += size_bytes - 1
+            self._seek(self.position)
+            size_bytes = 1
         while size_bytes > 0:
             size_bytes -= len(self._take(min(size_bytes, _SKIP_BYTES)))
 
@@ -141,17 +166,22 @@ class _Reader:
 
 
 def _pax_records(content: bytes, where: str) -> dict[str, str]:
-    """Parse lines of the form `LENGTH KEY=VALUE`, where LENGTH counts the whole record."""
+    """Parse lines of the form `LENGTH KEY=VALUE`, where LENGTH counts the whole record; NULs end them."""
     records = {}
-    while content.strip(b"\0"):
-        length, space, _ = content.partition(b" ")
-        end = int(length) if length.isdigit() and len(length) < 8 else 0
-        record = content[len(length) + 1 : end]
-        key, equals, value = record.partition(b"=")
-        if not (space and equals and record.endswith(b"\n")):
+    start = 0
+    while start < len(content) and content[start]:
+        space = content.find(b" ", start, start + _MAX_DIGITS + 1)
+        length = content[start:space] if space > start else b""
+        end = start + int(length) if length.isdigit() else start
+        key, equals, value = content[space + 1 : end].partition(b"=")
+        if not (equals and value.endswith(b"\n") and end <= len(content)):
             raise DataError(
                 f"{where}: expected a whole tar archive, found a malformed extended header"
             )
         records[key.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "replace")
-        content = content[end:]
+        start = end
+    if content[start:].strip(b"\0"):
+        raise DataError(
+            f"{where}: expected a whole tar archive, found content behind an extended header"
+        )
     return records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -9,10 +10,12 @@ from collections.abc import Iterator, Sequence
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.base import RawImage, Shard, Source, file_shard_id
-from wmdd_ray.store.sources.classes import MAX_CLASSES, integer_names, match_classes
+from wmdd_ray.store.sources.classes import MAX_CLASSES, integer_names
 from wmdd_ray.store.sources.files import reading
+from wmdd_ray.store.sources.labels import Label, beside_classes, found_classes
 from wmdd_ray.store.sources.listing import Listing, files_of_split
-from wmdd_ray.store.sources.samples import IMAGE_ENDINGS, Sample, samples
+from wmdd_ray.store.sources.passed import Tally
+from wmdd_ray.store.sources.samples import Sample, samples
 from wmdd_ray.store.sources.webdataset_index import read_class_names, read_counts
 
 logger = logging.getLogger(__name__)
@@ -33,13 +36,13 @@ class WebDatasetSource(Source):
         files: dict[str, int],
         config: SourceConfig,
         class_names: tuple[str, ...],
-        relabel: tuple[int, ...] | None = None,
-        counts: dict[str, int] | None = None,
     ) -> None:
-        super().__init__(
-            root=root, files=files, config=config, class_names=class_names, relabel=relabel
-        )
-        self._counts = counts or {}
+        super().__init__(root=root, files=files, config=config, class_names=class_names)
+        self._counts: dict[str, int] = {}
+
+    def count(self, counts: dict[str, int]) -> None:
+        """Expect as many samples of each shard as an index says."""
+        self._counts = counts
 
     @property
     def num_images(self) -> int | None:
@@ -61,13 +64,17 @@ class WebDatasetSource(Source):
     def read_shard(self, shard: Shard) -> Iterator[RawImage]:
         where = self.url(shard.file)
         count = 0
+        passed = Tally()
         with (
             reading(where, "a tar archive"),
             self.open_stream(shard.file, shard.size_bytes) as stream,
         ):
-            for sample in samples(stream, where, self.max_content_bytes):
+            for sample in samples(
+                stream, where, self.max_content_bytes, self.config, passed=passed
+            ):
                 count += 1
                 yield self._record(shard.file, sample)
+        self.passed_inside = passed.groups()
         if shard.num_images not in (None, count):
             raise DataError(
                 f"{where}: expected {shard.num_images} samples as the index beside it says, found "
@@ -76,16 +83,19 @@ class WebDatasetSource(Source):
 
     def _record(self, file: str, sample: Sample) -> RawImage:
         key = f"{file}#{sample.stem}"
-        has_image = any(ending in IMAGE_ENDINGS for ending in sample.endings)
         if sample.problem:
             problem = sample.problem
-        elif not has_image:
-            problem = f"no image member ({', '.join(IMAGE_ENDINGS)}), only {sample.shown_endings}"
+        elif not sample.has_image:
+            endings = self.config.image_column or "jpg, png, webp, ..."
+            problem = f"no image member ({endings}), only {sample.shown_endings}"
         elif sample.label is None:
-            problem = (
-                'no label: expected an integer in .cls or {"label": integer} in .json, among '
-                + sample.shown_endings
+            column = self.config.label_column
+            expected = (
+                f'{{"{column}": ...}} in .json'
+                if column
+                else 'a number or a name in .cls or {"label": ...} in .json'
             )
+            problem = f"no label: expected {expected} (-1 is none), among {sample.shown_endings}"
         else:
             problem = self.too_large(sample.size_bytes)
         if problem:
@@ -94,6 +104,13 @@ class WebDatasetSource(Source):
         label = self.class_of(sample.label, key)
         key = f"{file}#{sample.offset}:{sample.size_bytes}:{label}"
         return RawImage(key=key, label=label, content=sample.content)
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over what is read, and over where keys end if that is not webdataset's rule. Driver only."""
+        plain = super().fingerprint()
+        if self.config.tar_keys != "last-dot":
+            return plain
+        return hashlib.sha256(f"{plain} last-dot".encode()).hexdigest()
 
     def read_keys(self, keys: Sequence[str]) -> list[RawImage]:
         by_file: dict[str, list[int]] = {}
@@ -133,8 +150,8 @@ def open_webdataset(listing: Listing) -> WebDatasetSource:
     """Return the tar shards of the split.
 
     Class names come from `classes.txt` (a name a line) or `classes.json` (a list, or an object from
-    label to name) beside the shards or at the root. Without them the classes are integers, and the
-    training shards are read once to find the largest. Samples are counted against `_info.json` or `sizes.json`.
+    label to name) beside the shards or at the root. Without them the training shards are read once to find the labels. Samples
+    are counted against `_info.json` or `sizes.json`.
     """
     files = files_of_split(listing, {n: s for n, s in listing.files.items() if is_tar(n)})
     source = WebDatasetSource(
@@ -143,37 +160,33 @@ def open_webdataset(listing: Listing) -> WebDatasetSource:
         config=listing.config,
         class_names=integer_names(MAX_CLASSES),
     )
-    names = read_class_names(source)
-    relabel = None
-    if listing.class_names is not None:
-        relabel = match_classes(names, listing.class_names, listing.root) if names else None
-        names = listing.class_names
-    return WebDatasetSource(
-        root=listing.root,
-        files=files,
-        config=listing.config,
-        class_names=names or integer_names(_count_classes(source)),
-        relabel=relabel,
-        counts=read_counts(source, listing.files),
+    numbers = listing.config.numbers
+    names, places = beside_classes(
+        read_class_names(source), listing.class_names, numbers, listing.root
     )
+    if names is None:
+        names, places = found_classes(_found_labels(source), numbers, listing.root)
+    source.name_classes(names, places)
+    source.count(read_counts(source, listing.files))
+    return source
 
 
-def _count_classes(source: WebDatasetSource) -> int:
-    """Return one more than the largest label, by reading every shard once."""
+def _found_labels(source: WebDatasetSource) -> dict[Label, str]:
+    """Return the labels that there are, and an image of each, by reading every shard once."""
     logger.warning(
-        "%s: no classes.txt or classes.json beside the shards, so all %d are read to count classes",
+        "%s: no classes.txt or classes.json beside the shards, so all %d are read to find the classes",
         source.root,
         len(source.files),
     )
-    largest = -1
+    found: dict[Label, str] = {}
     for file, size_bytes in source.files.items():
         where = source.url(file)
         with reading(where, "a tar archive"), source.open_stream(file, size_bytes) as stream:
-            for sample in samples(stream, where, max_content_bytes=0):
+            for sample in samples(stream, where, 0, source.config):
                 if sample.label is not None:
-                    largest = max(largest, source.class_of(sample.label, f"{file}#{sample.stem}"))
-    if largest < 0:
-        raise DataError(
-            f"{source.root}: expected samples with labels (KEY.jpg and KEY.cls), found no label"
-        )
-    return largest + 1
+                    found.setdefault(sample.label, f"{file}#{sample.stem}")
+                    if len(found) > MAX_CLASSES:
+                        raise DataError(
+                            f"{where}: expected at most {MAX_CLASSES} classes, found more"
+                        )
+    return found

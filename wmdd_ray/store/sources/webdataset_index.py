@@ -11,9 +11,11 @@ from typing import Any
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.base import Source
 from wmdd_ray.store.sources.classes import shown
-from wmdd_ray.store.sources.listing import expand_braces
+from wmdd_ray.store.sources.patterns import expand_braces
 
 logger = logging.getLogger(__name__)
+
+_MAX_PATTERN_CHARS = 1024
 
 
 def read_class_names(source: Source) -> tuple[str, ...] | None:
@@ -84,8 +86,13 @@ def _parse_counts(parsed: Any, name: str) -> dict[str, int]:
     else:
         counts = {}
         for split in parsed["splits"].values():
-            names = [file for pattern in split["filenames"] for file in expand_braces(pattern)]
-            counts |= dict(zip(names, split["shard_lengths"], strict=True))
+            lengths, names = split["shard_lengths"], list[str]()
+            for pattern in split["filenames"]:
+                # A small file could stand for a hundred thousand long names a pattern.
+                if len(pattern) > _MAX_PATTERN_CHARS or len(names) > len(lengths):
+                    raise ValueError("patterns that stand for more than the lengths beside them")
+                names += expand_braces(pattern)
+            counts |= dict(zip(names, lengths, strict=True))
     if not all(type(count) is int and count >= 0 for count in counts.values()):
         raise ValueError("counts are not whole numbers")
     return counts

@@ -1,0 +1,293 @@
+"""The study `labels`: bytes of soft labels against student accuracy, and the bytes for 1000 synthetic classes.
+
+Legend: V views, Y classes.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from jobs.benches.reporting import Row, report
+from wmdd_ray.config import DistillConfig, RecoverConfig, RelabelConfig, ViewConfig
+from wmdd_ray.recipes import recipe_of
+
+if TYPE_CHECKING:
+    from jobs.benches.study.engine import Job, Study
+    from jobs.benches.study.splits import Labeled
+
+Trained = Literal["fkd", "fine", "coarse", "shared", "lpld"]
+# Logits of the synthetic set: spread of the others, and how far the true class and the mixed-in one stand out.
+_SPREAD, _PEAK = 2.5, 8.0
+_SYNTHETIC_CLASSES, _SYNTHETIC_VIEWS, _SYNTHETIC_EPOCHS = 1000, 8192, 300
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to store labels: what `relabel` is told, the kind of its students, how many epochs of a student share a label epoch."""
+
+    name: str
+    relabel: RelabelConfig
+    students: Trained
+    shared: int = 1
+
+    @property
+    def key(self) -> str:
+        """Name of the option's students: those of equal labels are the same."""
+        step = f"-{self.relabel.step:g}" if self.students in ("coarse", "shared") else ""
+        return f"{self.students}{step}" + (f"-{self.shared}" if self.shared > 1 else "")
+
+
+def options_of(
+    full: RelabelConfig, steps: Sequence[float], shared: Sequence[int], alone: int
+) -> list[Option]:
+    """Return FKD's labels first, then ever smaller ones."""
+    seed = replace(full, stored_views="seed")
+    fine = replace(seed, precision="int8")
+    stepped = [replace(fine, step=step) for step in steps]
+    return [
+        Option("fp16, views stored (FKD)", full, "fkd"),
+        Option("fp16, views by seed", seed, "fkd"),
+        Option("int8, steps of 1/8", fine, "fine"),
+        *(Option(f"int8, steps of {one.step:g}", one, "coarse") for one in stepped),
+        *(
+            Option(f"int8, steps of {one.step:g}, 1/{n} of the epochs", one, "shared", n)
+            for one, n in product(stepped, shared)
+        ),
+        Option(f"fp16, views stored, 1/{alone} of the epochs (LPLD alone)", full, "lpld", alone),
+        Option("online: the teacher only", replace(seed, labels="online"), "fkd"),
+    ]
+
+
+def learned_from(options: Sequence[Option], trained: Sequence[Trained]) -> dict[str, Option]:
+    """Return the options that get students of their own, by key: of those of equal labels, the first."""
+    first: dict[str, Option] = {}
+    for option in options:
+        if option.students in trained:
+            first.setdefault(option.key, option)
+    return first
+
+
+def labels(
+    data: str,
+    teacher: str | None = None,
+    split: Literal["val", "test"] = "val",
+    ipc: tuple[int, ...] = (10, 50),
+    seeds: tuple[int, ...] = (3, 3),
+    steps: tuple[float, ...] = (1.0,),
+    shared: tuple[int, ...] = (5,),
+    alone: int = 50,
+    held_out: int = 5000,
+    epochs: int = 300,
+    width: int = 32,
+    mixed_precision: bool = True,
+    trained: tuple[Trained, ...] = ("fkd", "coarse", "shared", "lpld"),
+    folder: str = "runs/labels",
+    processes: int = 1,
+    out: str | None = None,
+    plan: bool = False,
+) -> None:
+    """Bytes of soft labels against student accuracy on Fashion-MNIST, and the bytes for 1000 synthetic classes. Resumable.
+
+    Every option stores the labels of the same views of the same images, the real ones nearest to the recipe's atoms; students
+    learn from the files, by the recipe of `fashion_mnist`. Views by seed read back to FKD's labels, so they share its students;
+    so does `online`, whose labels differ from FKD's by float16's rounding alone.
+
+    Choose `--steps` and `--shared` with `--split val`: students are scored on training images that were held out from what is
+    trained and labeled. The same command with `--split test` finds the students and scores them on the test images: pass the
+    chosen options only.
+
+    Args:
+        data: Folder of IDX files (Fashion-MNIST).
+        teacher: A run whose teacher labels; absent, one is trained on what is not held out.
+        split: Images that students are scored on.
+        ipc: Images a class.
+        seeds: Students of every option, for each ipc.
+        steps: Steps of int8 logits that are compared.
+        shared: Where epochs share labels, they are this many times the label epochs.
+        alone: The same, for float16 logits.
+        held_out: Training images that become `val`: the last of the file; 0 takes the last tenth of every class.
+        epochs: Passes of a student over the images, and FKD's label epochs.
+        width: Channels of teacher's and students' ConvNet-3 blocks.
+        mixed_precision: Teacher and students compute in bfloat16.
+        trained: Options that get students of their own; the others show their bytes alone.
+        folder: Folder of the jobs; what is there already is not done again.
+        processes: Processes with one computing thread each.
+        out: JSON file to write.
+        plan: Print the jobs of each stage, and do nothing.
+    """
+    from jobs.benches.study.engine import Study, chain, print_plan, students
+    from jobs.benches.study.splits import load_split, make_place
+
+    for name, given in (("ipc", ipc), ("steps", steps), ("shared", shared)):
+        if not given:
+            raise SystemExit(f"labels: --{name}: expected at least one value, got none")
+    if len(ipc) != len(seeds) or epochs < max(*shared, alone):
+        raise SystemExit(
+            f"labels: expected a number of seeds for every ipc, got {seeds} for {ipc}; and at least {max(*shared, alone)} epochs "
+            f"(--shared, --alone), got {epochs}"
+        )
+    source = recipe_of("fashion_mnist", 1).source
+    study = Study(make_place(folder, data, source, held_out))
+    stored: dict[int, dict[Option, dict[str, Job]]] = {}
+    learned: dict[int, dict[str, Job]] = {}
+    for one, num_seeds in zip(ipc, seeds, strict=True):
+        base = _config(one, num_seeds, epochs, width, mixed_precision, teacher)
+        options = options_of(replace(base.relabel, stored_views="rows"), steps, shared, alone)
+        configs = {
+            option: replace(base, relabel=replace(option.relabel, epochs=epochs // option.shared))
+            for option in options
+        }
+        stored[one] = {option: chain(config) for option, config in configs.items()}
+        learned[one] = {
+            key: students(configs[option], stored[one][option])
+            for key, option in learned_from(options, trained).items()
+        }
+    jobs = [jobs["assemble"] for of_ipc in stored.values() for jobs in of_ipc.values()]
+    jobs += [job for of_ipc in learned.values() for job in of_ipc.values()]
+    if plan:
+        print_plan(jobs, study)
+        return
+    study.bring(jobs, processes)
+    images = study.place.load("val")
+    if split == "test":
+        images = load_split(data, source, "val", study.place.class_names)
+    rows = synthetic_rows(steps[0], shared[0])
+    for one in ipc:
+        rows += _rows(one, stored[one], learned[one], epochs, images, study)
+    first = next(iter(stored[ipc[0]].values()))
+    settings: dict[str, Any] = {
+        "split": split,
+        "held_out": len(study.place.load("val").labels_N),
+        "teacher_top1": study.done(first["squeeze"]).metrics["top1"],
+        "epochs": epochs,
+        "images": "nearest real",
+        "seeds": dict(zip(ipc, seeds, strict=True)),
+        "student": asdict(first["assemble"].config.evaluate),
+    }
+    report(rows, settings, out)
+
+
+def _config(
+    ipc: int, seeds: int, epochs: int, width: int, mixed_precision: bool, teacher: str | None
+) -> DistillConfig:
+    recipe = recipe_of("fashion_mnist", ipc)
+    network = replace(recipe.evaluate.network, width=width)
+    student = replace(
+        recipe.evaluate,
+        network=network,
+        epochs=epochs,
+        num_seeds=seeds,
+        mixed_precision=mixed_precision,
+        labels=("soft",),
+        baselines=(),
+    )
+    squeeze = replace(recipe.squeeze, network=network, mixed_precision=mixed_precision)
+    real = RecoverConfig(method="real", start="nearest")
+    return replace(recipe, teacher=teacher, squeeze=squeeze, recover=real, evaluate=student)
+
+
+def _rows(
+    ipc: int,
+    stored: dict[Option, dict[str, Job]],
+    learned: dict[str, Job],
+    epochs: int,
+    images: Labeled,
+    study: Study,
+) -> list[Row]:
+    """Return a row an option: bytes, and the accuracy of the students of equal labels beside FKD's, seed by seed."""
+    from jobs.benches.study.scores import top1_of_students
+
+    percent_of = {
+        key: [100 * value for value in top1_of_students(study.place, job, images).values()]
+        for key, job in learned.items()
+    }
+    rows: list[Row] = []
+    for option, jobs in stored.items():
+        made = study.done(jobs["assemble"]).metrics
+        size_bytes, label_epochs = made["label_bytes"], epochs // option.shared
+        row: Row = {
+            "ipc": ipc,
+            "images": "nearest real",
+            "labels": option.name,
+            "label_epochs": label_epochs,
+            "bytes": size_bytes,
+            "bytes_a_view": round(size_bytes / made["num_images"] / label_epochs, 1),
+            "times_smaller": round((rows[0]["bytes"] if rows else size_bytes) / size_bytes, 1),
+        }
+        if option.relabel.labels == "online":
+            row["with_teacher"] = size_bytes + made["teacher_bytes"]
+        percent, fkd = percent_of.get(option.key, []), percent_of.get("fkd", [])
+        if percent:
+            row["top1"] = round(statistics.mean(percent), 2)
+            row["std"] = round(statistics.stdev(percent), 2) if len(percent) > 1 else None
+            paired = [a - b for a, b in zip(percent, fkd, strict=True)] if fkd else []
+            row["difference"] = round(statistics.mean(paired), 2) if paired else None
+            row["students"] = [round(value, 2) for value in percent]
+        rows.append(row)
+    return rows
+
+
+def synthetic_rows(step: float, shared: int, num_views: int = _SYNTHETIC_VIEWS) -> list[Row]:
+    """Return the bytes of labels of 1000 classes at 10 images a class and 300 epochs, from a sample of the views.
+
+    The logits are not a network's: normal, with a peak for the view's class and up to as high a one for its partner's.
+    """
+    from wmdd_ray.core.soft_labels import compress
+    from wmdd_ray.core.views import draw_block
+    from wmdd_ray.records import SoftLabelBlock, ViewDraw
+    from wmdd_ray.store import codecs
+
+    classes = _SYNTHETIC_CLASSES
+    rng = np.random.default_rng(0)
+    logits_VY = (_SPREAD * rng.standard_normal((num_views, classes))).astype(np.float32)
+    view_V = np.arange(num_views)
+    views = ViewConfig()
+    draw = ViewDraw(
+        seed=0,
+        image_size=224,
+        index_N=view_V.astype(np.int32),
+        crop_scale_min=views.crop_scale_min,
+        flip=views.flip,
+        mix=views.mix,
+    )
+    drawn = draw_block(draw, range(1))
+    logits_VY[view_V, view_V % classes] += _PEAK * drawn.share_V
+    logits_VY[view_V, drawn.partner_V % classes] += _PEAK * (1 - drawn.share_V)
+    full = RelabelConfig(stored_views="rows")
+    top = replace(full, compression="top_k", top_k=10, stored_views="seed")
+    stepped = replace(top, precision="int8", step=step)
+    name = f"top 10, int8, steps of {step:g}"
+    options = [
+        *options_of(full, (step,), (), 1)[:4],
+        Option("top 10, fp16", top, "fkd"),
+        Option(name, stepped, "coarse"),
+        Option(f"{name}, 1/{shared} of the epochs", stepped, "shared", shared),
+    ]
+    rows: list[Row] = []
+    for option in options:
+        block = SoftLabelBlock(
+            first_epoch=0,
+            num_epochs=1,
+            views=drawn,
+            labels=compress(logits_VY, option.relabel),
+            draw=draw if option.relabel.stored_views == "seed" else None,
+        )
+        bytes_a_view = len(codecs.encode_soft_labels(block)) / num_views
+        label_epochs = _SYNTHETIC_EPOCHS // option.shared
+        row: Row = {
+            "ipc": 10,
+            "images": "1000 synthetic classes",
+            "labels": option.name,
+            "label_epochs": label_epochs,
+            "bytes": round(bytes_a_view * 10 * classes * label_epochs),
+            "bytes_a_view": round(bytes_a_view, 1),
+        }
+        row["times_smaller"] = round((rows[0] if rows else row)["bytes"] / row["bytes"], 1)
+        rows.append(row)
+    return rows

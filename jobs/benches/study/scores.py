@@ -1,0 +1,240 @@
+"""From trained students to a sealed result: scoring, the label-robust score, and all that the numbers depend on."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from jobs.benches.study.definitions import FULL, RANDOM, Table
+from jobs.benches.study.engine import Job, Study, map_in, one_thread
+from jobs.benches.study.judge import configuration_of, open_test
+from jobs.benches.study.splits import Labeled, Place, Split
+from jobs.benches.study.work import LABELS, Trained, units_of
+from wmdd_ray.core.batches import eval_batches
+from wmdd_ray.core.networks import network_of
+from wmdd_ray.core.training import accuracy
+from wmdd_ray.executors.here import device_here
+from wmdd_ray.spine.provenance import hardware, versions
+from wmdd_ray.store import codecs
+from wmdd_ray.store.documents import seal
+from wmdd_ray.units.students import parts_of, read_student, student_key
+from wmdd_ray.units.teacher import read_teacher
+from wmdd_ray.units.teacher import units_of as teacher_units
+
+_BATCH_IMAGES = 500
+
+
+def label_robust_score(
+    *, full_hard: float, hard: float, soft: float, random_soft: float
+) -> dict[str, float]:
+    """Return LRS of DD-Ranking with its parts; all accuracies are fractions.
+
+    HLR = full_hard - hard is what the images lose against all real ones where labels do not help; IOR = soft -
+    random_soft is what they gain over random real images with the same labels. alpha = (IOR - HLR) / 2 and
+    LRS = (e^alpha - e^-1) / (e - e^-1), in [0, 1]. (The package's code takes percents into the exponential.)
+
+    References:
+        Li et al. 2024, DD-Ranking, with weight w = 1/2.
+    """
+    hlr, ior = full_hard - hard, soft - random_soft
+    alpha = 0.5 * ior - 0.5 * hlr
+    lrs = (math.exp(alpha) - math.exp(-1)) / (math.e - math.exp(-1))
+    return {"hlr": hlr, "ior": ior, "lrs": lrs}
+
+
+def score(
+    table: Table,
+    rows: Sequence[Trained],
+    study: Study,
+    uri: str,
+    split: Split,
+    processes: int = 1,
+) -> dict[str, Any]:
+    """Return the result of a table whose students are all trained: on `val`, or once on the test split."""
+    opening = open_test(table, rows, study, uri) if split == "test" else None
+    images = opening.images if opening else study.place.load("val")
+    jobs = {study.id(job): job for trained in rows for job in trained.student_jobs}
+    reached: dict[tuple[str, str], float] = {}
+    parts = [(study.place, job, images) for job in jobs.values()]
+    for top1_of_unit in map_in(processes, top1_of_students, parts):
+        reached |= top1_of_unit
+        print(f"{len(reached)} students scored", flush=True)
+    with one_thread():
+        teachers = _teachers(rows, images, study)
+    found = [_row(trained, reached, study) for trained in rows]
+    _add_scores(rows, found)
+    groups: dict[str, dict[str, Any]] = {}
+    for trained, row in zip(rows, found, strict=True):
+        group = trained.group
+        about = {
+            "ipc": group.ipc,
+            "labeled_by": group.teacher.name,
+            "teachers": [group.teacher.name],
+            "labelers": [t.name for t in group.labelers or (group.teacher,)],
+            "relabel": asdict(group.relabel),
+            "student": asdict(group.student),
+            "distill_seeds": group.distill_seeds,
+            "student_seeds": group.student_seeds,
+            "rows": [],
+        }
+        groups.setdefault(group.title, about)["rows"].append(row)
+    counts = study.place.splits.read_unit(study.place.split_unit).metrics
+    return {
+        **configuration_of(table, rows, study),
+        "split": split,
+        "opened": opening and opening.opened,
+        "opened_before": opening and opening.before,
+        "num_images": {**counts, split: len(images.labels_N)},
+        "teachers": teachers,
+        "groups": [{"title": title, **about} for title, about in groups.items()],
+        "hardware": hardware(),
+        **versions(),
+    }
+
+
+def sealed(result: dict[str, Any]) -> bytes:
+    """Return a result as it is committed: JSON with a checksum, so that no number changes by hand."""
+    return seal(result)
+
+
+def top1_of_students(place: Place, job: Job, images: Labeled) -> dict[tuple[str, str], float]:
+    """Return (id of the job, unit) -> top-1 of its students on real images."""
+    study, num_classes = Study(place), len(place.class_names)
+    room, device = study.room(job), device_here()
+    return {
+        (study.id(job), unit): top1(
+            read_student(room, unit, job.config, num_classes, device), images, place
+        )
+        for unit in units_of(job)
+    }
+
+
+def top1(network: torch.nn.Module, images: Labeled, place: Place) -> float:
+    """Return a network's top-1 accuracy on real images, in [0, 1]."""
+    batches = eval_batches(
+        images.images_NHWC,
+        images.labels_N,
+        mean_C=place.source.mean,
+        std_C=place.source.std,
+        batch_size=_BATCH_IMAGES,
+        device=next(network.parameters()).device,
+    )
+    return accuracy(network.to(memory_format=torch.channels_last), batches)[0]
+
+
+def _teachers(rows: Sequence[Trained], images: Labeled, study: Study) -> dict[str, Any]:
+    described: dict[str, Any] = {}
+    for trained in rows:
+        jobs = trained.sets[0]
+        recipes = trained.group.labelers or (trained.group.teacher,)
+        job = jobs["relabel"].inputs[0]
+        commit = study.done(job)
+        for recipe, unit in zip(recipes, teacher_units(job.config), strict=True):
+            if recipe.name in described:
+                continue
+            teacher, marker = read_teacher(study.room(job), unit), commit.units[unit]
+            described[recipe.name] = {
+                "top1": top1(network_of(teacher, device_here()), images, study.place),
+                "top1_val": marker.metrics["top1"],
+                "given": recipe.given,
+                "bytes": marker.files[0].size_bytes,
+                "seconds": marker.seconds,
+                "squeeze": asdict(recipe.squeeze),
+                "seed": recipe.seed,
+            }
+        first = described[trained.group.teacher.name]
+        first["features_seconds"] = seconds_of(study, jobs["features"])
+    return described
+
+
+def seconds_of(study: Study, job: Job) -> float:
+    """Return the seconds of a finished job's units, inside core and storage."""
+    return round(sum(marker.seconds for marker in study.done(job).units.values()), 3)
+
+
+def _row(trained: Trained, reached: dict[tuple[str, str], float], study: Study) -> dict[str, Any]:
+    row, soft = trained.row, trained.students["soft"][0]
+    made = [study.done(jobs["assemble"]).metrics for jobs in trained.sets]
+    num_stored, image_bytes = made[0]["num_images"], [m["image_bytes"] for m in made]
+    if row.kind == "full":
+        train = study.place.load("train")
+        num_stored = len(train.labels_N)
+        weights_N1 = np.ones((num_stored, 1))
+        whole = codecs.encode_images(
+            train.images_NHWC, train.labels_N, weights_N1, study.place.class_names
+        )
+        image_bytes = [len(whole)]
+    described: dict[str, Any] = {
+        "name": row.name,
+        "title": row.title,
+        "kind": row.kind,
+        "barycenters": asdict(row.barycenters),
+        "recover": asdict(row.recover),
+        "num_stored": num_stored,
+        "num_read": num_stored * row.tiles**2,
+        "epochs": soft.config.evaluate.epochs,
+        "label_epochs": soft.config.relabel.epochs,
+        "image_bytes": image_bytes,
+        "label_bytes": [m["label_bytes"] for m in made],
+        "distill_seconds": [
+            round(sum(seconds_of(study, jobs[stage]) for stage in ("barycenters", "recover")), 3)
+            for jobs in trained.sets
+        ],
+        "label_seconds": [seconds_of(study, jobs["relabel"]) for jobs in trained.sets],
+    }
+    for kind in LABELS:
+        jobs = trained.students[kind]
+        described[kind] = _accuracies(jobs, reached, study, described["num_read"])
+    return described
+
+
+def _accuracies(
+    jobs: Sequence[Job], reached: dict[tuple[str, str], float], study: Study, num_read: int
+) -> dict[str, Any]:
+    students = [(job, unit) for job in jobs for unit in units_of(job)]
+    markers = [study.done(job).units[unit] for job, unit in students]
+    values = [reached[study.id(job), unit] for job, unit in students]
+    return {
+        **spread(values),
+        "top1": values,
+        "seeds": [[job.config.seed, parts_of(unit)[2]] for job, unit in students],
+        "views": jobs[0].config.evaluate.epochs * num_read,
+        "weights": [
+            next(f.sha256 for f in marker.files if f.key == student_key(marker.unit))
+            for marker in markers
+        ],
+        "seconds": statistics.fmean(marker.seconds for marker in markers),
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return mean and standard deviation (of a sample; 0 of one value)."""
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "std": std}
+
+
+def different(students: dict[str, Any]) -> list[float]:
+    """Return the accuracies of a row's students by one kind of labels; those of the same weights are one student."""
+    return list(dict(zip(students["weights"], students["top1"], strict=True)).values())
+
+
+def _add_scores(rows: Sequence[Trained], found: Sequence[dict[str, Any]]) -> None:
+    """Add LRS to each row for which there are random real images of its group, and all real ones for its student."""
+    pairs = list(zip(rows, found, strict=True))
+    full = {str(t.group.student.network): row for t, row in pairs if t.row.name == FULL}
+    random = {t.group.title: row for t, row in pairs if t.row.name == RANDOM}
+    for trained, row in pairs:
+        whole = full.get(str(trained.group.student.network))
+        if whole is not None and trained.row.kind != "full":
+            row["lrs"] = label_robust_score(
+                full_hard=whole["hard"]["mean"],
+                hard=row["hard"]["mean"],
+                soft=row["soft"]["mean"],
+                random_soft=random[trained.group.title]["soft"]["mean"],
+            )

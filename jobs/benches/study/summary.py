@@ -1,0 +1,75 @@
+"""The table of the root README: `best` beside real images and published numbers, out of the results that the full tables show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jobs.benches.study.definitions import FULL, RANDOM
+from jobs.benches.study.scores import different, spread
+
+TABLES = ("digits", "main")
+"""Tables whose rows are summarized; the others change one thing in them."""
+_ROWS = ("best", RANDOM, "nearest_real")
+_TITLES = ("data, student", "images a class", "WMDD `best`", "random real", "nearest real")
+_PUBLISHED_WIDTH = 128
+"""Channels of the ConvNet-3 that published numbers are of."""
+_NONE = "–"
+
+
+def summary_lines(results: Iterable[dict[str, Any]]) -> list[str]:
+    """Return a line for each data set, student and number of images a class: top-1 % by soft / by hard labels."""
+    groups = [
+        (result["dataset"], group["student"]["network"], group["ipc"], group["rows"])
+        for result in results
+        if result["table"] in TABLES
+        for group in result["groups"]
+    ]
+    groups.sort(key=lambda each: (each[0], each[1]["width"], each[2] or float("inf")))
+    lines = []
+    for dataset, network, ipc, rows in groups:
+        by_name = {row["name"]: row for row in rows}
+        cells = {name: _cell(row) for name, row in by_name.items()}
+        if FULL in cells:
+            cells = {RANDOM: cells[FULL]}
+        published = _NONE
+        if "best" in by_name and network["width"] == _PUBLISHED_WIDTH:
+            tiled = by_name["best"]["num_read"] > by_name["best"]["num_stored"]
+            published = _published(dataset, f"ipc {ipc}", "more_floats" if tiled else "same_budget")
+        student = f"`{dataset}`, {network['arch']} of width {network['width']}"
+        kinds = [cells.get(name, _NONE) for name in _ROWS]
+        lines.append(_line(student, str(ipc or "all"), *kinds, published))
+    head = _line(*_TITLES, "best published")
+    # The row of all real images stands in every part of a table that was run apart.
+    return [head, "|---|" + "---:|" * len(_TITLES), *dict.fromkeys(lines)]
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(row: dict[str, Any]) -> str:
+    return " / ".join(
+        f"{100 * spread(different(row[kind]))['mean']:.1f}" for kind in ("soft", "hard")
+    )
+
+
+def _published(dataset: str, column: str, budget: str) -> str:
+    """Return the best numbers of distilled images by learned labels and by hard ones, of those whose source was read."""
+    published = json.loads((Path(__file__).parent / "published.json").read_text())
+    if dataset != published["dataset"].lower().replace("-", "_"):
+        return _NONE
+    index = published["columns"].index(column)
+    cells = []
+    for kind in ("soft, learned", "hard"):
+        values = {
+            name: float(values[index].split()[0])
+            for name, labels, values, source in published[budget]
+            if labels == kind and "real images" not in name and "not verified" not in source
+            if values[index] not in ("", _NONE)
+        }
+        name = max(values, key=values.__getitem__, default="")
+        cells.append(f"{values[name]:.1f} ({name.split()[0].strip(',')})" if name else _NONE)
+    return " / ".join(cells)

@@ -1,0 +1,349 @@
+"""What a command line of jobs/evaluate.py asks for: its options, filled in from the set, its recipe and the teacher."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, cast, get_args
+
+import tyro
+
+from jobs import command_line, distill
+from wmdd_ray.config import (
+    Arch,
+    AttackConfig,
+    AttackName,
+    DistillConfig,
+    EvaluateConfig,
+    LabelKind,
+    NetworkConfig,
+    RelabelConfig,
+    Resources,
+    SourceConfig,
+    ViewConfig,
+    refuse_secrets,
+)
+from wmdd_ray.errors import ConfigError, DataError
+from wmdd_ray.options import check
+from wmdd_ray.recipes import RECIPES, recipe_of
+from wmdd_ray.records import Teacher
+from wmdd_ray.spine.rooms import Room
+from wmdd_ray.store import codecs
+from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.sources.listing import NothingThereError, list_files
+from wmdd_ray.store.uris import check_named
+
+# Larger images have strided stems, in the literature as in torchvision.
+_SMALL_PIXELS = 64
+_BASELINES = ("random_real", "all_real")
+_FIRST = "students seeds labels baselines data teacher attacks eps out overwrite num-workers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Options of the job."""
+
+    uri: Annotated[str, tyro.conf.Positional]
+    """The distilled set: a path or a URI. It comes before all options."""
+    students: tuple[str, ...] = ("convnet3",)
+    """Architectures, with commas or spaces between them: convnet3, resnet18, resnet50, mobilenet_v2, vit_tiny."""
+    seeds: int | None = None
+    """Students of each row; short for --evaluate.num-seeds."""
+    labels: tuple[str, ...] = ()
+    """`soft`, `hard`, or both with a comma; short for --evaluate.labels. Absent: what the set has."""
+    baselines: tuple[str, ...] = ()
+    """Rows of real training images beside the set's, under the same recipe, views and teacher: `random_real` (as many a class),
+    `all_real`. They need --data or --follow-data."""
+    data: str | None = None
+    """Real training images, for baselines, and held-out ones where the layout has both (`digits`, IDX, folders train/ and val/).
+    Absent: for a set of ours the embedded digits, where it was distilled from these."""
+    follow_data: bool = False
+    """Without --data, read real images where the set says that they are (a path, s3:// or gs://): say so only of sets that are
+    yours."""
+    val_data: str | None = None
+    """Held-out images, where --data does not bring them."""
+    classes: Literal["names", "order"] = "names"
+    """How the classes of a foreign set are matched with the held-out images': by name, or class k with class k whatever they are
+    called (`new000`, `0_cat`)."""
+    teacher: str | None = None
+    """Teacher for soft labels of a foreign set: a run or its teacher/ folder (of several teachers all label, as in the run),
+    `torchvision:WEIGHTS`, or a checkpoint file."""
+    attacks: tuple[str, ...] = ()
+    """Attacks on the trained students: pgd (100 steps), square, autoattack (standard), cw (L2), mim; with commas or spaces. They
+    need adversarial-robustness-toolbox and pyautoattack."""
+    eps: tuple[str, ...] | None = None
+    """Largest change of a pixel (L-infinity) in [0, 1], with commas or spaces. Absent: 1/255,2/255,8/255."""
+    attack_images: int | None = None
+    """Held-out images that are attacked, equally many of each class, drawn by --seed; all where there are fewer. Absent: 1000."""
+    recipe: str | None = None
+    """Recipe of jobs/distill.py whose student, views and input are the defaults. Absent: for a set of ours its own."""
+    out: str | None = None
+    """Where results go: a path, or a URI that all nodes see. Absent: evaluate-NAME beside the runs of jobs/distill.py."""
+    overwrite: bool = False
+    """Replace results that were made with other options."""
+    allow_unsafe_commits: bool = False
+    """Work on a store that ignores conditional writes."""
+    verbose: bool = False
+    """Show Ray's and the workers' log lines, and whole tracebacks."""
+    seed: int = 0
+    """Seed of everything random."""
+    source: SourceConfig = field(default_factory=SourceConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    """How views are drawn for soft labels that are not stored: of a foreign set, and of all real images."""
+    teacher_network: NetworkConfig = field(default_factory=NetworkConfig)
+    """Architecture of a --teacher that is a checkpoint file."""
+    evaluate: EvaluateConfig = field(default_factory=lambda: EvaluateConfig(baselines=()))
+    resources: Annotated[Resources, tyro.conf.arg(name="")] = field(default_factory=Resources)
+
+    def __post_init__(self) -> None:
+        for option in ("uri", "data", "val_data", "teacher", "out"):
+            refuse_secrets(option.replace("_", "-"), getattr(self, option))
+        check(self.views, "views.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A job made complete: the set, the configuration of its students, their architectures, and where results go."""
+
+    job: Job
+    own: Any  # given_set.OwnSet, or None for a foreign set
+    class_names: tuple[str, ...] | None
+    config: DistillConfig
+    students: tuple[Arch, ...]
+    attack: AttackConfig
+    out: str
+
+
+def parse(arguments: list[str], description: str | None) -> Asked:
+    """Return what a command line asks for: defaults come from the set, its recipe and the teacher; --help shows `description`."""
+    if command_line.asks_for_help(arguments):
+        command_line.parse(Job, arguments, description=description, first=_FIRST)
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigError(
+            "expected the URI of a distilled set before all options, as in: jobs/evaluate.py runs/digits-ipc10 --seeds 3"
+        )
+    # Imported here: they load torch, which a wrong option should not have to wait for.
+    from wmdd_ray.units.given_set import own_set
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--recipe", "--teacher", "--source.image-size", "--evaluate.epochs"):
+        first.add_argument(option)
+    known, _ = first.parse_known_args(arguments[1:])
+    refuse_secrets("uri", arguments[0])
+    own = own_set(arguments[0])
+    if own is None:
+        _require_something(arguments[0])
+    class_names = None if own is None else own.class_names
+    name, ipc = known.recipe, 10
+    if own is not None:
+        ipc = own.meta["ipc"]
+        name = name or (own.meta["provenance"]["recipe"] if own.meta["provenance"]["recipe"] in RECIPES else None)  # fmt: skip
+    num_teachers = 1
+    base = recipe_of(name, ipc) if name else DistillConfig(evaluate=EvaluateConfig())
+    source = base.source
+    if own is not None:
+        source = _source_of_ours(own, source)
+    elif known.teacher is not None and (found := _committed_teachers(known.teacher)) is not None:
+        teacher, num_teachers = found
+        class_names = teacher.class_names
+        source = replace(
+            source,
+            format="auto",
+            image_size=teacher.image_size,
+            resize=teacher.resize,
+            channels=cast(Any, teacher.channels),
+            mean=teacher.mean_C,
+            std=teacher.std_C,
+        )
+    else:
+        source = replace(source, format="auto")
+        size = vars(known)["source.image_size"]
+        if size is not None and size.isdecimal():
+            side = max(8, int(size))
+            source = replace(source, image_size=side, resize=max(side, source.resize))
+    network = replace(base.evaluate.network, small_stem=source.image_size <= _SMALL_PIXELS)
+    default = Job(
+        uri=arguments[0],
+        students=(network.arch,),
+        source=source,
+        views=base.relabel.views,
+        evaluate=replace(base.evaluate, network=network, baselines=()),
+    )
+    job = command_line.parse(Job, arguments, description=description, default=default)
+    return _completed(job, own, class_names, source, num_teachers)
+
+
+def _require_something(uri: str) -> None:
+    try:
+        list_files(uri)
+    except NothingThereError as error:
+        raise DataError(
+            f"{uri}: expected a distilled set (a run of jobs/distill.py, its dataset/, or images that somebody else distilled), "
+            "found nothing there"
+        ) from error
+    except DataError:
+        pass  # what is wrong with it is told where it is opened, by its own options
+
+
+def _source_of_ours(own: Any, recipe: SourceConfig) -> SourceConfig:
+    """Return how real images are brought to the input of a set of ours."""
+    meta = own.meta
+    teacher = codecs.decode_teacher(Store(own.uri).get("teacher.safetensors"))
+    return replace(
+        recipe,
+        format="auto",
+        image_size=meta["image_size"],
+        resize=teacher.resize,
+        channels=meta["channels"],
+        mean=tuple(meta["mean"]),
+        std=tuple(meta["std"]),
+    )
+
+
+def _committed_teachers(spec: str) -> tuple[Teacher, int] | None:
+    """Return the first teacher of a run or a teacher room, and how many label; None when `spec` is another kind of teacher."""
+    if spec.startswith("torchvision:"):
+        return None
+    for room in (Room(Store(spec), ""), Room(Store(spec), "teacher")):
+        commit = room.read_commit()
+        if commit is not None:
+            first = codecs.decode_teacher(room.read(commit.file("teacher.safetensors")))
+            return first, len(commit.units)
+    return None
+
+
+def _completed(
+    job: Job,
+    own: Any,
+    class_names: tuple[str, ...] | None,
+    source: SourceConfig,
+    num_teachers: int,
+) -> Asked:
+    """Return the job with its short options filled in, or a ConfigError that says which of them cannot be."""
+    students = cast(tuple[Arch, ...], _among("students", job.students, get_args(Arch)))
+    labels = _among("labels", job.labels, get_args(LabelKind)) if job.labels else ()
+    baselines = _among("baselines", (*job.baselines, *job.evaluate.baselines), _BASELINES)
+    if own is not None:
+        for option in ("image_size", "channels", "mean", "std"):
+            if getattr(job.source, option) != getattr(source, option):
+                raise ConfigError(
+                    f"--source.{option.replace('_', '-')}: expected {getattr(source, option)}, which the images and the teacher of "
+                    f"{own.uri} are made for, got {getattr(job.source, option)}"
+                )
+        if job.teacher is not None:
+            raise ConfigError(
+                f"--teacher {job.teacher}: expected none, for {own.uri} brings its own teacher and labels; to label its images by "
+                "another, export them (jobs/export.py --format imagefolder) and evaluate those"
+            )
+    elif not labels:
+        labels = ("soft", "hard") if job.teacher is not None else ("hard",)
+    elif "soft" in labels and job.teacher is None:
+        raise ConfigError(
+            f"--labels soft: {job.uri} brings images and classes only; pass --teacher (a run, torchvision:WEIGHTS, or a checkpoint "
+            "file) for soft labels, or --labels hard"
+        )
+    evaluate = replace(
+        job.evaluate,
+        labels=cast(tuple[LabelKind, ...], labels or job.evaluate.labels),
+        num_seeds=job.evaluate.num_seeds if job.seeds is None else job.seeds,
+        baselines=cast(Any, baselines),
+    )
+    data = job.data or (_named_data(job, own) if own is not None else None)
+    if baselines and data is None:
+        raise ConfigError(
+            f"--baselines {','.join(baselines)}: expected --data with the real training images"
+        )
+    label_epochs = own.meta["label_epochs"] if own is not None else evaluate.epochs
+    config = DistillConfig(
+        recipe=job.recipe or (own.meta["provenance"]["recipe"] if own is not None else "none"),
+        seed=job.seed,
+        data=data or job.uri,
+        val_data=job.val_data,
+        teacher=job.teacher,
+        source=job.source,
+        squeeze=replace(DistillConfig().squeeze, network=job.teacher_network),
+        relabel=RelabelConfig(
+            epochs=label_epochs, views=job.views, teachers=num_teachers, **_stored_as(own)
+        ),
+        evaluate=evaluate,
+    )
+    return Asked(
+        job=job,
+        own=own,
+        class_names=class_names,
+        config=config,
+        students=students,
+        attack=_attacks_of(job),
+        out=job.out or default_out(own.uri if own is not None else job.uri),
+    )
+
+
+def _named_data(job: Job, own: Any) -> str | None:
+    """Return where a set of ours says its real images are; None when none are needed.
+
+    The set may be a stranger's: a path or a host that it names is looked at when the user repeats it, or says so.
+    """
+    uri = str(own.meta["source"]["uri"])
+    if uri == "digits":
+        return uri
+    if job.follow_data:
+        check_named(uri, own.uri)
+        return uri
+    if job.val_data is not None and not (job.baselines or job.evaluate.baselines):
+        return None
+    raise ConfigError(
+        f"{own.uri} says that its real images are at {uri}, which is not read because a set says so: pass --data {uri}, or "
+        "where they are now, or --follow-data if this set is yours"
+    )
+
+
+def _attacks_of(job: Job) -> AttackConfig:
+    """Return the attacks that are asked for."""
+    names = _among("attacks", job.attacks, get_args(AttackName)) if job.attacks else ()
+    asked: dict[str, Any] = {}
+    if job.eps is not None:
+        parts = [part for text in job.eps for part in text.split(",") if part]
+        if not parts:
+            raise ConfigError(
+                f"--eps: expected at least one budget, as 8/255, got {' '.join(job.eps)!r}"
+            )
+        asked["eps"] = tuple(dict.fromkeys(parts))
+    if job.attack_images is not None:
+        asked["images"] = job.attack_images
+    if asked and not names:
+        option = "--eps" if "eps" in asked else "--attack-images"
+        raise ConfigError(
+            f"{option}: expected --attacks beside it, without which nobody is attacked; add --attacks "
+            f"{','.join(get_args(AttackName))} or some of them, or leave it out"
+        )
+    return AttackConfig(names=cast(tuple[AttackName, ...], names), **asked)
+
+
+def _stored_as(own: Any) -> dict[str, Any]:
+    """Return how the labels of a set of ours are stored: those of baselines are rounded alike."""
+    told = own.meta.get("labels", {}) if own is not None else {}
+    return {
+        name: told[name]
+        for name in ("compression", "top_k", "precision", "step", "batch_size")
+        if name in told
+    }
+
+
+def _among(option: str, given: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """Return the names in a list with commas or spaces, each once; a ConfigError lists those there are."""
+    names = tuple(dict.fromkeys(name for text in given for name in text.split(",") if name))
+    unknown = [name for name in names if name not in known]
+    if unknown or (given and not names):
+        raise ConfigError(
+            f"--{option}: expected names among {', '.join(known)}, with commas between them, got {', '.join(unknown) or given[0]!r}"
+        )
+    return names
+
+
+def default_out(uri: str) -> str:
+    """Return where results go when --out is absent."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", "/".join(uri.rstrip("/").split("/")[-2:])).strip("-.")
+    root = distill.default_out(DistillConfig())
+    return f"{root.rpartition('/')[0]}/evaluate-{name.removesuffix('-dataset')}"

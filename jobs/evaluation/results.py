@@ -1,0 +1,132 @@
+"""What jobs/evaluate.py found: stored as one sealed document, and printed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jobs.checks.report import many
+from jobs.evaluation.options import Asked
+from wmdd_ray.product.card import ROW_NAMES, results_table
+from wmdd_ray.spine.rooms import StageCommit
+from wmdd_ray.spine.run import Run
+from wmdd_ray.store.documents import seal
+from wmdd_ray.telling.progress import duration
+
+RESULTS_KEY = "results.json"
+
+
+def write_results(
+    run: Run,
+    asked: Asked,
+    commits: dict[str, StageCommit],
+    table: list[dict[str, Any]],
+    attacked: dict[str, Any] | None,
+) -> None:
+    """Store all results as one sealed document."""
+    given, teacher = run.source("train"), commits.get("teacher")
+    document = {
+        "set": {
+            "uri": asked.own.uri if asked.own is not None else asked.job.uri,
+            "fingerprint": given.fingerprint(),
+            "ours": asked.own is not None,
+            "class_names": list(given.class_names),
+        },
+        "held_out": {
+            "uri": asked.config.val_data or asked.config.data,
+            "fingerprint": run.source("val").fingerprint(),
+        },
+        "teacher": teacher_told(asked, teacher),
+        "seeds": list(range(asked.config.evaluate.num_seeds)),
+        "students": {
+            student: {
+                name: commits[student].metrics[name]
+                for name in ("student", "hardware", "versions", "git_revision")
+            }
+            | {"fingerprint": commits[student].fingerprint, "options": commits[student].options}
+            for student in asked.students
+        },
+        "table": table,
+    }
+    if attacked is not None:
+        document["attacks"] = attacked
+    run.store.put(RESULTS_KEY, seal(document))
+
+
+def teacher_told(asked: Asked, teacher: StageCommit | None) -> dict[str, Any] | None:
+    """Return whose soft labels they are, and its top-1 on held-out images; with `labelers_top1` the mean of several."""
+    if asked.own is not None:
+        meta = asked.own.meta
+        return {
+            "uri": asked.own.uri,
+            "top1": meta["teacher_top1"],
+            **_labelers(meta.get("teachers_top1")),
+        }
+    if teacher is None:
+        return None
+    return {
+        "uri": asked.job.teacher,
+        "top1": teacher.metrics["top1"],
+        **_labelers(teacher.metrics.get("teachers_top1")),
+        "sha256": teacher.file("teacher.safetensors").sha256,
+    }
+
+
+def _labelers(top1: list[float] | None) -> dict[str, Any]:
+    return {} if top1 is None else {"labelers_top1": top1}
+
+
+def print_summary(
+    run: Run,
+    asked: Asked,
+    commits: dict[str, StageCommit],
+    table: list[dict[str, Any]],
+    attacked: dict[str, Any] | None,
+    seconds: float,
+) -> None:
+    """Print what was tested, the table, and where it lies."""
+    teacher = teacher_told(asked, commits.get("teacher"))
+    recipe = asked.config.evaluate
+    uri = asked.own.uri if asked.own is not None else asked.job.uri
+    print()
+    print(f"set             {uri}")
+    if teacher is not None:
+        several = teacher.get("labelers_top1")
+        if several is None:
+            print(f"teacher         top-1 {100 * teacher['top1']:.1f} % ({teacher['uri']})")
+        else:
+            each = ", ".join(f"{100 * top1:.1f}" for top1 in several)
+            print(
+                f"teachers        {len(several)}, top-1 {each} %, their mean labels ({teacher['uri']})"
+            )
+    print(
+        f"students        from scratch, {recipe.optimizer} at {recipe.learning_rate:g}, batches of {recipe.batch_size}; tested on "
+        f"held-out images after the last epoch; mean ± standard deviation over {many(recipe.num_seeds, 'seed')}\n"
+    )
+    print(results_table(table))
+    if attacked is not None:
+        print_attacks(attacked)
+    print(f"\nresults         {run.store.uri}/{RESULTS_KEY}")
+    print(f"this run took   {duration(seconds)}")
+
+
+def print_attacks(attacked: dict[str, Any]) -> None:
+    """Print the accuracies under attack, and what in them cannot be."""
+    from wmdd_ray.robustness.results import markdown
+
+    print(
+        f"\nunder attack    top-1 %, {attacked['images']} held-out images, as many of each class; eps is the largest change of a "
+        "pixel in [0, 1];\n                worst case: an image counts where no attack up to eps but CW has made it fall\n"
+    )
+    print(markdown(attacked, ROW_NAMES))
+    for item in attacked["contradictions"]:
+        mark = "! " if item["suspect"] else "  "
+        print(
+            f"\n{mark}{item['what']} at eps {item['eps']} in {item['images']} images ({100 * item['share']:.1f} %) of "
+            f"{item['student']}, {item['row']}, {item['labels']} labels, seed {item['seed']}",
+            end="",
+        )
+    if attacked["contradictions"]:
+        print(
+            "\n\nAutoAttack, PGD and Square search at random, so single images contradict; more than 1 % (!) mean gradients that "
+            "mislead them: believe the worst case"
+        )

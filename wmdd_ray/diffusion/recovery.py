@@ -1,0 +1,248 @@
+"""recover by a diffusion model: the images of a group of classes, sampled one after another and led by transport (OTG)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from wmdd_ray.config import DistillConfig
+from wmdd_ray.core.optimizer import State
+from wmdd_ray.core.synthesis import deterministic_convolutions, features_of
+from wmdd_ray.core.tiles import shrink, tile_side
+from wmdd_ray.core.views import to_input
+from wmdd_ray.diffusion import surrogate
+from wmdd_ray.diffusion.card import ModelCard, check_card, class_ids_of, read_card
+from wmdd_ray.diffusion.influence import LEAST_SIDE, class_influence
+from wmdd_ray.diffusion.model import DiffusionModel, fit_pictures, load_model
+from wmdd_ray.diffusion.sampling import SampleTarget, sample_group
+from wmdd_ray.errors import ArtifactError, ConfigError
+from wmdd_ray.options import fingerprint_options
+from wmdd_ray.records import ClassImages, Teacher
+from wmdd_ray.spine.rooms import Room
+from wmdd_ray.spine.run import Report
+
+OnStep = Callable[[int, Callable[[], State]], None]
+ReadReal = Callable[[int, int], np.ndarray]
+"""(label, side) -> real images of the class that guide its samples, uint8 (M, side, side, C)."""
+RealAt = Callable[[int, DistillConfig, int | None], np.ndarray]
+"""(label, options by which images are read, most) -> random real images of a class, uint8 (M, H, W, C)."""
+
+
+def options(config: DistillConfig) -> dict[str, Any]:
+    """Return the options that sampled images depend on, and which model `model` is now."""
+    recover = fingerprint_options(config.recover)
+    used = ("method", "tiles", "images_per_group", "mixed_precision", "diffusion")
+    model = read_card(config.recover.diffusion.model).identity
+    return {**{name: recover[name] for name in used}, "model": model}
+
+
+def checked(
+    card: ModelCard, config: DistillConfig, class_names: tuple[str, ...]
+) -> tuple[int, ...]:
+    """Return the model's class of every class of the data; a ConfigError when model and options do not go together."""
+    diffusion = config.recover.diffusion
+    check_card(
+        card,
+        channels=config.source.channels,
+        steps=diffusion.steps,
+        guidance_scale=diffusion.guidance_scale,
+    )
+    side = card.shape_CHW[1]
+    if diffusion.influence_weight > 0 and side < LEAST_SIDE:
+        raise ConfigError(
+            f"--recover.diffusion.influence-weight: expected 0 for {card.uri}, whose latents are {side} values wide, which is too "
+            f"small for the classifier that tells the influence ({LEAST_SIDE}); got {diffusion.influence_weight:g}"
+        )
+    return class_ids_of(card, class_names, diffusion.class_ids)
+
+
+def num_steps(config: DistillConfig) -> int:
+    """Return the denoising steps of all images of a group."""
+    return config.num_atoms * config.recover.diffusion.steps
+
+
+def sampled(
+    labels: range | list[int],
+    model: DiffusionModel,
+    network: torch.nn.Module,
+    teacher: Teacher,
+    read_real: ReadReal,
+    config: DistillConfig,
+    *,
+    seed: int,
+    surrogate: Sequence[torch.nn.Module] = (),
+    device: torch.device,
+    state: State | None,
+    on_step: OnStep,
+) -> list[ClassImages]:
+    """Return the images of some classes, of equal weights, with what they reach in the teacher.
+
+    The curve `ot` is the transport distance to the class's real images after each image, a share of their own mean
+    distance: it has no iterations, so its points are the images. With an influence weight `surrogate` is the classifier of
+    latents at its checkpoints (`diffusion/surrogate.py`).
+    """
+    card, recover = model.card, config.recover
+    class_ids = checked(card, config, teacher.class_names)
+    most = recover.diffusion.influence_latents
+    targets = []
+    for label in labels:
+        real_MCHW = model.encode(read_real(label, card.image_size))
+        targets.append(
+            SampleTarget(
+                label=label,
+                class_id=class_ids[label],
+                real_MCHW=real_MCHW,
+                influence=class_influence(surrogate, real_MCHW[:most], label)
+                if surrogate
+                else None,
+            )
+        )
+    predict = partial(
+        model.predict,
+        guidance_scale=recover.diffusion.guidance_scale,
+        mixed_precision=recover.mixed_precision,
+    )
+    with deterministic_convolutions():
+        found = sample_group(
+            predict,
+            model.scheduler,
+            targets,
+            recover.diffusion,
+            num_images=config.num_atoms,
+            shape_CHW=model.shape_CHW,
+            seed=seed,
+            device=device,
+            state=state,
+            on_step=on_step,
+        )
+    side = tile_side(teacher.image_size, recover.tiles)
+    made = []
+    for one in found:
+        whole_KHWC = fit_pictures(
+            model.decode(one.latents_KCHW), resize=teacher.resize, image_size=teacher.image_size
+        )
+        images_KHWC = shrink(whole_KHWC, side)
+        pixels = to_input(images_KHWC, teacher.mean_C, teacher.std_C, device)
+        k = len(images_KHWC)
+        made.append(
+            ClassImages(
+                label=one.label,
+                images_KHWC=images_KHWC,
+                weights_K=np.full(k, 1 / k),
+                losses={"ot": float(one.transport_K[-1])},
+                curves={"ot": one.transport_K},
+                curve_at_P=np.arange(1, k + 1, dtype=np.int32),
+                features_KD=features_of(network, pixels, teacher.image_size),
+            )
+        )
+    return made
+
+
+def source_at(config: DistillConfig, side: int) -> DistillConfig:
+    """Return the options by which real images are read at the model's side: whole ones, cropped to a square."""
+    source = config.source
+    if side == source.image_size:
+        return config
+    return replace(config, source=replace(source, image_size=side, resize=side))
+
+
+def check_unchanged(model: DiffusionModel, identity: str) -> None:
+    """Raise an ArtifactError when a worker loaded another model than the run began with."""
+    if model.card.identity != identity:
+        raise ArtifactError(
+            f"--recover.diffusion.model {model.card.uri}: expected the model that this run began with ({identity}), found another "
+            f"({model.card.identity}); leave it alone while the run works, or put the first one back"
+        )
+
+
+class Sampler:
+    """Makes the images of recover by a diffusion model, and its surrogate where there is one (`units.images.Maker`).
+
+    Args:
+        config: The options.
+        room: The stage's room, for the surrogate.
+        network: The teacher.
+        teacher: Its record.
+        real_at: Reads real images.
+        model_identity: The model that the run began with.
+        seed: Seed of the samples.
+        device: Where the model computes.
+
+    Raises:
+        ArtifactError: The model has changed since the run began.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        room: Room,
+        network: torch.nn.Module,
+        teacher: Teacher,
+        real_at: RealAt,
+        *,
+        model_identity: str,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._config, self._room, self._real_at = config, room, real_at
+        self._network, self._teacher, self._seed, self._device = network, teacher, seed, device
+        self._model = load_model(config.recover.diffusion.model, device)
+        check_unchanged(self._model, model_identity)
+        self._surrogates: tuple[torch.nn.Module, ...] | None = None
+        self.num_steps = num_steps(config)
+
+    def prepare(self, unit: str, report: Report) -> bool:
+        if unit != surrogate.UNIT:
+            return False
+        most = self._config.recover.diffusion.influence_latents
+        surrogate.make(
+            self._room,
+            self._model,
+            partial(self._real, most=most),
+            self._config,
+            num_classes=self._teacher.num_classes,
+            device=self._device,
+            report=report,
+        )
+        return True
+
+    def make(
+        self, labels: range, *, state: State | None, on_step: OnStep
+    ) -> tuple[list[ClassImages], float]:
+        started = time.perf_counter()
+        images = sampled(
+            labels,
+            self._model,
+            self._network,
+            self._teacher,
+            self._real,
+            self._config,
+            seed=self._seed,
+            surrogate=self._read_surrogates(),
+            device=self._device,
+            state=state,
+            on_step=on_step,
+        )
+        return images, time.perf_counter() - started
+
+    def _real(self, label: int, side: int, most: int | None = None) -> np.ndarray:
+        return self._real_at(label, source_at(self._config, side), most)
+
+    def _read_surrogates(self) -> tuple[torch.nn.Module, ...]:
+        if self._surrogates is None:
+            self._surrogates = ()
+            if surrogate.is_needed(self._config):
+                self._surrogates = surrogate.read(
+                    self._room,
+                    self._model,
+                    self._config,
+                    num_classes=self._teacher.num_classes,
+                    device=self._device,
+                )
+        return self._surrogates

@@ -1,0 +1,181 @@
+"""Units of work on a pool of Ray actors that grows with the cluster: a lost actor costs the unit that it worked on."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray.actor import ActorClass, ActorHandle
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
+
+from wmdd_ray.errors import WmddError
+from wmdd_ray.executors.causes import last_line, root_cause
+from wmdd_ray.spine.rooms import MAX_ATTEMPTS, unit_given_up
+from wmdd_ray.spine.run import StageRun
+
+# Actors that may die in a row, at work or while they start, before any unit is finished.
+_MAX_LOST = 32
+_LOOK_EVERY_S = 5.0
+
+
+def fan_out(
+    stage: StageRun,
+    actor_class: ActorClass,
+    arguments: tuple[Any, ...],
+    units: Sequence[str],
+    *,
+    max_actors: int,
+    first_actors: int = 0,
+    on_done: Callable[[str, Any], None],
+    on_wait: Callable[[list[ActorHandle]], None] | None = None,
+) -> None:
+    """Call `work(unit)` on actors for every unit, and hand each result to `on_done` in order of completion.
+
+    The pool starts with one actor a CPU of the cluster and keeps as many waiting for resources as are at work, so
+    that an autoscaler sees the demand and a cluster of fixed size is not flooded with a thousand waiting actors. Units
+    go out in the order given, one at a time an actor. A unit whose actor died is tried again on another.
+
+    Args:
+        stage: The stage; its events tell what happened.
+        actor_class: A `ray.remote` class with a method `work(unit)`, and `ready()`, which returns the node's name.
+        arguments: Constructor arguments of every actor.
+        units: Unit ids, most expensive first.
+        max_actors: Most actors.
+        first_actors: Actors to ask for at once; 0 is one a CPU that the cluster has now, or all when it has none yet.
+        on_done: Called in the driver with unit and result.
+        on_wait: Called now and then with the actors at work.
+
+    Raises:
+        WmddError: A unit failed, or ended its actor `MAX_ATTEMPTS` times.
+    """
+    pool = _Pool(stage, actor_class, arguments, units, max_actors, first_actors, on_done)
+    looked = time.monotonic()
+    try:
+        while pool.is_busy():
+            pool.grow()
+            ready = pool.wait()
+            if on_wait and time.monotonic() - looked >= _LOOK_EVERY_S:
+                looked = time.monotonic()
+                on_wait([actor for actor, _, _ in pool.working.values()])
+            if ready is not None:
+                pool.take(ready)
+    finally:
+        pool.end()
+
+
+class _Pool:
+    """Actors that start, wait for work and work, and the units that are left; `fan_out` says how."""
+
+    def __init__(
+        self,
+        stage: StageRun,
+        actor_class: ActorClass,
+        arguments: tuple[Any, ...],
+        units: Sequence[str],
+        max_actors: int,
+        first_actors: int,
+        on_done: Callable[[str, Any], None],
+    ) -> None:
+        self._stage, self._on_done = stage, on_done
+        self._actor_class: Any = actor_class
+        self._arguments = arguments
+        self._max_actors = max_actors
+        # A cluster without any CPU is one that will be as large as what is asked for.
+        self._first = first_actors or int(ray.cluster_resources().get("CPU", 0)) or max_actors
+        self._waiting = deque(units)
+        self._deaths: Counter[str] = Counter()
+        self._nodes: dict[ActorHandle, str] = {}
+        self._starting: dict[Any, ActorHandle] = {}
+        self.working: dict[Any, tuple[ActorHandle, str, float]] = {}
+        self._lost = 0
+
+    def is_busy(self) -> bool:
+        """Return whether there are units left or under way."""
+        return bool(self._waiting or self.working)
+
+    def grow(self) -> None:
+        """Start actors, as many as are at work, or so many as the cluster has CPUs."""
+        wanted = len(self._waiting) + len(self.working)
+        most = min(self._max_actors, wanted, max(self._first, 2 * len(self._nodes)))
+        while len(self._nodes) + len(self._starting) < most:
+            actor = self._actor_class.remote(*self._arguments)
+            self._starting[actor.ready.remote()] = actor
+
+    def wait(self) -> Any | None:
+        """Return the next answer of an actor, or None when there is none for some seconds."""
+        refs = [*self.working, *self._starting]
+        ready, _ = ray.wait(refs, num_returns=1, timeout=_LOOK_EVERY_S)
+        return ready[0] if ready else None
+
+    def take(self, ref: Any) -> None:
+        """Take an answer: of an actor that has started, or of one that has done a unit, or died."""
+        if ref in self._starting:
+            actor = self._starting.pop(ref)
+            try:
+                self._nodes[actor] = ray.get(ref)
+                self._give(actor)
+            except (ActorDiedError, ActorUnavailableError) as error:
+                self._lose(actor, error)
+            except RayError as error:
+                raise _told(error, "a new worker") from error
+            return
+        actor, unit, began = self.working.pop(ref)
+        about = self._about(actor, unit)
+        try:
+            result = ray.get(ref)
+        except (ActorDiedError, ActorUnavailableError) as error:
+            self._deaths[unit] += 1
+            if self._deaths[unit] >= MAX_ATTEMPTS:
+                self._stage.event("unit_failed", **about, reason=last_line(error))
+                raise unit_given_up(unit, f"by {last_line(error)}") from error
+            self._stage.event("unit_retried", **about, reason=last_line(error))
+            self._waiting.appendleft(unit)
+            self._lose(actor, error)
+            return
+        except RayError as error:
+            told = _told(error, f"unit {unit}")
+            self._stage.event("unit_failed", **about, reason=str(told))
+            raise told from error
+        self._lost = 0
+        self._stage.event("unit_done", **about, seconds=round(time.monotonic() - began, 3))
+        self._on_done(unit, result)
+        self._give(actor)
+
+    def end(self) -> None:
+        """End every actor."""
+        for actor in (*self._nodes, *self._starting.values()):
+            ray.kill(actor)
+
+    def _give(self, actor: ActorHandle) -> None:
+        if not self._waiting:
+            del self._nodes[actor]
+            ray.kill(actor)
+            return
+        unit = self._waiting.popleft()
+        self._stage.event("unit_started", **self._about(actor, unit))
+        self.working[actor.work.remote(unit)] = (actor, unit, time.monotonic())
+
+    def _lose(self, actor: ActorHandle, error: RayError) -> None:
+        self._nodes.pop(actor, None)
+        # One that cannot be reached may come back, and nobody would give it work.
+        ray.kill(actor)
+        self._lost += 1
+        if self._lost >= _MAX_LOST:
+            raise WmddError(
+                f"{self._stage.stage.name}: {self._lost} actors died in a row, at last by {last_line(error)}; finished units are "
+                "kept: look at the workers' logs and run the same command again"
+            ) from error
+
+    def _about(self, actor: ActorHandle, unit: str) -> dict[str, Any]:
+        return {"unit": unit, "node": self._nodes[actor], "attempt": self._deaths[unit] + 1}
+
+
+def _told(error: RayError, where: str) -> WmddError:
+    """Return the deliberate error inside what an actor raised, or one that says where something else went wrong."""
+    cause = root_cause(error)
+    if isinstance(cause, WmddError):
+        return cause
+    return WmddError(f"{where}: {last_line(cause)}; --verbose shows the workers' log")

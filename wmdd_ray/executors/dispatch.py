@@ -1,0 +1,103 @@
+"""Who does the units of a stage: this process without Ray (`--executor here`), or workers on Ray, imported only then."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from wmdd_ray.spine.run import OpenWorker, Run, StageRun
+from wmdd_ray.telling.trackers import TrackedRun, Tracker
+from wmdd_ray.telling.watch import LiveWatch
+
+NOTES_FOLDER = "train"
+"""Where Ray Train keeps its own notes of a group under a run's root; nothing there counts, and it goes with the group."""
+
+
+def is_here(stage: StageRun) -> bool:
+    """Return whether the run works in this process, without Ray."""
+    return stage.resources.executor == "here"
+
+
+def ray_or_here(stage: StageRun, module: str) -> Any:
+    """Return `executors.here`, or the module of `executors` that does the same on Ray."""
+    return importlib.import_module(f"wmdd_ray.executors.{'here' if is_here(stage) else module}")
+
+
+def do_units(
+    stage: StageRun,
+    units: Sequence[str],
+    open_worker: OpenWorker,
+    *,
+    among: Sequence[str] | None = None,
+) -> None:
+    """Do every unit of `units` that is not finished yet, on as many workers as the run's resources say.
+
+    Args:
+        stage: The stage; its progress line shows units done.
+        units: Unit ids, most expensive first: all of the stage, or those that can be done now.
+        open_worker: Picklable; called once a worker with its device, loads what the worker keeps.
+        among: All unit ids of the stage where `units` are some of them; the caller has started the progress line, for all.
+
+    Raises:
+        WmddError: A unit failed deliberately, or workers died too often. Finished units stay finished.
+    """
+    finished = stage.room.finished()
+    left = [unit for unit in units if unit not in finished]
+    num_finished = sum(unit in finished for unit in (units if among is None else among))
+    if among is None:
+        stage.progress.start(len(units), num_finished)
+    if not left:
+        return
+    ray_or_here(stage, "workers").do_units(stage, left, open_worker, num_finished)
+
+
+def do_each(
+    stage: StageRun,
+    worker_class: type,
+    arguments: tuple[Any, ...],
+    units: Sequence[str],
+    *,
+    on_done: Callable[[str, Any], None],
+    light: bool = False,
+) -> None:
+    """Call `work(unit)` for every unit, on actors of one CPU each that grow with the cluster (`actors.fan_out`).
+
+    Args:
+        stage: The stage.
+        worker_class: A class with methods `work(unit)` and `ready()`.
+        arguments: Its constructor's arguments.
+        units: Unfinished unit ids, most expensive first.
+        on_done: Called in the driver with unit and result.
+        light: Whether the driver does the units itself where the run has no workers.
+    """
+    if not units:
+        return
+    if not is_here(stage):
+        import ray
+
+        from wmdd_ray.executors.actors import fan_out
+        from wmdd_ray.executors.cluster import width
+
+        if not (light and width(stage.resources).num_workers == 0):
+            most = stage.resources.max_actors
+            actor = ray.remote(num_cpus=1)(worker_class)
+            fan_out(stage, actor, arguments, units, max_actors=most, on_done=on_done)
+            return
+    from wmdd_ray.executors import here
+
+    here.do_each(stage, worker_class(*arguments), units, on_done)
+
+
+def watch_of(run: Run, tracked: TrackedRun, trackers: Sequence[Tracker] = ()) -> LiveWatch:
+    """Return who tells the run's numbers: to trackers, and on Ray to its metrics."""
+    if run.resources.executor == "here":
+        return LiveWatch(trackers)
+    from wmdd_ray.executors.metrics import RayWatch
+
+    return RayWatch(tracked, trackers)
+
+
+def sweep_notes(run: Run) -> None:
+    """Remove the notes that killed drivers left; called when a run has ended well, and so nobody else is at work."""
+    run.store.delete(NOTES_FOLDER)

@@ -1,0 +1,156 @@
+"""Units of work on Ray workers without gradient synchronization: a load-balanced stream of unit ids.
+
+A worker takes the next unit, works, commits it to storage, and asks again; there is no barrier in between. Workers are
+
+- none: the loop runs in the driver (`here.py`);
+- a group of Ray Train workers. When one dies, Ray Train starts the group again: the units that were under way go back into
+  the queue and go on from their checkpoints;
+- isolated actors, for wide stages. When one dies, its unit goes to another, and nobody else notices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.actor import ActorHandle
+from ray.train import RunConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from wmdd_ray.executors import here
+from wmdd_ray.executors.actors import fan_out
+from wmdd_ray.executors.cluster import Width, width
+from wmdd_ray.executors.heap import keep_freed_memory
+from wmdd_ray.executors.queue import work_through
+from wmdd_ray.executors.train_groups import RemoteQueue, fit_until_done, queue_actor, scaling
+from wmdd_ray.spine.run import OpenWorker, StageRun
+
+# A larger group loses too much by its restarts, and one with few units a worker by waiting for its last, for it gives its
+# machines back together (measured by simulation: the comment at --executor has the numbers).
+_MAX_GROUP, _MIN_SHARE = 8, 4
+
+
+def do_units(
+    stage: StageRun, units: Sequence[str], open_worker: OpenWorker, num_finished: int
+) -> None:
+    """Do the units on as many workers as the run's resources say; `num_finished` others of the stage are done."""
+    wide = width(stage.resources)
+    executor = stage.resources.executor
+    if executor == "auto":
+        steady = wide.num_workers <= _MAX_GROUP and len(units) >= _MIN_SHARE * wide.num_workers
+        executor = "train" if steady else "actors"
+    if wide.num_workers == 0:
+        keep_freed_memory()
+        here.do_units(stage, units, open_worker, num_finished)
+    elif executor == "train":
+        _run_group(stage, units, open_worker, wide, num_finished)
+    else:
+        _run_actors(stage, units, open_worker, wide, num_finished)
+
+
+def _run_group(
+    stage: StageRun, units: Sequence[str], open_worker: OpenWorker, wide: Width, num_finished: int
+) -> None:
+    """Work on one elastic group of Ray Train workers."""
+    with queue_actor(stage, units, num_finished) as queue:
+
+        def fit(run_config: RunConfig) -> None:
+            DataParallelTrainer(
+                _worker_loop,
+                train_loop_config={"open_worker": open_worker, "cpus": wide.cpus, "queue": queue},
+                scaling_config=scaling(wide, min(wide.num_workers, len(units))),
+                run_config=run_config,
+            ).fit()
+
+        fit_until_done(stage, queue, fit)
+
+
+def _run_actors(
+    stage: StageRun, units: Sequence[str], open_worker: OpenWorker, wide: Width, num_finished: int
+) -> None:
+    """Work on isolated actors."""
+    done = num_finished
+
+    def finish(unit: str, result: None) -> None:
+        nonlocal done
+        done += 1
+        stage.progress.update(done)
+
+    def look(actors: list[ActorHandle]) -> None:
+        refs = [actor.progress.remote() for actor in actors]
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=1.0) if refs else ([], [])
+        with contextlib.suppress(ray.exceptions.RayError):
+            parts = ray.get(ready)
+            note = parts[0][1] if parts else ""
+            stage.progress.update(done + sum(part[0] for part in parts), note)
+            for _, _, unit, values in parts:
+                if values:
+                    stage.event("unit_told", unit=unit, values=values)
+
+    actor = ray.remote(num_cpus=wide.cpus, num_gpus=wide.gpus, max_concurrency=2)(UnitActor)
+    fan_out(
+        stage,
+        actor,
+        (open_worker, wide.cpus),
+        units,
+        max_actors=wide.num_workers,
+        first_actors=wide.num_workers,
+        on_done=finish,
+        on_wait=look,
+    )
+
+
+class UnitActor:
+    """An isolated worker: keeps what `open_worker` loads, and does a unit a call."""
+
+    def __init__(self, open_worker: OpenWorker, cpus: int) -> None:
+        keep_freed_memory()
+        torch.set_num_threads(cpus)
+        self._cpus = cpus
+        self._do_unit = open_worker(here.device_here())
+        self._unit = ""
+        self._progress: tuple[float, str, str, dict[str, float]] = (0.0, "", "", {})
+
+    def ready(self) -> str:
+        """Return the node's name once the worker can work."""
+        return socket.gethostname()
+
+    def work(self, unit: str) -> None:
+        """Do the unit and commit it."""
+        torch.set_num_threads(self._cpus)  # of this thread: the actor has two
+        self._unit = unit
+        self._do_unit(unit, self._report)
+        self._progress = (0.0, "", "", {})
+
+    def progress(self) -> tuple[float, str, str, dict[str, float]]:
+        """Return the fraction of the unit under way that is done, a note, the unit, and the values that it told last."""
+        return self._progress
+
+    def _report(self, fraction: float, note: str = "", **values: float) -> None:
+        self._progress = (min(fraction, 0.999), note, self._unit, values)
+
+
+def _worker_loop(config: dict[str, Any]) -> None:
+    keep_freed_memory()
+    torch.set_num_threads(config["cpus"])
+    context = ray.train.get_context()
+    work_through(
+        RemoteQueue(config["queue"]),
+        config["open_worker"](device_of_worker()),
+        rank=context.get_world_rank(),
+        world=context.get_world_size(),
+    )
+
+
+def device_of_worker() -> torch.device:
+    """Return the GPU that Ray gave to this worker, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    import ray.train.torch
+
+    return ray.train.torch.get_device()

@@ -1,0 +1,61 @@
+"""What made a result: package versions, source revision, hardware."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("ray", "torch", "torchvision", "POT", "numpy", "pyarrow")
+
+
+@cache
+def versions() -> dict[str, Any]:
+    """Return the versions of Python and the main packages, and the git revision where there is one."""
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {"versions": found, "git_revision": _revision()}
+
+
+def _revision() -> str | None:
+    """Return the git revision of this checkout, with `+changes` when files differ; None outside one.
+
+    An image holds a file REVISION instead of the history (cluster/Dockerfile).
+    """
+    root = Path(__file__).resolve().parents[2]
+    told = root / "REVISION"
+    if told.is_file():
+        return told.read_text().strip() or None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=12"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+@cache
+def hardware() -> str:
+    """Return processor, cores and GPUs in one line."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].partition(":")[2].strip() if lines else name
+    text = f"{name}, {os.cpu_count()} cores"
+    try:
+        import torch
+
+        if torch.cuda.is_available():
+            text += f", {torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    except ImportError:
+        pass
+    return text

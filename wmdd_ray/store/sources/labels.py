@@ -1,0 +1,190 @@
+"""What a label means: a number counts classes, a text names one, and neither is taken for the other.
+
+One rule for all formats. A text is the class of that name. A number is a place in the class names that come with its own
+file (a ClassLabel, `classes.txt` beside it), from 0. Where its file brings no names it is its own name: `7` is the class called 7,
+so that labels from 1, or with gaps, need no guess. When the classes have other names (folders `ant`, `bee`, ...) nobody says
+which number is which, and the label is refused; `--source.numbers` settles it. -1 and nothing at all are no label.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+
+from wmdd_ray.config import Numbers
+from wmdd_ray.errors import DataError
+from wmdd_ray.store.sources.classes import exact, integer_names, match_classes, plain, shown
+
+logger = logging.getLogger(__name__)
+
+Label = int | str
+"""A place among the class names of its file, or a class name."""
+
+Places = tuple[int, ...] | Mapping[int, int] | None
+"""Class of each number: by position, by value, or None where number k is class k. Without entries no number means anything."""
+
+_NUMBER = re.compile(r"([+-]?[0-9]{1,18})(?:\.0*)?")
+_DIGITS = re.compile(r"[0-9]{1,18}")
+_MAX_NAME_CHARS = 1000
+
+
+def label_of(value: object, numbers: Numbers, *, is_text: bool = False) -> Label | None:
+    """Return the label in a field, or None when there is none: nothing, -1 (unlabeled), or a value of another kind.
+
+    Args:
+        value: What the format holds: a number, a truth value (the classes `True` and `False`), text, or bytes of UTF-8.
+        numbers: What the user says of numbers.
+        is_text: The format knows text only (a cell of a table, `.cls`), so that digits are a number.
+    """
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError:
+            return None
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float):
+        value = int(value) if value.is_integer() else None
+    if isinstance(value, str):
+        value = value.strip()
+        as_number = _NUMBER.fullmatch(value)
+        if as_number and (is_text or numbers != "auto") and numbers != "name":
+            value = int(as_number[1])
+        elif not value.isprintable() or len(value) > _MAX_NAME_CHARS or value in ("", "-1"):
+            return None
+    if not isinstance(value, int | str) or value == -1:
+        return None
+    if isinstance(value, str):
+        return value
+    return str(value) if numbers == "name" else value - (numbers == "index-from-1")
+
+
+def found_classes(
+    found: Mapping[Label, str], numbers: Numbers, where: str
+) -> tuple[tuple[str, ...], Places]:
+    """Return the classes of images whose files name none, by the labels that are there, and the class of each number.
+
+    Numbers are in the order of their values, names in that of their code points.
+
+    Args:
+        found: Each label, and one image or file that has it.
+        numbers: What the user says of numbers.
+        where: The files, for messages.
+
+    Raises:
+        DataError: There is no label, numbers stand beside names, or a number is below 0.
+    """
+    values = sorted(label for label in found if isinstance(label, int))
+    texts = sorted(label for label in found if isinstance(label, str))
+    if not found:
+        raise DataError(
+            f"{where}: expected images with labels, found no label; pass --source.label-column if they have another name"
+        )
+    if values and texts:
+        raise DataError(
+            f"{where}: expected numbers or names as labels, found both, such as {values[0]} ({found[values[0]]}) and "
+            f"{texts[0]!r} ({found[texts[0]]}); pass --source.numbers name if the numbers are names of classes too, "
+            "or correct the labels"
+        )
+    if texts:
+        names = {plain(text): text for text in reversed(texts)}
+        order = sorted(names, key=int if all(map(_DIGITS.fullmatch, names)) else str)
+        return tuple(names[name] for name in order), {}
+    if values[0] < 0:
+        raise DataError(
+            f"{where}: expected labels from 0, found {values[0]} ({found[values[0]]})"
+            + (", counted from 1" if numbers == "index-from-1" else "")
+            + "; correct the labels (-1 alone marks an image without one)"
+        )
+    if values == list(range(len(values))) or numbers.startswith("index"):
+        return integer_names(values[-1] + 1), None
+    logger.warning(
+        "%s: labels are %d to %d, of which %d are there; each is the name of its class",
+        where, values[0], values[-1], len(values),
+    )  # fmt: skip
+    return tuple(map(str, values)), {value: label for label, value in enumerate(values)}
+
+
+def number_places(names: Sequence[str], numbers: Numbers) -> Places:
+    """Return the class of each number in files that name no classes, where the classes have these names already."""
+    if numbers.startswith("index"):
+        return None
+    values = [int(name) for name in names if _DIGITS.fullmatch(name)]
+    if len(set(values)) < len(names):
+        return {}
+    if values == list(range(len(names))):
+        return None
+    return {value: label for label, value in enumerate(values)}
+
+
+def beside_classes(
+    own: tuple[str, ...] | None, wanted: tuple[str, ...] | None, numbers: Numbers, where: str
+) -> tuple[tuple[str, ...] | None, Places]:
+    """Return the classes, and the class of each number, of files that say labels as text or JSON.
+
+    Args:
+        own: Names in label order that lie beside the files, if any.
+        wanted: The training classes, for held-out images. With neither of both the labels themselves have to tell.
+        numbers: What the user says of numbers.
+        where: The files, for messages.
+
+    Raises:
+        DataError: `own` are others than `wanted`, or are numbers in another order, so that 3 could be either.
+    """
+    if own is None:
+        return wanted, None if wanted is None else number_places(wanted, numbers)
+    if numbers == "auto" and number_places(own, numbers):
+        raise DataError(
+            f"{where}: the class names beside the files are numbers, {shown(own)}, so a number could be a name or a place in "
+            "their order; pass --source.numbers name or --source.numbers index"
+        )
+    return wanted or own, None if wanted is None else match_classes(own, wanted, where)
+
+
+def class_of(
+    label: Label,
+    places: Places,
+    names: Sequence[str],
+    by_name: Mapping[str, int],
+    where: str,
+) -> int:
+    """Return the class of a label.
+
+    Args:
+        label: As its file has it.
+        places: Class of each number.
+        names: All class names.
+        by_name: Class of each plain name.
+        where: What has the label.
+
+    Raises:
+        DataError: It is none of the classes, or a number where nobody says what numbers mean.
+    """
+    if isinstance(label, str):
+        if (place := by_name.get(plain(label))) is not None:
+            return place
+        raise DataError(
+            f"{where} has label {exact([label])}, expected one of the {len(names)} classes {exact(names)}; correct the label "
+            "or the class names"
+        )
+    if isinstance(places, Mapping):
+        if label in places:
+            return places[label]
+        if not places:
+            raise DataError(
+                f"{where} has label {label}, a number, and nothing says which of the {len(names)} classes {exact(names)} it "
+                "means; put classes.txt with the names in label order beside the files, or pass --source.numbers index if "
+                "numbers count the training classes in this order (index-from-1: from 1)"
+            )
+        raise DataError(
+            f"{where} has label {label}, expected one of the {len(names)} classes {exact(names)}, which are called by numbers; "
+            "correct the label"
+        )
+    count = len(names if places is None else places)
+    if 0 <= label < count:
+        return label if places is None else places[label]
+    raise DataError(
+        f"{where} has label {label}, expected 0 to {count - 1} ({count} classes); correct the labels or the class names, or "
+        "pass --source.numbers index-from-1 if they count from 1"
+    )

@@ -1,0 +1,187 @@
+"""Soft labels: the teachers' logits on self-contained views, a block of label epochs of a slice of the data set a unit."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from wmdd_ray.config import DistillConfig
+from wmdd_ray.core.networks import labeler_of
+from wmdd_ray.core.soft_labels import compress, concatenate_labels, label_views
+from wmdd_ray.core.views import (
+    concatenate_views,
+    draw_block,
+    draw_views,
+    renamed,
+    to_input,
+)
+from wmdd_ray.records import SoftLabelBlock, SoftLabels, ViewDraw
+from wmdd_ray.spine.rooms import Room
+from wmdd_ray.spine.run import DoUnit, Report, unit_seed
+from wmdd_ray.store import codecs
+from wmdd_ray.units.images import read_images
+from wmdd_ray.units.teacher import read_teacher, units_of
+
+
+def blocks(config: DistillConfig, num_classes: int) -> dict[str, tuple[range, np.ndarray]]:
+    """Return unit id -> (label epochs, labels of the classes in its slice)."""
+    relabel = config.relabel
+    size = max(1, relabel.slice_images // config.num_atoms)
+    num_slices = -(-num_classes // size)
+    units: dict[str, tuple[range, np.ndarray]] = {}
+    for first in range(0, relabel.epochs, relabel.epochs_per_unit):
+        epochs = range(first, min(first + relabel.epochs_per_unit, relabel.epochs))
+        order = np.arange(num_classes)
+        if num_slices > 1:
+            rng = np.random.Generator(
+                np.random.Philox(key=unit_seed(config.seed, "slices", str(first)))
+            )
+            order = rng.permutation(num_classes)
+        for i in range(num_slices):
+            unit = f"e{epochs.start:05d}-{epochs.stop - 1:05d}-s{i:04d}"
+            units[unit] = (epochs, np.sort(order[i * size : (i + 1) * size]))
+    return units
+
+
+def key_of(unit: str) -> str:
+    """Return the key of a unit's labels."""
+    return f"labels/{unit}.parquet"
+
+
+def by_seed(config: DistillConfig) -> bool:
+    """Whether views are drawn again by the reader."""
+    return config.relabel.stored_views == "seed"
+
+
+def open_worker(
+    device: torch.device,
+    *,
+    room: Room,
+    teacher_room: Room,
+    images_room: Room,
+    config: DistillConfig,
+    units: dict[str, tuple[range, np.ndarray]],
+) -> DoUnit:
+    """Load the teachers and return the function that labels one block."""
+    teachers = [read_teacher(teacher_room, unit) for unit in units_of(config)]
+    teacher = teachers[0]
+    network = labeler_of(teachers, device)
+    held: dict[bytes, torch.Tensor] = {}
+
+    def images_of(labels: np.ndarray) -> torch.Tensor:
+        if labels.tobytes() not in held:
+            held.clear()
+            classes = read_images(images_room, labels.tolist())
+            pixels = np.concatenate([record.images_KHWC for record in classes])
+            held[labels.tobytes()] = to_input(pixels, teacher.mean_C, teacher.std_C, device)
+        return held[labels.tobytes()]
+
+    def do_unit(unit: str, report: Report) -> None:
+        started = time.perf_counter()
+        attempt = room.begin_unit(unit)
+        if attempt is None:
+            return
+        epochs, labels = units[unit]
+        index_N = (
+            (labels[:, None] * config.num_atoms + np.arange(config.num_atoms))
+            .reshape(-1)
+            .astype(np.int32)
+        )
+        name = unit.partition("-s")[2]
+        draw = draw_of(config, index_N, image_size=teacher.image_size, name=name)
+        in_core = time.perf_counter()
+        if config.relabel.labels == "online":
+            block = unlabeled_block(draw, epochs, num_classes=teacher.num_classes)
+        else:
+            images_NCHW = images_of(labels)
+            in_core = time.perf_counter()
+            block = label_block(
+                network,
+                images_NCHW,
+                epochs,
+                config,
+                image_size=teacher.image_size,
+                name=name,
+                report=report,
+            )
+            block = replace(block, views=renamed(block.views, index_N))
+        in_core = time.perf_counter() - in_core
+        if by_seed(config):
+            block = replace(block, draw=draw)
+        room.commit_unit(
+            unit,
+            {key_of(unit): codecs.encode_soft_labels(block)},
+            metrics={"epochs": [epochs.start, epochs.stop], "seconds_in_core": round(in_core, 4)},
+            attempt=attempt,
+            seconds=time.perf_counter() - started,
+        )
+
+    return do_unit
+
+
+def draw_of(config: DistillConfig, index_N: np.ndarray, *, image_size: int, name: str) -> ViewDraw:
+    """Return what the views of a slice are drawn from: (seed, `name` of the slice, positions of its images)."""
+    views = config.relabel.views
+    return ViewDraw(
+        seed=unit_seed(config.seed, "relabel", name),
+        image_size=image_size,
+        index_N=index_N,
+        crop_scale_min=views.crop_scale_min,
+        flip=views.flip,
+        mix=views.mix,
+    )
+
+
+def unlabeled_block(draw: ViewDraw, epochs: range, *, num_classes: int) -> SoftLabelBlock:
+    """Return a block of views without logits: whoever reads it asks the teacher."""
+    views = draw_block(draw, epochs)
+    return SoftLabelBlock(
+        first_epoch=epochs.start,
+        num_epochs=len(epochs),
+        views=views,
+        labels=SoftLabels(num_classes=num_classes, values_VK=np.empty((len(views), 0), np.float16)),
+    )
+
+
+def label_block(
+    network: torch.nn.Module,
+    images_NCHW: torch.Tensor,
+    epochs: range,
+    config: DistillConfig,
+    *,
+    image_size: int,
+    name: str,
+    report: Report,
+) -> SoftLabelBlock:
+    """Draw the views of every image in every epoch of a block, and label them.
+
+    The views depend on (seed, `name` of the slice, epoch, image) alone, so that baselines with other images are labeled
+    on the same views.
+    """
+    seed = unit_seed(config.seed, "relabel", name)
+    views, labels = [], []
+    for epoch in epochs:
+        drawn = draw_views(
+            len(images_NCHW), image_size, config.relabel.views, seed=seed, epoch=epoch
+        )
+        views.append(drawn)
+        logits = label_views(
+            network,
+            images_NCHW,
+            drawn,
+            image_size,
+            batch_size=config.relabel.batch_size,
+            batch_statistics=config.relabel.batch_statistics,
+        )
+        # Epoch by epoch: with 10,000 classes the logits of a block are 4 GB, and 20 on their way through compression.
+        labels.append(compress(logits, config.relabel))
+        report((epoch - epochs.start + 1) / len(epochs), f"label epoch {epoch}")
+    return SoftLabelBlock(
+        first_epoch=epochs.start,
+        num_epochs=len(epochs),
+        views=concatenate_views(views),
+        labels=concatenate_labels(labels),
+    )

@@ -1,0 +1,340 @@
+"""A teacher: trained on real images, measured on held-out ones, and committed; read by the later stages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from wmdd_ray.config import DistillConfig, NetworkConfig
+from wmdd_ray.core.batches import ORDER, Batch, in_memory_batches, steps_of
+from wmdd_ray.core.class_order import confusion, permuted_classes
+from wmdd_ray.core.networks import build_network, last_linear, weights_of
+from wmdd_ray.core.optimizer import State, WeightAverage, load_training_state, training_state
+from wmdd_ray.core.training import classifier_optimizer, train_classifier
+from wmdd_ray.errors import DataError
+from wmdd_ray.records import Teacher
+from wmdd_ray.spine.checkpoints import Checkpoints
+from wmdd_ray.spine.rooms import Room
+from wmdd_ray.spine.run import Report, unit_seed
+from wmdd_ray.store import codecs
+from wmdd_ray.store.sources import Source, decoded_chunks
+from wmdd_ray.units.held_out import HeldOut, Listed
+
+UNIT = "teacher"
+TEACHER_KEY = "teacher.safetensors"
+
+_STATE_EVERY_S = 20.0
+# Of images that are streamed: records of a shard that are decoded at once, and images that are shuffled among each other.
+CHUNK_IMAGES = 256
+SHUFFLED_IMAGES = 4096
+
+EpochBatches = Callable[[int], Iterator[Batch]]
+"""Epoch -> its batches (images uint8 NHWC, labels int64) of this worker."""
+
+
+def units_of(config: DistillConfig) -> tuple[str, ...]:
+    """Return a unit a teacher of the run: the one that images are made for, then those that only label."""
+    return (UNIT, *(f"{UNIT}-{number}" for number in range(1, config.num_teachers)))
+
+
+def key_of(unit: str) -> str:
+    """Return the key of a teacher."""
+    return f"{unit}.safetensors"
+
+
+def read_teacher(room: Room, unit: str = UNIT) -> Teacher:
+    """Return a teacher of a committed room, verified."""
+    return codecs.decode_teacher(room.read(room.committed().file(key_of(unit))))
+
+
+def feature_width(config: DistillConfig, num_classes: int) -> int:
+    """Return D, the width of the features of the network that the options name."""
+    with torch.device("meta"):
+        network = build_network(
+            config.squeeze.network,
+            num_classes=num_classes,
+            channels=config.source.channels,
+            image_size=config.source.image_size,
+        )
+    return last_linear(network).in_features
+
+
+def measure(
+    network: torch.nn.Module, val: Listed, config: DistillConfig, name: str, device: torch.device
+) -> float:
+    """Return the top-1 on held-out images, in [0, 1].
+
+    Raises:
+        DataError: It is at chance level, below `squeeze.min_top1`, or its classes are in another order.
+    """
+    class_names = val.source.class_names
+    num_classes = len(class_names)
+    held_out = HeldOut(val, config.source.mean, config.source.std, device)
+    counts_YY = confusion(network, held_out, num_classes)
+    top1 = float(np.trace(counts_YY) / counts_YY.sum())
+    moved = permuted_classes(counts_YY)
+    if moved:
+        shown = ", ".join(
+            f'class {k} ("{class_names[k]}") is its class {j}' for k, j in list(moved.items())[:3]
+        )
+        raise DataError(
+            f"{name}: its classes are in another order than the data's: {len(moved)} of {num_classes} are exchanged "
+            f"({shown}); its top-1 is {top1:.3f} as it is. Reorder the class names of the data or the teacher's last layer"
+        )
+    needed = config.squeeze.min_top1 or min(3 / num_classes, (1 + 1 / num_classes) / 2)
+    if top1 < needed:
+        raise DataError(
+            f"{name}: top-1 {top1:.3f} on {int(counts_YY.sum())} held-out images, expected at least {needed:.3f} "
+            f"(chance is {1 / num_classes:.3f}); check the data, its normalization, and the training, or set "
+            "--squeeze.min-top1"
+        )
+    return top1
+
+
+def commit_teacher(
+    room: Room,
+    config: DistillConfig,
+    network_config: NetworkConfig,
+    network: torch.nn.Module,
+    class_names: tuple[str, ...],
+    top1: float,
+    started: float,
+    metrics: dict[str, Any],
+    *,
+    attempt: int,
+    unit: str = UNIT,
+) -> None:
+    """Store a measured network as a teacher of this run, with everything that is needed to feed it."""
+    source = config.source
+    teacher = Teacher(
+        arch=network_config.arch,
+        width=network_config.width,
+        small_stem=network_config.small_stem,
+        class_names=class_names,
+        image_size=source.image_size,
+        resize=source.resize,
+        channels=source.channels,
+        mean_C=source.mean,
+        std_C=source.std,
+        top1=top1,
+        weights=weights_of(network),
+    )
+    seconds = time.perf_counter() - started
+    room.commit_unit(
+        unit,
+        {key_of(unit): codecs.encode_teacher(teacher)},
+        metrics={
+            "top1": top1,
+            "arch": network_config.arch,
+            "seconds_in_core": round(seconds, 3),
+            **metrics,
+        },
+        attempt=attempt,
+        seconds=seconds,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A teacher to be trained, as it travels to the workers. `train` are all real images where they fit into memory."""
+
+    unit: str
+    room: Room
+    config: DistillConfig
+    class_names: tuple[str, ...]
+    num_images: int
+    train: Listed | None
+    val: Listed
+
+    @property
+    def seed(self) -> int:
+        """The seed of weights, order and augmentation."""
+        return unit_seed(self.config.seed, "squeeze", self.unit)
+
+
+def train_teacher(
+    training: Training,
+    report: Report,
+    *,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+    parallel: Callable[[torch.nn.Module], torch.nn.Module] = lambda network: network,
+    streamed: EpochBatches | None = None,
+) -> None:
+    """Train a teacher on one of `world` workers. Rank 0 keeps the resumable state, measures the result and commits it.
+
+    Args:
+        training: What to train.
+        report: Told how far the unit is; by rank 0.
+        device: Where this worker computes.
+        rank: Which worker this is.
+        world: How many there are; they share each batch.
+        parallel: Makes the network average its gradients over the workers.
+        streamed: The batches, where the images do not fit into memory.
+
+    Raises:
+        DataError: The teacher is no better than chance, or its classes are in another order (`measure`).
+    """
+    started = time.perf_counter()
+    config, unit, room = training.config, training.unit, training.room
+    torch.manual_seed(training.seed)
+    network = build_network(
+        config.squeeze.network,
+        num_classes=len(training.class_names),
+        channels=config.source.channels,
+        image_size=config.source.image_size,
+    ).to(device)
+    network.to(memory_format=torch.channels_last)
+    squeeze = config.squeeze.at_ipc(config.ipc)
+    optimizer, average = classifier_optimizer(network, squeeze)
+    keep = Checkpoints(room, unit, _STATE_EVERY_S)
+    course = _Course(network, optimizer, average)
+    first_epoch = course.resume(keep, rank, world)
+    attempt = room.begin_unit(unit) if rank == 0 else None
+
+    def on_epoch(epoch: int, loss: float) -> None:
+        course.losses.append(round(loss, 4))
+        if rank == 0:
+            report(
+                (epoch + 1) / (squeeze.epochs + 1),
+                f"{'' if unit == UNIT else f'{unit}, '}epoch {epoch + 1}/{squeeze.epochs}, {course}",
+                epoch=epoch + 1,
+                loss=loss,
+            )
+            keep.maybe(lambda: course.state(epoch + 1))
+
+    train_classifier(
+        parallel(network),
+        optimizer,
+        streamed or _in_memory(training, squeeze.batch_size, rank, world),
+        squeeze,
+        steps_per_epoch=steps_of(training.num_images, squeeze.batch_size),
+        mean_C=config.source.mean,
+        std_C=config.source.std,
+        seed=training.seed,
+        rank=rank,
+        start_epoch=first_epoch,
+        average=average,
+        on_epoch=on_epoch,
+        on_curvature=lambda _, term: course.curvatures.append(round(term, 4)),
+    )
+    if attempt is None:
+        return
+    network.eval()
+    top1 = measure(network, training.val, config, f"the trained {unit}", device)
+    extra: dict[str, Any] = {"losses": course.losses}
+    if course.curvatures:
+        extra |= {"curvatures": course.curvatures, "curvature_weight": squeeze.curvature_weight}
+    commit_teacher(
+        room,
+        config,
+        squeeze.network,
+        network,
+        training.class_names,
+        top1,
+        started,
+        extra,
+        attempt=attempt,
+        unit=unit,
+    )
+    keep.clear()
+
+
+class _Course:
+    """A training under way: what it changes, and its losses and curvature terms by epoch."""
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: WeightAverage | None,
+    ) -> None:
+        self._network, self._optimizer, self._average = network, optimizer, average
+        self.losses: list[float] = []
+        self.curvatures: list[float] = []
+
+    def __str__(self) -> str:
+        curvature = f", curvature {self.curvatures[-1]:.3f}" if self.curvatures else ""
+        return f"loss {self.losses[-1]:.3f}{curvature}"
+
+    def state(self, epoch: int) -> State:
+        """Return all that the training goes on from at the beginning of an epoch."""
+        state = training_state(self._network, self._optimizer, self._average)
+        state |= {"epoch": np.array(epoch), "losses": np.array(self.losses)}
+        return state | ({"curvatures": np.array(self.curvatures)} if self.curvatures else {})
+
+    def resume(self, keep: Checkpoints, rank: int, world: int) -> int:
+        """Load the state of an interrupted training, and return the epoch that it goes on with."""
+        held = [keep.load() if rank == 0 else None]
+        if world > 1:
+            # Read once, because two readings of a store can find two states, and all workers have to begin at one.
+            device = next(self._network.parameters()).device
+            torch.distributed.broadcast_object_list(held, src=0, device=device)
+        state = held[0]
+        if state is None:
+            return 0
+        epoch, self.losses = int(state.pop("epoch")), state.pop("losses").tolist()
+        self.curvatures = state.pop("curvatures", np.zeros(0)).tolist()
+        load_training_state(self._network, self._optimizer, state, self._average)
+        return epoch
+
+
+def _in_memory(training: Training, batch_size: int, rank: int, world: int) -> EpochBatches:
+    assert training.train is not None, "images that are not streamed are in memory"
+    loaded = training.train.load(1 << 62)
+    assert loaded is not None
+    images_NHWC, labels_N = loaded
+    return lambda epoch: in_memory_batches(
+        images_NHWC,
+        labels_N,
+        batch_size=batch_size,
+        seed=training.seed,
+        epoch=epoch,
+        rank=rank,
+        world=world,
+    )
+
+
+def shuffled_stream(training: Training, source: Source) -> EpochBatches:
+    """Return the batches of images that do not fit into memory, for one worker that decodes them itself.
+
+    The order of the shards, and that of the images within a buffer of `SHUFFLED_IMAGES`, are drawn from (seed, epoch).
+    """
+    config, batch_size = training.config.source, training.config.squeeze.batch_size
+    shards = source.shards(CHUNK_IMAGES)
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        rng = np.random.default_rng([training.seed, epoch, ORDER])
+        images: list[np.ndarray] = []
+        labels: list[int] = []
+        for position in rng.permutation(len(shards)):
+            for chunk in decoded_chunks(source, shards[position], config, CHUNK_IMAGES):
+                images += list(chunk.images_NHWC)
+                labels += chunk.labels_N.tolist()
+                while len(images) >= SHUFFLED_IMAGES + batch_size:
+                    yield _draw(images, labels, batch_size, rng)
+        while len(images) >= batch_size:
+            yield _draw(images, labels, batch_size, rng)
+
+    return batches
+
+
+def _draw(
+    images: list[np.ndarray], labels: list[int], count: int, rng: np.random.Generator
+) -> Batch:
+    """Take `count` random images out of the buffer; the last ones move into their places."""
+    chosen = []
+    for _ in range(count):
+        i = int(rng.integers(len(images)))
+        chosen.append((images[i], labels[i]))
+        images[i], labels[i] = images[-1], labels[-1]
+        images.pop()
+        labels.pop()
+    pixels, classes = zip(*chosen, strict=True)
+    return torch.from_numpy(np.stack(pixels)), torch.tensor(classes)

@@ -1,0 +1,295 @@
+"""What students are trained on: the distilled set, and real images with labels from the same teachers on the same views."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from wmdd_ray.config import DistillConfig, LabelKind
+from wmdd_ray.core.networks import labeler_of
+from wmdd_ray.core.soft_labels import compress, decompress, label_views
+from wmdd_ray.core.tiles import shrink, tile_side
+from wmdd_ray.core.views import StoredImages, concatenate_views, draw_views, renamed
+from wmdd_ray.dataset import DistilledDataset
+from wmdd_ray.errors import ConfigError
+from wmdd_ray.records import Teacher, Views
+from wmdd_ray.spine.rooms import Room
+from wmdd_ray.spine.run import unit_seed
+from wmdd_ray.store.sources import Source
+from wmdd_ray.units import atoms
+from wmdd_ray.units.held_out import Listed
+from wmdd_ray.units.images import read_real
+from wmdd_ray.units.labels import blocks
+
+_ALL_REAL_BYTES = 4 << 30
+# Labels of a baseline are kept for the next seed up to this many logits.
+KEPT_LOGITS = 1 << 25
+
+# Baselines of real images at the tiles' resolution, as many as the distilled set has tiles.
+TILED = ("random_tiles", "nearest_tiles")
+
+LabelEpoch = Callable[[int], tuple[Views, np.ndarray | None]]
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingSet:
+    """Images and their classes, epoch -> (views, teacher's logits), the images' weights, and a student's passes over them."""
+
+    images: StoredImages
+    classes_N: np.ndarray
+    label_epoch: LabelEpoch
+    weights_N: np.ndarray
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a student is shown: square images, how they are normalized, and how many classes there are."""
+
+    num_classes: int
+    channels: int
+    image_size: int
+    mean_C: tuple[float, ...]
+    std_C: tuple[float, ...]
+
+    @classmethod
+    def of(cls, teacher: Teacher) -> Input:
+        """Return the input of a teacher, which its students share."""
+        return cls(
+            teacher.num_classes,
+            teacher.channels,
+            teacher.image_size,
+            teacher.mean_C,
+            teacher.std_C,
+        )
+
+
+class Sets(abc.ABC):
+    """What students are trained on, by the row of the table; keeps the last set for the next seed."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, LabelKind], TrainingSet] = {}
+
+    @property
+    @abc.abstractmethod
+    def input(self) -> Input:
+        """What they are shown."""
+
+    def get(self, row: str, labels: LabelKind) -> TrainingSet:
+        """Return the training set of a row."""
+        if (row, labels) not in self._held:
+            self._held.clear()
+            self._held[row, labels] = self._make(row, labels)
+        return self._held[row, labels]
+
+    @abc.abstractmethod
+    def _make(self, row: str, labels: LabelKind) -> TrainingSet:
+        """Return the training set of a row, made anew."""
+
+
+OpenSets = Callable[[torch.device], Sets]
+"""Opens the sets in a worker, on its device. Picklable."""
+
+
+def open_sets(
+    device: torch.device,
+    *,
+    dataset_uri: str,
+    barycenter_room: Room,
+    source: Source,
+    train: Listed | None,
+    config: DistillConfig,
+) -> Sets:
+    """Open a run's distilled set and its baselines."""
+    dataset = DistilledDataset(dataset_uri)
+    return TrainingSets(dataset, dataset.teachers(), barycenter_room, source, train, config, device)
+
+
+class TrainingSets(Sets):
+    """A run's distilled set (`distilled`), and its baselines (`EvaluateConfig.baselines`)."""
+
+    def __init__(
+        self,
+        dataset: DistilledDataset,
+        teachers: Sequence[Teacher],
+        barycenter_room: Room,
+        source: Source,
+        train: Listed | None,
+        config: DistillConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self._dataset, self._teachers = dataset, teachers
+        self._barycenter_room, self._source, self._train = barycenter_room, source, train
+        self._config, self._device = config, device
+
+    @property
+    def input(self) -> Input:
+        return Input.of(self._teachers[0])
+
+    def _make(self, row: str, labels: LabelKind) -> TrainingSet:
+        config, teachers, device = self._config, self._teachers, self._device
+        teacher = teachers[0]
+        epochs = config.evaluate.epochs
+        weights_N = None
+        if row == "distilled":
+            pixels, weights_N = self._dataset.images, self._dataset.weights
+            classes_N = self._dataset.labels
+            label_epoch: LabelEpoch = cycled(self._dataset)
+        elif row == "all_real":
+            assert self._train is not None
+            (pixels, classes_N), epochs = (
+                load_all_real(self._train),
+                config.evaluate.all_real_epochs,
+            )
+            label_epoch = fresh_labels(pixels, teachers, config, device)
+        else:
+            # Whole images are fewer than tiles: as many more label epochs make as many views, labels and steps.
+            tiles = config.recover.tiles if row in TILED else 1
+            repeats = (config.recover.tiles // tiles) ** 2
+            epochs *= repeats
+            own = replace(
+                config,
+                recover=replace(config.recover, tiles=tiles),
+                relabel=replace(config.relabel, epochs=config.relabel.epochs * repeats),
+                evaluate=replace(config.evaluate, epochs=epochs),
+            )
+            pixels = _baseline_images(
+                row, self._barycenter_room, self._source, own, teacher.num_classes
+            )
+            classes_N = np.repeat(np.arange(teacher.num_classes), own.num_atoms)
+            label_epoch = _stored_labels(pixels, teachers, own, device)
+        if weights_N is None:
+            weights_N = np.ones(len(pixels))
+        if labels == "hard":
+            label_epoch = hard_views(len(pixels), teacher.image_size, config)
+        images = StoredImages(pixels, teacher.mean_C, teacher.std_C, device)
+        return TrainingSet(images, classes_N, label_epoch, weights_N, epochs)
+
+
+def cycled(dataset: DistilledDataset) -> LabelEpoch:
+    """Return epoch -> the stored views and labels of a distilled set, again from the first after the last.
+
+    In the same order each time: `train_student` shuffles every epoch anew, and another order of the label epochs changed
+    nothing (digits, 5 label epochs used 40 times: top-1 98.9 +- 0.2 either way, and with 200; 6 students each).
+    """
+    return lambda epoch: dataset.label_epoch(epoch % dataset.label_epochs)
+
+
+def hard_views(num_images: int, image_size: int, config: DistillConfig) -> LabelEpoch:
+    """Return epoch -> views for hard labels, which need no teacher."""
+    seed, views = unit_seed(config.seed, "hard_views", ""), config.evaluate.hard.views
+    return lambda epoch: (
+        draw_views(num_images, image_size, views, seed=seed, epoch=epoch),
+        None,
+    )
+
+
+def load_all_real(train: Listed) -> tuple[np.ndarray, np.ndarray]:
+    """Return all real images and their classes; a ConfigError when they are too large for one worker."""
+    loaded = train.load(_ALL_REAL_BYTES)
+    if loaded is None:
+        raise ConfigError(
+            "--evaluate.baselines all_real: the real images take more than 4 GiB decoded; leave this row out (the teacher's "
+            "top-1 stands for it), e.g. --evaluate.baselines random_real nearest_real"
+        )
+    return loaded
+
+
+def _baseline_images(
+    row: str, room: Room, source: Source, config: DistillConfig, num_classes: int
+) -> np.ndarray:
+    """Return as many real images as the distilled set stores, in its order of classes."""
+    files = {f.key: f for m in room.committed().units.values() for f in m.files}
+    chosen = []
+    for label in range(num_classes):
+        found = atoms.read_barycenter(room, files, label)
+        keys = {
+            "random_real": found.random_keys[: config.ipc],
+            "nearest_real": found.whole_keys,
+            "random_tiles": found.random_keys[: config.num_atoms],
+            "nearest_tiles": found.nearest_keys,
+        }[row]
+        chosen.append(read_real(source, keys, config))
+    return shrink(np.concatenate(chosen), tile_side(config.source.image_size, config.recover.tiles))
+
+
+def logits_of(
+    network: torch.nn.Module,
+    images: StoredImages,
+    views: Views,
+    teacher: Teacher,
+    config: DistillConfig,
+) -> np.ndarray:
+    """Return the logits of a labeler as `relabel` computes them."""
+    relabel = config.relabel
+    return label_views(
+        network,
+        images,
+        views,
+        teacher.image_size,
+        relabel.batch_size,
+        batch_statistics=relabel.batch_statistics,
+    )
+
+
+def fresh_labels(
+    pixels_NHWC: np.ndarray,
+    teachers: Sequence[Teacher],
+    config: DistillConfig,
+    device: torch.device,
+) -> LabelEpoch:
+    """Return epoch -> new views of all images and the teachers' logits, made when asked for."""
+    network, teacher = labeler_of(teachers, device), teachers[0]
+    images = StoredImages(pixels_NHWC, teacher.mean_C, teacher.std_C, device)
+    seed = unit_seed(config.seed, "relabel", "all_real")
+
+    def label_epoch(epoch: int) -> tuple[Views, np.ndarray | None]:
+        views = draw_views(
+            len(images), teacher.image_size, config.relabel.views, seed=seed, epoch=epoch
+        )
+        return views, logits_of(network, images, views, teacher, config)
+
+    return label_epoch
+
+
+def _stored_labels(
+    pixels_NHWC: np.ndarray,
+    teachers: Sequence[Teacher],
+    config: DistillConfig,
+    device: torch.device,
+) -> LabelEpoch:
+    """Return epoch -> views and labels of other images on the very views of the distilled set, compressed alike."""
+    network, teacher = labeler_of(teachers, device), teachers[0]
+    images = StoredImages(pixels_NHWC, teacher.mean_C, teacher.std_C, device)
+    slices_of_epoch: dict[int, list[tuple[str, np.ndarray]]] = {}
+    for unit, (epochs, labels) in blocks(config, teacher.num_classes).items():
+        for epoch in epochs:
+            slices_of_epoch.setdefault(epoch, []).append((unit.partition("-s")[2], labels))
+    kept: dict[int, tuple[Views, np.ndarray | None]] = {}
+    keep = len(images) * config.relabel.epochs * teacher.num_classes <= KEPT_LOGITS
+
+    def label_epoch(epoch: int) -> tuple[Views, np.ndarray | None]:
+        epoch %= config.relabel.epochs
+        if epoch in kept:
+            return kept[epoch]
+        parts = []
+        for name, labels in slices_of_epoch[epoch]:
+            index_N = (labels[:, None] * config.num_atoms + np.arange(config.num_atoms)).reshape(-1)
+            seed = unit_seed(config.seed, "relabel", name)
+            drawn = draw_views(
+                len(index_N), teacher.image_size, config.relabel.views, seed=seed, epoch=epoch
+            )
+            parts.append(renamed(drawn, index_N.astype(np.int32)))
+        views = concatenate_views(parts)
+        logits_VY = logits_of(network, images, views, teacher, config)
+        found = views, decompress(compress(logits_VY, config.relabel))
+        if keep:
+            kept[epoch] = found
+        return found
+
+    return label_epoch
