@@ -2,6 +2,7 @@
 #   make distill   the main job: distill the embedded digits, 10 images a class
 #   make test      the tests, two files at a time;  ARGS='-k barycenter' goes to pytest, ARGS='-n 0 --pdb' works in one process
 #   make chaos     200 kills of drivers, workers, nodes and heads, about an hour; WMDD_CHAOS_SEED, WMDD_CHAOS_KILLS
+#   make fuzz      45,000 damaged and hostile files and sets, some minutes; WMDD_FUZZ_MUTANTS of each kind
 #   make lint      ruff and mypy
 #   make bench ARGS=barycenter    measure this machine; also: recover, features, orchestration
 #   make clean     remove the environment and caches, never results
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: distill test chaos lint bench clean
+.PHONY: distill test chaos fuzz lint bench clean
 
 distill: $(STAMP)
 	$(BIN)/python jobs/distill.py --ipc 10 $(ARGS)
@@ -23,6 +24,10 @@ test: $(STAMP)
 
 chaos: $(STAMP)
 	$(BIN)/python -m pytest tests/chaos -m chaos_long -s $(ARGS)
+
+fuzz: export WMDD_FUZZ_MUTANTS ?= 3000
+fuzz: $(STAMP)
+	$(BIN)/python -m pytest tests/store/test_fuzz.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -40,6 +40,7 @@ from jobs.checks.storage import (
 )
 from jobs.distill import Job, open_run, parse
 from wmdd_ray.errors import WmddError
+from wmdd_ray.redaction import plain
 from wmdd_ray.store.uris import local_path
 
 logger = logging.getLogger(__name__)
@@ -146,9 +147,9 @@ def examine(check: Check, visit: Visit) -> Iterator[Finding]:
 
 def show(name: str, finding: Finding) -> None:
     """Print a finding, and below it what to do."""
-    print(f"{finding.mark:<8} {name:<12} {finding.found}", flush=True)
+    print(plain(f"{finding.mark:<8} {name:<12} {finding.found}"), flush=True)
     if finding.advice:
-        print(f"{'':<8} {'':<12} -> {finding.advice}", flush=True)
+        print(plain(f"{'':<8} {'':<12} -> {finding.advice}"), flush=True)
 
 
 def check_versions(visit: Visit) -> Iterator[Finding]:

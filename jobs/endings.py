@@ -18,6 +18,7 @@ from types import FrameType
 
 from wmdd_ray.config import Resources
 from wmdd_ray.errors import ConfigError, WmddError
+from wmdd_ray.redaction import PlainFormatter, plain
 from wmdd_ray.spine.run import Run
 from wmdd_ray.telling.progress import AboveTheBar
 
@@ -55,11 +56,9 @@ def exit_code_of(
 
 def log_above_the_bar(*, verbose: bool) -> None:
     """Write log lines where the bar of a stage may stand; with `verbose` all of them."""
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(name)s: %(message)s",
-        handlers=[AboveTheBar()],
-    )
+    shown = AboveTheBar()
+    shown.setFormatter(PlainFormatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[shown])
 
 
 def _is_submitted() -> bool:
@@ -129,7 +128,7 @@ def _ending_of(error: BaseException) -> tuple[int, str] | None:
         return error.exit_code, f"error: {error}"
     if type(error).__module__.startswith("ray."):
         lines = str(error).strip().splitlines() or [""]
-        told = f"{type(error).__name__}: {lines[-1].strip()}"
+        told = plain(f"{type(error).__name__}: {lines[-1].strip()}")
         return WmddError.exit_code, f"error: the cluster failed: {told}; {_RESUME}"
     return None
 

@@ -4,8 +4,8 @@ Trains students from scratch on the set alone and tests them once, after the las
 of ours (`dataset/` of a run, or the run) or labelled images that somebody else distilled: class folders, WebDataset shards,
 Parquet. Images of others have soft labels when --teacher is given, which is measured first. The URI comes first.
 
-Ours bring their held-out images along by name (--data, --val-data are for those that moved), their input size and
-normalization; the student's recipe is that of the recipe they were made by. Every option of it is an --evaluate option.
+Ours say where their real images are, which are read from there with --follow-data, or given as --data; they bring their input
+size and normalization; the student's recipe is that of the recipe they were made by. Every option of it is an --evaluate option.
 --attacks pgd,square,autoattack,cw,mim --eps 1/255,2/255,8/255 attacks every student on --attack-images of the held-out images.
 Results are committed under --out, a folder a student, and one an attack and eps; the same command again goes on or prints them,
 attacks can be added, and results.json holds all of them, sealed. Exit codes are those of jobs/distill.py.

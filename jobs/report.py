@@ -19,10 +19,12 @@ import tyro
 
 from jobs import command_line
 from wmdd_ray.config import DistillConfig, refuse_secrets
-from wmdd_ray.errors import ArtifactError, ConfigError, WmddError
+from wmdd_ray.errors import ArtifactError, ConfigError, DataError, WmddError
 from wmdd_ray.product.card import size
+from wmdd_ray.redaction import PlainFormatter
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
+from wmdd_ray.store.uris import check_named
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,10 @@ class Report:
     out: str | None = None
     """File or URI to write, ending in .html; absent: report.html in the run's folder."""
     data: str | None = None
-    """Where the training images are now; absent: where the run read them."""
+    """Where the training images are; absent: no real images are shown, but for the embedded digits."""
+    follow_data: bool = False
+    """Without --data, read the training images where the run says that it read them (a path, s3:// or gs://): say so only of runs
+    that are yours."""
     classes: tuple[int, ...] = ()
     """Labels of the classes to show in full; absent: all, or of many 40 that are evenly spread."""
 
@@ -52,7 +57,9 @@ class Report:
 
 def main(arguments: list[str]) -> int:
     """Write the page and return the exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    shown = logging.StreamHandler()
+    shown.setFormatter(PlainFormatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[shown])
     try:
         report = command_line.parse(Report, arguments, description=__doc__)
         store, key = _target(report)
@@ -61,6 +68,7 @@ def main(arguments: list[str]) -> int:
             classes=report.classes,
             data=report.data,
             card=CARD_KEY if report.out is None else None,
+            follow_data=report.follow_data,
         )
         store.put(key, content)
     except WmddError as error:
@@ -94,16 +102,18 @@ def page_of(
     classes: tuple[int, ...] = (),
     data: str | None = None,
     card: str | None = CARD_KEY,
+    follow_data: bool = False,
 ) -> bytes:
     """Return the page of the run under `store`.
 
     Args:
         store: Root of the run.
         config: The run's configuration; None takes what the run has recorded.
-        source: Its training images; None opens them.
+        source: Its training images; None opens them, where they are named by the caller.
         classes: Labels to show in full; none takes a selection.
-        data: Where the training images are now; None where the run read them.
+        data: Where the training images are now.
         card: Where the set's card lies, seen from the page.
+        follow_data: Whether they are opened where the run says that it read them.
 
     Raises:
         ConfigError: There is no run, or no such class.
@@ -126,13 +136,17 @@ def page_of(
     missing: list[str] = []
     if source is None:
         try:
+            if data is None and not follow_data and facts.config.data != "digits":
+                raise DataError("a place is not read because a run names it")
+            if data is None:
+                check_named(facts.config.data, store.uri)
             source = _open(facts.config)
         except WmddError as error:
             if data is not None:
                 raise
             missing.append(
                 f"Real images, which are not read where the run read them ({facts.config.data}): {error}. Pass --data to "
-                "jobs/report.py where they are."
+                "jobs/report.py where they are, or --follow-data if this run is yours."
             )
     expected = facts.input_fingerprint("data")
     if source is not None and expected is not None and source.fingerprint() != expected:

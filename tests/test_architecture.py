@@ -47,10 +47,11 @@ ALLOWED = {
         ),
         *("wmdd_ray.config", "wmdd_ray.core", "wmdd_ray.errors", "wmdd_ray.records"),
     ),
-    "wmdd_ray.config": ("wmdd_ray.errors", "wmdd_ray.options"),
-    "wmdd_ray.options": ("wmdd_ray.errors",),
+    "wmdd_ray.config": ("wmdd_ray.errors", "wmdd_ray.options", "wmdd_ray.redaction"),
+    "wmdd_ray.options": ("wmdd_ray.errors", "wmdd_ray.redaction"),
     "wmdd_ray.records": ("numpy", "wmdd_ray.errors"),
-    "wmdd_ray.errors": (),
+    "wmdd_ray.errors": ("wmdd_ray.redaction",),
+    "wmdd_ray.redaction": (),
 }
 # Core reads no clock, touches no files, starts nothing, and takes its randomness as an argument.
 IMPURE = (

@@ -18,6 +18,7 @@ import torchvision
 from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler
 
+from tests.manifests import manifest_of
 from wmdd_ray.config import EvaluateConfig, NetworkConfig, RelabelConfig, ViewConfig
 from wmdd_ray.core.networks import build_network
 from wmdd_ray.core.soft_labels import compress, decompress, take_labels
@@ -115,19 +116,9 @@ def write_dataset(
     written = {key: content for key, content in files.items() if content is not None}
     for key, content in written.items():
         store.put(key, content)
-    manifest = {
-        "class_names": NAMES,
-        "image_size": SIZE,
-        "channels": 3,
-        "mean": MEAN,
-        "std": STD,
-        "ipc": IPC,
-        "num_images": N,
-        "tiles": 1,
-        "label_epochs": EPOCHS,
-        "labels": {"labels": "stored", "batch_size": 256},
-        **meta,
-    }
+    about = {"class_names": NAMES, "image_size": SIZE, "mean": MEAN, "std": STD, "ipc": IPC}
+    about |= {"num_images": N, "label_epochs": EPOCHS}
+    manifest = manifest_of(**{**about, **meta})
     entries = [documents.entry_of(key, content) for key, content in written.items()]
     store.put(documents.MANIFEST_KEY, documents.encode_manifest(manifest, entries))
     return uri
@@ -482,7 +473,7 @@ def test_a_manifest_without_an_entry_names_it(tmp_path: Path) -> None:
     manifest = documents.read_sealed(store, documents.MANIFEST_KEY)
     manifest["number"] = manifest.pop("num_images")
     store.put(documents.MANIFEST_KEY, documents.seal(manifest))
-    with pytest.raises(ArtifactError, match="expected the entry 'num_images'"):
+    with pytest.raises(ArtifactError, match="'num_images' is a required property"):
         DistilledDataset(str(tmp_path))
 
 

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.options import check, option, require
 from wmdd_ray.options import refuse_secrets as refuse_secrets
+from wmdd_ray.redaction import has_user
 
 # A name that `core.architectures.build_network` knows.
 Arch = str
@@ -669,8 +670,7 @@ class Reporting:
     def __post_init__(self) -> None:
         refuse_secrets("tensorboard", self.tensorboard)
         # A database's URI may have a query; the password is what must not be repeated.
-        user, at, _ = (self.mlflow or "").partition("://")[2].partition("/")[0].rpartition("@")
-        if at and ":" in user:
+        if has_user(self.mlflow or ""):
             raise ConfigError(
                 "--mlflow: expected a URI without a password, which would be repeated in logs and files; pass http://host:5000, "
                 "and credentials by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"

@@ -41,8 +41,10 @@ from wmdd_ray.core.views import (
 )
 from wmdd_ray.errors import ArtifactError, ConfigError
 from wmdd_ray.records import SoftLabels, Teacher, Views
-from wmdd_ray.store import codecs, documents
+from wmdd_ray.store import codecs, documents, packing
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.images import decode_png
+from wmdd_ray.store.label_files import VIEW_BYTES
 
 Item = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Block = tuple[Views, SoftLabels]
@@ -123,8 +125,10 @@ class DistilledDataset(Dataset[Item]):
         self.epochs = self.label_epochs if epochs is None else epochs
         self._teacher_device = teacher_device
         self._network: torch.nn.Module | None = None
-        self._label_epoch_E = cycled(self.label_epochs, self.epochs)
         self._spans = self._label_spans()
+        logits_bytes = 4 * self.num_images * len(self.class_names)
+        packing.check_budget(logits_bytes, sum(f.size_bytes for f in self._files), "a label epoch")
+        self._label_epoch_E = cycled(self.label_epochs, self.epochs)
         self._blocks: OrderedDict[int, Block] = OrderedDict()
         self._arrays: Arrays | None = self._read_images()
 
@@ -179,7 +183,10 @@ class DistilledDataset(Dataset[Item]):
 
     def teacher(self) -> Teacher:
         """Return the teacher; `core.networks.network_of` makes a network of it."""
-        return codecs.decode_teacher(self._read("teacher.safetensors"))
+        return self._teacher_at("teacher.safetensors")
+
+    def _teacher_at(self, key: str) -> Teacher:
+        return codecs.decode_teacher_of(self.manifest, self._read(key), f"{self.uri}/{key}")
 
     def teachers(self) -> tuple[Teacher, ...]:
         """Return the teachers that gave the labels, the first of them the one that the images were made for.
@@ -188,7 +195,7 @@ class DistilledDataset(Dataset[Item]):
         """
         numbers = [int(m[1]) for f in self._files if (m := _TEACHER_KEY.fullmatch(f.key))]
         keys = [f"teacher-{number}.safetensors" for number in sorted(numbers)]
-        return (self.teacher(), *(codecs.decode_teacher(self._read(key)) for key in keys))
+        return (self.teacher(), *map(self._teacher_at, keys))
 
     def epoch(self, epoch: int) -> Subset[Item]:
         """Return the N items of one pass over the images.
@@ -252,19 +259,31 @@ class DistilledDataset(Dataset[Item]):
             raise ArtifactError(f"{self.uri}/manifest.json: expected a file {key}")
         return documents.read_verified(Store(self.uri), entry)
 
+    @packing.checked
     def _read_images(self) -> Arrays:
-        keys = [f.key for f in self._files if f.key.startswith("data/")]
+        files = [f for f in self._files if f.key.startswith("data/")]
+        side, channels = self.image_size, self.manifest["channels"]
+
+        def rows_of(file: documents.FileEntry) -> tuple[list[bytes], np.ndarray, np.ndarray]:
+            return codecs.decode_png_rows(self._read(file.key), len(self.class_names))
+
         with ThreadPoolExecutor(_READ_THREADS) as pool:
-            parts = list(pool.map(lambda key: codecs.decode_images(self._read(key)), keys))
-        stored, labels, weights_NT = (np.concatenate(part) for part in zip(*parts, strict=True))
+            parts = list(pool.map(rows_of, files))
+            pngs = [png for part, _, _ in parts for png in part]
+            weights = [weights_NT.shape[1] for _, _, weights_NT in parts]
+            if len(pngs) * self.tiles**2 != self.num_images or {*weights} != {self.tiles**2}:
+                raise ArtifactError(
+                    f"{self.uri}: expected {self.num_images} images with a weight each, found {len(pngs)} stored ones with "
+                    f"{sorted({*weights})} weights each; run assemble again"
+                )
+            shape = (side, side, channels)
+            stored_bytes = sum(f.size_bytes for f in files)
+            packing.check_budget(len(pngs) * np.prod(shape, dtype=float), stored_bytes, "a set")
+            stored = np.stack(list(pool.map(lambda png: decode_png(png, shape), pngs)))
         images = untile(stored, self.tiles)
-        if len(images) != self.num_images or weights_NT.size != self.num_images:
-            raise ArtifactError(
-                f"{self.uri}: expected {self.num_images} images with a weight each, found {len(images)} with "
-                f"{weights_NT.size} weights; run assemble again"
-            )
-        weights_N = weights_NT.reshape(-1)
+        weights_N = np.concatenate([weights_NT for _, _, weights_NT in parts]).reshape(-1)
         loss_weights_N = (weights_N / weights_N.mean()).astype(np.float32)
+        labels = np.concatenate([labels_N for _, labels_N, _ in parts])
         return images, np.repeat(labels, self.tiles**2), weights_N, loss_weights_N
 
     def _image_arrays(self) -> Arrays:
@@ -281,18 +300,28 @@ class DistilledDataset(Dataset[Item]):
 
     def _label_spans(self) -> list[tuple[int, int, list[str]]]:
         """Return (first epoch, number of epochs, keys) of each block of label epochs, in order."""
-        keys_of: dict[tuple[int, int], list[str]] = {}
+        files_of: dict[tuple[int, int], list[documents.FileEntry]] = {}
         for entry in self._files:
             if match := _LABEL_KEY.fullmatch(entry.key):
-                keys_of.setdefault((int(match[1]), int(match[2])), []).append(entry.key)
-        spans = [(first, last - first + 1, keys) for (first, last), keys in sorted(keys_of.items())]
-        self._starts = [first for first, _, _ in spans]
-        covered = [epoch for first, count, _ in spans for epoch in range(first, first + count)]
-        if covered != list(range(self.label_epochs)):
+                files_of.setdefault((int(match[1]), int(match[2])), []).append(entry)
+        spans, covered = [], 0
+        for (first, last), files in sorted(files_of.items()):
+            if first != covered or last < first:
+                break
+            # Views are drawn again from a few bytes, so that names and counts alone could ask for any memory.
+            views = (last - first + 1) * self.num_images
+            packing.check_budget(
+                views * VIEW_BYTES, sum(f.size_bytes for f in files), "a block of label epochs"
+            )
+            spans.append((first, last - first + 1, [file.key for file in files]))
+            covered = last + 1
+        if covered != self.label_epochs or len(spans) < len(files_of):
+            found = sum(max(0, last - first + 1) for first, last in files_of)
             raise ArtifactError(
                 f"{self.uri}/manifest.json: expected files for label epochs 0 to "
-                f"{self.label_epochs - 1}, found {len(covered)} epochs; run assemble again"
+                f"{self.label_epochs - 1}, found {found} epochs; run assemble again"
             )
+        self._starts = [first for first, _, _ in spans]
         return spans
 
     def _rows(self, span: int, index: np.ndarray | slice) -> Block:
@@ -308,6 +337,7 @@ class DistilledDataset(Dataset[Item]):
         views, labels = self._blocks[span]
         return take(views, index), take_labels(labels, index)
 
+    @packing.checked
     def _read_block(self, span: int) -> Block:
         """Return a block with its rows in order: epoch by epoch, image by image."""
         first, count, keys = self._spans[span]
@@ -316,6 +346,15 @@ class DistilledDataset(Dataset[Item]):
                 pool.map(lambda k: codecs.decode_soft_labels(self._read(k), draw_block), keys)
             )
         views = concatenate_views([block.views for block in blocks])
+        classes = {block.labels.num_classes for block in blocks}
+        inside = (
+            views.partner_V.max() < self.num_images and views.mix_box_V4.max() <= self.image_size
+        )
+        if not inside or classes != {len(self.class_names)}:
+            raise ArtifactError(
+                f"{self.uri}/{keys[0]}: expected views of {self.num_images} images of {self.image_size} pixels and logits of "
+                f"{len(self.class_names)} classes, found others; run relabel and assemble again"
+            )
         labels = concatenate_labels([block.labels for block in blocks])
         # A file holds its images once an epoch, epoch by epoch.
         epochs = [np.arange(len(b.views)) * b.num_epochs // len(b.views) for b in blocks]

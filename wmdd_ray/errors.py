@@ -6,11 +6,19 @@ exception with extra constructor arguments cannot be unpickled and would reach t
 
 from __future__ import annotations
 
+from wmdd_ray.redaction import plain
+
 
 class WmddError(Exception):
-    """Base of every deliberate error. `exit_code` is what the job returns to the shell."""
+    """Base of every deliberate error. `exit_code` is what the job returns to the shell.
+
+    Messages quote names from data and what clients say: they are made printable, and no URI in them has a secret.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(plain(message))
 
 
 class ConfigError(WmddError, ValueError):

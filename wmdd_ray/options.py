@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from wmdd_ray.errors import ConfigError
+from wmdd_ray.redaction import uri_fault
 
 T = TypeVar("T")
 _NEVER = object()
@@ -54,13 +55,9 @@ def require(ok: bool, option: str, expected: str, got: object) -> None:
 
 def refuse_secrets(option: str, uri: str | None) -> None:
     """Refuse a URI with a password or a query: plans, logs, messages and the list of processes would show it."""
-    scheme, is_uri, rest = (uri or "").partition("://")
-    user, _, _ = rest.partition("/")[0].rpartition("@")
-    if is_uri and (":" in user or "?" in rest):
-        raise ConfigError(
-            f"--{option}: expected a URI without a password or a query, which would be repeated in logs and files; pass "
-            f"{scheme}://bucket/prefix, and credentials by a role, AWS_PROFILE or the environment"
-        )
+    fault = uri_fault(uri or "")
+    if fault is not None:
+        raise ConfigError(f"--{option}: {fault}")
 
 
 def check(config: Any, prefix: str = "") -> None:

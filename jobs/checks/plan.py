@@ -11,7 +11,6 @@ from wmdd_ray.errors import ConfigError
 from wmdd_ray.product.card import size
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.run import Progress, StageRun, difference, expected_plan
-from wmdd_ray.store.documents import read_sealed
 
 _MARGIN = 1.2
 
@@ -61,7 +60,5 @@ def check_plan(visit: Visit) -> Iterator[Finding]:
 
 
 def _plan_of(room: Room) -> dict[str, Any] | None:
-    try:
-        return read_sealed(room.store, "plan.json")
-    except FileNotFoundError:
-        return None
+    found = room.read_plan()
+    return None if found is None or "vacant" in found else found

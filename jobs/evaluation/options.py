@@ -34,6 +34,7 @@ from wmdd_ray.spine.rooms import Room
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources.listing import NothingThereError, list_files
+from wmdd_ray.store.uris import check_named
 
 # Larger images have strided stems, in the literature as in torchvision.
 _SMALL_PIXELS = 64
@@ -56,10 +57,13 @@ class Job:
     """`soft`, `hard`, or both with a comma; short for --evaluate.labels. Absent: what the set has."""
     baselines: tuple[str, ...] = ()
     """Rows of real training images beside the set's, under the same recipe, views and teacher: `random_real` (as many a class),
-    `all_real`. They need --data unless the set tells where its real images are."""
+    `all_real`. They need --data or --follow-data."""
     data: str | None = None
     """Real training images, for baselines, and held-out ones where the layout has both (`digits`, IDX, folders train/ and val/).
-    Absent: for a set of ours what it was distilled from."""
+    Absent: for a set of ours the embedded digits, where it was distilled from these."""
+    follow_data: bool = False
+    """Without --data, read real images where the set says that they are (a path, s3:// or gs://): say so only of sets that are
+    yours."""
     val_data: str | None = None
     """Held-out images, where --data does not bring them."""
     classes: Literal["names", "order"] = "names"
@@ -262,7 +266,7 @@ def _completed(
         num_seeds=job.evaluate.num_seeds if job.seeds is None else job.seeds,
         baselines=cast(Any, baselines),
     )
-    data = job.data or (own.meta["source"]["uri"] if own is not None else None)
+    data = job.data or (_named_data(job, own) if own is not None else None)
     if baselines and data is None:
         raise ConfigError(
             f"--baselines {','.join(baselines)}: expected --data with the real training images"
@@ -291,6 +295,25 @@ def _completed(
         students=students,
         attack=_attacks_of(job),
         out=job.out or default_out(own.uri if own is not None else job.uri),
+    )
+
+
+def _named_data(job: Job, own: Any) -> str | None:
+    """Return where a set of ours says its real images are; None when none are needed.
+
+    The set may be a stranger's: a path or a host that it names is looked at when the user repeats it, or says so.
+    """
+    uri = str(own.meta["source"]["uri"])
+    if uri == "digits":
+        return uri
+    if job.follow_data:
+        check_named(uri, own.uri)
+        return uri
+    if job.val_data is not None and not (job.baselines or job.evaluate.baselines):
+        return None
+    raise ConfigError(
+        f"{own.uri} says that its real images are at {uri}, which is not read because a set says so: pass --data {uri}, or "
+        "where they are now, or --follow-data if this set is yours"
     )
 
 

@@ -24,6 +24,7 @@ from PIL import Image
 
 from jobs import export as job
 from tests.conftest import S3Uri
+from tests.manifests import manifest_of
 from wmdd_ray.config import NetworkConfig, SourceConfig
 from wmdd_ray.core.networks import build_network, network_of, weights_of
 from wmdd_ray.core.tiles import untile
@@ -84,13 +85,14 @@ def write_set(uri: str, tiles: int = 1) -> str:
     store = Store(uri)
     for key, content in files.items():
         store.put(key, content)
-    meta: dict[str, Any] = {
-        "class_names": NAMES, "image_size": SIZE, "channels": 3, "mean": MEAN, "std": STD, "ipc": IPC,
-        "num_images": len(LABELS), "tiles": tiles, "label_epochs": 7, "image_bytes": 10_000, "label_bytes": 5000,
-        "teacher_bytes": 2000, "teacher_top1": 0.5,
-        "source": {"uri": "s3://bucket/photos", "num_images": 999, "stored_bytes": 1_000_000, "bad_images": 0},
-        "provenance": {"recipe": "digits", "seed": 3, "versions": {"torch": "2.15.0"}, "git_revision": "abc"},
-    }  # fmt: skip
+    about: dict[str, Any] = {
+        "class_names": NAMES,
+        "image_size": SIZE,
+        "mean": MEAN,
+        "std": STD,
+        "ipc": IPC,
+    }
+    meta = manifest_of(**about, num_images=len(LABELS), tiles=tiles, label_epochs=7)
     entries = [documents.entry_of(key, content) for key, content in files.items()]
     store.put(documents.MANIFEST_KEY, documents.encode_manifest(meta, entries))
     return uri

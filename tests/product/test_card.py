@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import html
 import io
 import json
+import re
 from dataclasses import asdict
 from typing import Any
 
+import markdown
 import numpy as np
 import pytest
 import yaml
 from huggingface_hub import DatasetCard
 from PIL import Image
 
-from wmdd_ray.product.card import classes_text, dataset_card, results_table, size
+from wmdd_ray.product.card import classes_text, dataset_card, export_card, results_table, size
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.units.pictures import preview
 
@@ -164,6 +167,55 @@ def test_a_table_of_several_students_names_them_and_leaves_gaps_where_nothing_wa
         "| resnet18 | (a) distilled set | 100 | 200 | 98.3 ± 0.2 | 98.3 ± 0.2"
     )
     assert lines[-1] == "| convnet3 | (d) all real images | 1437 | 200 | 98.3 ± 0.2 |  | 3 |"
+
+
+NASTY = "a|b <script>alert(1)</script> [x](javascript:0) ![i](http://e/x.png) **b** `c` @me\x1b]0;t\x07\n# h 🐈 \\"
+
+
+def test_names_are_text_in_the_card_whatever_they_hold() -> None:
+    meta = {
+        **META,
+        "class_names": ["cat", NASTY],
+        "source": {**META["source"], "uri": f"s3://b/`{NASTY}``"},
+        "provenance": {**META["provenance"], "recipe": NASTY, "versions": {NASTY: NASTY}},
+    }
+    rows = [{**row, "student": NASTY} for row in TABLE]
+    card = export_card(meta, table=rows, layout="huggingface", labels="hard", teacher_sha256=NASTY)
+    _, head, body = card.split("---\n", 2)
+    shown = markdown.markdown(body, extensions=["tables", "fenced_code"])
+    # What is ours: the preview, tables, code.
+    tags = set(re.findall(r"</?([a-z0-9]+)", shown))
+    assert tags <= {
+        *("h1", "h2", "p", "img", "pre", "code", "table", "thead", "tbody", "tr", "th", "td"),
+        *("ul", "li"),
+    }
+    assert re.findall(r'(?:src|href)="([^"]*)"', shown) == ["preview.png"]
+    # Sites make links of these, whatever stands around them.
+    prose = re.sub(r"(`+)[^`].*?\1", "", body)
+    assert "http://" not in prose and "@me" not in prose
+    assert "\x1b" not in card and "\x07" not in card
+    assert "[x](javascript:0) ![i](http://e/x.png) **b** `c` @me" in html.unescape(shown)
+    names = yaml.safe_load(head)["dataset_info"]["features"][1]["dtype"]["class_label"]["names"]
+    assert names == {"0": "cat", "1": NASTY}
+
+
+@pytest.mark.parametrize(
+    "options", [{"assemble": "x"}, {"assemble": {"license": 3}}, {"evaluate": []}]
+)
+def test_options_of_another_shape_are_left_out(options: dict[str, Any]) -> None:
+    meta = {**META, "provenance": {**META["provenance"], "options": options}}
+    card = export_card(meta, table=None, layout="huggingface", labels="hard", teacher_sha256=None)
+    assert 'license: "other"' in card
+
+
+def test_class_names_beyond_the_first_plane_come_through_the_front_matter() -> None:
+    meta = {**META, "class_names": ["🐈", "𝔸\u2028\x85\ufeff"]}
+    card = export_card(meta, table=None, layout="huggingface", labels="hard", teacher_sha256=None)
+    head = yaml.safe_load(card.split("---\n", 2)[1])
+    names = head["dataset_info"]["features"][1]["dtype"]["class_label"]["names"]
+    assert names == {"0": "🐈", "1": "𝔸\u2028\x85\ufeff"}
+    data: Any = DatasetCard(card).data
+    assert data.dataset_info["features"][1]["dtype"]["class_label"]["names"] == names
 
 
 def test_a_table_has_a_line_a_row() -> None:

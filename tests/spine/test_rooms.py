@@ -4,11 +4,13 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from wmdd_ray.errors import ArtifactError, WmddError
-from wmdd_ray.spine.rooms import MAX_ATTEMPTS, Room
+from wmdd_ray.errors import ArtifactError, LostRaceError, WmddError
+from wmdd_ray.spine.rooms import MAX_ATTEMPTS, Room, StageCommit, UnitMarker
+from wmdd_ray.store.documents import read_sealed, seal
 from wmdd_ray.store.filesystem import Store
 
 
@@ -88,8 +90,6 @@ def test_a_changed_digit_in_a_document_is_an_error_and_not_another_number(
 def test_a_marker_that_names_a_file_outside_its_room_is_refused(
     key: str, open_room: Callable[[str], Room], tmp_path: Path
 ) -> None:
-    from wmdd_ray.store.documents import seal
-
     room = open_room("one")
     room.commit_unit("g0", {"g0.bin": b"x"}, attempt=1)
     path = tmp_path / "images" / "units" / "g0.json"
@@ -99,3 +99,106 @@ def test_a_marker_that_names_a_file_outside_its_room_is_refused(
     path.write_bytes(seal(marker))
     with pytest.raises(ArtifactError, match="expected a relative key below its folder"):
         room.read_unit("g0")
+
+
+# Writers that are frozen, and wake when the unit or the room is somebody else's -------------------
+
+
+def frozen_before(key: str, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None]) -> None:
+    """Let `meanwhile` happen just before the next write to a key: its writer was stopped there, and wakes after it."""
+    create, put = Store.create, Store.put
+    waiting = [key]
+
+    def stopped(write: Callable[..., Any]) -> Callable[..., Any]:
+        def go_on(store: Store, key: str, content: bytes) -> Any:
+            if waiting and key.startswith(waiting[0]):
+                waiting.clear()
+                meanwhile()
+            return write(store, key, content)
+
+        return go_on
+
+    monkeypatch.setattr(Store, "create", stopped(create))
+    monkeypatch.setattr(Store, "put", stopped(put))
+
+
+@pytest.mark.parametrize("frozen_at", ["g0.bin", "g0.json", "units/g0.json"])
+def test_a_frozen_writer_of_other_bytes_does_not_harm_the_unit_that_was_committed_meanwhile(
+    frozen_at: str, open_room: Callable[[str], Room], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zombie, other = open_room("one"), open_room("one")
+    assert (zombie.begin_unit("g0"), other.begin_unit("g0")) == (1, 2)
+    winner = {"g0.bin": b"bytes of one machine", "g0.json": b"its numbers"}
+
+    def meanwhile() -> None:
+        other.commit_unit("g0", winner, attempt=2)
+
+    frozen_before(frozen_at, monkeypatch, meanwhile)
+    late = {"g0.bin": b"bytes of another machine", "g0.json": b"other numbers"}
+    told = zombie.commit_unit("g0", late, attempt=1)
+    marker = open_room("").read_unit("g0")
+    assert told == marker and marker.attempt == 2
+    assert {entry.key: other.read(entry) for entry in marker.files} == winner
+    commit = commit_of({"g0": marker})
+    assert other.commit(commit)
+    other.sweep(commit)
+    read = open_room("").committed()
+    assert {e.key: other.read(read.file(e.key)) for e in marker.files} == winner
+    left = [key for key in other.store.list() if not key.startswith(("units/", "attempts/"))]
+    assert sorted(left) == sorted([*(e.at or e.key for e in marker.files), "stage.json"])
+
+
+def commit_of(units: dict[str, UnitMarker], **entries: Any) -> StageCommit:
+    given = {"stage": "recover", "version": 1, "fingerprint": "f", "options": {}, "inputs": {}}
+    given |= {"metrics": {}, "seconds": 1.0, "host": "h", "run": "one", "finished": "now"}
+    return StageCommit(**{**given, **entries}, units=units)
+
+
+def test_bytes_that_are_equal_are_stored_once(open_room: Callable[[str], Room]) -> None:
+    for run in ("one", "two"):
+        marker = open_room(run).commit_unit("g0", {"g0.bin": b"pixels"}, attempt=1)
+        assert marker.files[0].at == ""
+    assert [k for k in open_room("").store.list() if "units" not in k] == ["g0.bin"]
+
+
+def test_what_people_read_by_its_name_has_no_other(open_room: Callable[[str], Room]) -> None:
+    room = open_room("one")
+    room.commit_unit("g0", {"data/train.parquet": b"mine"}, attempt=1, published=True)
+    with pytest.raises(LostRaceError, match="data/train.parquet holds other bytes.*own --out"):
+        open_room("two").commit_unit(
+            "g0", {"data/train.parquet": b"theirs"}, attempt=2, published=True
+        )
+    assert room.store.get("data/train.parquet") == b"mine"
+
+
+def test_a_marker_that_names_another_place_outside_its_room_is_refused(
+    open_room: Callable[[str], Room],
+) -> None:
+    room = open_room("one")
+    room.commit_unit("g0", {"g0.bin": b"x"}, attempt=1)
+    marker = read_sealed(room.store, "units/g0.json")
+    marker["files"][0]["at"] = "../secret"
+    room.store.put("units/g0.json", seal(marker))
+    with pytest.raises(ArtifactError, match="expected a relative key below its folder"):
+        room.read_unit("g0")
+
+
+def test_a_plan_whose_space_leads_out_of_the_room_is_refused(
+    open_room: Callable[[str], Room],
+) -> None:
+    room = open_room("")
+    room.store.put("plan.json", seal({"fingerprint": "f", "space": "../../elsewhere"}))
+    with pytest.raises(ArtifactError, match="expected a space of hexadecimal digits"):
+        room.finished()
+
+
+def test_units_of_one_plan_are_none_of_the_next_ones(open_room: Callable[[str], Room]) -> None:
+    zombie = open_room("one")
+    assert zombie.finished() == set()  # it has seen the plan, and works
+    owner = Room(zombie.store, "", "two", "a1b2c3d4")
+    zombie.begin_unit("g0")
+    zombie.commit_unit("g0", {"g0.bin": b"of the first plan"}, attempt=1)
+    assert owner.finished() == set() and owner.begin_unit("g0") == 1
+    marker = owner.commit_unit("g0", {"g0.bin": b"of the second plan"}, attempt=1)
+    assert owner.finished() == {"g0"} and owner.read(marker.files[0]) == b"of the second plan"
+    assert zombie.read(zombie.read_unit("g0").files[0]) == b"of the first plan"

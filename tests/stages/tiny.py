@@ -248,6 +248,8 @@ def payloads(out: Path | str) -> dict[str, Any]:
         if name.startswith(("units/", "attempts/")):
             continue
         content = store.get(key)
+        # Of an attempt that found another one's bytes, which hold its seconds, at the key.
+        key = re.sub(r"\.[0-9a-f]{16}(?=\.[a-z]+$)", "", key)
         if name.startswith("results/"):
             found[key] = {k: v for k, v in json.loads(content).items() if k != "seconds"}
         elif name == "manifest.json":
@@ -281,11 +283,13 @@ def markers(out: Path, *rooms: str) -> dict[str, tuple[bytes, list[int]]]:
     """
     found = {}
     for room in rooms or ROOMS:
-        for path in sorted((out / room / "units").glob("*.json")):
+        for path in sorted((out / room / "units").rglob("*.json")):
             content = path.read_bytes()
-            files = [out / room / entry["key"] for entry in json.loads(content)["files"]]
+            entries = json.loads(content)["files"]
+            files = [out / room / entry.get("at", entry["key"]) for entry in entries]
             times = [file.stat().st_mtime_ns for file in (path, *files)]
-            found[path.relative_to(out).as_posix()] = content, times
+            # Without the space of a room that was taken over.
+            found[f"{room}/units/{path.name}"] = content, times
     return found
 
 

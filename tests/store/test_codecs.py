@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.manifests import manifest_of
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.records import (
     Barycenter,
@@ -107,19 +108,19 @@ def class_images() -> ClassImages:
 def block(top_k: bool = False) -> SoftLabelBlock:
     views = Views(
         image_V=np.arange(6, dtype=np.int32),
-        crop_V4=RNG.random((6, 4)).astype(np.float32),
+        crop_V4=(RNG.random((6, 4)) / 2).astype(np.float32),
         flip_V=RNG.random(6) < 0.5,
         partner_V=np.arange(6, dtype=np.int32)[::-1].copy(),
-        partner_crop_V4=RNG.random((6, 4)).astype(np.float32),
+        partner_crop_V4=(RNG.random((6, 4)) / 2).astype(np.float32),
         partner_flip_V=RNG.random(6) < 0.5,
         mix_box_V4=np.array([(0, 1, 4, 1 + i) for i in range(1, 7)], dtype=np.int16),
         share_V=RNG.random(6).astype(np.float32),
     )
-    labels = SoftLabels(num_classes=5, values_VK=RNG.normal(size=(6, 5)).astype(np.float16))
+    labels = SoftLabels(num_classes=5, values_VK=-RNG.random((6, 5)).astype(np.float16))
     if top_k:
         labels = SoftLabels(
             num_classes=5,
-            values_VK=RNG.normal(size=(6, 2)).astype(np.float16),
+            values_VK=-RNG.random((6, 2)).astype(np.float16),
             indices_VK=RNG.integers(0, 5, size=(6, 2)).astype(np.uint16),
             rest_V=RNG.normal(size=6).astype(np.float16),
         )
@@ -219,7 +220,7 @@ def test_images_come_back_to_the_pixel_and_open_with_datasets(
 ) -> None:
     images = RNG.integers(0, 256, size=(4, 8, 8, channels), dtype=np.uint8)
     labels = np.array([0, 0, 1, 1])
-    weights = np.array([[0.3, 0.7, 0.5, 0.5]]).T + np.arange(held)
+    weights = np.array([[0.3, 0.7, 0.5, 0.5]]).T / held + np.zeros(held)
     content = codecs.encode_images(images, labels, weights, ("cat", "猫"))
     for got, expected in zip(codecs.decode_images(content), (images, labels, weights), strict=True):
         np.testing.assert_array_equal(got, expected)
@@ -240,9 +241,12 @@ def test_a_manifest_of_another_format_version_is_refused(tmp_path: Path) -> None
     with pytest.raises(ArtifactError, match="no distilled data set"):
         documents.read_manifest(store)
     entry = documents.entry_of("data/x", b"x")
-    content = documents.encode_manifest({"ipc": 3}, [entry])
+    content = documents.encode_manifest(manifest_of(), [entry])
     store.put(documents.MANIFEST_KEY, content)
-    assert documents.read_manifest(store) == ({"format_version": 1, "ipc": 3}, [entry])
+    assert documents.read_manifest(store) == (
+        {"format_version": 1, **manifest_of()},
+        [entry],
+    )
     newer = {"format_version": 9, "files": []}
     store.put(documents.MANIFEST_KEY, documents.seal(newer))
     with pytest.raises(ArtifactError, match="expected format version 1, found 9"):

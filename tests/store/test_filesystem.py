@@ -47,6 +47,39 @@ def test_what_is_put_is_got_listed_and_deleted(store: Store) -> None:
     assert store.child("b").get("three.bin") == b"333"
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "../victim",
+        "a/../../victim",
+        "/victim",
+        "",
+        "a//b",
+        "a/./b",
+        "a/",
+        "a\\..\\b",
+        "a\0b",
+        "C:x",
+        "\ud800",
+    ],
+)
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_keys_that_lead_out_of_the_root_are_refused_before_a_byte_is_written(
+    kind: str, key: str, tmp_path: Path
+) -> None:
+    (tmp_path / "victim").write_bytes(b"precious")
+    name = f"memory://test-{uuid.uuid4().hex}/root"
+    store = Store(str(tmp_path / "root") if kind == "local" else name)
+    for write in (store.put, store.create):
+        with pytest.raises(ArtifactError, match="expected a relative key below its folder"):
+            write(key, b"overwritten")
+    with pytest.raises(ArtifactError, match="expected a relative key below its folder"):
+        store.get(key)
+    assert [path.name for path in tmp_path.iterdir()] == ["victim"]
+    assert (tmp_path / "victim").read_bytes() == b"precious"
+    assert store.list() == {}
+
+
 def test_existing_is_told_from_missing(store: Store) -> None:
     store.put("folder/here", b"x")
     assert store.exists("folder/here")

@@ -28,6 +28,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.manifests import manifest_of
+from tests.store.hostile import read_odd_sets
 from tests.store.test_codecs import PAIRS
 from tests.store.written_sources import (
     CONFIG,
@@ -47,7 +49,8 @@ from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.images import decode_image
 from wmdd_ray.store.sources import load_images, open_source
 
-COUNT = 3000
+COUNT = int(os.environ.get("WMDD_FUZZ_MUTANTS", 300))
+"""Examples of a kind; `make fuzz` tries 3000."""
 LIMIT_S = 2.0
 MORE_MEMORY_BYTES = 512 << 20
 RGB = SourceConfig(image_size=8, resize=8)
@@ -223,12 +226,12 @@ def verified() -> tuple[Target, list[bytes]]:
 def document() -> tuple[Target, list[bytes]]:
     store = Store(f"memory://{uuid.uuid4().hex}")
     entry = documents.entry_of("data/x", b"x")
-    content = documents.encode_manifest({"ipc": 3, "classes": list(NAMES)}, [entry])
+    content = documents.encode_manifest(manifest_of(ipc=7), [entry])
 
     def target(damaged: bytes) -> str:
         store.put(documents.MANIFEST_KEY, damaged or b" ")
         meta, files = documents.read_manifest(store)
-        assert (meta["ipc"], files) == (3, [entry]), "a changed document became data"
+        assert (meta["ipc"], files) == (7, [entry]), "a changed document became data"
         return "good"
 
     return target, [content]
@@ -313,6 +316,7 @@ FORMATS: dict[str, Callable[[], tuple[Target, list[bytes]]]] = {
     "marker": marker,
     "verified": verified,
     "records": records,
+    "set": read_odd_sets,
 }
 
 

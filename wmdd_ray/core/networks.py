@@ -191,14 +191,19 @@ def network_of(
     """
     if not own_code:
         refuse_foreign_code(teacher.arch, "the teacher of this data set")
-    network = empty_network(
-        NetworkConfig(arch=teacher.arch, width=teacher.width, small_stem=teacher.small_stem),
-        num_classes=teacher.num_classes,
-        channels=teacher.channels,
-        image_size=teacher.image_size,
-        device=device,
-    )
-    load_weights(network, {k: torch.tensor(v) for k, v in teacher.weights.items()}, "the teacher")
+    config = NetworkConfig(arch=teacher.arch, width=teacher.width, small_stem=teacher.small_stem)
+    shape = {
+        "num_classes": teacher.num_classes,
+        "channels": teacher.channels,
+        "image_size": teacher.image_size,
+    }
+    weights = {k: torch.tensor(v) for k, v in teacher.weights.items()}
+    if is_ours(config.arch):
+        # Before there is memory for a network of any width that the teacher's file may declare.
+        with torch.device("meta"):
+            weights = fitting_weights(build_network(config, **shape), weights, "the teacher")
+    network = empty_network(config, **shape, device=device)
+    load_weights(network, weights, "the teacher")
     return network.eval().requires_grad_(False)
 
 
@@ -233,7 +238,14 @@ def weights_of(network: nn.Module) -> dict[str, np.ndarray]:
 
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Copy `state` into `network`; every tensor must be there, expected, and of the right shape.
+    """Copy `state` into `network`; a DataError, as of `fitting_weights`, when it does not fit."""
+    network.load_state_dict(fitting_weights(network, state, where))
+
+
+def fitting_weights(
+    network: nn.Module, state: Mapping[str, Tensor], where: str
+) -> dict[str, Tensor]:
+    """Return `state` as `network` takes it; every tensor must be there, expected, and of the right shape.
 
     A missing `num_batches_tracked` counts as 0: checkpoints older than that buffer lack it, and eval mode does
     not use it.
@@ -267,4 +279,4 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], where: str) ->
             f"weights of {where} do not fit the network: {text}; check arch, width, small_stem, image_size, "
             "channels and the number of classes"
         )
-    network.load_state_dict(given)
+    return given

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -19,6 +20,8 @@ ROW_NAMES = {
     "nearest_tiles": "(c') real images nearest to the atoms, small, as many as tiles",
     "all_real": "(d) all real images",
 }
+_MARKS = re.compile(r"[\\`*_\[\]~|]")
+_HTML = re.compile(r"[<>&@]|(?<=[A-Za-z]):(?=//)|(?<=www)\.")
 # More classes than this are a page nobody reads: the worst are shown.
 _SHOWN_CLASSES = 30
 # A class that loses more recall than this against all real images is named.
@@ -65,7 +68,7 @@ def results_table(table: list[dict[str, Any]]) -> str:
     several = "student" in table[0]
     lines = [
         f"| {'student | ' if several else 'student '}trained on | images | passes | "
-        f"{' | '.join(f'top-1 %, {kind} labels' for kind in kinds)} | seeds |",
+        f"{' | '.join(f'top-1 %, {_text(kind)} labels' for kind in kinds)} | seeds |",
         f"|---|{'---|' if several else ''}---:|---:|{'---:|' * len(kinds)}---:|",
     ]
     for student, name in dict.fromkeys((row.get("student", ""), row["row"]) for row in table):
@@ -82,7 +85,8 @@ def results_table(table: list[dict[str, Any]]) -> str:
         )
         row = next(iter(found.values()))
         lines.append(
-            f"| {f'{student} | ' if several else ''}{ROW_NAMES.get(name, name)} | {row['num_images']} | {row['epochs']} | "
+            f"| {f'{_text(student)} | ' if several else ''}{ROW_NAMES.get(name) or _text(name)} | {row['num_images']} | "
+            f"{row['epochs']} | "
             f"{told} | {row['num_seeds']} |"
         )
     return "\n".join(lines)
@@ -111,9 +115,10 @@ def classes_text(class_names: Sequence[str], table: list[dict[str, Any]]) -> str
         own_Y, real_Y = recalls[kind, "distilled"], recalls.get((kind, "all_real"))
         low = int(own_Y.argmin())
         text = (
-            f"- {kind.capitalize()} labels: recall from {own_Y[low]:.1f} % ({_cell(class_names[low])}) to {own_Y.max():.1f} %, "
-            f"median {np.median(own_Y):.1f} %"
+            f"- {_text(kind.capitalize())} labels: recall from {own_Y[low]:.1f} % ({_text(class_names[low])}) to "
+            f"{own_Y.max():.1f} %, median {np.median(own_Y):.1f} %"
         )
+        kind = _text(kind)
         columns[f"{kind} labels"] = own_Y
         if real_Y is None:
             worst = np.maximum(worst, 100 - own_Y)
@@ -129,7 +134,7 @@ def classes_text(class_names: Sequence[str], table: list[dict[str, Any]]) -> str
             text += (
                 f". {len(named)} of {len(class_names)} classes lose more than {_LOST_POINTS} points against students of all real "
                 f"images{': ' if named else ''}"
-                + ", ".join(f"{_cell(class_names[k])} ({-lost_Y[k]:.1f})" for k in named[:10])
+                + ", ".join(f"{_text(class_names[k])} ({-lost_Y[k]:.1f})" for k in named[:10])
                 + (f", and {len(named) - 10} more" if len(named) > 10 else "")
                 + f". Coverage: {covered} of {len(class_names)} classes keep at least half of that recall."
             )
@@ -143,7 +148,7 @@ def classes_text(class_names: Sequence[str], table: list[dict[str, Any]]) -> str
         f"| class | {' | '.join(columns)} |",
         f"|---|{'---:|' * len(columns)}",
         *(
-            f"| {_cell(class_names[k])} | "
+            f"| {_text(class_names[k])} | "
             + " | ".join(
                 f"{values_Y[k]:{'+' if name.startswith('difference') else ''}.1f}"
                 for name, values_Y in columns.items()
@@ -232,7 +237,7 @@ def export_card(
         license_name: license identifier; None is what the set says.
     """
     options = meta["provenance"].get("options") or {}
-    known = options.get("assemble", {}).get("license", "other")
+    known = _entry(options, "assemble", "license") or "other"
     side, tiles = meta["image_size"] // meta["tiles"], meta["tiles"]
     extra: dict[str, Any] = {}
     if layout == "huggingface":
@@ -270,7 +275,7 @@ def export_card(
         front=_front(meta, license_name or known, extra),
         use=use,
         table=table,
-        student=(options.get("evaluate") or {}).get("network", {}).get("arch"),
+        student=_entry(options, "evaluate", "network", "arch"),
         unmeasured="No evaluation of this set lies beside it.",
         options=options,
         teacher_sha256=teacher_sha256,
@@ -290,7 +295,7 @@ def _front(meta: dict[str, Any], license_name: str, extra: dict[str, Any]) -> st
         "tags": ["dataset-distillation", "synthetic"],
         **extra,
     }
-    lines = (f"{key}: {json.dumps(value)}" for key, value in head.items())
+    lines = (f"{key}: {_yaml(value)}" for key, value in head.items())
     return "---\n{}\n---".format("\n".join(lines))
 
 
@@ -307,11 +312,11 @@ def _card(
     preview: bool = True,
 ) -> str:
     real, provenance = meta["source"], meta["provenance"]
-    packages = ", ".join(f"{name} {v}" for name, v in provenance["versions"].items())
+    packages = ", ".join(f"{_text(name)} {_text(v)}" for name, v in provenance["versions"].items())
     results, classes = unmeasured, ""
     if table:
         results = (
-            f"Students{f' ({student})' if student else ''} are trained from scratch on each row by one recipe and tested on "
+            f"Students{f' ({_text(student)})' if student else ''} are trained from scratch on each row by one recipe and tested on "
             "held-out real images once, after the last epoch; mean and standard deviation over the seeds. Soft labels are the "
             f"teacher's in every row; hard labels are the images' classes. Teacher's top-1: {100 * meta['teacher_top1']:.1f} %.\n\n"
             f"{results_table(table)}"
@@ -331,17 +336,17 @@ def _card(
     # Older sets do not say; all of them store their labels.
     is_online = meta.get("labels", {}).get("labels") == "online"
     online = ", which the teacher gives while one trains" if is_online else ""
-    variant = f", variant `{options['variant']}`" if "variant" in options else ""
+    variant = f", variant {_code(options['variant'])}" if "variant" in options else ""
     told = ""
     if options:
         shown = json.dumps(options, indent=2, ensure_ascii=False)
         told = (
             f"\n\n<details>\n<summary>All options</summary>\n\n```json\n{shown}\n```\n\n</details>"
         )
-    sha = f", SHA-256 of its file `{teacher_sha256}`" if teacher_sha256 else ""
+    sha = f", SHA-256 of its file {_code(teacher_sha256)}" if teacher_sha256 else ""
     return f"""{front}
 
-# Distilled `{real["uri"]}`: {meta["ipc"]} images per class
+# Distilled {_code(real["uri"])}: {meta["ipc"]} images per class
 
 {meta["num_images"]} synthetic images of {len(meta["class_names"])} classes with {meta["label_epochs"]} epochs of
 soft labels{online}, in place of {real["num_images"]} real images.
@@ -373,9 +378,9 @@ images that start from real ones can look like them.
 
 ## Provenance
 
-- Source: `{real["uri"]}`, {real["num_images"]} images, {real["bad_images"]} unreadable ones left out.
+- Source: {_code(real["uri"])}, {real["num_images"]} images, {real["bad_images"]} unreadable ones left out.
 - Teacher: top-1 {100 * meta["teacher_top1"]:.1f} % on held-out real images{sha}.{_labelers(meta)}
-- Recipe `{provenance["recipe"]}`{variant}, seed {provenance["seed"]}, wmdd_ray revision {provenance["git_revision"]}.
+- Recipe {_code(provenance["recipe"])}{variant}, seed {provenance["seed"]}, wmdd_ray revision {_text(provenance["git_revision"])}.
 - {packages}.{told}
 """
 
@@ -399,7 +404,34 @@ def _share(num_bytes: float, real_bytes: float) -> str:
     return f"{percent:.2g} %" if percent < 10 else f"{percent:.0f} %"
 
 
-def _cell(name: str) -> str:
-    """Return a class name as it may stand in a table: one line, without a column's end."""
-    plain = "".join(c if c.isprintable() else " " for c in name)
-    return plain.replace("|", "\\|")
+def _text(name: object) -> str:
+    """Return a name of data's as it may stand in Markdown, a table's cell included: one line that is text and nothing else.
+
+    Letters of all scripts stay. What HTML, Markdown or the sites that show it would take for a tag, a mark, a link or a
+    person is escaped.
+    """
+    plain = "".join(c if c.isprintable() else " " for c in str(name))
+    plain = _MARKS.sub(r"\\\g<0>", plain)
+    return _HTML.sub(lambda found: f"&#{ord(found[0])};", plain)
+
+
+def _code(text: object) -> str:
+    """Return text of data's as a span of code, with a fence that is longer than any inside."""
+    plain = "".join(c if c.isprintable() else " " for c in str(text))
+    fence = "`" * (1 + max(map(len, re.findall("`+", plain)), default=0))
+    pad = " " if len(fence) > 1 else ""
+    return f"{fence}{pad}{plain}{pad}{fence}"
+
+
+def _yaml(value: Any) -> str:
+    """Return a value as YAML in one line: JSON, but for characters beyond the first 65,536, of which JSON's escapes are halves."""
+    return "".join(
+        c if c.isprintable() else f"\\U{ord(c):08x}" for c in json.dumps(value, ensure_ascii=False)
+    )
+
+
+def _entry(options: Any, *path: str) -> str | None:
+    """Return the text at a path into recorded options, which may be any JSON; None where there is none."""
+    for name in path:
+        options = options.get(name) if isinstance(options, dict) else None
+    return options if isinstance(options, str) else None

@@ -15,14 +15,13 @@ import re
 import tarfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 
 from wmdd_ray.config import LabelKind
 from wmdd_ray.core.networks import labeler_of
@@ -45,7 +44,9 @@ from wmdd_ray.store.documents import (
     set_id,
 )
 from wmdd_ray.store.filesystem import Store
-from wmdd_ray.store.images import encode_png
+from wmdd_ray.store.images import decode_png, encode_png, png_shape
+from wmdd_ray.store.packing import check_budget, checked
+from wmdd_ray.store.schemas import check
 
 Format = Literal["imagefolder", "webdataset", "huggingface"]
 
@@ -126,9 +127,9 @@ def export(
         )
     meta, entries = read_manifest(source)
     names = tuple(meta["class_names"])
-    tiles = int(meta["tiles"])
-    side = int(meta["image_size"]) // tiles
-    num_images = int(meta["num_images"]) * tiles**2
+    tiles = meta["tiles"]
+    side = meta["image_size"] // tiles
+    num_images = meta["num_images"] * tiles**2
     head = {
         "export_version": _EXPORT_VERSION,
         "format": layout,
@@ -155,7 +156,7 @@ def export(
             target.put(key, content)
             written.append(entry_of(key, content))
         written.sort(key=lambda entry: entry.key)
-        target.put(EXPORT_KEY, seal({**about, "files": [asdict(entry) for entry in written]}))
+        target.put(EXPORT_KEY, seal({**about, "files": [entry.document() for entry in written]}))
     return Export(
         uri=target.uri,
         num_images=num_images,
@@ -261,7 +262,13 @@ def figures(source: Store) -> list[dict[str, Any]] | None:
     own = Room(Store(root), name).read_commit()
     if evaluation is None or own is None or evaluation.inputs.get("dataset") != own.fingerprint:
         return None
-    table: list[dict[str, Any]] = evaluation.metrics["table"]
+    table: list[dict[str, Any]] = evaluation.metrics.get("table", [])
+    check(table, "a table of accuracies", f"{root}/evaluation")
+    num_classes = len(read_manifest(source)[0]["class_names"])
+    if any(len(row.get("recall_per_class", [])) not in (0, num_classes) for row in table):
+        raise ArtifactError(
+            f"{root}/evaluation: expected a recall for each of the {num_classes} classes, found others; run evaluate again"
+        )
     return table
 
 
@@ -283,7 +290,11 @@ def _write_images(
                 f"--labels soft: {source.uri} holds no teacher; export it with --labels hard"
             )
         given = [entry for entry in entries if _TEACHER_KEYS.fullmatch(entry.key)]
-        label_rows = _labeler([codecs.decode_teacher(read_verified(source, e)) for e in given])
+        teachers = [
+            codecs.decode_teacher_of(meta, read_verified(source, e), source.url(e.key))
+            for e in given
+        ]
+        label_rows = _labeler(teachers, meta["image_size"] // meta["tiles"])
     write = {"imagefolder": _image_folder, "webdataset": _tar_shard, "huggingface": _parquet}[
         layout
     ]
@@ -291,10 +302,12 @@ def _write_images(
     written: list[FileEntry] = []
     lines: list[bytes] = []
     sizes: dict[str, int] = {}
+    keys: set[str] = set()
+    read_rows = checked(_rows)
     count = 0
     with ThreadPoolExecutor(_WRITE_THREADS) as pool:
         for part, key in enumerate(parts):
-            rows = label_rows(_rows(read_verified(source, by_key[key]), int(meta["tiles"])))
+            rows = label_rows(read_rows(read_verified(source, by_key[key]), meta))
             place = _Target(
                 class_names=names,
                 folders=folder_names(names),
@@ -302,6 +315,11 @@ def _write_images(
                 num_parts=len(parts),
             )
             files = write(rows, place)
+            if twice := files.keys() & keys:
+                raise ArtifactError(
+                    f"{source.url(key)}: expected each class in one file of images, found {min(twice)} twice; run assemble again"
+                )
+            keys |= files.keys()
             list(pool.map(target.put, files.keys(), files.values()))
             written += [entry_of(k, content) for k, content in files.items()]
             count += len(rows)
@@ -312,7 +330,7 @@ def _write_images(
                 ]
             elif layout == "webdataset":
                 sizes |= {k: len(rows) for k in files}
-    expected = int(meta["num_images"]) * int(meta["tiles"]) ** 2
+    expected = meta["num_images"] * meta["tiles"] ** 2
     if count != expected:
         raise ArtifactError(
             f"{source.uri}: expected {expected} images as its manifest says, found {count}; run assemble again"
@@ -328,45 +346,47 @@ def _write_images(
     return written
 
 
-def _rows(content: bytes, tiles: int) -> list[Row]:
-    """Return the images of a stored Parquet file; stored PNG files stay as they are."""
-    try:
-        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
-        stored = table.select(["image", "label", "weight"]).to_pylist()
-    except (pa.ArrowException, KeyError) as error:
-        raise ArtifactError(f"expected a Parquet file of distilled images: {error}") from error
+def _rows(content: bytes, meta: dict[str, Any]) -> list[Row]:
+    """Return the images of a stored Parquet file; stored PNG files stay as they are.
+
+    Names are made here, as assemble makes them: those in the file are data, and could lead anywhere.
+    """
+    tiles, side = meta["tiles"], meta["image_size"]
+    shape = (side, side, meta["channels"])
+    stored = codecs.decode_png_rows(content, len(meta["class_names"]))
+    check_budget(len(stored[0]) * float(np.prod(shape)), len(content), "a file of images")
     rows = []
-    for each in stored:
-        stem = each["image"]["path"].removesuffix(".png")
-        png, label, weight = each["image"]["bytes"], each["label"], each["weight"]
+    for i, (png, label, weights_T) in enumerate(zip(*stored, strict=True)):
+        if len(weights_T) != tiles**2 or png_shape(png) != shape:
+            raise ArtifactError(
+                f"image {i}: expected {tiles**2} weights and a PNG file of {shape} pixels as the manifest says, found "
+                f"{len(weights_T)} and {png_shape(png)}; run assemble again"
+            )
+        stem, label = f"{label:05d}_{i:05d}", int(label)
         if tiles == 1:
-            rows.append(Row(stem=stem, png=png, label=label, weight=weight))
+            rows.append(Row(stem=stem, png=png, label=label, weight=float(weights_T[0])))
             continue
-        small_THWC = untile(_pixels(png)[None], tiles)
+        small_THWC = untile(decode_png(png, shape)[None], tiles)
         rows += [
-            Row(stem=f"{stem}_{t:03d}", png=encode_png(image), label=label, weight=w)
-            for t, (image, w) in enumerate(zip(small_THWC, weight, strict=True))
+            Row(stem=f"{stem}_{t:03d}", png=encode_png(image), label=label, weight=float(w))
+            for t, (image, w) in enumerate(zip(small_THWC, weights_T, strict=True))
         ]
     return rows
 
 
-def _pixels(png: bytes) -> np.ndarray:
-    """Return a PNG file as uint8 HWC."""
-    with Image.open(io.BytesIO(png), formats=("PNG",)) as picture:
-        pixels = np.asarray(picture)
-    return pixels if pixels.ndim == 3 else pixels[:, :, None]
-
-
-def _labeler(teachers: Sequence[Teacher]) -> Callable[[list[Row]], list[Row]]:
-    """Return a function that adds the mean of the teachers' logits on whole images to rows."""
+def _labeler(teachers: Sequence[Teacher], side: int) -> Callable[[list[Row]], list[Row]]:
+    """Return a function that adds the mean of the teachers' logits on whole images of a side to rows."""
     network, teacher = labeler_of(teachers), teachers[0]
+    shape = (side, side, teacher.channels)
 
     def label_rows(rows: list[Row]) -> list[Row]:
         labeled = []
         for first in range(0, len(rows), _TEACHER_BATCH):
             batch = rows[first : first + _TEACHER_BATCH]
             images = to_input(
-                np.stack([_pixels(row.png) for row in batch]), teacher.mean_C, teacher.std_C
+                np.stack([decode_png(row.png, shape) for row in batch]),
+                teacher.mean_C,
+                teacher.std_C,
             )
             if images.shape[-1] != teacher.image_size:  # a tile, enlarged as its views are
                 whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(batch), 4)
@@ -374,6 +394,10 @@ def _labeler(teachers: Sequence[Teacher]) -> Callable[[list[Row]], list[Row]]:
                 images = crop(images, whole, unflipped, teacher.image_size)
             with torch.inference_mode():
                 logits_BY = network(images).float().numpy()
+            if not np.isfinite(logits_BY).all():
+                raise ArtifactError(
+                    "expected finite logits of the set's teacher, found others: its weights are none of a trained network"
+                )
             labeled += [
                 replace(row, logits_Y=logits) for row, logits in zip(batch, logits_BY, strict=True)
             ]

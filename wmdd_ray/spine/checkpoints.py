@@ -35,7 +35,7 @@ class Checkpoints:
 
     def __init__(self, room: Room, unit: str, every_s: float) -> None:
         self._store = room.store
-        self._folder = f"partial/{unit}"
+        self._folder = room.place("partial", unit)
         self._every_s = every_s
         self._number = 0
         self._began = self._last = time.monotonic()

@@ -10,33 +10,42 @@ One root URI holds a room a stage. A room is built in this order, and each step 
 
 A reader follows `stage.json` and verifies what it names; nothing is found by listing, renamed or overwritten. Markers
 and commits carry the token of the run that wrote them: one of several writers wins, and knows it although a reply got lost.
+
+A writer may be frozen and wake when its unit, or the whole room, is somebody else's by now. A payload is created where nothing
+is; where other bytes are (of a machine whose arithmetic differs, or of other options) it goes to a name with its checksum, and
+the marker says which one counts. A room that is taken over for other options gets a space of its own in `attempts/`, `units/` and
+`partial/`, which its plan names, so that nothing of those who worked there before is taken for its work.
 """
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
-from wmdd_ray.errors import ArtifactError, WmddError
+from wmdd_ray.errors import ArtifactError, LostRaceError, WmddError
 from wmdd_ray.store.documents import (
     FileEntry,
-    entries_of,
     entry_of,
     read_sealed,
     read_verified,
     seal,
 )
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.schemas import check
 
 MAX_ATTEMPTS = 3
 """Times that a unit may end the process that works on it, at the same point and in the same run."""
 
 _READERS = 32
+# Hexadecimal digits of a checksum in the name of a payload.
+_TAG = 16
+_TAGGED = re.compile(rf"\.[0-9a-f]{{{_TAG}}}(\.[^./]*)?$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +81,7 @@ class StageCommit:
     host: str
     run: str
     finished: str
+    space: str = ""
 
     def file(self, key: str) -> FileEntry:
         """Return the committed file `key`."""
@@ -91,17 +101,44 @@ class Room:
         store: The run's root.
         name: The folder.
         run: Token of the run that writes, unique to its driver process; empty for one that only reads.
+        space: That of the plan which the run has claimed the room for; None takes that of the plan which is there.
     """
 
-    def __init__(self, store: Store, name: str, run: str = "") -> None:
+    def __init__(self, store: Store, name: str, run: str = "", space: str | None = None) -> None:
         self.name = name
         self.run = run
         self.store = store.child(name)
+        self._space = space
+
+    @property
+    def space(self) -> str:
+        """The folder inside `attempts/`, `units/` and `partial/` that the room's plan has to itself; empty of its first plan."""
+        if self._space is None:
+            space = str((self.read_plan() or {}).get("space", ""))
+            if not re.fullmatch("[0-9a-f]*", space):
+                raise ArtifactError(
+                    f"{self.store.url('plan.json')}: expected a space of hexadecimal digits, found {space[:40]!r}; somebody else "
+                    "wrote it"
+                )
+            self._space = space
+        return self._space
+
+    def place(self, kind: str, name: str = "") -> str:
+        """Return the key of a document or a folder of the room's plan."""
+        return "/".join(part for part in (kind, self.space, name) if part)
+
+    def read_plan(self) -> dict[str, Any] | None:
+        """Return what `plan.json` says, or None when nobody has claimed the room."""
+        try:
+            return read_sealed(self.store, "plan.json")
+        except FileNotFoundError:
+            return None
 
     def finished(self) -> set[str]:
         """Return the ids of the units that are committed, by one listing."""
-        keys = self.store.list("units")
-        return {k.removeprefix("units/").removesuffix(".json") for k in keys if k.endswith(".json")}
+        folder = f"{self.place('units')}/"
+        keys = self.store.list(folder.rstrip("/"))
+        return {k.removeprefix(folder).removesuffix(".json") for k in keys if k.endswith(".json")}
 
     def begin_unit(self, unit: str, *, point: int | None = None) -> int | None:
         """Count an attempt at a unit in storage, before its work.
@@ -118,7 +155,7 @@ class Room:
         Raises:
             WmddError: The unit was given up.
         """
-        key = f"attempts/{unit}.json"
+        key = self.place("attempts", f"{unit}.json")
         # The nonce tells this attempt from another of the same run in the same millisecond: `create` compares contents.
         attempt = {
             "run": self.run,
@@ -129,7 +166,7 @@ class Room:
         }
         if self.store.create(key, seal({"attempts": [attempt]})):
             return 1
-        if self.store.exists(f"units/{unit}.json"):
+        if self.store.exists(self.place("units", f"{unit}.json")):
             return None
         attempts = read_sealed(self.store, key)["attempts"]
         here = [a for a in attempts if (a["run"], a["point"]) == (self.run, point)]
@@ -146,16 +183,25 @@ class Room:
         attempt: int,
         metrics: Mapping[str, Any] | None = None,
         seconds: float = 0.0,
+        published: bool = False,
     ) -> UnitMarker:
-        """Store the payloads, then publish the unit. A unit that somebody else finished first is left as it is.
+        """Store the payloads, then publish the unit, and return the marker that counts: that of who finished it first.
 
-        Units are pure functions of their inputs, so a second writer of the same payload puts the same bytes.
+        Args:
+            unit: Unit id.
+            payloads: Key -> content.
+            attempt: Number of the attempt.
+            metrics: What the marker tells of the unit.
+            seconds: The time inside core functions and storage.
+            published: People read the payloads by their keys, so that no other name will do.
+
+        Raises:
+            LostRaceError: Somebody else's content is at a published key.
         """
-        for key, content in payloads.items():
-            self.store.put(key, content)
+        files = tuple(self._store(*payload, published=published) for payload in payloads.items())
         marker = UnitMarker(
             unit=unit,
-            files=tuple(entry_of(key, content) for key, content in payloads.items()),
+            files=files,
             metrics=dict(metrics or {}),
             seconds=round(seconds, 4),
             host=socket.gethostname(),
@@ -163,12 +209,29 @@ class Room:
             attempt=attempt,
             finished=_now(),
         )
-        self.store.create(f"units/{unit}.json", seal(asdict(marker)))
-        return marker
+        if self.store.create(self.place("units", f"{unit}.json"), seal(_document(marker))):
+            return marker
+        return self.read_unit(unit)
+
+    def _store(self, key: str, content: bytes, *, published: bool) -> FileEntry:
+        """Store a payload where nothing of somebody else's is, and return where."""
+        entry = entry_of(key, content)
+        if self.store.create(key, content):
+            return entry
+        if published:
+            raise LostRaceError(
+                f"{self.store.url(key)} holds other bytes than this run makes: another run with other options, or on another kind "
+                "of machine, writes here or was killed here; give each run its own --out, or pass --overwrite when no other is at "
+                "work"
+            )
+        stem, dot, ending = key.rpartition(".")
+        at = f"{stem}.{entry.sha256[:_TAG]}.{ending}" if dot else f"{key}.{entry.sha256[:_TAG]}"
+        self.store.put(at, content)  # whoever else writes this name writes these bytes
+        return replace(entry, at=at)
 
     def read_unit(self, unit: str) -> UnitMarker:
         """Return the marker of a finished unit."""
-        return marker_of(read_sealed(self.store, f"units/{unit}.json"))
+        return marker_of(read_sealed(self.store, self.place("units", f"{unit}.json")))
 
     def read_units(self, units: Iterable[str]) -> dict[str, UnitMarker]:
         """Return the markers of finished units, read side by side, in the order given."""
@@ -178,7 +241,10 @@ class Room:
 
     def commit(self, commit: StageCommit) -> bool:
         """Publish the room unless another run did so first; return whether this commit is there now."""
-        return self.store.create("stage.json", seal(asdict(commit)))
+        units = {unit: _document(marker) for unit, marker in commit.units.items()}
+        return self.store.create(
+            "stage.json", seal({**asdict(replace(commit, units={})), "units": units})
+        )
 
     def read_commit(self) -> StageCommit | None:
         """Return what `stage.json` says, or None when the room is not committed."""
@@ -186,6 +252,7 @@ class Room:
             found = read_sealed(self.store, "stage.json")
         except FileNotFoundError:
             return None
+        check(found, "the commit of a stage", self.store.url("stage.json"))
         units = {unit: marker_of(marker) for unit, marker in found.pop("units").items()}
         return StageCommit(units=units, **found)
 
@@ -197,17 +264,32 @@ class Room:
         return commit
 
     def clear(self) -> None:
-        """Empty the room: the commit first, so that nobody follows it, and the plan last.
+        """Empty the room: its plan is put down first, so that who works there sees it, and then the commit, which others follow.
 
-        A clearing that is killed then leaves units under the plan that they were made by, never under the next one's.
+        What a run that works there writes from now on is in a space that nobody looks into.
         """
-        tops = {key.partition("/")[0] for key in self.store.list()}
-        for top in sorted(tops, key=lambda top: (top != "stage.json", top == "plan.json")):
+        self.store.put("plan.json", seal({"fingerprint": "", "space": "", "vacant": True}))
+        tops = {key.partition("/")[0] for key in self.store.list()} - {"plan.json"}
+        for top in sorted(tops, key=lambda top: top != "stage.json"):
             self.store.delete(top)
+
+    def sweep(self, commit: StageCommit) -> None:
+        """Remove payloads of attempts that lost, once the room is committed."""
+        files = [entry for marker in commit.units.values() for entry in marker.files]
+        named = {entry.at or entry.key for entry in files}
+        # What was at its key when an entry was stored elsewhere.
+        lost = {entry.key for entry in files if entry.at} - named
+        for key in self.store.list():
+            if key in lost or (_TAGGED.search(key) and key not in named):
+                self.store.delete(key)
 
     def read(self, entry: FileEntry) -> bytes:
         """Return the verified content of a committed file."""
         return read_verified(self.store, entry)
+
+
+def _document(marker: UnitMarker) -> dict[str, Any]:
+    return {**asdict(marker), "files": [entry.document() for entry in marker.files]}
 
 
 def unit_given_up(unit: str, cause: str) -> WmddError:
@@ -218,15 +300,11 @@ def unit_given_up(unit: str, cause: str) -> WmddError:
     )
 
 
-def marker_of(found: dict[str, Any]) -> UnitMarker:
-    """Return the marker that was written as JSON."""
-    try:
-        files = tuple(entries_of(found.pop("files", None), f"unit {found.get('unit')}"))
-        return UnitMarker(files=files, **found)
-    except TypeError as error:
-        raise ArtifactError(
-            f"expected the marker of a unit, found another document ({error})"
-        ) from error
+def marker_of(found: Any) -> UnitMarker:
+    """Return the marker that was written as JSON; an ArtifactError when it is another document."""
+    check(found, "the marker of a unit", "units")
+    files = tuple(FileEntry(**entry) for entry in found["files"])
+    return UnitMarker(**{**found, "files": files})
 
 
 def _now() -> str:

@@ -19,11 +19,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from wmdd_ray.config import DistillConfig, Resources
-from wmdd_ray.errors import ConfigError, LostRaceError
+from wmdd_ray.errors import ArtifactError, ConfigError, LostRaceError
 from wmdd_ray.spine.events import EventLog
 from wmdd_ray.spine.numbers import StageNumbers
 from wmdd_ray.spine.rooms import Room, StageCommit
-from wmdd_ray.store.documents import read_sealed, seal
+from wmdd_ray.store.documents import seal
 from wmdd_ray.store.filesystem import Store
 
 if TYPE_CHECKING:
@@ -328,12 +328,17 @@ def _build(
 ) -> StageCommit:
     """Do a stage's unfinished units and commit its room."""
     started = time.monotonic()
-    _claim(run, room, plan, overwrite=overwrite)
+    plan = _claim(run, room, plan, overwrite=overwrite)
+    room = Room(run.store, stage.room, run.token, plan["space"])
     run.begin_work()
     progress = _Watched(run.progress(stage.name), run.watch, stage.name)
     stage_run = StageRun(run=run, stage=stage, room=room, progress=progress)
     stage_run.event("stage_started")
-    metrics = stage.work(stage_run)
+    try:
+        metrics = stage.work(stage_run)
+    except BaseException as error:
+        _leave(run, room, plan, error)
+        raise
     _check_ours(room, plan)
     commit = StageCommit(
         stage=stage.name,
@@ -347,8 +352,23 @@ def _build(
         host=socket.gethostname(),
         run=run.token,
         finished=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        space=room.space,
     )
-    if not room.commit(commit):
+    _publish(room, plan, commit)
+    stage_run.event("stage_committed", seconds=commit.seconds, units=len(commit.units))
+    stage_run.progress.finish()
+    return commit
+
+
+def _publish(room: Room, plan: dict[str, Any], commit: StageCommit) -> None:
+    """Commit a room, unless it was committed or taken over by another run."""
+    committed = room.commit(commit)
+    if not committed and room.committed().space != room.space:
+        # Of a run that the room was taken over from, and that was frozen when it should have seen that.
+        _check_ours(room, plan)
+        room.store.delete("stage.json")
+        committed = room.commit(commit)
+    if not committed:
         winner = room.committed()
         same = "the same" if winner.fingerprint == commit.fingerprint else "other"
         raise LostRaceError(
@@ -356,45 +376,78 @@ def _build(
             "while this one worked on it; what it holds is whole. Give each run its own --out, or run the same command again "
             "when the other one has ended"
         )
-    stage_run.event("stage_committed", seconds=commit.seconds, units=len(commit.units))
-    stage_run.progress.finish()
-    return commit
-
-
-def _claim(run: Run, room: Room, plan: dict[str, Any], *, overwrite: bool) -> None:
-    """Write the room's plan, or check that the one which lies there is the same."""
     try:
-        found = read_sealed(room.store, "plan.json")
-    except FileNotFoundError:
-        found = None
-    if found is not None and found["fingerprint"] != plan["fingerprint"]:
-        # A room where work was begun and nothing done (a teacher that was refused, say) has nothing to lose.
-        tops = {key.partition("/")[0] for key in room.store.list()}
-        if not overwrite and tops - {"plan.json", "attempts"}:
-            raise ConfigError(
-                f"{room.store.uri} was made with {difference(found, plan)}; pass --overwrite to replace this room "
-                "and those after it, or another --out to keep both"
-            )
-        room.clear()
-        found = None
+        _check_ours(room, plan)
+    except LostRaceError:
+        # Whoever took the room over has emptied it of what this commit names.
+        if room.committed().run == commit.run:
+            room.store.delete("stage.json")
+        raise
+    room.sweep(commit)
+
+
+def _claim(run: Run, room: Room, plan: dict[str, Any], *, overwrite: bool) -> dict[str, Any]:
+    """Write the room's plan, or check that the one which lies there is the same; return it with its space."""
+    found = room.read_plan()
     room.store.sweep(run.began)
     if found is None:
         run.begin_writing()
-        if not room.store.create("plan.json", seal(plan)):
-            _claim(run, room, plan, overwrite=False)
+        plan = {**plan, "space": ""}
+        if room.store.create("plan.json", seal(plan)):
+            return plan
+        return _claim(run, room, plan, overwrite=False)
+    if found.get("fingerprint") == plan["fingerprint"]:
+        plan = {**plan, "space": found.get("space", "")}
+        if "vacant" in found:
+            room.store.put("plan.json", seal(plan))
+        return plan
+    if not (overwrite or "vacant" in found):
+        raise ConfigError(
+            f"{room.store.uri} was made with {difference(found, plan)}; pass --overwrite to replace this room "
+            "and those after it, or another --out to keep both"
+        )
+    run.begin_writing()
+    room.clear()
+    # Whoever worked there has the space of the plan before, and may not have seen yet that it is gone.
+    plan = {**plan, "space": uuid.uuid4().hex[:8]}
+    room.store.put("plan.json", seal(plan))
+    return plan
+
+
+def _leave(run: Run, room: Room, plan: dict[str, Any], error: BaseException) -> None:
+    """Find out, when a stage fails, whether another run took its room or an input; else make way where nothing was done.
+
+    A room where work was begun and nothing done (a teacher that was refused, say) has nothing to lose, and takes other options
+    without `--overwrite`.
+    """
+    try:
+        _check_ours(room, plan)
+        for name, fingerprint in plan["inputs"].items():
+            commit = run.room(name).read_commit() if name not in ("data", "val_data") else None
+            if commit is not None and commit.fingerprint != fingerprint:
+                raise _replaced(run.room(name))
+        tops = {key.partition("/")[0] for key in room.store.list()}
+        if tops <= {"plan.json", "attempts"}:
+            room.store.put("plan.json", seal({**plan, "vacant": True}))
+    except LostRaceError as lost:
+        if isinstance(error, Exception):
+            raise lost from error
+    except ArtifactError:
+        pass  # the store is what fails
 
 
 def _check_ours(room: Room, plan: dict[str, Any]) -> None:
     """Raise a LostRaceError when another run has taken over the room by `--overwrite` in the meantime."""
-    try:
-        found = read_sealed(room.store, "plan.json")
-    except FileNotFoundError:
-        found = None
-    if found is None or found["fingerprint"] != plan["fingerprint"]:
-        raise LostRaceError(
-            f"{room.store.uri} was replaced by another run with other options while this one worked on it; give each "
-            "run its own --out"
-        )
+    found = room.read_plan() or {}
+    if (found.get("fingerprint"), found.get("space", "")) != (plan["fingerprint"], plan["space"]):
+        raise _replaced(room)
+
+
+def _replaced(room: Room) -> LostRaceError:
+    return LostRaceError(
+        f"{room.store.uri} was replaced by another run with other options while this one worked on it; give each "
+        "run its own --out"
+    )
 
 
 def difference(found: dict[str, Any], plan: dict[str, Any]) -> str:

@@ -6,12 +6,11 @@ Never a pickle. `packing` says how a record lies in bytes; `label_files` has the
 
 from __future__ import annotations
 
-import io
 import json
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.records import (
@@ -23,11 +22,13 @@ from wmdd_ray.records import (
     Moments,
     Teacher,
 )
-from wmdd_ray.store.images import encode_png
+from wmdd_ray.store.images import decode_png, encode_png, png_shape
 from wmdd_ray.store.label_files import decode_soft_labels as decode_soft_labels
 from wmdd_ray.store.label_files import encode_soft_labels as encode_soft_labels
 from wmdd_ray.store.packing import (
+    check_budget,
     check_columns,
+    check_range,
     checked,
     digest,
     pack,
@@ -35,8 +36,10 @@ from wmdd_ray.store.packing import (
     unpack,
     write_parquet,
 )
+from wmdd_ray.store.schemas import check
 
 _HUGGINGFACE = b"huggingface"
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 # Teacher ---------------------------------------------------------------------------------------
 
@@ -60,9 +63,24 @@ def encode_teacher(teacher: Teacher) -> bytes:
 def decode_teacher(content: bytes) -> Teacher:
     """Read what `encode_teacher` wrote."""
     weights, meta = unpack(content)
+    check(meta, "a teacher", "a teacher's file")
+    for name, array in weights.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ArtifactError(f"expected a teacher with finite weights, found others in {name}")
     for name in ("class_names", "mean_C", "std_C"):
         meta[name] = tuple(meta[name])
     return Teacher(weights=weights, **meta)
+
+
+def decode_teacher_of(meta: dict[str, Any], content: bytes, where: str) -> Teacher:
+    """Return a teacher that fits the set whose manifest says `meta`; an ArtifactError names `where` of another."""
+    teacher = decode_teacher(content)
+    expected = (meta["class_names"], meta["image_size"], meta["channels"])
+    if ([*teacher.class_names], teacher.image_size, teacher.channels) != expected:
+        raise ArtifactError(
+            f"{where}: expected a teacher of the {len(expected[0])} classes, size and channels of its data set, found another"
+        )
+    return teacher
 
 
 # Features --------------------------------------------------------------------------------------
@@ -239,7 +257,6 @@ def encode_images(
         {"bytes": encode_png(image), "path": f"{label:05d}_{i:05d}.png"}
         for i, (image, label) in enumerate(zip(images_NHWC, labels_N, strict=True))
     ]
-    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     number = {"dtype": "float64", "_type": "Value"}
     one_each = weights_NT.shape[1] == 1
     weights = (
@@ -249,7 +266,7 @@ def encode_images(
     )
     table = pa.table(
         {
-            "image": pa.array(rows, type=struct),
+            "image": pa.array(rows, type=_IMAGE),
             "label": pa.array(labels_N, type=pa.int64()),
             "weight": weights,
         }
@@ -266,12 +283,35 @@ def encode_images(
 @checked
 def decode_images(content: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (images_NHWC uint8, labels_N int64, weights_NT float64) of an `encode_images` table."""
+    pngs, labels_N, weights_NT = decode_png_rows(content)
+    shape_HWC = png_shape(pngs[0])
+    check_budget(len(pngs) * np.prod(shape_HWC, dtype=float), len(content), "a file of images")
+    return np.stack([decode_png(png, shape_HWC) for png in pngs]), labels_N, weights_NT
+
+
+@checked
+def decode_png_rows(
+    content: bytes, num_classes: int | None = None
+) -> tuple[list[bytes], np.ndarray, np.ndarray]:
+    """Return the PNG files, labels_N and weights_NT of an `encode_images` table, the files as they are.
+
+    Args:
+        content: the table.
+        num_classes: Y, which labels are below; None takes any.
+
+    Raises:
+        ArtifactError: It is no such table, or holds what nobody can train on.
+    """
     table = read_parquet(content)
-    check_columns(table, {"image", "label", "weight"})
-    images = []
-    for row in table["image"].to_pylist():
-        with Image.open(io.BytesIO(row["bytes"]), formats=("PNG",)) as picture:
-            pixels = np.asarray(picture)
-        images.append(pixels if pixels.ndim == 3 else pixels[:, :, None])
-    weights_NT = np.array(table["weight"].to_pylist(), dtype=np.float64).reshape(len(images), -1)
-    return np.stack(images), table["label"].to_numpy(), weights_NT
+    types = {field.name: field.type for field in table.schema}
+    # One number of a stored image, or a list of those of its tiles.
+    weight = pa.float64() if types.get("weight") == pa.float64() else pa.list_(pa.float64())
+    check_columns(table, {"image": _IMAGE, "label": pa.int64(), "weight": weight})
+    pngs = [row["bytes"] for row in table["image"].to_pylist()]
+    labels_N = table["label"].to_numpy()
+    check_range("labels", labels_N, 0, num_classes - 1 if num_classes else np.iinfo(np.int32).max)
+    weights_NT = np.array(table["weight"].to_pylist(), dtype=np.float64).reshape(len(pngs), -1)
+    check_range("weights", weights_NT, 0, 1 + 1e-6)
+    if not (pngs and weights_NT.any()):
+        raise ArtifactError("expected distilled images with weights, found none")
+    return pngs, labels_N, weights_NT

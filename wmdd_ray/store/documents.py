@@ -8,36 +8,45 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from wmdd_ray.errors import ArtifactError
-from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.filesystem import Store, check_key
+from wmdd_ray.store.schemas import check
 
 FORMAT_VERSION = 1
 MANIFEST_KEY = "manifest.json"
 _CHECKSUM = "checksum"
+# An escape of one half of a character beyond the first 65,536; both halves together are one.
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileEntry:
     """One object of a committed set: relative key, size in bytes, SHA-256 in hex.
 
+    `at` is the key that it lies at where that is another one, because somebody else's content was at `key` before.
+
     Raises:
-        ArtifactError: The key would lead out of its folder.
+        ArtifactError: A key would lead out of its folder.
     """
 
     key: str
     size_bytes: int
     sha256: str
+    at: str = ""
 
     def __post_init__(self) -> None:
-        parts = self.key.split("/")
-        if {"", ".", ".."} & set(parts) or any(c in self.key for c in "\\:\0"):
-            raise ArtifactError(
-                f"{self.key!r}: expected a relative key below its folder; the document that names it is not of this project"
-            )
+        check_key(self.key)
+        if self.at:
+            check_key(self.at)
+
+    def document(self) -> dict[str, Any]:
+        """Return the entry as documents have it."""
+        return {name: value for name, value in asdict(self).items() if value != ""}
 
 
 def entry_of(key: str, content: bytes) -> FileEntry:
@@ -47,12 +56,8 @@ def entry_of(key: str, content: bytes) -> FileEntry:
 
 def entries_of(found: Any, where: str) -> list[FileEntry]:
     """Return the entries that a document lists; an ArtifactError names it when they are something else."""
-    try:
-        return [FileEntry(**entry) for entry in found]
-    except TypeError as error:
-        raise ArtifactError(
-            f"{where}: expected a list of files, found another ({error})"
-        ) from error
+    check(found, "the files of a set", where)
+    return [FileEntry(**entry) for entry in found]
 
 
 def read_verified(store: Store, entry: FileEntry) -> bytes:
@@ -65,16 +70,17 @@ def read_verified(store: Store, entry: FileEntry) -> bytes:
     found = ""
     for _ in range(2):
         try:
-            content = store.get(entry.key)
+            content = store.get(entry.at or entry.key)
         except FileNotFoundError:
             found = "no object"
             continue
-        if entry_of(entry.key, content) == entry:
+        here = entry_of(entry.key, content)
+        if (here.size_bytes, here.sha256) == (entry.size_bytes, entry.sha256):
             return content
         found = f"{len(content)} bytes with another checksum"
     raise ArtifactError(
-        f"{store.url(entry.key)}: expected {entry.size_bytes} bytes with SHA-256 {entry.sha256[:12]}..., found {found}; "
-        "restore the object, or delete the room that holds it and run the stage again"
+        f"{store.url(entry.at or entry.key)}: expected {entry.size_bytes} bytes with SHA-256 {entry.sha256[:12]}..., found "
+        f"{found}; restore the object, or delete the room that holds it and run the stage again"
     )
 
 
@@ -84,9 +90,12 @@ def dump_json(value: Any) -> bytes:
 
 
 def load_json(content: bytes, where: str) -> Any:
-    """Parse JSON; an ArtifactError names `where` when it is none."""
+    """Parse JSON; an ArtifactError names `where` when it is none, or names half a character, which nobody can write."""
     try:
-        return json.loads(content)
+        value = json.loads(content)
+        if _HALF.search(content):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{where}: expected JSON, found {content[:40]!r} ({error})") from error
 
@@ -131,14 +140,15 @@ def _checksum(plain: dict[str, Any]) -> str:
 
 def encode_manifest(meta: dict[str, Any], files: list[FileEntry]) -> bytes:
     """Return the manifest of a data set: `meta`, the format version, and every file with size and checksum."""
-    return seal({"format_version": FORMAT_VERSION, **meta, "files": [asdict(f) for f in files]})
+    return seal({"format_version": FORMAT_VERSION, **meta, "files": [f.document() for f in files]})
 
 
 def read_manifest(store: Store) -> tuple[dict[str, Any], list[FileEntry]]:
     """Return (metadata, files) of the data set under `store`.
 
     Raises:
-        ArtifactError: There is no manifest, it was changed, or it has a format that this version does not know.
+        ArtifactError: There is no manifest, it was changed, it has a format that this version does not know, or an entry
+            that cannot be.
     """
     try:
         manifest = read_sealed(store, MANIFEST_KEY)
@@ -157,7 +167,16 @@ def read_manifest(store: Store) -> tuple[dict[str, Any], list[FileEntry]]:
             f"{store.url(MANIFEST_KEY)}: expected format version {FORMAT_VERSION}, found "
             f"{manifest.get('format_version')!r}; install the wmdd_ray version that wrote it"
         )
-    return manifest, entries_of(manifest.pop("files", None), store.url(MANIFEST_KEY))
+    where = store.url(MANIFEST_KEY)
+    entries = entries_of(manifest.pop("files", None), where)
+    check(manifest, "the manifest of a data set", where)
+    channels = {manifest["channels"], len(manifest["mean"]), len(manifest["std"])}
+    if len(channels) > 1 or manifest["image_size"] % manifest["tiles"]:
+        raise ArtifactError(
+            f"{where}: expected a mean and a std a channel, and tiles that divide the image size, found others; it was written by "
+            "somebody else"
+        )
+    return manifest, entries
 
 
 def set_id(entries: Sequence[FileEntry]) -> str:

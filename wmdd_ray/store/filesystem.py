@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,30 @@ import fsspec
 
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.store.retries import NO_SUCH_BUCKET, client_errors, remedy, retried, status_of
-from wmdd_ray.store.uris import fsspec_filesystem, is_gcs, local_path
+from wmdd_ray.store.uris import check_uri, fsspec_filesystem, is_gcs, local_path
 
 # What a file system without hard links says: exFAT, many network and FUSE mounts.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_PLACINGS = 5
 _memory_lock = threading.Lock()
 
 
+def check_key(key: str) -> None:
+    """Raise an ArtifactError of a key that would lead out of its root, or that some store or disk takes for something else."""
+    parts = key.split("/")
+    safe = not ({"", ".", ".."} & {*parts} or any(c in key for c in "\\:\0"))
+    # Half a character has no bytes to be stored as.
+    if not safe or any("\ud800" <= c <= "\udfff" for c in key):
+        raise ArtifactError(
+            f"{key!r}: expected a relative key below its folder; the data or the document that names it is not of this project"
+        )
+
+
 class Store:
-    """A tree of objects under one root URI; keys are relative, with `/` between the parts."""
+    """A tree of objects under one root URI; keys are relative, with `/` between the parts (`check_key`)."""
 
     def __init__(self, uri: str) -> None:
+        check_uri(uri)
         path = local_path(uri)
         self.uri = (str(path) if path is not None else uri).rstrip("/")
         self._path = path
@@ -63,6 +76,7 @@ class Store:
             FileNotFoundError: There is no such object.
             ArtifactError: The store did not answer, or refused.
         """
+        check_key(key)
         with self._named("read", key):
             if self._path is not None:
                 try:
@@ -72,11 +86,15 @@ class Store:
             return self._ask("cat_file", self._inside(key))
 
     def put(self, key: str, content: bytes) -> None:
-        """Write `content` to `key` in one piece, replacing what was there."""
+        """Write `content` to `key` in one piece, replacing what was there.
+
+        Raises:
+            ArtifactError: The store refused, or the key leads out of its root; nothing was written.
+        """
+        check_key(key)
         with self._named("write", key):
             if self._path is not None:
-                with _staged(self._path / key, content) as staged:
-                    os.replace(staged, self._path / key)
+                _placed(self._path / key, content, _replaced)
             else:
                 self._ask("pipe_file", self._inside(key), content, **self._whole())
 
@@ -94,12 +112,13 @@ class Store:
             True when `content` is now at `key`, False when another content is.
         """
         assert content, "a conditional write needs content"
+        check_key(key)
         with self._named("create", key):
-            if self._path is not None:
-                with _staged(self._path / key, content) as staged:
-                    created = _linked(staged, self._path / key)
-            else:
-                created = self._create_remote(key, content)
+            created = (
+                self._create_remote(key, content)
+                if self._path is None
+                else _placed(self._path / key, content, _linked)
+            )
         if created:
             return True
         try:
@@ -256,6 +275,23 @@ class Store:
             else:
                 what = remedy(error, self.uri)
             raise ArtifactError(f"cannot {verb} {self.url(key)}: {what}") from error
+
+
+def _placed(target: Path, content: bytes, place: Callable[[Path, Path], bool]) -> bool:
+    """Stage content beside its target and place it there; again when somebody has swept the room or emptied it meanwhile."""
+    for attempt in range(_PLACINGS):
+        try:
+            with _staged(target, content) as staged:
+                return place(staged, target)
+        except FileNotFoundError:
+            if attempt == _PLACINGS - 1:
+                raise
+    raise AssertionError("the last one returns or raises")
+
+
+def _replaced(staged: Path, target: Path) -> bool:
+    os.replace(staged, target)
+    return True
 
 
 def _linked(staged: Path, target: Path) -> bool:

@@ -104,6 +104,34 @@ def encode_png(image_HWC: np.ndarray) -> bytes:
     return sink.getvalue()
 
 
+def decode_png(content: bytes, shape_HWC: tuple[int, int, int]) -> np.ndarray:
+    """Return the pixels of a PNG file that `encode_png` wrote, uint8 HWC; its header alone decides whether they are decoded.
+
+    Raises:
+        BadImageError: It is none, or of another shape.
+    """
+    with decoding(content, "a distilled image"):
+        if png_shape(content) != shape_HWC:
+            raise ValueError(f"expected a PNG file of {shape_HWC} pixels, got {png_shape(content)}")
+        picture = loaded(content, shape_HWC[0] * shape_HWC[1])
+        return np.asarray(picture).reshape(shape_HWC)
+
+
+def png_shape(content: bytes) -> tuple[int, int, int]:
+    """Return (height, width, channels) of a PNG file by its header; a ValueError when it is none of those that we write."""
+    if len(content) < 26 or content[:8] != b"\x89PNG\r\n\x1a\n" or content[12:16] != b"IHDR":
+        raise ValueError(
+            f"expected a PNG file, got {len(content)} bytes that start with {content[:8]!r}"
+        )
+    width, height, bits, color = struct.unpack(">IIBB", content[16:26])
+    channels = {(8, 0): 1, (8, 2): 3}.get((bits, color))
+    if channels is None:
+        raise ValueError(
+            f"expected a PNG file of gray or RGB in 8 bits, got type {color} in {bits} bits"
+        )
+    return height, width, channels
+
+
 @contextlib.contextmanager
 def decoding(content: bytes | np.ndarray, where: str) -> Iterator[None]:
     """Turn what Pillow raises for malformed content into a BadImageError; `where` names the image."""

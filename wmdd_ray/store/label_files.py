@@ -16,12 +16,15 @@ from wmdd_ray.records import SoftLabelBlock, SoftLabels, ViewDraw, Views
 from wmdd_ray.store.documents import seal, unseal
 from wmdd_ray.store.packing import (
     binary_rows,
+    check_budget,
     check_columns,
+    check_range,
     checked,
     digest,
     from_binary_rows,
     read_parquet,
 )
+from wmdd_ray.store.schemas import check
 
 _WMDD = b"wmdd"
 _VIEW_MATRICES = {"crop_V4": "<f4", "partner_crop_V4": "<f4", "mix_box_V4": "<i2"}
@@ -36,6 +39,8 @@ _VIEW_TYPES = {
 _LABEL_LEVEL = 12
 # 1 had no number; it stored every view and the logits as float16.
 _LABEL_FORMAT = 2
+VIEW_BYTES = 54
+"""Bytes of a view besides its logits: two boxes, a mix box, indices, flips, share."""
 
 
 def encode_soft_labels(block: SoftLabelBlock) -> bytes:
@@ -101,6 +106,7 @@ def encode_soft_labels(block: SoftLabelBlock) -> bytes:
     return sink.getvalue()
 
 
+@checked
 def decode_soft_labels(
     content: bytes, draw_block: Callable[[ViewDraw, range], Views] | None = None
 ) -> SoftLabelBlock:
@@ -111,50 +117,71 @@ def decode_soft_labels(
         draw_block: (what views are drawn from, label epochs) -> views: `core.views.draw_block`, for files without views.
 
     Raises:
-        ArtifactError: The file was changed, or is of another format, or its views come out differently here.
+        ArtifactError: The file was changed, or is of another format, or its views come out differently here, or it holds
+            what no teacher says and no image has.
     """
-
-    @checked
-    def decode_soft_labels(content: bytes) -> SoftLabelBlock:
-        table = read_parquet(content)
-        # The footer is outside the pages that have checksums, so it has its own.
-        sealed = (table.schema.metadata or {}).get(_WMDD, b"")
-        if b'"format"' not in sealed:
-            raise ArtifactError(
-                f"expected a soft-label file of format {_LABEL_FORMAT}, found one that an earlier wmdd_ray wrote, or no "
-                "soft-label file; run relabel and assemble again (--overwrite)"
-            )
-        meta = unseal(sealed, "a soft-label file's footer")
-        if meta["format"] != _LABEL_FORMAT:
-            raise ArtifactError(
-                f"expected a soft-label file of format {_LABEL_FORMAT}, found format {meta['format']}; install the "
-                "wmdd_ray version that wrote it"
-            )
-        labels = _labels_of(table, meta)
-        draw = None
-        if "draw" in meta:
-            draw = ViewDraw(**{**meta["draw"], "index_N": _from_runs(meta["draw"]["index_N"])})
-            _refuse_mixup(draw.mix == "mixup")
-            views = _redrawn(draw, meta, draw_block)
-        else:
-            arrays = {
-                name: table[name.removesuffix("_V")].to_numpy(zero_copy_only=False)
-                for name in _VIEW_VECTORS
-            }
-            for name, dtype in _VIEW_MATRICES.items():
-                arrays[name] = from_binary_rows(table[name.removesuffix("_V4")], dtype)
-            views = Views(**arrays)
-            has_box_V = (views.mix_box_V4[:, 2:] > views.mix_box_V4[:, :2]).all(axis=1)
-            _refuse_mixup(bool(((views.share_V < 1) & ~has_box_V).any()))
-        return SoftLabelBlock(
-            first_epoch=meta["first_epoch"],
-            num_epochs=meta["num_epochs"],
-            views=views,
-            labels=labels,
-            draw=draw,
+    table = read_parquet(content)
+    # The footer is outside the pages that have checksums, so it has its own.
+    sealed = (table.schema.metadata or {}).get(_WMDD, b"")
+    if b'"format"' not in sealed:
+        raise ArtifactError(
+            f"expected a soft-label file of format {_LABEL_FORMAT}, found one that an earlier wmdd_ray wrote, or no "
+            "soft-label file; run relabel and assemble again (--overwrite)"
         )
+    meta = unseal(sealed, "a soft-label file's footer")
+    check(meta, "a soft-label file's footer", "a soft-label file")
+    if meta["format"] != _LABEL_FORMAT:
+        raise ArtifactError(
+            f"expected a soft-label file of format {_LABEL_FORMAT}, found format {meta['format']}; install the "
+            "wmdd_ray version that wrote it"
+        )
+    check_budget(meta["num_views"] * VIEW_BYTES, len(content), "a label file")
+    labels = _labels_of(table, meta)
+    draw = None
+    if "draw" in meta:
+        runs = meta["draw"]["index_N"]
+        num_images = sum(stop - first for first, stop in runs)
+        if meta["num_views"] != num_images * meta["num_epochs"]:
+            raise ArtifactError(
+                f"expected {meta['num_views']} views as a soft-label file's footer says, found {num_images} images in "
+                f"{meta['num_epochs']} epochs there"
+            )
+        draw = ViewDraw(**{**meta["draw"], "index_N": _from_runs(runs)})
+        _refuse_mixup(draw.mix == "mixup")
+        views = _redrawn(draw, meta, draw_block)
+    else:
+        arrays = {
+            name: table[name.removesuffix("_V")].to_numpy(zero_copy_only=False)
+            for name in _VIEW_VECTORS
+        }
+        for name, dtype in _VIEW_MATRICES.items():
+            arrays[name] = from_binary_rows(table[name.removesuffix("_V4")], dtype)
+        views = Views(**arrays)
+        has_box_V = (views.mix_box_V4[:, 2:] > views.mix_box_V4[:, :2]).all(axis=1)
+        _refuse_mixup(bool(((views.share_V < 1) & ~has_box_V).any()))
+        _check_views(views)
+    return SoftLabelBlock(
+        first_epoch=meta["first_epoch"],
+        num_epochs=meta["num_epochs"],
+        views=views,
+        labels=labels,
+        draw=draw,
+    )
 
-    return decode_soft_labels(content)
+
+def _check_views(views: Views) -> None:
+    """Raise an ArtifactError of views that no image has, whatever the images."""
+    for name in ("crop_V4", "partner_crop_V4"):
+        box_V4 = getattr(views, name)
+        check_range("crops", box_V4, 0, 1)
+        check_range(
+            "heights and widths of crops", box_V4[:, 2:], float(np.finfo(np.float32).tiny), 1
+        )
+        check_range("lower and right ends of crops", box_V4[:, :2] + box_V4[:, 2:], 0, 1 + 1e-6)
+    for name in ("image_V", "partner_V"):
+        check_range("images of views", getattr(views, name), 0, np.iinfo(np.int32).max)
+    check_range("shares of mixed views", views.share_V, 0, 1)
+    check_range("mixed boxes", views.mix_box_V4, 0, np.iinfo(np.int16).max)
 
 
 def _refuse_mixup(blended: bool) -> None:
@@ -190,18 +217,18 @@ def _labels_of(table: pa.Table, meta: dict[str, Any]) -> SoftLabels:
         types["logits"] = pa.binary(num_logits * (1 if steps else 2))
     types |= {"step": pa.float16()} if steps else {}
     types |= {"classes": pa.binary(num_logits * 2), "rest": pa.float16()} if top_k else {}
-    check_columns(table, set(types))
-    for name, expected in types.items():
-        if table[name].type != expected:
-            raise ArtifactError(
-                f"expected {expected} in the column {name}, found {table[name].type}: the file's schema was changed"
-            )
+    check_columns(table, types)
+    num_classes = meta["num_classes"]
+    if num_logits > num_classes or (num_logits not in (0, num_classes) and not top_k):
+        raise ArtifactError(
+            f"expected logits of {num_classes} classes, found {num_logits} in a row: the file's schema was changed"
+        )
     if not num_logits:
         return SoftLabels(
             num_classes=meta["num_classes"], values_VK=np.empty((num_views, 0), np.float16)
         )
     labels = SoftLabels(
-        num_classes=meta["num_classes"],
+        num_classes=num_classes,
         values_VK=from_binary_rows(table["logits"], "u1" if steps else "<f2"),
         indices_VK=from_binary_rows(table["classes"], "<u2") if top_k else None,
         rest_V=table["rest"].to_numpy() if top_k else None,
@@ -211,6 +238,17 @@ def _labels_of(table: pa.Table, meta: dict[str, Any]) -> SoftLabels:
         raise ArtifactError(
             f"expected {num_views} x {num_logits} logits, found {labels.values_VK.shape}: the file's schema was changed"
         )
+    # Relative to the largest, which is 0; of top-k labels the rest can be nothing at all.
+    most = float(np.finfo(np.float16).max)
+    if labels.step_V is None:
+        check_range("logits", labels.values_VK, -most, 0)
+    else:
+        check_range(
+            "steps of logits", labels.step_V, float(np.finfo(np.float16).smallest_subnormal), most
+        )
+    if labels.indices_VK is not None and labels.rest_V is not None:
+        check_range("classes of logits", labels.indices_VK, 0, num_classes - 1)
+        check_range("the rest of logits", labels.rest_V, -most, most)
     return labels
 
 

@@ -10,8 +10,8 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,9 +20,18 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from wmdd_ray.errors import ArtifactError
+from wmdd_ray.errors import ArtifactError, WmddError
+from wmdd_ray.store.pages import declared_bytes
 
+P = ParamSpec("P")
 R = TypeVar("R")
+
+BUDGET_BYTES = 256 << 20
+"""What a file of any size may decode to: a stranger's small file does not take the machine."""
+BUDGET_RATIO = 64
+"""How many times its own size a larger file may decode to. Distilled images compress to a half, logits to a tenth."""
+
+_BATCH_ROWS = 64
 
 
 def pack(arrays: dict[str, np.ndarray], **meta: Any) -> bytes:
@@ -42,6 +51,17 @@ def unpack(content: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         raise ArtifactError(f"expected a safetensors record of this project: {error}") from error
 
 
+def check_budget(decoded_bytes: float, stored_bytes: int, what: str) -> None:
+    """Raise an ArtifactError when something would take more memory than its stored bytes justify; call it before it does."""
+    most = max(BUDGET_BYTES, BUDGET_RATIO * stored_bytes)
+    if decoded_bytes > most:
+        raise ArtifactError(
+            f"expected {what} that takes at most {most >> 20} MiB ({BUDGET_BYTES >> 20} MiB, or {BUDGET_RATIO} times the "
+            f"{stored_bytes} bytes that it is stored in), found one that declares {decoded_bytes / 2**20:.0f} MiB; it was made to "
+            "exhaust memory, or holds too much for its size"
+        )
+
+
 def digest(arrays: dict[str, np.ndarray]) -> str:
     """Return the SHA-256 of arrays: names, types, shapes, contents."""
     found = hashlib.sha256()
@@ -52,13 +72,18 @@ def digest(arrays: dict[str, np.ndarray]) -> str:
     return found.hexdigest()
 
 
-def checked(decode: Callable[[bytes], R]) -> Callable[[bytes], R]:
+def checked(decode: Callable[P, R]) -> Callable[P, R]:
     """Turn what a decoder misses in a record, or finds there of another kind, into an ArtifactError."""
 
     @functools.wraps(decode)
-    def decode_or_tell(content: bytes) -> R:
+    def decode_or_tell(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return decode(content)
+            return decode(*args, **kwargs)
+        except MemoryError as error:
+            raise WmddError(
+                f"this process has no memory left to read a record ({error or 'out of memory'}), which may well be whole; close "
+                "other programs, or give the process more"
+            ) from error
         except (
             ArithmeticError, AssertionError, AttributeError, LookupError, OSError,
             RecursionError, SyntaxError, TypeError, ValueError,
@@ -83,18 +108,80 @@ def write_parquet(table: pa.Table) -> bytes:
 def read_parquet(content: bytes) -> pa.Table:
     """Read a Parquet file; an ArtifactError when it is none, or was changed."""
     try:
-        return pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+        return _read_parquet(content)
+    except MemoryError:  # which Arrow's own is too
+        raise
+    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"expected a Parquet file with valid page checksums: {error}"
         ) from error
 
 
-def check_columns(table: pa.Table, expected: set[str]) -> None:
-    """Raise an ArtifactError when a table has other columns."""
-    if set(table.column_names) != expected:
+def _read_parquet(content: bytes) -> pa.Table:
+    """Return the table, within the budget: a dictionary's one long value may stand in every row."""
+    what = "a Parquet file"
+    pages, dictionary = declared_bytes(content)
+    check_budget(pages, len(content), what)
+    with pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True) as file:
+        meta, schema = file.metadata, file.schema_arrow
+        bits = [_bits(field.type) for field in schema]
+        check_budget(sum(bits) / 8 * meta.num_rows, len(content), what)
+        batches, total = [], 0
+        # Where widths are not fixed, as many rows as fit, while they grow, when all hold the longest value that there can be.
+        rows = (
+            meta.num_rows if all(bits) else min(_BATCH_ROWS, BUDGET_BYTES // (4 * dictionary + 1))
+        )
+        for batch in file.iter_batches(batch_size=max(1, rows), use_threads=False):
+            total += batch.nbytes
+            check_budget(total, len(content), what)
+            batches.append(batch)
+        table = pa.Table.from_batches(batches, schema) if batches else file.read()
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if _has_nulls(column):
+            raise ArtifactError(
+                f"expected a Parquet file without nulls, found some in the column {name!r}: nothing of this project writes them"
+            )
+    return table
+
+
+def _bits(kind: pa.DataType) -> int:
+    """Return the bits of a value of fixed width; 0 of one without."""
+    try:
+        return int(kind.bit_width)
+    except ValueError:
+        return 0
+
+
+def _has_nulls(column: pa.Array | pa.ChunkedArray) -> bool:
+    if isinstance(column, pa.ChunkedArray):
+        return any(_has_nulls(chunk) for chunk in column.chunks)
+    if column.null_count:
+        return True
+    if pa.types.is_struct(column.type):
+        return any(_has_nulls(column.field(i)) for i in range(column.type.num_fields))
+    return bool(pa.types.is_list(column.type)) and _has_nulls(column.flatten())
+
+
+def check_columns(table: pa.Table, expected: Mapping[str, pa.DataType]) -> None:
+    """Raise an ArtifactError when a table has other columns, one of them twice, or one of another type."""
+    if sorted(table.column_names) != sorted(expected):
         raise ArtifactError(
-            f"expected a Parquet file with the columns {sorted(expected)}, found {sorted(table.column_names)}"
+            f"expected a Parquet file with the columns {sorted(expected)}, found {sorted(table.column_names)[:20]}"
+        )
+    for name, kind in expected.items():
+        if table[name].type != kind:
+            raise ArtifactError(
+                f"expected {kind} in the column {name}, found {table[name].type}: the file's schema was changed"
+            )
+
+
+def check_range(name: str, values: np.ndarray, least: float, most: float) -> None:
+    """Raise an ArtifactError when a number is not finite, or not in [least, most]."""
+    with np.errstate(invalid="ignore"):
+        wrong = ~((values >= least) & (values <= most) & np.isfinite(values))
+    if wrong.any():
+        raise ArtifactError(
+            f"expected {name} from {least:g} to {most:g}, found {values[wrong].flat[0]}: nothing of this project writes that"
         )
 
 

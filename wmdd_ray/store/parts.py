@@ -60,13 +60,19 @@ def decode_frame(frame: bytes, where: str) -> tuple[str, KeptImage]:
         )
     length, *measured, is_gray = _HEADER.unpack_from(body)
     content_at = _HEADER.size + length
+    try:
+        key = body[_HEADER.size : content_at].decode()
+    except UnicodeDecodeError as error:
+        raise ArtifactError(
+            f"{where}: expected a name in UTF-8, found another ({error})"
+        ) from error
     kept = KeptImage(
         content=body[content_at:],
         is_gray=is_gray,
         mean_C=tuple(measured[:3]),
         mean_square_C=tuple(measured[3:]),
     )
-    return body[_HEADER.size : content_at].decode(), kept
+    return key, kept
 
 
 def encode_part(
@@ -84,9 +90,16 @@ def encode_part(
 
 
 def decode_index(content: bytes, where: str) -> PartIndex:
-    """Return the index of a part."""
+    """Return the index of a part; an ArtifactError names `where` of anything else."""
     try:
         found = load(content)
-        return PartIndex(labels_N=found["labels"], sizes_N=found["sizes"], ranks_N=found["ranks"])
-    except (SafetensorError, KeyError) as error:
+        index = PartIndex(labels_N=found["labels"], sizes_N=found["sizes"], ranks_N=found["ranks"])
+    except (SafetensorError, KeyError, ValueError) as error:
         raise ArtifactError(f"{where}: expected the index of a part ({error})") from error
+    kinds = [(array.dtype, array.shape) for array in (index.labels_N, index.sizes_N, index.ranks_N)]
+    num_frames = (index.labels_N.size,)
+    if kinds != [(np.dtype(kind), num_frames) for kind in (np.int32, np.int64, np.uint64)] or (
+        min(index.labels_N.min(initial=0), index.sizes_N.min(initial=0)) < 0
+    ):
+        raise ArtifactError(f"{where}: expected the index of a part, found arrays of another kind")
+    return index

@@ -17,10 +17,36 @@ import fsspec
 import pyarrow.fs as pafs
 
 from wmdd_ray.config import BucketAccess
-from wmdd_ray.errors import ArtifactError
+from wmdd_ray.errors import ArtifactError, ConfigError
+from wmdd_ray.redaction import uri_fault
 
 _CHECKSUMS = "AWS_RESPONSE_CHECKSUM_VALIDATION"
 _environment_lock = threading.Lock()
+
+
+# What an artefact may name to be read: nothing that contacts another host than a store of the user's.
+_NAMED_SCHEMES = ("file", "local", "s3", "gs", "gcs", "memory")
+
+
+def check_uri(uri: str) -> None:
+    """Raise a ConfigError, which does not repeat it, of a URI that may carry a secret or opens others inside of it."""
+    fault = uri_fault(uri)
+    if fault is not None:
+        raise ConfigError(fault)
+
+
+def check_named(uri: str, where: str) -> None:
+    """Raise a ConfigError when a URI that the artefact `where` names may not be opened, although the user said so.
+
+    A path, or a URI of a store that credentials of the user's lead to: with any other scheme of fsspec's the artefact
+    would choose which code runs and which host is contacted.
+    """
+    check_uri(uri)
+    scheme, is_uri, _ = uri.partition("://")
+    if is_uri and scheme not in _NAMED_SCHEMES:
+        raise ConfigError(
+            f"{where} names {uri!r} as its real images: expected a path, s3:// or gs://; pass --data with where they are"
+        )
 
 
 def is_local(uri: str) -> bool:
@@ -54,6 +80,7 @@ def arrow_filesystem(uri: str, access: BucketAccess | None = None) -> tuple[pafs
     Raises:
         ArtifactError: No filesystem is installed for the scheme.
     """
+    check_uri(uri)
     path = local_path(uri)
     if path is not None:
         return pafs.LocalFileSystem(), str(path)
@@ -108,7 +135,9 @@ def fsspec_filesystem(
 
     Raises:
         ArtifactError: There is none for the scheme.
+        ConfigError: It may carry a secret, or names another one inside of it.
     """
+    check_uri(uri)
     access = access or BucketAccess()
     try:
         if is_gcs(uri):
@@ -117,7 +146,7 @@ def fsspec_filesystem(
             return gcs_filesystem(access, repeats=repeats), uri.partition("://")[2].rstrip("/")
         options = _s3_options(repeats, access) if uri.startswith("s3://") else {}
         fs, root = fsspec.core.url_to_fs(uri, **options)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, TypeError) as error:  # TypeError: of a kind that needs options
         install = " on every node; for this one: pip install gcsfs" if is_gcs(uri) else ""
         raise ArtifactError(
             f"cannot open {uri}: {error}; expected a local path or a URI such as s3://bucket/prefix whose "

@@ -71,7 +71,9 @@ class FileWriter:
         }
         key, content = make[kind](unit)
         seconds = time.perf_counter() - started
-        self._room.commit_unit(unit, {key: content}, attempt=attempt, seconds=seconds)
+        self._room.commit_unit(
+            unit, {key: content}, attempt=attempt, seconds=seconds, published=True
+        )
         return seconds
 
     def _images(self, unit: str) -> tuple[str, bytes]:

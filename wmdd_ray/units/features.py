@@ -39,7 +39,7 @@ class ChunkReader:
         The attempt is counted: whoever restarts dead processes (Ray Data) would repeat it for ever.
         """
         key = f"shard-{shard.id}"
-        if self._room.store.exists(f"attempts/{key}.json"):
+        if self._room.store.exists(self._room.place("attempts", f"{key}.json")):
             ids = (unit.rpartition("-") for unit in self._room.finished())
             finished |= {int(chunk) for of, _, chunk in ids if of == shard.id}
         self._room.begin_unit(key, point=len(finished))

@@ -96,7 +96,7 @@ class Scanner:
     def _begin(self, split: str, shard: Shard, parts: int, records: int) -> tuple[int, int, int]:
         """Count the attempt, which Ray Data would repeat for ever; return (attempt, parts, records) that are finished by now."""
         key = f"shard-{split}-{shard.id}"
-        if self._room.store.exists(f"attempts/{key}.json"):
+        if self._room.store.exists(self._room.place("attempts", f"{key}.json")):
             prefix = f"{split}-{shard.id}-"
             units = [unit for unit in self._room.finished() if unit.startswith(prefix)]
             done = parts_of(self._room.read_units(units), split, shard)
@@ -180,6 +180,7 @@ class Writer:
             attempt=attempt,
             metrics={"split": row["split"], **metrics},
             seconds=time.perf_counter() - started,
+            published=True,
         )
 
     def _table(self, rows_N: np.ndarray) -> tuple[bytes, dict[str, Any]]:

@@ -285,6 +285,9 @@ def write_random_set(folder: str, ipc: int = 10, size: int = 28, epochs: int = 3
         "tiles": 1,
         "label_epochs": epochs,
         "labels": {"labels": "stored", "batch_size": relabel.batch_size},
+        **dict.fromkeys(("image_bytes", "label_bytes", "teacher_bytes", "teacher_top1"), 0),
+        "source": {"uri": "none", "num_images": 0, "stored_bytes": 0, "bad_images": 0},
+        "provenance": {"recipe": "none", "seed": 0, "versions": {}, "git_revision": None},
     }
     entries = [documents.entry_of(key, content) for key, content in files.items()]
     store.put(documents.MANIFEST_KEY, documents.encode_manifest(meta, entries))
