@@ -20,7 +20,8 @@ from jobs.distill import Job
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.product.card import size
 from wmdd_ray.store.filesystem import Store
-from wmdd_ray.store.uris import fsspec_filesystem, is_gcs, local_path
+from wmdd_ray.store.schemes import is_gcs
+from wmdd_ray.store.uris import fsspec_filesystem, local_path
 
 _ENDPOINT_TIMEOUT_S = 10
 _SKEWED_S = 60

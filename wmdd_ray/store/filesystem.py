@@ -21,7 +21,8 @@ import fsspec
 
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.store.retries import NO_SUCH_BUCKET, client_errors, remedy, retried, status_of
-from wmdd_ray.store.uris import check_uri, fsspec_filesystem, is_gcs, local_path
+from wmdd_ray.store.schemes import is_gcs
+from wmdd_ray.store.uris import check_uri, fsspec_filesystem, local_path
 
 # What a file system without hard links says: exFAT, many network and FUSE mounts.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}

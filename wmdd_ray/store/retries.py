@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from wmdd_ray.store.uris import is_gcs
+from wmdd_ray.store.schemes import is_gcs
 
 T = TypeVar("T")
 

@@ -19,6 +19,7 @@ import pyarrow.fs as pafs
 from wmdd_ray.config import BucketAccess
 from wmdd_ray.errors import ArtifactError, ConfigError
 from wmdd_ray.redaction import uri_fault
+from wmdd_ray.store.schemes import is_gcs
 
 _CHECKSUMS = "AWS_RESPONSE_CHECKSUM_VALIDATION"
 _environment_lock = threading.Lock()
@@ -52,11 +53,6 @@ def check_named(uri: str, where: str) -> None:
 def is_local(uri: str) -> bool:
     """Return whether only this machine sees `uri` (a path, `file://` or `memory://`)."""
     return "://" not in uri or uri.startswith(("file://", "local://", "memory://"))
-
-
-def is_gcs(uri: str) -> bool:
-    """Return whether `uri` lies in Google Cloud Storage, by either of fsspec's names for it."""
-    return uri.startswith(("gs://", "gcs://"))
 
 
 def local_path(uri: str) -> Path | None:

@@ -22,9 +22,10 @@ import pyarrow.fs as pafs
 
 from wmdd_ray.errors import ArtifactError, DataError
 from wmdd_ray.store.retries import passes, remedy, status_of
+from wmdd_ray.store.schemes import is_gcs
 from wmdd_ray.store.sources.classes import shown
 from wmdd_ray.store.sources.endings import is_system_name
-from wmdd_ray.store.uris import is_gcs, local_path
+from wmdd_ray.store.uris import local_path
 
 logger = logging.getLogger(__name__)
 
