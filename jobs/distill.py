@@ -252,7 +252,7 @@ def print_summary(
         print(
             f"student         {student}, from scratch; teacher's top-1 {100 * found['teacher_top1']:.1f} %\n"
         )
-        print(results_table(found["table"]))
+        print(results_table(found["table"], for_page=False))
     print(f"\n{'stage':<12} {'committed in':>14} {'inside core':>14}")
     for commit in commits.values():
         core = commit.metrics.get("seconds_in_core")

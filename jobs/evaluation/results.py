@@ -102,7 +102,7 @@ def print_summary(
         f"students        from scratch, {recipe.optimizer} at {recipe.learning_rate:g}, batches of {recipe.batch_size}; tested on "
         f"held-out images after the last epoch; mean ± standard deviation over {many(recipe.num_seeds, 'seed')}\n"
     )
-    print(results_table(table))
+    print(results_table(table, for_page=False))
     if attacked is not None:
         print_attacks(attacked)
     print(f"\nresults         {run.store.uri}/{RESULTS_KEY}")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from wmdd_ray.config import DistillConfig
+from wmdd_ray.core.groups import Group
 from wmdd_ray.core.optimizer import State
 from wmdd_ray.core.synthesis import deterministic_convolutions, features_of
 from wmdd_ray.core.tiles import shrink, tile_side
@@ -213,11 +214,11 @@ class Sampler:
         return True
 
     def make(
-        self, labels: range, *, state: State | None, on_step: OnStep
+        self, group: Group, *, state: State | None, on_step: OnStep
     ) -> tuple[list[ClassImages], float]:
         started = time.perf_counter()
         images = sampled(
-            labels,
+            group.labels,
             self._model,
             self._network,
             self._teacher,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from wmdd_ray.config import DistillConfig
+from wmdd_ray.redaction import plain
 
 ROW_NAMES = {
     "distilled": "(a) distilled set",
@@ -57,18 +58,20 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TB"
 
 
-def results_table(table: list[dict[str, Any]]) -> str:
+def results_table(table: list[dict[str, Any]], *, for_page: bool = True) -> str:
     """Return the accuracy table in Markdown, soft and hard labels side by side.
 
     Args:
         table: a row each of `row` and `labels`, with `num_images`, `epochs`, `top1_mean`, `top1_std`, `num_seeds` (accuracies
             in [0, 1]); `student` as well where there are several.
+        for_page: Whether names are escaped, for a page that renders it; a terminal shows them as they are.
     """
+    text = _text if for_page else plain
     kinds = list(dict.fromkeys(row["labels"] for row in table))
     several = "student" in table[0]
     lines = [
         f"| {'student | ' if several else 'student '}trained on | images | passes | "
-        f"{' | '.join(f'top-1 %, {_text(kind)} labels' for kind in kinds)} | seeds |",
+        f"{' | '.join(f'top-1 %, {text(kind)} labels' for kind in kinds)} | seeds |",
         f"|---|{'---|' if several else ''}---:|---:|{'---:|' * len(kinds)}---:|",
     ]
     for student, name in dict.fromkeys((row.get("student", ""), row["row"]) for row in table):
@@ -85,7 +88,7 @@ def results_table(table: list[dict[str, Any]]) -> str:
         )
         row = next(iter(found.values()))
         lines.append(
-            f"| {f'{_text(student)} | ' if several else ''}{ROW_NAMES.get(name) or _text(name)} | {row['num_images']} | "
+            f"| {f'{text(student)} | ' if several else ''}{ROW_NAMES.get(name) or text(name)} | {row['num_images']} | "
             f"{row['epochs']} | "
             f"{told} | {row['num_seeds']} |"
         )

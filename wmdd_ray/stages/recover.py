@@ -32,7 +32,12 @@ def options(config: DistillConfig) -> dict[str, Any]:
         names += ["crop_scale_min"] if config.recover.start == "mosaic" else []
         used = {name: getattr(config.recover, name) for name in names}
         return {"seed": config.seed, "recover": used}
-    return {"seed": config.seed, "recover": fingerprint_options(config.recover)}
+    recover = fingerprint_options(config.recover)
+    if config.recover.moments == "global":
+        recover["matched_by"] = (
+            "one image of every class"  # each class alone, before there was a choice
+        )
+    return {"seed": config.seed, "recover": recover}
 
 
 def check_model(config: DistillConfig, class_names: tuple[str, ...]) -> str:
@@ -123,7 +128,9 @@ def _numbers(stage: StageRun, marker: UnitMarker) -> list[Number]:
 
 
 def _images(stage: StageRun, marker: UnitMarker) -> int:
-    return len(marker.metrics.get("labels", [])) * stage.config.num_atoms
+    group = groups(stage.config, len(stage.inputs["features"].metrics["class_counts"]))
+    made = group.get(marker.unit)
+    return len(made.labels) * len(made.positions) if made else 0
 
 
 def _curves(stage: StageRun, marker: UnitMarker) -> list[Number]:

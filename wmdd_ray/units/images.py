@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.crops import easiest_crops
+from wmdd_ray.core.groups import Group, join_positions, plan_groups
 from wmdd_ray.core.jitter import noise_start
 from wmdd_ray.core.moments import variance_S
 from wmdd_ray.core.networks import network_of
@@ -23,6 +25,7 @@ from wmdd_ray.spine.checkpoints import Checkpoints
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.run import DoUnit, Report, unit_seed
 from wmdd_ray.store import codecs
+from wmdd_ray.store.documents import FileEntry
 from wmdd_ray.store.images import decode_image
 from wmdd_ray.store.sources import Source
 from wmdd_ray.units import atoms
@@ -42,21 +45,24 @@ class Maker(Protocol):
         """Do a unit that comes before all groups; return whether `unit` was one."""
 
     def make(
-        self, labels: range, *, state: State | None, on_step: OnStep
+        self, group: Group, *, state: State | None, on_step: OnStep
     ) -> tuple[list[ClassImages], float]:
-        """Return the images of some classes and the seconds inside core; goes on from `state`, calls `on_step` after steps."""
+        """Return the images of a group and the seconds inside core; goes on from `state`, calls `on_step` after steps."""
 
 
-def groups(config: DistillConfig, num_classes: int) -> dict[str, range]:
-    """Return unit id -> the labels of its classes. Fixed by ipc and the options, never by the cluster."""
-    size = max(1, config.recover.images_per_group // config.num_atoms)
-    starts = range(0, num_classes, size)
-    return {f"g{i:05d}": range(s, min(s + size, num_classes)) for i, s in enumerate(starts)}
+def groups(config: DistillConfig, num_classes: int) -> dict[str, Group]:
+    """Return unit id -> the classes, and the positions of their images, that it makes. Fixed by ipc and the options alone."""
+    recover = config.recover
+    if recover.method != "inversion":
+        recover = replace(recover, moments="per_class")  # nothing is matched together
+    planned = plan_groups(num_classes, config.num_atoms, recover)
+    return {f"g{i:05d}": group for i, group in enumerate(planned)}
 
 
-def key_of(label: int) -> str:
-    """Return the key of a class's images."""
-    return f"classes/{label:05d}.safetensors"
+def key_of(label: int, first: int = 0) -> str:
+    """Return the key of a class's images, or of those from position `first` on, where several units make them."""
+    part = f"-{first:05d}" if first else ""
+    return f"classes/{label:05d}{part}.safetensors"
 
 
 def open_worker(
@@ -68,7 +74,7 @@ def open_worker(
     barycenter_room: Room,
     source: Source,
     config: DistillConfig,
-    units: dict[str, range],
+    units: dict[str, Group],
     model_identity: str = "",
 ) -> DoUnit:
     """Load what images are made with, and return the function that makes one group of classes."""
@@ -103,10 +109,14 @@ def open_worker(
             keep.maybe(get_state)
             report(step / max(1, maker.num_steps), f"step {step}/{maker.num_steps} of {unit}")
 
-        images, in_core = maker.make(units[unit], state=keep.load(), on_step=on_step)
+        group = units[unit]
+        images, in_core = maker.make(group, state=keep.load(), on_step=on_step)
         room.commit_unit(
             unit,
-            {key_of(record.label): codecs.encode_class_images(record) for record in images},
+            {
+                key_of(record.label, group.positions.start): codecs.encode_class_images(record)
+                for record in images
+            },
             metrics={
                 "labels": [record.label for record in images],
                 "losses": [record.losses for record in images],
@@ -172,10 +182,10 @@ class Inversion:
         return False
 
     def make(
-        self, labels: range, *, state: State | None, on_step: OnStep
+        self, group: Group, *, state: State | None, on_step: OnStep
     ) -> tuple[list[ClassImages], float]:
         inputs, teacher = self._inputs, self._inputs.teacher
-        targets = [self._target(label) for label in labels]
+        targets = [self._target(label) for label in group.labels]
         started = time.perf_counter()
         images = recover_group(
             inputs.network,
@@ -187,6 +197,7 @@ class Inversion:
             std_C=teacher.std_C,
             seed=recover_seed(inputs.config),
             device=inputs.device,
+            positions=group.positions,
             state=state,
             on_step=on_step,
         )
@@ -196,14 +207,26 @@ class Inversion:
         solved = self._inputs.barycenter(label)
         counts_S = np.repeat(solved.moments.count_L, solved.moments.channels_L)
         assert (counts_S > 0).all(), f"class {label} has no moments"
+        start_KHWC = self._inputs.start(solved)
         return ClassTarget(
             label=label,
             atoms_KD=solved.barycenter.atoms_KD,
             weights_K=solved.barycenter.weights_K,
             mean_S=solved.moments.mean_S,
             var_S=variance_S(solved.moments),
-            start_KHWC=self._inputs.start(solved),
+            start_KHWC=start_KHWC,
+            anchors_KHWC=self._anchors(solved, start_KHWC),
         )
+
+    def _anchors(self, solved: ClassBarycenter, start_KHWC: np.ndarray | None) -> np.ndarray | None:
+        """Return the real images that the images stand for: those that they start from, else those nearest to the atoms."""
+        inputs, recover = self._inputs, self._inputs.config.recover
+        if recover.anchor_weight == 0:
+            return None
+        if recover.start not in ("noise", "mosaic"):
+            return start_KHWC
+        side = tile_side(inputs.config.source.image_size, recover.tiles)
+        return shrink(read_real(inputs.source, solved.nearest_keys, inputs.config), side)
 
 
 class Selection:
@@ -218,10 +241,10 @@ class Selection:
         return False
 
     def make(
-        self, labels: range, *, state: State | None, on_step: OnStep
+        self, group: Group, *, state: State | None, on_step: OnStep
     ) -> tuple[list[ClassImages], float]:
         started = time.perf_counter()
-        images = [self._class(label) for label in labels]
+        images = [self._class(label) for label in group.labels]
         return images, time.perf_counter() - started
 
     def _class(self, label: int) -> ClassImages:
@@ -301,6 +324,15 @@ def read_real(source: Source, keys: tuple[str, ...], config: DistillConfig) -> n
 
 
 def read_images(room: Room, labels: range | list[int]) -> list[ClassImages]:
-    """Return the distilled images of some classes, verified."""
+    """Return the distilled images of some classes, verified, whatever units made them."""
     files = {f.key: f for m in room.committed().units.values() for f in m.files}
-    return [codecs.decode_class_images(room.read(files[key_of(label)])) for label in labels]
+    return [
+        join_positions([codecs.decode_class_images(room.read(f)) for f in files_of(files, label)])
+        for label in labels
+    ]
+
+
+def files_of(files: Mapping[str, FileEntry], label: int) -> list[FileEntry]:
+    """Return the files of a class's images among those of some units, in the order of the images."""
+    stem = key_of(label).removesuffix(".safetensors")
+    return [files[key] for key in sorted(files) if key.startswith((f"{stem}.", f"{stem}-"))]

@@ -127,7 +127,7 @@ def _longtail(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Gro
         keep = {RANDOM, "nearest_real", "best"}
         rows = [row for row in main_rows(paper, best) if row.name in keep]
         for weight in _LABEL_WEIGHTS:
-            barycenters = replace(best.barycenters, label_weight=weight)
+            barycenters = replace(best.barycenters, solver="lloyd", label_weight=weight)
             title = f"`best`, images and labels together, label weight {weight:g}"
             changed = replace(best, barycenters=barycenters)
             rows.append(recovered(f"joint_{weight:g}", title, changed))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from wmdd_ray.core.groups import join_positions
 from wmdd_ray.errors import WmddError
 from wmdd_ray.product.pages.facts import RunFacts
 from wmdd_ray.product.pages.projection import project
@@ -16,8 +17,7 @@ from wmdd_ray.store import codecs
 from wmdd_ray.store.sources import Source
 from wmdd_ray.units.atoms import key_of as barycenter_key
 from wmdd_ray.units.class_features import ClassFeaturesReader
-from wmdd_ray.units.images import key_of as images_key
-from wmdd_ray.units.images import read_real, start_images
+from wmdd_ray.units.images import files_of, read_real, start_images
 from wmdd_ray.units.teacher import read_teacher
 
 PICTURE_BYTES = 9_000_000
@@ -92,10 +92,10 @@ class _Reader:
         """Return a class, None when nothing of it is there."""
         found = ShownClass(label=label)
         stages = self._facts.stages
-        key = images_key(label)
-        if key in self._files["recover"]:
-            content = stages["recover"].room.read(self._files["recover"][key])
-            found.images = codecs.decode_class_images(content)
+        room, files = stages["recover"].room, files_of(self._files["recover"], label)
+        if files:
+            parts = [codecs.decode_class_images(room.read(file)) for file in files]
+            found.images = join_positions(parts)
         key = barycenter_key(label)
         if key in self._files["barycenters"]:
             content = stages["barycenters"].room.read(self._files["barycenters"][key])
