@@ -30,6 +30,7 @@ from jobs.benches.study.command import accuracy
 from jobs.benches.study.labels import labels
 from jobs.benches.study.otg import otg
 from jobs.benches.study.robustness import robustness
+from wmdd_ray.errors import WmddError
 
 
 def main(arguments: list[str]) -> None:
@@ -51,12 +52,15 @@ def main(arguments: list[str]) -> None:
             otm,
         )
     }
-    tyro.extras.subcommand_cli_from_dict(
-        benchmarks,
-        args=arguments,
-        description=__doc__,
-        config=(tyro.conf.CascadeSubcommandArgs,),
-    )
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            benchmarks,
+            args=arguments,
+            description=__doc__,
+            config=(tyro.conf.CascadeSubcommandArgs,),
+        )
+    except WmddError as error:
+        raise SystemExit(f"{arguments[0]}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 from jobs.benches.study.definitions import Options, TableName
-from wmdd_ray.errors import WmddError
 
 
 def accuracy(
@@ -63,61 +62,44 @@ def accuracy(
         plan: Print the jobs of each stage, and do nothing.
         render: Only write the committed results into the README beside them, and their summary into the root one.
     """
-    try:
-        if render:
-            from jobs.benches.study.rendering import render as render_tables
-
-            print(f"rendered: {', '.join(render_tables()) or 'nothing is committed'}")
-            return
-        options = Options(
-            ipc=ipc,
-            rows=rows,
-            groups=groups,
-            distill_seeds=distill_seeds,
-            student_seeds=student_seeds,
-            width=width,
-            epochs=epochs,
-            full_epochs=full_epochs,
-            teacher_epochs=teacher_epochs,
-            iterations=iterations,
-            tiles=tiles,
-            bf16=bf16,
-            given=teacher or "",
-        )
-        _run(table, options, data, out, split, processes, result, plan)
-    except WmddError as error:
-        raise SystemExit(f"accuracy: {error}") from error
-
-
-def _run(
-    name: TableName,
-    options: Options,
-    data: str | None,
-    out: str,
-    split: Literal["test", "val"],
-    processes: int,
-    result: str | None,
-    plan: bool,
-) -> None:
     from jobs.benches.study.engine import Study, print_plan
     from jobs.benches.study.judge import before_text, refuse_second_opening
+    from jobs.benches.study.rendering import render as render_tables
     from jobs.benches.study.scores import score, sealed
-    from jobs.benches.study.splits import make_place
+    from jobs.benches.study.splits import make_place, uri_of
     from jobs.benches.study.tables import table_of
     from jobs.benches.study.work import jobs_of, rows_of
 
-    table = table_of(name, options)
-    uri = data or ("digits" if table.dataset == "digits" else "fashion-mnist")
-    study = Study(make_place(out, uri, table.source, table.held_out, table.imbalance))
-    rows = rows_of(table, study)
+    if render:
+        print(f"rendered: {', '.join(render_tables()) or 'nothing is committed'}")
+        return
+    options = Options(
+        ipc=ipc,
+        rows=rows,
+        groups=groups,
+        distill_seeds=distill_seeds,
+        student_seeds=student_seeds,
+        width=width,
+        epochs=epochs,
+        full_epochs=full_epochs,
+        teacher_epochs=teacher_epochs,
+        iterations=iterations,
+        tiles=tiles,
+        bf16=bf16,
+        given=teacher or "",
+    )
+    defined = table_of(table, options)
+    uri = uri_of(defined.dataset, data)
+    study = Study(make_place(out, uri, defined.source, defined.held_out, defined.imbalance))
+    trained = rows_of(defined, study)
     if plan:
-        print_plan(jobs_of(rows), study)
+        print_plan(jobs_of(trained), study)
         return
     if split == "test":
-        refuse_second_opening(table, rows, study)
-    study.bring(jobs_of(rows), processes)
-    found = score(table, rows, study, uri, split, processes)
-    path = Path(result or Path(out) / f"accuracy-{name}{'' if split == 'test' else '-val'}.json")
+        refuse_second_opening(defined, trained, study)
+    study.bring(jobs_of(trained), processes)
+    found = score(defined, trained, study, uri, split, processes)
+    path = Path(result or Path(out) / f"accuracy-{table}{'' if split == 'test' else '-val'}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(sealed(found))
     for group in found["groups"]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from jobs.benches.reporting import Row, report
 from wmdd_ray.config import DistillConfig, RecoverConfig, RelabelConfig, ViewConfig
+from wmdd_ray.errors import ConfigError
 from wmdd_ray.recipes import recipe_of
 
 if TYPE_CHECKING:
@@ -126,11 +127,12 @@ def labels(
 
     for name, given in (("ipc", ipc), ("steps", steps), ("shared", shared)):
         if not given:
-            raise SystemExit(f"labels: --{name}: expected at least one value, got none")
-    if len(ipc) != len(seeds) or epochs < max(*shared, alone):
-        raise SystemExit(
-            f"labels: expected a number of seeds for every ipc, got {seeds} for {ipc}; and at least {max(*shared, alone)} epochs "
-            f"(--shared, --alone), got {epochs}"
+            raise ConfigError(f"--{name}: expected at least one value, got none")
+    least = max(*shared, alone)
+    if len(ipc) != len(seeds) or epochs < least:
+        raise ConfigError(
+            f"expected a number of seeds for every ipc, got {seeds} for {ipc}; and at least {least} epochs (--shared, --alone), "
+            f"got {epochs}"
         )
     source = recipe_of("fashion_mnist", 1).source
     study = Study(make_place(folder, data, source, held_out))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,8 +16,8 @@ import numpy as np
 from jobs.benches.reporting import mean_and_std
 from jobs.benches.study.definitions import Options, Table, TeacherRecipe, variants
 from jobs.benches.study.rows import group_of, recovered
-from wmdd_ray.config import AttackConfig, AttackName, CurvatureForm, DistillConfig, SqueezeConfig
-from wmdd_ray.errors import WmddError
+from wmdd_ray.config import AttackConfig, AttackName, DistillConfig, SqueezeConfig
+from wmdd_ray.errors import ConfigError
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.spine.provenance import hardware, versions
 
@@ -25,67 +26,19 @@ if TYPE_CHECKING:
     from jobs.benches.study.splits import Labeled
 
 Method = Literal["wmdd", "sre2l"]
+Attacks = dict[tuple[AttackName, Fraction | None], "Job"]
+"""The job of each attack and budget on some students; CW has no budget."""
 METHODS: dict[Method, str] = {"wmdd": "WMDD", "sre2l": "cross-entropy + global BN (SRe2L)"}
+_SRE2L: dict[str, Any] = {"feature_term": "cross_entropy", "moments": "global"}
 
 
 @dataclass(frozen=True)
 class Cell:
     """A row of the table: a method at an ipc by one teacher."""
 
-    dataset: str
     method: Method
     ipc: int
-    curved: SqueezeConfig
-    iterations: int
-    options: Options
-    seeds: int
-
-    @property
-    def recipes(self) -> tuple[DistillConfig, DistillConfig]:
-        """The recipe as published and as it is best."""
-        return variants(self.dataset, self.ipc, self.options)
-
-    @property
-    def squeeze(self) -> SqueezeConfig:
-        """How the teacher is trained."""
-        _, best = self.recipes
-        if self.curved.curvature_weight == 0:
-            return best.squeeze
-        names = ("weight", "step", "form", "ipc_power")
-        curvature = {
-            f"curvature_{name}": getattr(self.curved, f"curvature_{name}") for name in names
-        }
-        return replace(best.squeeze, **curvature).at_ipc(self.ipc)
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What of the recipe the numbers depend on most, for the record."""
-        _, best = self.recipes
-        squeeze, student = best.squeeze, best.evaluate
-        return {
-            "network": student.network.arch,
-            "width": student.network.width,
-            "teacher_epochs": squeeze.epochs,
-            "student_epochs": student.epochs,
-            "tiles": best.recover.tiles,
-            "bf16": squeeze.mixed_precision,
-        }
-
-    def students(self, table: Table, study: Study) -> Job:
-        """Return the job of the students, by soft labels."""
-        from jobs.benches.study.work import jobs_of_row
-
-        paper, best = self.recipes
-        recover = best.recover
-        if self.method == "sre2l":
-            matched: dict[str, Any] = {"feature_term": "cross_entropy", "moments": "global"}
-            recover = replace(paper.recover, iterations=self.iterations, **matched)
-        row = recovered(self.method, METHODS[self.method], replace(best, recover=recover))
-        # All teachers have one seed: plain and curved ones start from the same weights.
-        teacher = TeacherRecipe(name="convnet3", squeeze=self.squeeze)
-        options = replace(self.options, distill_seeds=1, student_seeds=self.seeds)
-        group = group_of(f"ipc {self.ipc}", self.ipc, best, (row,), options, teacher)
-        return jobs_of_row(table, group, row, study).students["soft"][0]
+    squeeze: SqueezeConfig
 
 
 def robustness(
@@ -96,8 +49,6 @@ def robustness(
     methods: tuple[Method, ...] = ("wmdd", "sre2l"),
     weights: tuple[float, ...] = (1.0,),
     step: float = 1.0,
-    form: CurvatureForm = "gradient",
-    ipc_power: float = 0.0,
     attacks: tuple[AttackName, ...] = ("pgd", "autoattack"),
     eps: tuple[str, ...] = ("24/255",),
     images: int = 100,
@@ -126,8 +77,6 @@ def robustness(
         methods: `wmdd` as the recipe has it; `sre2l` recovers from noise by cross-entropy and global BatchNorm moments.
         weights: Curvature weights; a plain teacher always is.
         step: Curvature step, L2 in normalized input units.
-        form: Curvature form.
-        ipc_power: How the weight falls with ipc (--squeeze.curvature-ipc-power).
         attacks: Attacks on the students.
         eps: Largest change of a pixel.
         images: Images that are attacked, equally many of each class.
@@ -144,75 +93,62 @@ def robustness(
         cost: Measure what a step of teacher training costs with each form of the term.
     """
     from jobs.benches.study.curvature_cost import step_cost
-    from jobs.benches.study.engine import Job, Study, print_plan
-    from jobs.benches.study.splits import load_split, make_place
+    from jobs.benches.study.engine import Study, one_thread, print_plan
+    from jobs.benches.study.splits import held_out_of, load_split, make_place, uri_of
     from wmdd_ray.robustness.attacks import SETTINGS, libraries, require_libraries
-    from wmdd_ray.robustness.units import budgets
 
-    try:
-        for option, given in (("ipc", ipc), ("methods", methods)):
-            if not given:
-                raise WmddError(f"--{option}: expected at least one value, got none")
-        wanted = AttackConfig(names=attacks, eps=eps, images=images)
-        options = Options(epochs=epochs, teacher_epochs=teacher_epochs, width=width, bf16=bf16)
-        curved = [
-            SqueezeConfig(
-                curvature_weight=weight,
-                curvature_step=step,
-                curvature_form=form,
-                curvature_ipc_power=ipc_power if weight else 0.0,
-            )
-            for weight in dict.fromkeys((0.0, *weights))
-        ]
-        cells = [
-            Cell(dataset, method, one, squeeze, iterations, options, seeds)
-            for method in methods
-            for one in ipc
-            for squeeze in curved
-        ]
-        uri = data or ("digits" if dataset == "digits" else "fashion-mnist")
-        held_out = 5000 if dataset == "fashion_mnist" else 0
-        source = recipe_of(dataset, 1).source
-        table = Table(name="main", dataset=dataset, source=source, held_out=held_out, groups=())
-        place = make_place(out, uri, source, held_out)
-        study = Study(replace(place, judged_uri=uri if split == "test" else None))
-        require_libraries(wanted.names, len(place.class_names))
-        students = {cell: cell.students(table, study) for cell in cells}
-        attacked: dict[Job, dict[tuple[AttackName, Fraction | None], Job]] = {}
-        for job in students.values():
-            sample = Job(f"sample:{images}", replace(job.config, seed=0))
-            attacked[job] = {
-                (name, budget): Job(f"attack:{name}:{budget or ''}", job.config, (job, sample))
-                for name in wanted.names
-                for budget in budgets(name, wanted)
-            }
-        jobs = [job for of_students in attacked.values() for job in of_students.values()]
-        if plan:
-            print_plan(jobs, study)
-            return
-        study.bring(jobs, processes)
-        labeled = load_split(uri, source, "val", place.class_names) if split == "test" else None
-        labeled = labeled or place.load("val")
+    for option, given in (("ipc", ipc), ("methods", methods)):
+        if not given:
+            raise ConfigError(f"--{option}: expected at least one value, got none")
+    wanted = AttackConfig(names=attacks, eps=eps, images=images)
+    options = Options(
+        epochs=epochs,
+        teacher_epochs=teacher_epochs,
+        width=width,
+        bf16=bf16,
+        distill_seeds=1,
+        student_seeds=seeds,
+    )
+    uri, source = uri_of(dataset, data), recipe_of(dataset, 1).source
+    place = make_place(out, uri, source, held_out_of(dataset))
+    study = Study(replace(place, judged_uri=uri if split == "test" else None))
+    require_libraries(wanted.names, len(place.class_names))
+    recipes = {one: variants(dataset, one, options) for one in ipc}
+    students: dict[Cell, Job] = {}
+    for method, one, weight in product(methods, ipc, dict.fromkeys((0.0, *weights))):
+        squeeze = recipes[one][1].squeeze
+        if weight:
+            curved: dict[str, Any] = {"curvature_weight": weight, "curvature_step": step}
+            squeeze = replace(squeeze, curvature_form="gradient", **curved)
+        cell = Cell(method, one, squeeze)
+        students[cell] = students_of(cell, dataset, recipes[one], options, iterations, study)
+    attacked = {job: attacks_on(job, wanted) for job in students.values()}
+    jobs = [job for of_students in attacked.values() for job in of_students.values()]
+    if plan:
+        print_plan(jobs, study)
+        return
+    study.bring(jobs, processes)
+    labeled = load_split(uri, source, "val", place.class_names) if split == "test" else None
+    labeled = labeled or place.load("val")
+    with one_thread():
         rows = scored(students, attacked, wanted, labeled, study)
-        record: dict[str, Any] = {
-            "dataset": dataset,
-            "split": split,
-            "hardware": hardware(),
-            **versions(),
-            "libraries": libraries(),
-            "attacks": {name: SETTINGS[name] for name in wanted.names},
-            "images": len(labeled.labels_N),
-            "attacked": min(images, len(labeled.labels_N)),
-            "seeds": seeds,
-            "iterations_of_sre2l": iterations,
-            "recipes": {str(cell.ipc): cell.about for cell in cells},
-            "rows": rows,
-            "targets": targets(rows),
-        }
-        if cost:
-            record["cost"] = step_cost(cells[-1].squeeze, place)
-    except WmddError as error:
-        raise SystemExit(f"robustness: {error}") from error
+    record: dict[str, Any] = {
+        "dataset": dataset,
+        "split": split,
+        "hardware": hardware(),
+        **versions(),
+        "libraries": libraries(),
+        "attacks": {name: SETTINGS[name] for name in wanted.names},
+        "images": len(labeled.labels_N),
+        "attacked": study.done(jobs[0].inputs[1]).metrics["images"],
+        "seeds": seeds,
+        "iterations_of_sre2l": iterations,
+        "recipes": {str(one): about(best) for one, (_, best) in recipes.items()},
+        "rows": rows,
+        "targets": targets(rows),
+    }
+    if cost:
+        record["cost"] = step_cost(cell.squeeze, place)
     path = Path(result or Path(out) / f"robustness-{dataset}-{split}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
@@ -220,9 +156,56 @@ def robustness(
     print(f"written: {path}", file=sys.stderr)
 
 
+def about(best: DistillConfig) -> dict[str, Any]:
+    """Return what of a recipe the numbers depend on most, for the record."""
+    return {
+        "network": best.evaluate.network.arch,
+        "width": best.evaluate.network.width,
+        "teacher_epochs": best.squeeze.epochs,
+        "student_epochs": best.evaluate.epochs,
+        "tiles": best.recover.tiles,
+        "bf16": best.squeeze.mixed_precision,
+    }
+
+
+def students_of(
+    cell: Cell,
+    dataset: str,
+    recipes: tuple[DistillConfig, DistillConfig],
+    options: Options,
+    iterations: int,
+    study: Study,
+) -> Job:
+    """Return the job of a row's students, by soft labels."""
+    from jobs.benches.study.work import jobs_of_row
+
+    paper, best = recipes
+    if cell.method == "sre2l":
+        best = replace(best, recover=replace(paper.recover, iterations=iterations, **_SRE2L))
+    row = recovered(cell.method, METHODS[cell.method], best)
+    # All teachers have one seed: plain and curved ones start from the same weights.
+    teacher = TeacherRecipe(name="convnet3", squeeze=cell.squeeze)
+    group = group_of(f"ipc {cell.ipc}", cell.ipc, recipes[1], (row,), options, teacher)
+    table = Table(name="main", dataset=dataset, source=best.source, held_out=0, groups=(group,))
+    return jobs_of_row(table, group, row, study).students["soft"][0]
+
+
+def attacks_on(students: Job, wanted: AttackConfig) -> Attacks:
+    """Return the job of every attack and budget on students."""
+    from jobs.benches.study.engine import Job
+    from wmdd_ray.robustness.units import budgets
+
+    sample = Job(f"sample:{wanted.images}", replace(students.config, seed=0))
+    return {
+        (name, budget): Job(f"attack:{name}:{budget or ''}", students.config, (students, sample))
+        for name in wanted.names
+        for budget in budgets(name, wanted)
+    }
+
+
 def scored(
     students: dict[Cell, Job],
-    attacked: dict[Job, dict[tuple[AttackName, Fraction | None], Job]],
+    attacked: dict[Job, Attacks],
     wanted: AttackConfig,
     labeled: Labeled,
     study: Study,
@@ -266,10 +249,7 @@ def scored(
 
 
 def _outcome(
-    attacks: dict[tuple[AttackName, Fraction | None], Job],
-    unit: str,
-    wanted: AttackConfig,
-    study: Study,
+    attacks: Attacks, unit: str, wanted: AttackConfig, study: Study
 ) -> tuple[np.ndarray, dict[tuple[AttackName, str], np.ndarray]]:
     """Return which attacked images a student is right on, and (attack, eps) -> on which it still is."""
     from wmdd_ray.robustness.attacks import robust_to_cw
