@@ -11,9 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +19,14 @@ from typing import Any
 import numpy as np
 
 from jobs.benches.reporting import Row, spread
-from jobs.benches.scale.processes import cpu_s, descendants, local_ray, peak_mib, shares_mib
+from jobs.benches.scale.processes import (
+    cpu_s,
+    descendants,
+    in_a_process,
+    local_ray,
+    peak_mib,
+    shares_mib,
+)
 from jobs.benches.scale.rooms import s3_server, store_rows
 from jobs.benches.speed.barycenter import synthetic_class
 from wmdd_ray.config import Resources
@@ -67,21 +72,11 @@ class Classes:
             rows: list[Row] = [row("features made up", "s", time.perf_counter() - started)]
             for num_actors in self.actors:
                 shutil.rmtree(Path(folder) / "barycenters", ignore_errors=True)
-                # A process each, so that a driver's peak memory and Ray are its own.
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as driver:
-                    rows += driver.submit(drive, self, folder, num_actors).result()
+                rows += in_a_process(drive, self, folder, num_actors)
         for store in self.stores:
-            if store == "disk":
-                with tempfile.TemporaryDirectory() as folder:
-                    rows += store_rows(folder, store, self.num_classes)
-            else:
-                with s3_server() as uri:
-                    rows += store_rows(uri, store, self.num_classes)
+            with tempfile.TemporaryDirectory() if store == "disk" else s3_server() as uri:
+                rows += store_rows(uri, store, self.num_classes)
         return rows + cost_model(self, rows)
-
-    def settings(self) -> Row:
-        """Return what the rows depend on."""
-        return {**asdict(self), "load_average": [round(load, 1) for load in os.getloadavg()]}
 
 
 def row(what: str, unit: str, value: Any, actors: int | str = "-") -> Row:

@@ -15,14 +15,13 @@ import numpy as np
 
 from jobs.benches.reporting import Row, report, spread
 from jobs.benches.scale.rooms import s3_server
-from wmdd_ray.config import NetworkConfig, RelabelConfig
-from wmdd_ray.records import SoftLabelBlock, Teacher, ViewDraw
+from jobs.benches.speed.orchestration import distill
+from wmdd_ray.config import NetworkConfig
 from wmdd_ray.store.filesystem import Store
 
 if TYPE_CHECKING:
     from wmdd_ray.dataset import DistilledDataset
 
-_CLASSES = 10
 # Batches that are loaded before the clock starts: workers start, caches fill.
 _WARM_UP = 5
 
@@ -48,7 +47,7 @@ def loader(
     in that process).
 
     Args:
-        dataset: A distilled set; without it, a random one of 100 gray images of 28 pixels and 300 label epochs is made.
+        dataset: A distilled set; without it, one of 100 gray images of 28 pixels and 300 label epochs is made.
         workers: Worker processes of the DataLoader; 0 loads in the training process.
         widths: Channels of a ConvNet-3 block.
         s3: Train from a copy of the set on an S3 server (moto) on this machine too.
@@ -65,7 +64,7 @@ def loader(
 
     torch.set_num_threads(threads)
     with contextlib.ExitStack() as stack:
-        uri = dataset or write_random_set(stack.enter_context(tempfile.TemporaryDirectory()))
+        uri = dataset or make_set(stack.enter_context(tempfile.TemporaryDirectory()))
         opened = DistilledDataset(uri)
         places = {"": uri}
         if s3:
@@ -212,80 +211,10 @@ def _measured(
     return _Measured(count / spent, count / computed, first_batch_s, waited / spent)
 
 
-def write_random_set(folder: str, ipc: int = 10, size: int = 28, epochs: int = 300) -> str:
-    """Write a distilled set of random gray images with random labels and return its URI: a loader takes as long for them."""
-    from wmdd_ray.core.networks import build_network
-    from wmdd_ray.core.soft_labels import compress
-    from wmdd_ray.core.views import draw_block
-    from wmdd_ray.store import codecs, documents
-
-    rng, num_images = np.random.default_rng(0), _CLASSES * ipc
-    names = tuple(f"class {label}" for label in range(_CLASSES))
-    network = build_network(
-        NetworkConfig(width=8), num_classes=_CLASSES, channels=1, image_size=size
-    )
-    teacher = Teacher(
-        arch="convnet3",
-        width=8,
-        small_stem=False,
-        class_names=names,
-        image_size=size,
-        resize=size,
-        channels=1,
-        mean_C=(0.5,),
-        std_C=(0.25,),
-        top1=0.1,
-        weights={name: value.numpy() for name, value in network.state_dict().items()},
-    )
-    pixels = rng.integers(0, 256, (num_images, size, size, 1), dtype=np.uint8)
-    files = {
-        "teacher.safetensors": codecs.encode_teacher(teacher),
-        "data/train-00000-of-00001.parquet": codecs.encode_images(
-            pixels,
-            np.repeat(np.arange(_CLASSES), ipc),
-            np.full((num_images, 1), 1 / ipc),
-            names,
-        ),
-    }
-    relabel = RelabelConfig()
-    draw = ViewDraw(
-        seed=0,
-        image_size=size,
-        index_N=np.arange(num_images, dtype=np.int32),
-        crop_scale_min=relabel.views.crop_scale_min,
-        flip=relabel.views.flip,
-        mix=relabel.views.mix,
-    )
-    for first in range(0, epochs, relabel.epochs_per_unit):
-        block = range(first, min(first + relabel.epochs_per_unit, epochs))
-        views = draw_block(draw, block)
-        logits_VY = rng.standard_normal((len(views), _CLASSES))
-        files[f"labels/e{block.start:05d}-{block.stop - 1:05d}-s0000.parquet"] = (
-            codecs.encode_soft_labels(
-                SoftLabelBlock(
-                    first_epoch=first,
-                    num_epochs=len(block),
-                    views=views,
-                    labels=compress(logits_VY, relabel),
-                    draw=draw,
-                )
-            )
-        )
-    store = Store(folder)
-    for key, content in files.items():
-        store.put(key, content)
-    meta = {
-        "class_names": list(names),
-        "image_size": size,
-        "channels": 1,
-        "mean": [0.5],
-        "std": [0.25],
-        "ipc": ipc,
-        "num_images": num_images,
-        "tiles": 1,
-        "label_epochs": epochs,
-        "labels": {"labels": "stored", "batch_size": relabel.batch_size},
-    }
-    entries = [documents.entry_of(key, content) for key, content in files.items()]
-    store.put(documents.MANIFEST_KEY, documents.encode_manifest(meta, entries))
-    return folder
+def make_set(folder: str) -> str:
+    """Distill 100 gray images of 28 pixels with 300 label epochs, real ones of digits, and return their URI."""
+    options = "--recipe digits --ipc 10 --source.image-size 28 --source.resize 28 --executor here"
+    options += " --squeeze.network.width 8 --squeeze.epochs 1 --squeeze.min-top1 0"
+    options += " --recover.method real --recover.start random --relabel.epochs 300"
+    distill(folder, *options.split(), "--until", "assemble")
+    return f"{folder}/dataset"

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import tarfile
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from jobs.benches.reporting import Row, report
-from jobs.benches.scale.memory import compare
-from jobs.benches.scale.processes import Peaks, watched
+from jobs.benches.scale.processes import Peaks, in_a_process, local_ray, watched
 
 _NUM_CLASSES = 10
 _PICTURES = 20
@@ -42,18 +38,12 @@ def prepare(
         shard_mb: Size of the Parquet files, MiB; 64 is the job's default.
         out: JSON file to write.
     """
-    rows: list[Row] = []
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as driver:
-        case = partial(prepare_peaks, shards, shard_mb)
-        sizes = (shard_images, times * shard_images)
-        for images, peaks in zip(sizes, driver.submit(compare, case, sizes).result(), strict=True):
-            rows.append({"images": shards * images, **asdict(peaks)})
-    settings = {
-        "shards": shards,
-        "shard_mb": shard_mb,
-        "load_average": [round(load, 1) for load in os.getloadavg()],
-    }
-    report(rows, settings, out)
+    sizes = (shard_images, times * shard_images)
+    rows: list[Row] = [
+        {"images": shards * images, **asdict(peaks)}
+        for images, peaks in zip(sizes, in_a_process(compare, shards, shard_mb, sizes), strict=True)
+    ]
+    report(rows, {"shards": shards, "shard_mb": shard_mb}, out)
 
 
 @dataclass
@@ -62,6 +52,13 @@ class Watched(Peaks):
 
     mib: float = 0.0
     seconds: float = 0.0
+
+
+def compare(num_shards: int, shard_mb: int, sizes: Sequence[int]) -> list[Watched]:
+    """Watch the job at every size; once before unwatched, so that imports do not count. Runs in its own process."""
+    with local_ray(num_cpus=2):
+        prepare_peaks(num_shards, shard_mb, sizes[0])
+        return [prepare_peaks(num_shards, shard_mb, size) for size in sizes]
 
 
 def prepare_peaks(num_shards: int, shard_mb: int, shard_images: int) -> Watched:
@@ -82,7 +79,7 @@ def prepare_peaks(num_shards: int, shard_mb: int, shard_images: int) -> Watched:
     return Watched(**asdict(peaks), mib=stored / 2**20, seconds=seconds)
 
 
-def write_shards(folder: Path, num_shards: int, shard_images: int) -> None:
+def write_shards(folder: Path, num_shards: int, shard_images: int, side: int = 128) -> None:
     """Write WebDataset shards of JPEGs that mix all classes; a few different pictures, over and over."""
     folder.mkdir()
     (folder / "classes.txt").write_text(
@@ -92,7 +89,7 @@ def write_shards(folder: Path, num_shards: int, shard_images: int) -> None:
     pictures = []
     for _ in range(_PICTURES):
         encoded = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)).save(encoded, "JPEG")
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(encoded, "JPEG")
         pictures.append(encoded.getvalue())
     for shard in range(num_shards):
         with tarfile.open(folder / f"train-{shard:05d}.tar", "w") as tar:

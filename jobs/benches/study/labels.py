@@ -235,7 +235,7 @@ def _rows(
     return rows
 
 
-def synthetic_rows(step: float, shared: int, num_views: int = _SYNTHETIC_VIEWS) -> list[Row]:
+def synthetic_rows(step: float, shared: int) -> list[Row]:
     """Return the bytes of labels of 1000 classes at 10 images a class and 300 epochs, from a sample of the views.
 
     The logits are not a network's: normal, with a peak for the view's class and up to as high a one for its partner's.
@@ -245,7 +245,7 @@ def synthetic_rows(step: float, shared: int, num_views: int = _SYNTHETIC_VIEWS) 
     from wmdd_ray.records import SoftLabelBlock, ViewDraw
     from wmdd_ray.store import codecs
 
-    classes = _SYNTHETIC_CLASSES
+    classes, num_views = _SYNTHETIC_CLASSES, _SYNTHETIC_VIEWS
     rng = np.random.default_rng(0)
     logits_VY = (_SPREAD * rng.standard_normal((num_views, classes))).astype(np.float32)
     view_V = np.arange(num_views)
