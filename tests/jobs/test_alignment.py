@@ -19,8 +19,8 @@ from jobs.benches.study.splits import make_place
 from jobs.benches.study.tables import table_of
 
 TINY: dict[str, Any] = {
-    "ipc": (2,), "distill_seeds": 1, "student_seeds": 2, "width": 4, "epochs": 1,
-    "teacher_epochs": 1, "iterations": 1,
+    "ipc": (2,), "distill_seeds": 1, "student_seeds": 2, "width": 8, "epochs": 1,
+    "teacher_epochs": 4, "iterations": 1,
 }  # fmt: skip
 SETTINGS = [
     "one teacher", "LIA: 2 teachers", "LIA: 4 teachers", "one teacher, CE + MSE",
@@ -62,7 +62,7 @@ def test_groups_of_one_ipc_differ_in_soft_labels_and_the_loss_to_them_alone(
 
 @pytest.mark.slow
 def test_the_table_says_of_each_group_who_labels_and_by_what_loss(tmp_path: Path) -> None:
-    accuracy(table="alignment_digits", out=str(tmp_path), **TINY)
+    accuracy(table="alignment_digits", out=str(tmp_path), options=Options(**TINY))
     path = tmp_path / "accuracy-alignment_digits.json"
     found = json.loads(path.read_bytes())
     assert [len(g["labelers"]) for g in found["groups"]] == [1, 2, 4, 1, 1, 4]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jobs.benches.scale.classes import Classes, cost_model
-from jobs.benches.scale.processes import descendants, own_mib, peak_mib, shares_mib
+from jobs.benches.scale.processes import descendants, own_mib, shares_mib
 from jobs.benches.scale.rooms import store_rows
 from jobs.benches.scale.workers import losses
 from tests.conftest import S3Uri
@@ -77,9 +77,9 @@ def test_memory_of_a_process_is_its_own_and_not_its_parents() -> None:
     child = subprocess.Popen([sys.executable, "-S", "-c", script], stdin=subprocess.PIPE)
     try:
         assert child.pid in descendants(os.getpid())
-        assert 0 < own_mib(child.pid) < peak_mib(child.pid) < 100
+        assert 0 < own_mib(child.pid) < 100
         shares = shares_mib(child.pid)
-        assert shares["uss"] <= shares["pss"] <= shares["rss"]
+        assert 0 < shares["uss"] <= shares["pss"] < 100
     finally:
         child.communicate()
     assert own_mib(child.pid) == 0

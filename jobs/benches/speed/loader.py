@@ -7,7 +7,6 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,20 +23,17 @@ if TYPE_CHECKING:
 
 # Batches that are loaded before the clock starts: workers start, caches fill.
 _WARM_UP = 5
+_BATCH_IMAGES = 25
 
 
 def loader(
-    dataset: str | None = None,
     workers: tuple[int, ...] = (0, 1, 2),
     widths: tuple[int, ...] = (32, 128),
-    s3: bool = True,
-    batch_size: int = 25,
     seconds: float = 4.0,
     repeats: int = 3,
-    threads: int = 1,
     out: str | None = None,
 ) -> None:
-    """Images a second of rendering alone, of a plain DataLoader, and of a ConvNet-3 that trains from it; how long it waits.
+    """Images a second of rendering alone, of a plain DataLoader, and of a ConvNet-3 that trains from it, also over S3 (moto, here).
 
     The in-memory loop trains on the same batches, rendered and stacked before the clock starts: the most that any loader
     can reach. What is compared takes turns. `waiting` is the share of the training loop's wall-clock time that it waits for a
@@ -47,14 +43,10 @@ def loader(
     in that process).
 
     Args:
-        dataset: A distilled set; without it, one of 100 gray images of 28 pixels and 300 label epochs is made.
         workers: Worker processes of the DataLoader; 0 loads in the training process.
         widths: Channels of a ConvNet-3 block.
-        s3: Train from a copy of the set on an S3 server (moto) on this machine too.
-        batch_size: Images of a batch.
         seconds: How long each rate is measured.
         repeats: Turns.
-        threads: Computing threads of the training process.
         out: JSON file to write.
     """
     import torch
@@ -62,72 +54,47 @@ def loader(
     from wmdd_ray.core.views import render_views
     from wmdd_ray.dataset import DistilledDataset
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     with contextlib.ExitStack() as stack:
-        uri = dataset or make_set(stack.enter_context(tempfile.TemporaryDirectory()))
+        uri = make_set(stack.enter_context(tempfile.TemporaryDirectory()))
         opened = DistilledDataset(uri)
-        places = {"": uri}
-        if s3:
-            places[" from s3://"] = _copy(uri, stack.enter_context(s3_server()))
+        places = {"": uri, " from s3://": _copy(uri, stack.enter_context(s3_server()))}
         views, _ = opened.label_epoch(0)
         stored = opened.stored_images()
-        in_memory = [_batch(opened, batch_size, i) for i in range(40)]
+        in_memory = [_batch(opened, i) for i in range(40)]
 
         def render() -> Iterator[Any]:
             while True:
                 yield [render_views(stored, views, opened.image_size)]
 
         sources: dict[str, tuple[int | None, Callable[[], Iterator[Any]]]] = {
-            "rendering alone": (None, render)
+            "rendering alone": (None, render),
+            **{f"DataLoader, {n} workers": (None, partial(_loaded, uri, n)) for n in workers},
         }
-        for width in (None, *widths):
-            steps = "" if width is None else f" -> ConvNet-3, width {width}"
-            if width is not None:
-                sources[f"tensors in memory{steps}"] = width, partial(itertools.cycle, in_memory)
+        for width in widths:
+            steps = f" -> ConvNet-3, width {width}"
+            sources[f"tensors in memory{steps}"] = width, partial(itertools.cycle, in_memory)
             for (place, at), n in itertools.product(places.items(), workers):
-                if place and width is None:
-                    continue
-                sources[f"DataLoader{place}, {n} workers{steps}"] = (
-                    width, partial(_loaded, at, batch_size, n),
-                )  # fmt: skip
-        found: dict[str, list[_Measured]] = {name: [] for name in sources}
+                sources[f"DataLoader{place}, {n} workers{steps}"] = width, partial(_loaded, at, n)
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in sources}
         for _ in range(repeats):
             for name, (width, batches) in sources.items():
                 found[name].append(_measured(opened, width, batches, seconds))
     rows: list[Row] = []
-    base = 0.0
     for name, turns in found.items():
-        row: Row = {
-            "what": name,
-            "images_per_s": spread([turn.images_per_s for turn in turns]),
-            "images_per_cpu_s": spread([turn.images_per_cpu_s for turn in turns]),
-        }
-        if name.startswith("DataLoader"):
-            row["first_batch_s"] = spread([turn.first_batch_s for turn in turns])
+        columns = {column: spread([turn[column] for turn in turns]) for column in turns[0]}
+        if not name.startswith("DataLoader"):
+            del columns["first_batch_s"]
+        if "->" not in name:
+            del columns["waiting"]
+        row: Row = {"what": name, **columns}
         if name.startswith("tensors"):
             base = row["images_per_cpu_s"]["median"]
         if "->" in name:
-            row["waiting"] = spread([turn.waiting for turn in turns])
             row["of_in_memory"] = row["images_per_cpu_s"]["median"] / base
         rows.append(row)
-    settings = {
-        "num_images": opened.num_images,
-        "image_size": opened.image_size,
-        "label_epochs": opened.label_epochs,
-        "batch_size": batch_size,
-        "threads": threads,
-    }
-    report(rows, settings, out)
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """A turn: images by the wall clock and by this process's time, seconds to the first batch, share of time spent waiting."""
-
-    images_per_s: float
-    images_per_cpu_s: float
-    first_batch_s: float
-    waiting: float
+    about = {name: getattr(opened, name) for name in ("num_images", "image_size", "label_epochs")}
+    report(rows, {**about, "batch_size": _BATCH_IMAGES, "threads": 1}, out)
 
 
 def _copy(uri: str, to: str) -> str:
@@ -138,15 +105,15 @@ def _copy(uri: str, to: str) -> str:
     return to
 
 
-def _batch(dataset: DistilledDataset, batch_size: int, number: int) -> Any:
+def _batch(dataset: DistilledDataset, number: int) -> Any:
     import torch
 
     rng = np.random.default_rng(number)
-    items = dataset.__getitems__(rng.integers(0, len(dataset), batch_size).tolist())
+    items = dataset.__getitems__(rng.integers(0, len(dataset), _BATCH_IMAGES).tolist())
     return [torch.stack(column) for column in zip(*items, strict=True)]
 
 
-def _loaded(uri: str, batch_size: int, workers: int) -> Iterator[Any]:
+def _loaded(uri: str, workers: int) -> Iterator[Any]:
     """Open a set and yield the batches of a plain DataLoader, in random order over all label epochs, for ever."""
     from torch.utils.data import DataLoader
 
@@ -154,7 +121,7 @@ def _loaded(uri: str, batch_size: int, workers: int) -> Iterator[Any]:
 
     # 30,000 items and more: the workers start once, in the warm-up.
     loader = DataLoader(
-        DistilledDataset(uri), batch_size=batch_size, shuffle=True, num_workers=workers
+        DistilledDataset(uri), batch_size=_BATCH_IMAGES, shuffle=True, num_workers=workers
     )
     while True:
         yield from loader
@@ -193,8 +160,12 @@ def _measured(
     width: int | None,
     source: Callable[[], Iterator[Any]],
     seconds: float,
-) -> _Measured:
-    """Train on batches that never end, and return how fast it went after the warm-up."""
+) -> dict[str, float]:
+    """Train on batches that never end, and return how fast it went after the warm-up.
+
+    Returns:
+        Images by the wall clock and by this process's time, seconds to the first batch, share of time spent waiting.
+    """
     step, began = _step(dataset, width), time.perf_counter()
     batches = source()
     step(next(batches))
@@ -208,7 +179,12 @@ def _measured(
         step(batch)
         count += len(batch[0])
     spent, computed = time.perf_counter() - started, time.process_time() - cpu
-    return _Measured(count / spent, count / computed, first_batch_s, waited / spent)
+    return {
+        "images_per_s": count / spent,
+        "images_per_cpu_s": count / computed,
+        "first_batch_s": first_batch_s,
+        "waiting": waited / spent,
+    }
 
 
 def make_set(folder: str) -> str:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from jobs.benches.study.engine import Job, Study
     from jobs.benches.study.splits import Labeled
 
-Trained = Literal["fkd", "fine", "coarse", "shared", "lpld"]
 # Logits of the synthetic set: spread of the others, and how far the true class and the mixed-in one stand out.
 _SPREAD, _PEAK = 2.5, 8.0
 _SYNTHETIC_CLASSES, _SYNTHETIC_VIEWS, _SYNTHETIC_EPOCHS = 1000, 8192, 300
@@ -34,7 +33,7 @@ class Option:
 
     name: str
     relabel: RelabelConfig
-    students: Trained
+    students: Literal["fkd", "fine", "coarse", "shared", "lpld"]
     shared: int = 1
 
     @property
@@ -65,15 +64,6 @@ def options_of(
     ]
 
 
-def learned_from(options: Sequence[Option], trained: Sequence[Trained]) -> dict[str, Option]:
-    """Return the options that get students of their own, by key: of those of equal labels, the first."""
-    first: dict[str, Option] = {}
-    for option in options:
-        if option.students in trained:
-            first.setdefault(option.key, option)
-    return first
-
-
 def labels(
     data: str,
     teacher: str | None = None,
@@ -87,11 +77,9 @@ def labels(
     epochs: int = 300,
     width: int = 32,
     mixed_precision: bool = True,
-    trained: tuple[Trained, ...] = ("fkd", "coarse", "shared", "lpld"),
     folder: str = "runs/labels",
     processes: int = 1,
     out: str | None = None,
-    plan: bool = False,
 ) -> None:
     """Bytes of soft labels against student accuracy on Fashion-MNIST, and the bytes for 1000 synthetic classes. Resumable.
 
@@ -116,13 +104,11 @@ def labels(
         epochs: Passes of a student over the images, and FKD's label epochs.
         width: Channels of teacher's and students' ConvNet-3 blocks.
         mixed_precision: Teacher and students compute in bfloat16.
-        trained: Options that get students of their own; the others show their bytes alone.
         folder: Folder of the jobs; what is there already is not done again.
         processes: Processes with one computing thread each.
         out: JSON file to write.
-        plan: Print the jobs of each stage, and do nothing.
     """
-    from jobs.benches.study.engine import Study, chain, print_plan, students
+    from jobs.benches.study.engine import Study, chain, students
     from jobs.benches.study.splits import load_split, make_place
 
     for name, given in (("ipc", ipc), ("steps", steps), ("shared", shared)):
@@ -146,16 +132,14 @@ def labels(
             for option in options
         }
         stored[one] = {option: chain(config) for option, config in configs.items()}
-        learned[one] = {
-            key: students(configs[option], stored[one][option])
-            for key, option in learned_from(options, trained).items()
-        }
-    jobs = [jobs["assemble"] for of_ipc in stored.values() for jobs in of_ipc.values()]
-    jobs += [job for of_ipc in learned.values() for job in of_ipc.values()]
-    if plan:
-        print_plan(jobs, study)
-        return
-    study.bring(jobs, processes)
+        learned[one] = {}
+        for option, jobs in stored[one].items():
+            if option.students != "fine":
+                # Of options with equal labels, the first.
+                learned[one].setdefault(option.key, students(configs[option], jobs))
+    wanted = [jobs["assemble"] for of_ipc in stored.values() for jobs in of_ipc.values()]
+    wanted += [job for of_ipc in learned.values() for job in of_ipc.values()]
+    study.bring(wanted, processes)
     images = study.place.load("val")
     if split == "test":
         images = load_split(data, source, "val", study.place.class_names)

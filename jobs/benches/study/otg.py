@@ -5,9 +5,7 @@ Legend: N images, K images of one class.
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from jobs.benches.reporting import mean_and_std
+from jobs.benches.reporting import mean_and_std, save
 from jobs.benches.study.definitions import Options, variants
 from wmdd_ray.config import DiffusionConfig, DistillConfig, LabelKind, RecoverConfig
 from wmdd_ray.diffusion.training import Training
@@ -129,10 +127,8 @@ def otg(
         record = scored(best, wmdd, sampled, study, test)
     record |= {"dataset": dataset, "unet": {"epochs": unet_epochs, "widths": unet_widths}}
     path = Path(result or Path(__file__).parents[1] / f"results/otg-{dataset}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
     print(markdown(record))
-    print(f"written: {path}", file=sys.stderr)
+    save(record, path)
 
 
 def train_model(training: Training, place: Place) -> str:

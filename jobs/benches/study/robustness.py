@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from jobs.benches.reporting import mean_and_std
+from jobs.benches.reporting import mean_and_std, save
 from jobs.benches.study.definitions import Options, Table, TeacherRecipe, variants
 from jobs.benches.study.rows import group_of, recovered
 from wmdd_ray.config import AttackConfig, AttackName, DistillConfig, SqueezeConfig
@@ -61,7 +59,6 @@ def robustness(
     bf16: bool = False,
     processes: int = 1,
     result: str | None = None,
-    plan: bool = False,
     cost: bool = True,
 ) -> None:
     """Clean and robust accuracy by ipc, GUARD's teacher against a plain one. Resumable; needs no Ray.
@@ -89,11 +86,10 @@ def robustness(
         bf16: Train and recover in bfloat16.
         processes: Processes with one computing thread each.
         result: JSON file; in `out` by default.
-        plan: Print the jobs of each stage, and do nothing.
         cost: Measure what a step of teacher training costs with each form of the term.
     """
     from jobs.benches.study.curvature_cost import step_cost
-    from jobs.benches.study.engine import Study, one_thread, print_plan
+    from jobs.benches.study.engine import Study, one_thread
     from jobs.benches.study.splits import held_out_of, load_split, make_place, uri_of
     from wmdd_ray.robustness.attacks import SETTINGS, libraries, require_libraries
 
@@ -124,9 +120,6 @@ def robustness(
         students[cell] = students_of(cell, dataset, recipes[one], options, iterations, study)
     attacked = {job: attacks_on(job, wanted) for job in students.values()}
     jobs = [job for of_students in attacked.values() for job in of_students.values()]
-    if plan:
-        print_plan(jobs, study)
-        return
     study.bring(jobs, processes)
     labeled = load_split(uri, source, "val", place.class_names) if split == "test" else None
     labeled = labeled or place.load("val")
@@ -150,10 +143,8 @@ def robustness(
     if cost:
         record["cost"] = step_cost(cell.squeeze, place)
     path = Path(result or Path(out) / f"robustness-{dataset}-{split}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
     print(markdown(record))
-    print(f"written: {path}", file=sys.stderr)
+    save(record, path)
 
 
 def about(best: DistillConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from jobs.benches.reporting import mean_and_std
 from jobs.benches.study.definitions import FULL, RANDOM, Table
 from jobs.benches.study.engine import Job, Study, map_in, one_thread
 from jobs.benches.study.judge import configuration_of, open_test
@@ -214,9 +215,8 @@ def _accuracies(
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return mean and standard deviation (of a sample; 0 of one value)."""
-    std = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "std": std}
+    """Return mean and sample standard deviation."""
+    return {name: mean_and_std(values)[name] for name in ("mean", "std")}
 
 
 def different(students: dict[str, Any]) -> list[float]:
