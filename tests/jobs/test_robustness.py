@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jobs.benches.study import robustness as bench
 from jobs.benches.study.robustness import markdown, robustness, targets
 from wmdd_ray.errors import ConfigError
-from wmdd_ray.robustness import units
 from wmdd_ray.robustness.attacks import SETTINGS, Attacked
 
 TINY: dict[str, Any] = {
@@ -65,14 +65,14 @@ def test_the_bench_pairs_every_row_with_a_plain_teacher_and_goes_on_where_it_was
     assert rooms == {"attacked", "students-pgd-8of255", "students-pgd-8of85"}
 
     # What an attack cannot have done is told, by student.
-    real = units.read_attacked
+    real = bench.read_attacked
 
     def stronger_is_weaker(room: Any, trained: str, count: int) -> Attacked:
         one = real(room, trained, count)
         robust_N = np.full_like(one.clean_N, "8of85" in room.store.uri)
         return replace(one, robust_N=robust_N, clean_N=np.ones_like(one.clean_N))
 
-    monkeypatch.setattr(units, "read_attacked", stronger_is_weaker)
+    monkeypatch.setattr(bench, "read_attacked", stronger_is_weaker)
     capsys.readouterr()
     robustness(**{**TINY, "cost": False}, out=str(out))
     rows = json.loads((out / "robustness-digits-val.json").read_text())["rows"]

@@ -34,6 +34,8 @@ from wmdd_ray.records import ClassFeatures, Moments
 from wmdd_ray.spine.run import Progress, Run, Stage, StageRun, run_pipeline
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.units.atoms import ClassSolver
+from wmdd_ray.units.class_features import class_key, class_unit
 
 # The BatchNorm inputs of a ResNet-18.
 _CHANNELS_L = (64,) * 5 + (128,) * 5 + (256,) * 5 + (512,) * 5
@@ -97,7 +99,6 @@ def open_run(options: Classes, folder: str, num_actors: int) -> Run:
 def stages(options: Classes) -> tuple[Stage, ...]:
     """Return the pipeline's barycenters behind a features stage that needs neither a teacher nor Ray."""
     from wmdd_ray.stages.pipeline import PIPELINE
-    from wmdd_ray.units.class_features import class_key, class_unit
 
     def make_up(stage: StageRun) -> dict[str, Any]:
         classes = [synthetic_class(seed)[: options.num_images] for seed in range(_DISTINCT)]
@@ -151,8 +152,6 @@ def drive(options: Classes, folder: str, num_actors: int) -> list[Row]:
 def started(run: Run, num_actors: int) -> dict[tuple[str, str], Any]:
     """Start the stage's actors, all at once, and return what each took until it could work, by name and unit."""
     import ray
-
-    from wmdd_ray.units.atoms import ClassSolver
 
     actor_class = ray.remote(num_cpus=1)(ClassSolver)
     arguments = (run.room("barycenters"), run.room("features"), (), run.config)

@@ -14,11 +14,14 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
 
 from jobs.benches.reporting import Row, spread
 from jobs.benches.scale.processes import in_a_process, local_ray
 from wmdd_ray.config import Resources
+from wmdd_ray.executors.dispatch import do_units
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.run import (
@@ -32,9 +35,6 @@ from wmdd_ray.spine.run import (
     run_pipeline,
 )
 from wmdd_ray.store.filesystem import Store
-
-if TYPE_CHECKING:
-    import torch
 
 Executor = Literal["train", "actors"]
 
@@ -76,8 +76,6 @@ def lose_one(options: Workers, executor: Executor, folder: str) -> dict[str, flo
     diary.mkdir(parents=True)
 
     def work(stage: StageRun) -> dict[str, Any]:
-        from wmdd_ray.executors.dispatch import do_units
-
         do_units(
             stage, units, partial(open_sleeper, diary=diary, room=stage.room, unit_s=options.unit_s)
         )

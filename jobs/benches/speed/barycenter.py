@@ -10,6 +10,8 @@ import numpy as np
 
 from jobs.benches.reporting import Row, report, spread
 from wmdd_ray.config import BarycenterConfig
+from wmdd_ray.core.barycenter import solve_barycenter
+from wmdd_ray.core.transport import exact_cost, one_thread
 
 Solver = Literal["lloyd", "uniform", "emd", "sinkhorn", "sliced"]
 
@@ -30,8 +32,6 @@ def barycenter(
         reference: Also measure the alternation as WMDD's reference runs it with learned weights.
         out: JSON file to write.
     """
-    from wmdd_ray.core.barycenter import solve_barycenter
-    from wmdd_ray.core.transport import exact_cost, one_thread
 
     def solve(solver: str, features_ND: np.ndarray, k: int, seed: int) -> tuple[np.ndarray, ...]:
         if solver == "reference":

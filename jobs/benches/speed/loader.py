@@ -8,18 +8,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader
 
 from jobs.benches.reporting import Row, report, spread
 from jobs.benches.scale.rooms import s3_server
 from jobs.benches.speed.orchestration import distill
 from wmdd_ray.config import NetworkConfig
+from wmdd_ray.core.networks import build_network
+from wmdd_ray.core.student_losses import soft_label_loss
+from wmdd_ray.core.views import render_views
+from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.store.filesystem import Store
-
-if TYPE_CHECKING:
-    from wmdd_ray.dataset import DistilledDataset
 
 # Batches that are loaded before the clock starts: workers start, caches fill.
 _WARM_UP = 5
@@ -49,11 +52,6 @@ def loader(
         repeats: Turns.
         out: JSON file to write.
     """
-    import torch
-
-    from wmdd_ray.core.views import render_views
-    from wmdd_ray.dataset import DistilledDataset
-
     torch.set_num_threads(1)
     with contextlib.ExitStack() as stack:
         uri = make_set(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -78,8 +76,8 @@ def loader(
                 sources[f"DataLoader{place}, {n} workers{steps}"] = width, partial(_loaded, at, n)
         found: dict[str, list[dict[str, float]]] = {name: [] for name in sources}
         for _ in range(repeats):
-            for name, (width, batches) in sources.items():
-                found[name].append(_measured(opened, width, batches, seconds))
+            for name, (channels, batches) in sources.items():
+                found[name].append(_measured(opened, channels, batches, seconds))
     rows: list[Row] = []
     for name, turns in found.items():
         columns = {column: spread([turn[column] for turn in turns]) for column in turns[0]}
@@ -106,8 +104,6 @@ def _copy(uri: str, to: str) -> str:
 
 
 def _batch(dataset: DistilledDataset, number: int) -> Any:
-    import torch
-
     rng = np.random.default_rng(number)
     items = dataset.__getitems__(rng.integers(0, len(dataset), _BATCH_IMAGES).tolist())
     return [torch.stack(column) for column in zip(*items, strict=True)]
@@ -115,10 +111,6 @@ def _batch(dataset: DistilledDataset, number: int) -> Any:
 
 def _loaded(uri: str, workers: int) -> Iterator[Any]:
     """Open a set and yield the batches of a plain DataLoader, in random order over all label epochs, for ever."""
-    from torch.utils.data import DataLoader
-
-    from wmdd_ray.dataset import DistilledDataset
-
     # 30,000 items and more: the workers start once, in the warm-up.
     loader = DataLoader(
         DistilledDataset(uri), batch_size=_BATCH_IMAGES, shuffle=True, num_workers=workers
@@ -131,10 +123,6 @@ def _step(dataset: DistilledDataset, width: int | None) -> Callable[[Any], None]
     """Return a training step of a ConvNet-3 on a batch; without a width, one that does nothing."""
     if width is None:
         return lambda batch: None
-    import torch
-
-    from wmdd_ray.core.networks import build_network
-    from wmdd_ray.core.student_losses import soft_label_loss
 
     network = build_network(
         NetworkConfig(width=width),

@@ -6,8 +6,14 @@ import statistics
 import time
 from dataclasses import replace
 
+import torch
+
 from jobs.benches.reporting import Row, report, spread
 from wmdd_ray.config import EvaluateConfig, NetworkConfig, ViewConfig
+from wmdd_ray.core.networks import build_network
+from wmdd_ray.core.student_losses import transport_loss
+from wmdd_ray.core.training import train_student
+from wmdd_ray.core.views import StoredImages, draw_views
 
 
 def otm(
@@ -31,8 +37,6 @@ def otm(
         steps: Measured steps; one more of each warms up.
         out: JSON file to write.
     """
-    import torch
-
     torch.set_num_threads(1)
     rows: list[Row] = []
     network = NetworkConfig(arch="resnet18", small_stem=small_stem)
@@ -56,11 +60,6 @@ def otm(
 def _step_s(config: EvaluateConfig, batch_size: int, num_classes: int, image_size: int) -> float:
     """Return the seconds of one step of training, the second of two: the first allocates."""
     import numpy as np
-    import torch
-
-    from wmdd_ray.core.networks import build_network
-    from wmdd_ray.core.training import train_student
-    from wmdd_ray.core.views import StoredImages, draw_views
 
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (batch_size, image_size, image_size, 3), dtype=np.uint8)
@@ -86,10 +85,6 @@ def _step_s(config: EvaluateConfig, batch_size: int, num_classes: int, image_siz
 
 def _term_s(config: EvaluateConfig, batch_size: int, num_classes: int) -> float:
     """Return the seconds of the term alone, forward and backward: the mean of ten."""
-    import torch
-
-    from wmdd_ray.core.student_losses import transport_loss
-
     student, teacher = torch.randn(
         (2, batch_size, num_classes), generator=torch.Generator().manual_seed(0)
     )

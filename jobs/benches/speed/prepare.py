@@ -16,6 +16,9 @@ from PIL import Image
 
 from jobs.benches.reporting import Row, report
 from jobs.benches.scale.processes import Peaks, in_a_process, local_ray, watched
+from jobs.prepare import Job
+from jobs.prepare import prepare as run_job
+from wmdd_ray.units.splitting import PrepareConfig
 
 _NUM_CLASSES = 10
 _PICTURES = 20
@@ -63,10 +66,6 @@ def compare(num_shards: int, shard_mb: int, sizes: Sequence[int]) -> list[Watche
 
 def prepare_peaks(num_shards: int, shard_mb: int, shard_images: int) -> Watched:
     """Watch the job on so many images."""
-    from jobs.prepare import Job
-    from jobs.prepare import prepare as run_job
-    from wmdd_ray.units.splitting import PrepareConfig
-
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         data, made = Path(folder) / "data", Path(folder) / "out"
         write_shards(data, num_shards, shard_images)

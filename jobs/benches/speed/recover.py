@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from jobs.benches.reporting import Row, report, spread
 from wmdd_ray.config import NetworkConfig, RecoverConfig
-
-if TYPE_CHECKING:
-    import torch
+from wmdd_ray.core.embedding import features_and_moments
+from wmdd_ray.core.moments import variance_S
+from wmdd_ray.core.networks import batch_norms, build_network
+from wmdd_ray.core.synthesis import ClassTarget, recover_group
+from wmdd_ray.core.views import to_input
 
 
 def recover(
@@ -35,8 +38,6 @@ def recover(
         iterations: Recover steps.
         out: JSON file to write.
     """
-    import torch
-
     torch.set_num_threads(1)
     rows: list[Row] = []
     for arch in archs:
@@ -54,10 +55,6 @@ def recover(
 
 def untrained(config: NetworkConfig, num_classes: int) -> torch.nn.Module:
     """Return a random frozen network for 32 x 32 RGB whose BatchNorm layers have seen noise once."""
-    import torch
-
-    from wmdd_ray.core.networks import batch_norms, build_network
-
     torch.manual_seed(0)
     network = build_network(config, num_classes=num_classes, channels=3, image_size=32)
     for norm in batch_norms(network):
@@ -71,13 +68,6 @@ def recover_seconds(
     network: torch.nn.Module, num_images: int, ipc: int, iterations: int
 ) -> tuple[list[float], list[float]]:
     """Return the seconds of every recover step, and of the bare pass after it."""
-    import torch
-
-    from wmdd_ray.core.embedding import features_and_moments
-    from wmdd_ray.core.moments import variance_S
-    from wmdd_ray.core.synthesis import ClassTarget, recover_group
-    from wmdd_ray.core.views import to_input
-
     color: dict[str, Any] = {"mean_C": (0.5,) * 3, "std_C": (0.25,) * 3}
     shape = (num_images, 32, 32, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)

@@ -8,6 +8,13 @@ from typing import Annotated, Literal
 import tyro
 
 from jobs.benches.study.definitions import Options, TableName
+from jobs.benches.study.engine import Study, print_plan
+from jobs.benches.study.judge import before_text, refuse_second_opening
+from jobs.benches.study.rendering import render as render_tables
+from jobs.benches.study.scores import score, sealed
+from jobs.benches.study.splits import make_place, uri_of
+from jobs.benches.study.tables import table_of
+from jobs.benches.study.work import jobs_of, rows_of
 
 _AS_IT_IS = Options()
 
@@ -42,14 +49,6 @@ def accuracy(
         plan: Print the jobs of each stage, and do nothing.
         render: Only write the committed results into the README beside them, and their summary into the root one.
     """
-    from jobs.benches.study.engine import Study, print_plan
-    from jobs.benches.study.judge import before_text, refuse_second_opening
-    from jobs.benches.study.rendering import render as render_tables
-    from jobs.benches.study.scores import score, sealed
-    from jobs.benches.study.splits import make_place, uri_of
-    from jobs.benches.study.tables import table_of
-    from jobs.benches.study.work import jobs_of, rows_of
-
     if render:
         print(f"rendered: {', '.join(render_tables()) or 'nothing is committed'}")
         return

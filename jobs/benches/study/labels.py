@@ -9,18 +9,21 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from jobs.benches.reporting import Row, report
+from jobs.benches.study.engine import Job, Study, chain, students
+from jobs.benches.study.scores import top1_of_students
+from jobs.benches.study.splits import Labeled, load_split, make_place
 from wmdd_ray.config import DistillConfig, RecoverConfig, RelabelConfig, ViewConfig
+from wmdd_ray.core.soft_labels import compress
+from wmdd_ray.core.views import draw_block
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.recipes import recipe_of
-
-if TYPE_CHECKING:
-    from jobs.benches.study.engine import Job, Study
-    from jobs.benches.study.splits import Labeled
+from wmdd_ray.records import SoftLabelBlock, ViewDraw
+from wmdd_ray.store import codecs
 
 # Logits of the synthetic set: spread of the others, and how far the true class and the mixed-in one stand out.
 _SPREAD, _PEAK = 2.5, 8.0
@@ -108,9 +111,6 @@ def labels(
         processes: Processes with one computing thread each.
         out: JSON file to write.
     """
-    from jobs.benches.study.engine import Study, chain, students
-    from jobs.benches.study.splits import load_split, make_place
-
     for name, given in (("ipc", ipc), ("steps", steps), ("shared", shared)):
         if not given:
             raise ConfigError(f"--{name}: expected at least one value, got none")
@@ -187,8 +187,6 @@ def _rows(
     study: Study,
 ) -> list[Row]:
     """Return a row an option: bytes, and the accuracy of the students of equal labels beside FKD's, seed by seed."""
-    from jobs.benches.study.scores import top1_of_students
-
     percent_of = {
         key: [100 * value for value in top1_of_students(study.place, job, images).values()]
         for key, job in learned.items()
@@ -224,11 +222,6 @@ def synthetic_rows(step: float, shared: int) -> list[Row]:
 
     The logits are not a network's: normal, with a peak for the view's class and up to as high a one for its partner's.
     """
-    from wmdd_ray.core.soft_labels import compress
-    from wmdd_ray.core.views import draw_block
-    from wmdd_ray.records import SoftLabelBlock, ViewDraw
-    from wmdd_ray.store import codecs
-
     classes, num_views = _SYNTHETIC_CLASSES, _SYNTHETIC_VIEWS
     rng = np.random.default_rng(0)
     logits_VY = (_SPREAD * rng.standard_normal((num_views, classes))).astype(np.float32)

@@ -9,21 +9,33 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from jobs.benches.reporting import mean_and_std, save
 from jobs.benches.study.definitions import Options, variants
+from jobs.benches.study.engine import Job, Study, chain, one_thread, students
+from jobs.benches.study.scores import top1_of_students
+from jobs.benches.study.splits import Labeled, Place, held_out_of, load_split, make_place, uri_of
 from wmdd_ray.config import DiffusionConfig, DistillConfig, LabelKind, RecoverConfig
-from wmdd_ray.diffusion.training import Training
+from wmdd_ray.core.networks import network_of
+from wmdd_ray.core.synthesis import features_of
+from wmdd_ray.core.transport import exact_cost
+from wmdd_ray.core.views import to_input
+from wmdd_ray.diffusion import surrogate as surrogates
+from wmdd_ray.diffusion.card import INDEX_KEY
+from wmdd_ray.diffusion.influence import class_influence, influence
+from wmdd_ray.diffusion.model import load_model, save_model
+from wmdd_ray.diffusion.training import Training, train_unet
 from wmdd_ray.errors import ConfigError
+from wmdd_ray.executors.here import device_here
+from wmdd_ray.spine.checkpoints import Checkpoints
 from wmdd_ray.spine.provenance import hardware, versions
+from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.run import fingerprint
-
-if TYPE_CHECKING:
-    from jobs.benches.study.engine import Job, Study
-    from jobs.benches.study.splits import Labeled, Place
+from wmdd_ray.units.images import Inputs, read_images
+from wmdd_ray.units.teacher import read_teacher
 
 Guidance = Literal["nothing", "otg", "igd"]
 Sets = tuple[dict[str, "Job"], ...]
@@ -89,9 +101,6 @@ def otg(
         processes: Processes with one computing thread each.
         result: JSON file; jobs/benches/results/otg-DATASET.json by default.
     """
-    from jobs.benches.study.engine import Study, one_thread
-    from jobs.benches.study.splits import held_out_of, load_split, make_place, uri_of
-
     for option, given in (("weights", weights), ("influence-weights", influence_weights)):
         if not given or min(given) <= 0:
             raise ConfigError(f"--{option}: expected values above 0, got {given}")
@@ -133,13 +142,6 @@ def otg(
 
 def train_model(training: Training, place: Place) -> str:
     """Train the diffusion model on `train`, unless it is there, and return where it is."""
-    from wmdd_ray.diffusion.card import INDEX_KEY
-    from wmdd_ray.diffusion.model import save_model
-    from wmdd_ray.diffusion.training import train_unet
-    from wmdd_ray.executors.here import device_here
-    from wmdd_ray.spine.checkpoints import Checkpoints
-    from wmdd_ray.spine.rooms import Room
-
     about = {"data": place.source_of("train").fingerprint(), "training": asdict(training)}
     store = place.store.child("diffusion").child(fingerprint(about))
     if not store.exists(INDEX_KEY):
@@ -161,8 +163,6 @@ def train_model(training: Training, place: Place) -> str:
 
 def sets_of(config: DistillConfig, seeds: int) -> Sets:
     """Return the jobs of sets with a student each by either kind of labels, of one teacher."""
-    from jobs.benches.study.engine import Job, chain, students
-
     teacher = Job("squeeze", replace(config, recover=RecoverConfig()))
     evaluate = replace(config.evaluate, num_seeds=1, labels=_LABELS, baselines=())
     sets = []
@@ -224,8 +224,6 @@ def _means(measured: dict[str, list[float]]) -> dict[str, Any]:
 
 def top1_by_kind(sets: Sets, images: Labeled, study: Study) -> dict[str, list[float]]:
     """Return the accuracies of the students by either kind of labels."""
-    from jobs.benches.study.scores import top1_of_students
-
     reached = [top1_of_students(study.place, jobs["students"], images) for jobs in sets]
     return {
         kind: [v for of_set in reached for (_, unit), v in of_set.items() if f"-{kind}-" in unit]
@@ -235,12 +233,6 @@ def top1_by_kind(sets: Sets, images: Labeled, study: Study) -> dict[str, list[fl
 
 def w2(study: Study, sets: Sets, real: Labeled) -> list[float]:
     """Return of each set the root of the mean over classes of W2^2 between its features, with its weights, and the real ones'."""
-    from wmdd_ray.core.networks import network_of
-    from wmdd_ray.core.synthesis import features_of
-    from wmdd_ray.core.transport import exact_cost
-    from wmdd_ray.core.views import to_input
-    from wmdd_ray.units.teacher import read_teacher
-
     source, num_classes = study.place.source, len(study.place.class_names)
     network = network_of(read_teacher(study.room(sets[0]["squeeze"])))
 
@@ -269,12 +261,6 @@ def mean_influence(study: Study, jobs: dict[str, Job], surrogate: Job) -> float:
         jobs: The set.
         surrogate: The job of images led by influence whose surrogate measures all sets, on the real images that it has seen.
     """
-    from wmdd_ray.diffusion import surrogate as surrogates
-    from wmdd_ray.diffusion.influence import class_influence, influence
-    from wmdd_ray.diffusion.model import load_model
-    from wmdd_ray.executors.here import device_here
-    from wmdd_ray.units.images import Inputs
-
     config, place, device = surrogate.config, study.place, device_here()
     model = load_model(config.recover.diffusion.model, device)
     networks = surrogates.read(
@@ -292,8 +278,6 @@ def mean_influence(study: Study, jobs: dict[str, Job], surrogate: Job) -> float:
 
 
 def _classes(study: Study, jobs: dict[str, Job]) -> Sequence[Any]:
-    from wmdd_ray.units.images import read_images
-
     return read_images(study.room(jobs["recover"]), range(len(study.place.class_names)))
 
 

@@ -7,21 +7,31 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from jobs.benches.reporting import mean_and_std, save
+from jobs.benches.study.curvature_cost import step_cost
 from jobs.benches.study.definitions import Options, Table, TeacherRecipe, variants
+from jobs.benches.study.engine import Job, Study, one_thread
 from jobs.benches.study.rows import group_of, recovered
+from jobs.benches.study.scores import top1_of_students
+from jobs.benches.study.splits import Labeled, held_out_of, load_split, make_place, uri_of
+from jobs.benches.study.work import jobs_of_row, units_of
 from wmdd_ray.config import AttackConfig, AttackName, DistillConfig, SqueezeConfig
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.recipes import recipe_of
+from wmdd_ray.robustness.attacks import (
+    SETTINGS,
+    contradictions,
+    libraries,
+    require_libraries,
+    robust_to_cw,
+)
+from wmdd_ray.robustness.units import budgets, read_attacked, slices_of
 from wmdd_ray.spine.provenance import hardware, versions
-
-if TYPE_CHECKING:
-    from jobs.benches.study.engine import Job, Study
-    from jobs.benches.study.splits import Labeled
+from wmdd_ray.units.teacher import UNIT
 
 Method = Literal["wmdd", "sre2l"]
 Attacks = dict[tuple[AttackName, Fraction | None], "Job"]
@@ -88,11 +98,6 @@ def robustness(
         result: JSON file; in `out` by default.
         cost: Measure what a step of teacher training costs with each form of the term.
     """
-    from jobs.benches.study.curvature_cost import step_cost
-    from jobs.benches.study.engine import Study, one_thread
-    from jobs.benches.study.splits import held_out_of, load_split, make_place, uri_of
-    from wmdd_ray.robustness.attacks import SETTINGS, libraries, require_libraries
-
     for option, given in (("ipc", ipc), ("methods", methods)):
         if not given:
             raise ConfigError(f"--{option}: expected at least one value, got none")
@@ -168,8 +173,6 @@ def students_of(
     study: Study,
 ) -> Job:
     """Return the job of a row's students, by soft labels."""
-    from jobs.benches.study.work import jobs_of_row
-
     paper, best = recipes
     if cell.method == "sre2l":
         best = replace(best, recover=replace(paper.recover, iterations=iterations, **_SRE2L))
@@ -183,9 +186,6 @@ def students_of(
 
 def attacks_on(students: Job, wanted: AttackConfig) -> Attacks:
     """Return the job of every attack and budget on students."""
-    from jobs.benches.study.engine import Job
-    from wmdd_ray.robustness.units import budgets
-
     sample = Job(f"sample:{wanted.images}", replace(students.config, seed=0))
     return {
         (name, budget): Job(f"attack:{name}:{budget or ''}", students.config, (students, sample))
@@ -202,11 +202,6 @@ def scored(
     study: Study,
 ) -> list[dict[str, Any]]:
     """Return a row a cell: accuracies on the images, and on the attacked ones of them before and after every attack."""
-    from jobs.benches.study.scores import top1_of_students
-    from jobs.benches.study.work import units_of
-    from wmdd_ray.robustness.attacks import contradictions
-    from wmdd_ray.units.teacher import UNIT
-
     rows = []
     for cell, job in students.items():
         robust: dict[str, list[float]] = {}
@@ -243,9 +238,6 @@ def _outcome(
     attacks: Attacks, unit: str, wanted: AttackConfig, study: Study
 ) -> tuple[np.ndarray, dict[tuple[AttackName, str], np.ndarray]]:
     """Return which attacked images a student is right on, and (attack, eps) -> on which it still is."""
-    from wmdd_ray.robustness.attacks import robust_to_cw
-    from wmdd_ray.robustness.units import read_attacked, slices_of
-
     floats = study.place.source.image_size**2 * study.place.source.channels
     right_N = np.zeros(0, dtype=bool)
     after: dict[tuple[AttackName, str], np.ndarray] = {}
