@@ -35,7 +35,8 @@ def test_the_bench_pairs_every_row_with_a_plain_teacher_and_goes_on_where_it_was
     assert plain["teacher_top1_val"] != curved["teacher_top1_val"]
     assert found["attacked"] == 12 and len(plain["clean"]["values"]) == 1
     assert found["attacks"] == {"pgd": SETTINGS["pgd"]} and "pyautoattack" in found["libraries"]
-    assert found["recipes"]["1"]["teacher_epochs"] == 1 and found["recipes"]["1"]["width"] == 4
+    recipe = found["recipes"]["1"]
+    assert recipe["squeeze"]["epochs"] == 1 and recipe["evaluate"]["network"]["width"] == 4
     assert {c["form"]: c["cpu_seconds_a_step"]["n"] for c in found["cost"]} == dict.fromkeys(
         ("plain", "loss", "gradient"), 12
     )

@@ -19,13 +19,7 @@ from typing import Any
 import numpy as np
 
 from jobs.benches.reporting import Row, spread
-from jobs.benches.scale.processes import (
-    cpu_s,
-    descendants,
-    in_a_process,
-    local_ray,
-    shares_mib,
-)
+from jobs.benches.scale.processes import cpu_s, descendants, in_a_process, local_ray, shares_mib
 from jobs.benches.scale.rooms import s3_server, store_rows
 from jobs.benches.speed.barycenter import synthetic_class
 from wmdd_ray.config import Resources

@@ -27,7 +27,10 @@ def store_rows(uri: str, name: str, num_units: int) -> list[Row]:
     metrics = {"cost": 1.0, "num_iters": 10, "converged": True, "num_images": 1300}
     rows: list[Row] = []
 
-    def clocked(what: str, started: float) -> None:
+    @contextlib.contextmanager
+    def clocked(what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
         seconds = time.perf_counter() - started
         rows.append({"what": f"{name}: {what}", "actors": "-", "value": seconds, "unit": "s"})
 
@@ -35,17 +38,12 @@ def store_rows(uri: str, name: str, num_units: int) -> list[Row]:
         key = f"classes/{unit}.safetensors"
         room.commit_unit(unit, {key: b"x" * 100_000}, metrics=metrics, attempt=1)
 
-    started = time.perf_counter()
     with ThreadPoolExecutor(32) as actors:
         list(actors.map(commit_unit, units))
-    clocked("commit units from 32 threads", started)
-    started = time.perf_counter()
-    assert room.finished() == set(units)
-    clocked("list", started)
-    started = time.perf_counter()
-    markers = room.read_units(units)
-    clocked("read markers", started)
-    started = time.perf_counter()
+    with clocked("list"):
+        assert room.finished() == set(units)
+    with clocked("read markers"):
+        markers = room.read_units(units)
     commit = StageCommit(
         stage="barycenters",
         version=1,
@@ -59,8 +57,8 @@ def store_rows(uri: str, name: str, num_units: int) -> list[Row]:
         run="bench",
         finished="",
     )
-    assert room.commit(commit)
-    clocked("commit", started)
+    with clocked("commit"):
+        assert room.commit(commit)
     return rows
 
 

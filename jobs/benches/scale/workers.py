@@ -24,16 +24,7 @@ from wmdd_ray.config import Resources
 from wmdd_ray.executors.dispatch import do_units
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.spine.rooms import Room
-from wmdd_ray.spine.run import (
-    DoUnit,
-    Progress,
-    Report,
-    Run,
-    Stage,
-    StageRun,
-    Work,
-    run_pipeline,
-)
+from wmdd_ray.spine.run import DoUnit, Progress, Report, Run, Stage, StageRun, Work, run_pipeline
 from wmdd_ray.store.filesystem import Store
 
 Executor = Literal["train", "actors"]

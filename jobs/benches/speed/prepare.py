@@ -8,14 +8,14 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from jobs.benches.reporting import Row, report
-from jobs.benches.scale.processes import Peaks, in_a_process, local_ray, watched
+from jobs.benches.scale.processes import in_a_process, local_ray, watched
 from jobs.prepare import Job
 from jobs.prepare import prepare as run_job
 from wmdd_ray.units.splitting import PrepareConfig
@@ -42,40 +42,29 @@ def prepare(
         out: JSON file to write.
     """
     sizes = (shard_images, times * shard_images)
-    rows: list[Row] = [
-        {"images": shards * images, **asdict(peaks)}
-        for images, peaks in zip(sizes, in_a_process(compare, shards, shard_mb, sizes), strict=True)
-    ]
+    rows = in_a_process(compared, shards, shard_mb, sizes)
     report(rows, {"shards": shards, "shard_mb": shard_mb}, out)
 
 
-@dataclass
-class Watched(Peaks):
-    """Peaks, with the MiB that were written and the seconds that it took."""
-
-    mib: float = 0.0
-    seconds: float = 0.0
-
-
-def compare(num_shards: int, shard_mb: int, sizes: Sequence[int]) -> list[Watched]:
+def compared(num_shards: int, shard_mb: int, sizes: Sequence[int]) -> list[Row]:
     """Watch the job at every size; once before unwatched, so that imports do not count. Runs in its own process."""
     with local_ray(num_cpus=2):
-        prepare_peaks(num_shards, shard_mb, sizes[0])
-        return [prepare_peaks(num_shards, shard_mb, size) for size in sizes]
+        return [watch_job(num_shards, shard_mb, size) for size in (sizes[0], *sizes)][1:]
 
 
-def prepare_peaks(num_shards: int, shard_mb: int, shard_images: int) -> Watched:
-    """Watch the job on so many images."""
+def watch_job(num_shards: int, shard_mb: int, shard_images: int) -> Row:
+    """Return the peaks of the job on so many images, with the MiB that were written and the seconds that it took."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         data, made = Path(folder) / "data", Path(folder) / "out"
         write_shards(data, num_shards, shard_images)
-        config = PrepareConfig(shard_mb=shard_mb)
+        job = Job(source=str(data), out=str(made), config=PrepareConfig(shard_mb=shard_mb))
         started = time.perf_counter()
         with watched() as peaks:
-            run_job(Job(source=str(data), out=str(made), config=config))
+            run_job(job)
         seconds = time.perf_counter() - started
         stored = sum(file.stat().st_size for file in made.glob("data/*.parquet"))
-    return Watched(**asdict(peaks), mib=stored / 2**20, seconds=seconds)
+    images = num_shards * shard_images
+    return {"images": images, **asdict(peaks), "mib": stored / 2**20, "seconds": seconds}
 
 
 def write_shards(folder: Path, num_shards: int, shard_images: int, side: int = 128) -> None:

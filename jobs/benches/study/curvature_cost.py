@@ -30,16 +30,12 @@ def step_cost(curved: SqueezeConfig, place: Place) -> list[dict[str, Any]]:
         "gradient": replace(once, curvature_form="gradient"),
     }
     seconds: dict[str, list[float]] = {name: [] for name in forms}
-    train = place.load("train")
+    train, size = place.load("train"), {"batch_size": curved.batch_size}
+    images, labels = train.images_NHWC, train.labels_N
     with one_thread():
         for turn in range(_TURNS + 1):
-            batch = next(
-                iter(
-                    in_memory_batches(
-                        train.images_NHWC, train.labels_N, batch_size=curved.batch_size, seed=0, epoch=turn
-                    )
-                )
-            )  # fmt: skip
+            batches = in_memory_batches(images, labels, **size, seed=0, epoch=turn)
+            batch = next(iter(batches))
             for name, config in forms.items():
                 seconds[name].append(_seconds(config, batch, place) / _STEPS)
     # The first warms up.

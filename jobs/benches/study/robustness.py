@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
@@ -141,7 +141,7 @@ def robustness(
         "attacked": study.done(jobs[0].inputs[1]).metrics["images"],
         "seeds": seeds,
         "iterations_of_sre2l": iterations,
-        "recipes": {str(one): about(best) for one, (_, best) in recipes.items()},
+        "recipes": {str(one): asdict(best) for one, (_, best) in recipes.items()},
         "rows": rows,
         "targets": targets(rows),
     }
@@ -150,18 +150,6 @@ def robustness(
     path = Path(result or Path(out) / f"robustness-{dataset}-{split}.json")
     print(markdown(record))
     save(record, path)
-
-
-def about(best: DistillConfig) -> dict[str, Any]:
-    """Return what of a recipe the numbers depend on most, for the record."""
-    return {
-        "network": best.evaluate.network.arch,
-        "width": best.evaluate.network.width,
-        "teacher_epochs": best.squeeze.epochs,
-        "student_epochs": best.evaluate.epochs,
-        "tiles": best.recover.tiles,
-        "bf16": best.squeeze.mixed_precision,
-    }
 
 
 def students_of(
