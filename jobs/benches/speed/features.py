@@ -43,11 +43,9 @@ def features(data: str, bare_chunks: int = 20, out: str | None = None) -> None:
             for unit, marker in stage["units"].items()
         )
     images = [metrics["num_images"] for _, metrics in finished]
-    in_core = [metrics["num_images"] / metrics["seconds_in_core"] for _, metrics in finished]
     rates = {
         "whole stage": [sum(images) / stage["seconds"]],
         "stage, first to last chunk": [sum(images[1:]) / (finished[-1][0] - finished[0][0])],
-        "core in the stage, by chunk": in_core,
         **bare_rates,
     }
     base = statistics.median(bare_rates["bare loop: decode + network"])

@@ -141,13 +141,10 @@ def _teachers(rows: Sequence[Trained], images: Labeled, study: Study) -> dict[st
                 "top1": top1(network_of(teacher, device_here()), images, study.place),
                 "top1_val": marker.metrics["top1"],
                 "given": recipe.given,
-                "bytes": marker.files[0].size_bytes,
                 "seconds": marker.seconds,
                 "squeeze": asdict(recipe.squeeze),
                 "seed": recipe.seed,
             }
-        first = described[trained.group.teacher.name]
-        first["features_seconds"] = seconds_of(study, jobs["features"])
     return described
 
 
@@ -184,7 +181,6 @@ def _row(trained: Trained, reached: dict[tuple[str, str], float], study: Study) 
             round(sum(seconds_of(study, jobs[stage]) for stage in ("barycenters", "recover")), 3)
             for jobs in trained.sets
         ],
-        "label_seconds": [seconds_of(study, jobs["relabel"]) for jobs in trained.sets],
     }
     for kind in LABELS:
         jobs = trained.students[kind]
