@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from itertools import product
@@ -12,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 
 from jobs.benches.reporting import mean_and_std, save
-from jobs.benches.study.curvature_cost import step_cost
 from jobs.benches.study.definitions import Options, Table, TeacherRecipe, variants
 from jobs.benches.study.engine import Job, Study, one_thread
 from jobs.benches.study.rows import group_of, recovered
@@ -69,7 +67,6 @@ def robustness(
     bf16: bool = False,
     processes: int = 1,
     result: str | None = None,
-    cost: bool = True,
 ) -> None:
     """Clean and robust accuracy by ipc, GUARD's teacher against a plain one. Resumable; needs no Ray.
 
@@ -96,7 +93,6 @@ def robustness(
         bf16: Train and recover in bfloat16.
         processes: Processes with one computing thread each.
         result: JSON file; in `out` by default.
-        cost: Measure what a step of teacher training costs with each form of the term.
     """
     for option, given in (("ipc", ipc), ("methods", methods)):
         if not given:
@@ -143,10 +139,7 @@ def robustness(
         "iterations_of_sre2l": iterations,
         "recipes": {str(one): asdict(best) for one, (_, best) in recipes.items()},
         "rows": rows,
-        "targets": targets(rows),
     }
-    if cost:
-        record["cost"] = step_cost(cell.squeeze, place)
     path = Path(result or Path(out) / f"robustness-{dataset}-{split}.json")
     print(markdown(record))
     save(record, path)
@@ -213,6 +206,7 @@ def scored(
                 "curvature_step": cell.squeeze.curvature_step,
                 "curvature_form": cell.squeeze.curvature_form,
                 "teacher_top1_val": teacher.metrics["top1"],
+                "teacher_seconds": teacher.seconds,
                 "clean": mean_and_std(list(top1_of_students(study.place, job, labeled).values())),
                 "clean_attacked": mean_and_std(before),
                 "robust": {name: mean_and_std(values) for name, values in robust.items()},
@@ -243,24 +237,6 @@ def _outcome(
     return right_N, after
 
 
-def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return, for each row with the term, its gain under each attack and its clean cost against the plain row."""
-    plain = {(r["method"], r["ipc"]): r for r in rows if r["curvature_weight"] == 0}
-    gains = []
-    for row in rows:
-        if row["curvature_weight"] == 0:
-            continue
-        other = plain[row["method"], row["ipc"]]
-        factors = {}
-        for name, values in row["robust"].items():
-            before = other["robust"][name]["mean"]
-            factors[name] = values["mean"] / before if before > 0 else None
-        about = {k: row[k] for k in ("method", "ipc", "curvature_weight")}
-        clean_cost = other["clean"]["mean"] - row["clean"]["mean"]
-        gains.append(about | {"clean_cost": clean_cost, "times_as_robust": factors})
-    return gains
-
-
 def markdown(record: dict[str, Any]) -> str:
     """Return the tables of the study."""
     head = ["trained on", "ipc", "curvature weight", "teacher (val)", "clean"]
@@ -273,14 +249,7 @@ def markdown(record: dict[str, Any]) -> str:
             cells.append(f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
     count = sum(len(row["contradictions"]) for row in record["rows"])
-    text = "\n".join(lines) + (
+    return "\n".join(lines) + (
         f"\n\n{record['dataset']}, {record['split']}: {record['attacked']} of {record['images']} images were attacked; "
         f"{count} contradictions"
     )
-    if "cost" in record:
-        costs = (
-            f"{c['form']} {1000 * c['cpu_seconds_a_step']['median']:.1f} ms ({c['times_plain']:g} x)"
-            for c in record["cost"]
-        )
-        text += f"\ntime of a processor for a step of the teacher: {', '.join(costs)}"
-    return text
