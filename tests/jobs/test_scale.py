@@ -46,7 +46,7 @@ def test_a_cluster_takes_the_rounds_of_units_and_one_start_of_actors() -> None:
 
 def test_a_lost_worker_is_read_off_the_diaries() -> None:
     # 1 is killed at 13; the group stops 2 at 15 and works again with 3 and 4 from 20 and 21.
-    diary = {
+    diary: dict[int, list[dict[str, float]]] = {
         1: [{"began": 10, "ended": 12}, {"began": 12, "beat": 12.9}],
         2: [{"began": 10, "ended": 12}, {"began": 12, "ended": 14}, {"began": 14, "beat": 14.9}],
         3: [{"began": 20, "ended": 22}],

@@ -205,5 +205,6 @@ def test_the_bench_chooses_weights_on_training_images_and_goes_on_where_it_was(
 @pytest.mark.parametrize("option", ["weights", "influence_weights"])
 def test_a_weight_of_nothing_is_no_candidate(tmp_path: Path, option: str) -> None:
     said = f"--{option.replace('_', '-')}: expected values above 0"
+    wrong: dict[str, Any] = {option: (0.0, 0.1)}
     with pytest.raises(ConfigError, match=said):
-        otg(out=str(tmp_path), **{option: (0.0, 0.1)})
+        otg(out=str(tmp_path), **wrong)

@@ -6,7 +6,6 @@ Legend: N images, K images of one class.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from jobs.benches.study.definitions import Options, variants
 from jobs.benches.study.engine import Job, Study, chain, one_thread, students
 from jobs.benches.study.scores import top1_of_students
 from jobs.benches.study.splits import Labeled, Place, held_out_of, load_split, make_place, uri_of
+from jobs.benches.study.summary import line_of
 from wmdd_ray.config import DiffusionConfig, DistillConfig, LabelKind, RecoverConfig
 from wmdd_ray.core.networks import network_of
 from wmdd_ray.core.synthesis import features_of
@@ -247,7 +247,7 @@ def w2(study: Study, sets: Sets, real: Labeled) -> list[float]:
     for jobs in sets:
         costs = [
             exact_cost(features(record.images_KHWC), record.weights_K, real_by_class[record.label])
-            for record in _classes(study, jobs)
+            for record in read_images(study.room(jobs["recover"]), range(num_classes))
         ]
         distances.append(float(np.sqrt(np.mean(costs))))
     return distances
@@ -256,29 +256,22 @@ def w2(study: Study, sets: Sets, real: Labeled) -> list[float]:
 def mean_influence(study: Study, jobs: dict[str, Job], surrogate: Job) -> float:
     """Return the mean over a set's images of their influence on their class, in [-1, 1]: what IGD's term raises.
 
-    Args:
-        study: The study.
-        jobs: The set.
-        surrogate: The job of images led by influence whose surrogate measures all sets, on the real images that it has seen.
+    The surrogate of the job `surrogate` measures all sets, on the real images that it has seen.
     """
     config, place, device = surrogate.config, study.place, device_here()
-    model = load_model(config.recover.diffusion.model, device)
+    model, num_classes = load_model(config.recover.diffusion.model, device), len(place.class_names)
     networks = surrogates.read(
-        study.room(surrogate), model, config, num_classes=len(place.class_names), device=device
+        study.room(surrogate), model, config, num_classes=num_classes, device=device
     )
     teacher, features, solved = map(study.room, surrogate.inputs)
     inputs = Inputs(teacher, features, solved, place.source_of("train"), config, device)
     most, values = config.recover.diffusion.influence_latents, []
-    for record in _classes(study, jobs):
+    for record in read_images(study.room(jobs["recover"]), range(num_classes)):
         latents = model.encode(inputs.real_at(record.label, config, most))
         of_class = class_influence(networks, latents, record.label)
         for latent_CHW in model.encode(record.images_KHWC):
             values.append(influence(latent_CHW.flatten(), of_class).item())
     return statistics.fmean(values)
-
-
-def _classes(study: Study, jobs: dict[str, Job]) -> Sequence[Any]:
-    return read_images(study.room(jobs["recover"]), range(len(study.place.class_names)))
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -295,12 +288,12 @@ def markdown(record: dict[str, Any]) -> str:
         cells = [one["led_by"], f"{one['weight']:g}", text(one["w2_val"]), text(one["transport"])]
         cells += [text(one["influence"], 1, 3), text(one["soft_val"], 100, 1)]
         cells += [text(one["hard_val"], 100, 1), f"{min(one['seconds_a_set']['values']):.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(line_of(*cells))
     lines += ["", "| images | W2 to test | soft labels | hard labels |", "|---|---:|---:|---:|"]
     for row in record["rows"]:
-        cells = [row["title"], text(row["w2_test"]), text(row["soft"], 100, 1)]
-        cells.append(text(row["hard"], 100, 1))
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = [row["title"], text(row["w2_test"])]
+        cells += [text(row[kind], 100, 1) for kind in _LABELS]
+        lines.append(line_of(*cells))
     count = len(record["rows"][0]["soft"]["values"])
     lines.append(
         f"\n{record['dataset']}, ipc {record['ipc']}: mean ± sample standard deviation of {count} sets, a student each"

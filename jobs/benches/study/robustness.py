@@ -16,6 +16,7 @@ from jobs.benches.study.engine import Job, Study, one_thread
 from jobs.benches.study.rows import group_of, recovered
 from jobs.benches.study.scores import top1_of_students
 from jobs.benches.study.splits import Labeled, held_out_of, load_split, make_place, uri_of
+from jobs.benches.study.summary import line_of
 from jobs.benches.study.work import jobs_of_row, units_of
 from wmdd_ray.config import AttackConfig, AttackName, DistillConfig, SqueezeConfig
 from wmdd_ray.errors import ConfigError
@@ -241,13 +242,13 @@ def markdown(record: dict[str, Any]) -> str:
     """Return the tables of the study."""
     head = ["trained on", "ipc", "curvature weight", "teacher (val)", "clean"]
     columns = [*head, "clean, attacked images", *record["rows"][0]["robust"]]
-    lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
+    lines = [line_of(*columns), f"|---|{'---:|' * (len(columns) - 1)}"]
     for row in record["rows"]:
         cells = [METHODS[row["method"]], str(row["ipc"]), f"{row['curvature_weight']:.3g}"]
         cells.append(f"{100 * row['teacher_top1_val']:.1f}")
         for value in (row["clean"], row["clean_attacked"], *row["robust"].values()):
             cells.append(f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(line_of(*cells))
     count = sum(len(row["contradictions"]) for row in record["rows"])
     return "\n".join(lines) + (
         f"\n\n{record['dataset']}, {record['split']}: {record['attacked']} of {record['images']} images were attacked; "
