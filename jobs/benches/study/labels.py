@@ -123,20 +123,11 @@ def labels(
     source = recipe_of("fashion_mnist", 1).source
     study = Study(make_place(folder, data, source, held_out))
     stored: dict[int, dict[Option, dict[str, Job]]] = {}
-    learned: dict[int, dict[str, Job]] = {}
     for one, num_seeds in zip(ipc, seeds, strict=True):
         base = _config(one, num_seeds, epochs, width, mixed_precision, teacher)
         options = options_of(replace(base.relabel, stored_views="rows"), steps, shared, alone)
-        configs = {
-            option: replace(base, relabel=replace(option.relabel, epochs=epochs // option.shared))
-            for option in options
-        }
-        stored[one] = {option: chain(config) for option, config in configs.items()}
-        learned[one] = {}
-        for option, jobs in stored[one].items():
-            if option.students != "fine":
-                # Of options with equal labels, the first.
-                learned[one].setdefault(option.key, students(configs[option], jobs))
+        stored[one] = {option: _chain(option, base) for option in options}
+    learned = {one: _learned(chains) for one, chains in stored.items()}
     wanted = [jobs["assemble"] for of_ipc in stored.values() for jobs in of_ipc.values()]
     wanted += [job for of_ipc in learned.values() for job in of_ipc.values()]
     study.bring(wanted, processes)
@@ -152,11 +143,24 @@ def labels(
         "held_out": len(study.place.load("val").labels_N),
         "teacher_top1": study.done(first["squeeze"]).metrics["top1"],
         "epochs": epochs,
-        "images": "nearest real",
         "seeds": dict(zip(ipc, seeds, strict=True)),
         "student": asdict(first["assemble"].config.evaluate),
     }
     report(rows, settings, out)
+
+
+def _chain(option: Option, base: DistillConfig) -> dict[str, Job]:
+    epochs = base.evaluate.epochs // option.shared
+    return chain(replace(base, relabel=replace(option.relabel, epochs=epochs)))
+
+
+def _learned(stored: dict[Option, dict[str, Job]]) -> dict[str, Job]:
+    """Return the students by key: of options with equal labels those of the first, and of the finest steps none."""
+    learned: dict[str, Job] = {}
+    for option, jobs in stored.items():
+        if option.students != "fine":
+            learned.setdefault(option.key, students(jobs["assemble"].config, jobs))
+    return learned
 
 
 def _config(

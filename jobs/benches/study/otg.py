@@ -135,9 +135,8 @@ def otg(
     with one_thread():
         record = scored(best, wmdd, sampled, study, test)
     record |= {"dataset": dataset, "unet": {"epochs": unet_epochs, "widths": unet_widths}}
-    path = Path(result or Path(__file__).parents[1] / f"results/otg-{dataset}.json")
     print(markdown(record))
-    save(record, path)
+    save(record, Path(result or Path(__file__).parents[1] / f"results/otg-{dataset}.json"))
 
 
 def train_model(training: Training, place: Place) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from itertools import product
@@ -36,6 +37,8 @@ Method = Literal["wmdd", "sre2l"]
 Attacks = dict[tuple[AttackName, Fraction | None], "Job"]
 """The job of each attack and budget on some students; CW has no budget."""
 METHODS: dict[Method, str] = {"wmdd": "WMDD", "sre2l": "cross-entropy + global BN (SRe2L)"}
+# Of GUARD's teachers: the step is an L2 length in normalized input units.
+_CURVED: dict[str, Any] = {"curvature_step": 1.0, "curvature_form": "gradient"}
 _SRE2L: dict[str, Any] = {"feature_term": "cross_entropy", "moments": "global"}
 
 
@@ -55,7 +58,6 @@ def robustness(
     ipc: tuple[int, ...] = (1, 10, 50),
     methods: tuple[Method, ...] = ("wmdd", "sre2l"),
     weights: tuple[float, ...] = (1.0,),
-    step: float = 1.0,
     attacks: tuple[AttackName, ...] = ("pgd", "autoattack"),
     eps: tuple[str, ...] = ("24/255",),
     images: int = 100,
@@ -81,7 +83,6 @@ def robustness(
         ipc: Images a class.
         methods: `wmdd` as the recipe has it; `sre2l` recovers from noise by cross-entropy and global BatchNorm moments.
         weights: Curvature weights; a plain teacher always is.
-        step: Curvature step, L2 in normalized input units.
         attacks: Attacks on the students.
         eps: Largest change of a pixel.
         images: Images that are attacked, equally many of each class.
@@ -99,51 +100,51 @@ def robustness(
         if not given:
             raise ConfigError(f"--{option}: expected at least one value, got none")
     wanted = AttackConfig(names=attacks, eps=eps, images=images)
-    options = Options(
-        epochs=epochs,
-        teacher_epochs=teacher_epochs,
-        width=width,
-        bf16=bf16,
-        distill_seeds=1,
-        student_seeds=seeds,
-    )
+    options = Options(epochs=epochs, teacher_epochs=teacher_epochs, width=width, bf16=bf16)
+    options = replace(options, distill_seeds=1, student_seeds=seeds)
     uri, source = uri_of(dataset, data), recipe_of(dataset, 1).source
     place = make_place(out, uri, source, held_out_of(dataset))
     study = Study(replace(place, judged_uri=uri if split == "test" else None))
     require_libraries(wanted.names, len(place.class_names))
     recipes = {one: variants(dataset, one, options) for one in ipc}
-    students: dict[Cell, Job] = {}
-    for method, one, weight in product(methods, ipc, dict.fromkeys((0.0, *weights))):
-        squeeze = recipes[one][1].squeeze
-        if weight:
-            curved: dict[str, Any] = {"curvature_weight": weight, "curvature_step": step}
-            squeeze = replace(squeeze, curvature_form="gradient", **curved)
-        cell = Cell(method, one, squeeze)
-        students[cell] = students_of(cell, dataset, recipes[one], options, iterations, study)
+    students = {
+        cell: students_of(cell, dataset, recipes[cell.ipc], options, iterations, study)
+        for cell in cells_of(recipes, methods, weights)
+    }
     attacked = {job: attacks_on(job, wanted) for job in students.values()}
     jobs = [job for of_students in attacked.values() for job in of_students.values()]
     study.bring(jobs, processes)
     labeled = load_split(uri, source, "val", place.class_names) if split == "test" else None
     labeled = labeled or place.load("val")
-    with one_thread():
-        rows = scored(students, attacked, wanted, labeled, study)
     record: dict[str, Any] = {
         "dataset": dataset,
         "split": split,
-        "hardware": hardware(),
-        **versions(),
-        "libraries": libraries(),
+        **{"hardware": hardware(), **versions(), "libraries": libraries()},
         "attacks": {name: SETTINGS[name] for name in wanted.names},
         "images": len(labeled.labels_N),
         "attacked": study.done(jobs[0].inputs[1]).metrics["images"],
         "seeds": seeds,
         "iterations_of_sre2l": iterations,
         "recipes": {str(one): asdict(best) for one, (_, best) in recipes.items()},
-        "rows": rows,
+        "rows": scored(students, attacked, wanted, labeled, study),
     }
-    path = Path(result or Path(out) / f"robustness-{dataset}-{split}.json")
     print(markdown(record))
-    save(record, path)
+    save(record, Path(result or Path(out) / f"robustness-{dataset}-{split}.json"))
+
+
+def cells_of(
+    recipes: dict[int, tuple[DistillConfig, DistillConfig]],
+    methods: Sequence[Method],
+    weights: Sequence[float],
+) -> list[Cell]:
+    """Return the rows of the table: of each method and ipc a plain teacher, then one a curvature weight."""
+    cells = []
+    for method, (ipc, (_, best)) in product(methods, recipes.items()):
+        cells.append(Cell(method, ipc, best.squeeze))
+        for weight in dict.fromkeys(weights):
+            curved = replace(best.squeeze, curvature_weight=weight, **_CURVED)
+            cells.append(Cell(method, ipc, curved))
+    return cells
 
 
 def students_of(
@@ -199,6 +200,8 @@ def scored(
             }
             wrong += [{"student": number, **c} for c in contradictions(right_N, flags)]
         teacher = study.done(job.inputs[0]).units[UNIT]
+        with one_thread():
+            clean = list(top1_of_students(study.place, job, labeled).values())
         rows.append(
             {
                 "method": cell.method,
@@ -208,7 +211,7 @@ def scored(
                 "curvature_form": cell.squeeze.curvature_form,
                 "teacher_top1_val": teacher.metrics["top1"],
                 "teacher_seconds": teacher.seconds,
-                "clean": mean_and_std(list(top1_of_students(study.place, job, labeled).values())),
+                "clean": mean_and_std(clean),
                 "clean_attacked": mean_and_std(before),
                 "robust": {name: mean_and_std(values) for name, values in robust.items()},
                 "contradictions": wrong,
