@@ -9,54 +9,51 @@ machine changes least; otherwise wall-clock seconds.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
 from jobs import command_line
-from jobs.benches.scale.command import scale
-from jobs.benches.speed.barycenter import barycenter
-from jobs.benches.speed.features import features
-from jobs.benches.speed.loader import loader
-from jobs.benches.speed.orchestration import orchestration
-from jobs.benches.speed.otm import otm
-from jobs.benches.speed.prepare import prepare
-from jobs.benches.speed.recover import recover
-from jobs.benches.study.command import accuracy
-from jobs.benches.study.labels import labels
-from jobs.benches.study.otg import otg
-from jobs.benches.study.robustness import robustness
+from wmdd_ray.errors import WmddError
+
+BENCHES = {
+    "barycenter": "speed.barycenter",
+    "recover": "speed.recover",
+    "features": "speed.features",
+    "labels": "study.labels",
+    "loader": "speed.loader",
+    "orchestration": "speed.orchestration",
+    "prepare": "speed.prepare",
+    "scale": "scale.command",
+    "accuracy": "study.command",
+    "robustness": "study.robustness",
+    "otg": "study.otg",
+    "otm": "speed.otm",
+}
+"""Benchmark -> the module with the function of its name; only what is asked for is imported."""
 
 
 def main(arguments: list[str]) -> None:
     """Run the benchmark that the command line names."""
-    benchmarks: dict[str, Callable[..., Any]] = {
-        f.__name__: f
-        for f in (
-            barycenter,
-            recover,
-            features,
-            labels,
-            loader,
-            orchestration,
-            prepare,
-            scale,
-            accuracy,
-            robustness,
-            otg,
-            otm,
-        )
+    named = arguments[0] if arguments and arguments[0] in BENCHES else None
+    benches = {
+        name: getattr(import_module(f"jobs.benches.{module}"), name)
+        for name, module in BENCHES.items()
+        if named in (None, name)
     }
-    tyro.extras.subcommand_cli_from_dict(
-        benchmarks,
-        args=arguments,
-        description=__doc__,
-        config=(tyro.conf.CascadeSubcommandArgs,),
-    )
+    config = (tyro.conf.CascadeSubcommandArgs,)
+    if named is None:
+        tyro.extras.subcommand_cli_from_dict(
+            benches, args=arguments, description=__doc__, config=config
+        )
+        return
+    try:
+        tyro.cli(benches[named], args=arguments[1:], prog=f"jobs/bench.py {named}", config=config)
+    except WmddError as error:
+        raise SystemExit(f"{named}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,12 +43,13 @@ def report(rows: list[Row], settings: dict[str, Any], out: str | None) -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
     print(f"{hardware()}; {settings}")
     if out is not None:
-        write(rows, settings, out)
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        about = {"date": date, "hardware": hardware(), **versions()}
+        save({**about, "settings": settings, "rows": rows}, Path(out))
 
 
-def write(rows: list[Row], settings: dict[str, Any], out: str) -> None:
-    """Write the rows to the JSON file `out` with all that they depend on."""
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    record = {"date": date, "hardware": hardware(), **versions()}
-    record |= {"settings": settings, "rows": rows}
-    Path(out).write_text(json.dumps(record, indent=2) + "\n")
+def save(record: dict[str, Any], path: Path) -> None:
+    """Write a record as a JSON file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"written: {path}", file=sys.stderr)

@@ -67,7 +67,7 @@ def made_up() -> Result:
     student = {"network": network, "epochs": 10, "batch_size": 25, "optimizer": "adamw"}
     student |= {"learning_rate": 1e-3, "weight_decay": 0.01, "temperature": 20.0}
     student |= {"mixed_precision": False, "hard": hard}
-    about = {"labeled_by": "convnet3", "relabel": {"epochs": 10, "views": views}}
+    about: Result = {"labeled_by": "convnet3", "relabel": {"epochs": 10, "views": views}}
     about["student"] = student
     about |= {"distill_seeds": 1, "student_seeds": 2}
     ours = row("best", students(0.79, 0.81), students(0.69, 0.71))

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from jobs.benches.labels import files
-from jobs.benches.labels.command import labels
-from jobs.benches.labels.options import options_of
-from jobs.benches.labels.students import Comparison
+from sklearn.datasets import load_digits
 
-from jobs.benches.speed.loader import loader, write_random_set
-from jobs.benches.study.splits import load_split, make_splits
+from jobs.benches.speed.loader import loader
+from jobs.benches.study import labels as study
 from tests.store.written_sources import idx_of
-from wmdd_ray.dataset import DistilledDataset
+from wmdd_ray.errors import ConfigError
 from wmdd_ray.store.filesystem import Store
 
 
-def test_thousand_classes_shrink_by_steps_by_the_largest_and_by_shared_epochs() -> None:
-    rows = files.synthetic_rows(1.0, 5, num_views=1000)
+def test_thousand_classes_shrink_by_steps_by_the_largest_and_by_shared_epochs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(study, "_SYNTHETIC_VIEWS", 1000)
+    rows = study.synthetic_rows(1.0, 5)
     size = {row["labels"]: row["bytes"] for row in rows}
     names = list(size)
     assert names[0].endswith("(FKD)") and len(size) == 7
@@ -34,45 +32,41 @@ def test_thousand_classes_shrink_by_steps_by_the_largest_and_by_shared_epochs() 
     assert size[names[-2]] == pytest.approx(5 * size[names[-1]], rel=1e-3)
 
 
-@pytest.fixture
-def tiny_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return the arguments of a benchmark whose teacher knows nothing, on a few noisy images."""
-    folder, rng = tmp_path / "data", np.random.default_rng(0)
-    for prefix in ("train", "t10k"):
-        images = rng.integers(0, 256, (60, 28, 28), dtype=np.uint8)
-        Store(str(folder)).put(f"{prefix}-images-idx3-ubyte", idx_of(images))
-        Store(str(folder)).put(f"{prefix}-labels-idx1-ubyte", idx_of(np.arange(60) % 10))
-    teacher = DistilledDataset(write_random_set(str(tmp_path / "set"), epochs=1)).teacher()
-    # Logits some steps apart.
-    weights = {name: 300 * w if w.ndim == 2 else w for name, w in teacher.weights.items()}
-    teacher = replace(teacher, weights=weights)
-    few = partial(files.synthetic_rows, num_views=100)
-    monkeypatch.setattr(files, "synthetic_rows", few)
-    monkeypatch.setattr("wmdd_ray.units.teacher.read_teacher", lambda room: teacher)
-    return [str(tmp_path / "teacher"), str(folder)]
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a folder of IDX files: digits, enlarged to 28 pixels."""
+    digits, folder = load_digits(), str(tmp_path_factory.mktemp("data"))
+    large_NHW = np.pad(np.kron(15 * digits.images, np.ones((1, 3, 3))), ((0, 0), (2, 2), (2, 2)))
+    for prefix, part in (("train", slice(0, 1500)), ("t10k", slice(1500, 1700))):
+        images_NHW = large_NHW[part].astype(np.uint8)
+        Store(folder).put(f"{prefix}-images-idx3-ubyte", idx_of(images_NHW))
+        Store(folder).put(f"{prefix}-labels-idx1-ubyte", idx_of(digits.target[part]))
+    return folder
 
 
-def measure(tiny_bench: list[str], tmp_path: Path, **options: Any) -> None:
-    asked = {"ipc": (2,), "seeds": (2,), "steps": (1.0,), "shared": (1,), "alone": 10} | options
-    labels(
-        *tiny_bench,
-        epochs=10,
-        width=4,
-        held_out=10,
-        mixed_precision=False,
-        folder=str(tmp_path / "folder"),
-        **asked,
-    )  # type: ignore[arg-type]
+def measured(data: str, folder: Path, **options: Any) -> dict[str, Any]:
+    tiny: dict[str, Any] = {
+        "ipc": (2,), "seeds": (2,), "shared": (2,), "alone": 4, "epochs": 4, "width": 16, "held_out": 100,
+        "mixed_precision": False, "out": str(folder / "labels.json"),
+    }  # fmt: skip
+    study.labels(data, folder=str(folder), **tiny | options)
+    record: dict[str, Any] = json.loads((folder / "labels.json").read_text())
+    return record
 
 
-def test_a_table_of_bytes_and_accuracy_has_students_of_every_option(
-    tiny_bench: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def jobs_in(folder: Path) -> dict[str, int]:
+    rooms = [p.relative_to(folder).parts[0] for p in folder.glob("*/*/stage.json")]
+    return {room: rooms.count(room) for room in rooms}
+
+
+@pytest.mark.slow
+def test_a_table_of_bytes_and_accuracy_has_students_of_every_option_and_is_made_once(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "labels.json"
-    measure(tiny_bench, tmp_path, out=str(out))
-    record: dict[str, Any] = json.loads(out.read_text())
+    monkeypatch.setattr(study, "_SYNTHETIC_VIEWS", 100)
+    record = measured(data, tmp_path)
     assert record["hardware"] and record["versions"] and record["settings"]["seeds"] == {"2": 2}
-    assert (record["settings"]["split"], record["settings"]["held_out"]) == ("val", 10)
+    assert (record["settings"]["split"], record["settings"]["held_out"]) == ("val", 100)
     rows = [row for row in record["rows"] if row["ipc"] == 2]
     by_name = {row["labels"]: row for row in rows}
     assert len(by_name) == 7
@@ -89,78 +83,26 @@ def test_a_table_of_bytes_and_accuracy_has_students_of_every_option(
             expected = np.mean(row["students"]) - np.mean(fkd["students"])
             assert row["difference"] == pytest.approx(expected, abs=0.011)
     assert "times_smaller" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="number of seeds for every ipc"):
-        labels(*tiny_bench, ipc=(2, 3), seeds=(1,))
+
+    # The same command finds everything, whichever images score the students; a given teacher has its own.
+    jobs = jobs_in(tmp_path)
+    assert jobs["teacher"] == jobs["images"] == 1 and jobs["students"] == 4
+    assert measured(data, tmp_path)["rows"] == record["rows"]
+    assert measured(data, tmp_path, split="test")["settings"]["split"] == "test"
+    assert jobs_in(tmp_path) == jobs
+    teacher = next(tmp_path.glob("teacher/*/stage.json")).parent
+    given = measured(data, tmp_path, teacher=str(teacher), seeds=(1,))
+    assert given["settings"]["teacher_top1"] == record["settings"]["teacher_top1"]
+    assert jobs_in(tmp_path)["students"] == 8
 
 
 @pytest.mark.parametrize("option", ["ipc", "steps", "shared"])
-def test_an_option_without_values_ends_the_bench_with_one_line(option: str) -> None:
+def test_an_option_without_values_is_refused(option: str) -> None:
     given: dict[str, Any] = {option: ()}
-    with pytest.raises(SystemExit, match=f"labels: --{option}: expected at least one value"):
-        labels("runs/none", "nowhere", **given)
-
-
-def test_the_same_command_again_trains_nobody_and_the_test_split_finds_the_same_students(
-    tiny_bench: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    first, again, tested = (tmp_path / f"{name}.json" for name in ("first", "again", "tested"))
-    measure(tiny_bench, tmp_path, seeds=(1,), out=str(first))
-    assert "4 students to train, about" in capsys.readouterr().err
-
-    def train(*args: Any, **options: Any) -> None:
-        raise AssertionError("somebody was trained again")
-
-    monkeypatch.setattr("jobs.benches.labels.students.train_student", train)
-    monkeypatch.setattr("jobs.benches.study.work.speed_on", train)
-    measure(tiny_bench, tmp_path, seeds=(1,), out=str(again))
-    assert "0 students to train" in capsys.readouterr().err
-    assert json.loads(again.read_text())["rows"] == json.loads(first.read_text())["rows"]
-    opened: list[str] = []
-    monkeypatch.setattr(
-        "jobs.benches.study.splits.load_split",
-        lambda uri, config, split, names: (
-            opened.append(split) or load_split(uri, config, split, names)
-        ),
-    )
-    measure(tiny_bench, tmp_path, seeds=(1,), out=str(tested), split="test")
-    assert opened == ["val"]  # the source's own held-out part, which the first two did not open
-    assert json.loads(tested.read_text())["settings"]["split"] == "test"
-    # Another step is another student.
-    with pytest.raises(AssertionError, match="trained again"):
-        measure(tiny_bench, tmp_path, seeds=(1,), steps=(0.25,))
-
-
-def test_what_a_student_learns_from_is_what_the_file_holds(
-    tiny_bench: list[str], tmp_path: Path
-) -> None:
-    from wmdd_ray.recipes import recipe_of
-    from wmdd_ray.units.teacher import read_teacher
-
-    teacher, data = tiny_bench
-    recipe = recipe_of("fashion_mnist", 1)
-    stored = replace(recipe.relabel, epochs=20, stored_views="rows", epochs_per_unit=4)
-    config = replace(recipe, data=data, relabel=stored)
-    options = options_of(stored, (1.0,), (2,), 20)
-    place = make_splits(str(tmp_path / "folder"), data, config.source, 0, "cpu")
-    comparison = Comparison(config, read_teacher(None), None, options, place)  # type: ignore[arg-type]
-    comparison.label()
-    exact, coarse, shared = (
-        next(comparison.stored[o.name].epoch for o in comparison.options if o.students == students)
-        for students in ("fkd", "coarse", "shared")
-    )
-    for epoch in range(20):
-        true_VY = comparison.asked.logits[epoch] - comparison.asked.logits[epoch].max(
-            axis=1, keepdims=True
-        )
-        np.testing.assert_allclose(exact(epoch)[1], true_VY, atol=0.01)
-        assert abs(coarse(epoch)[1] - true_VY).max() <= 0.501
-        np.testing.assert_array_equal(coarse(epoch)[1] % 1, 0)
-    assert np.ptp(comparison.asked.logits[0]) > 5
-    again = [shared(epoch)[1].tobytes() for epoch in range(20)]
-    assert len(set(again)) == 10 and sorted(again[:10]) == sorted(again[10:])
+    with pytest.raises(ConfigError, match=f"--{option}: expected at least one value"):
+        study.labels("nowhere", **given)
+    with pytest.raises(ConfigError, match="number of seeds for every ipc"):
+        study.labels("nowhere", ipc=(2, 3), seeds=(1,))
 
 
 def test_rates_of_the_loader_are_compared_with_tensors_in_memory(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from jobs import bench
 from jobs.benches.study.definitions import Options
-from jobs.benches.study.splits import Workplace, long_tailed, make_splits
+from jobs.benches.study.engine import Study
+from jobs.benches.study.splits import Place, long_tailed, make_place
 from jobs.benches.study.tables import table_of
 from jobs.benches.study.work import rows_of
 from wmdd_ray.config import SourceConfig
@@ -40,15 +41,16 @@ def test_a_class_with_fewer_images_than_its_share_keeps_them_all() -> None:
 
 
 def test_only_what_is_trained_on_is_long_tailed(tmp_path: Path) -> None:
-    def split(name: str, imbalance: float) -> Workplace:
-        return make_splits(str(tmp_path / name), "digits", DIGITS, 0, "cpu", imbalance)
+    def split(imbalance: float) -> Place:
+        return make_place(str(tmp_path), "digits", DIGITS, 0, imbalance)
 
-    plain, tailed = split("plain", 1.0), split("tailed", 12.0)
-    np.testing.assert_array_equal(plain.val.images_NHWC, tailed.val.images_NHWC)
-    counts = np.bincount(tailed.train.labels_N)
-    assert counts[0] == np.bincount(plain.train.labels_N)[0]
+    plain, tailed = split(1.0), split(12.0)
+    np.testing.assert_array_equal(plain.load("val").images_NHWC, tailed.load("val").images_NHWC)
+    counts = np.bincount(tailed.load("train").labels_N)
+    assert counts[0] == np.bincount(plain.load("train").labels_N)[0]
     assert counts[-1] == round(counts[0] / 12) and (np.diff(counts) < 0).all()
-    assert plain.data != tailed.data and plain.split_unit != tailed.split_unit
+    trains = {place.source_of("train").fingerprint() for place in (plain, tailed)}
+    assert len(trains) == 2 and plain.split_unit != tailed.split_unit
 
 
 @pytest.mark.slow
@@ -57,7 +59,7 @@ def test_the_table_shows_joint_barycenters_beside_those_of_each_class(tmp_path: 
     # fmt: off
     options = [
         "--ipc", "2", "--distill-seeds", "1", "--student-seeds", "1", "--width", "8",
-        "--epochs", "1", "--teacher-epochs", "2", "--iterations", "4",
+        "--epochs", "1", "--teacher-epochs", "4", "--iterations", "4",
     ]
     # fmt: on
     bench.main(["accuracy", "--table", "longtail", "--out", str(out), "--rows", *ROWS, *options])
@@ -68,9 +70,10 @@ def test_the_table_shows_joint_barycenters_beside_those_of_each_class(tmp_path: 
     table = table_of(
         "longtail",
         Options(
-            ipc=(2,), rows=ROWS, distill_seeds=1, student_seeds=1, width=8, epochs=1, teacher_epochs=2, iterations=4
+            ipc=(2,), rows=ROWS, distill_seeds=1, student_seeds=1, width=8, epochs=1, teacher_epochs=4, iterations=4
         ),
     )  # fmt: skip
-    place = make_splits(str(out), "digits", table.source, 0, "cpu", table.imbalance)
-    files = [row.images[0].file(place) for row in rows_of(table, place)]
-    assert files[1] != files[2]
+    study = Study(make_place(str(out), "digits", table.source, 0, table.imbalance))
+    commits = [study.done(row.sets[0]["recover"]) for row in rows_of(table, study)]
+    _, best, joint = ([f.sha256 for m in c.units.values() for f in m.files] for c in commits)
+    assert best != joint

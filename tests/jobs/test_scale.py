@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jobs.benches.scale.classes import Classes, cost_model
-from jobs.benches.scale.processes import descendants, own_mib, peak_mib, shares_mib
+from jobs.benches.scale.processes import descendants, own_mib, shares_mib
 from jobs.benches.scale.rooms import store_rows
 from jobs.benches.scale.workers import losses
 from tests.conftest import S3Uri
@@ -46,7 +46,7 @@ def test_a_cluster_takes_the_rounds_of_units_and_one_start_of_actors() -> None:
 
 def test_a_lost_worker_is_read_off_the_diaries() -> None:
     # 1 is killed at 13; the group stops 2 at 15 and works again with 3 and 4 from 20 and 21.
-    diary = {
+    diary: dict[int, list[dict[str, float]]] = {
         1: [{"began": 10, "ended": 12}, {"began": 12, "beat": 12.9}],
         2: [{"began": 10, "ended": 12}, {"began": 12, "ended": 14}, {"began": 14, "beat": 14.9}],
         3: [{"began": 20, "ended": 22}],
@@ -77,9 +77,9 @@ def test_memory_of_a_process_is_its_own_and_not_its_parents() -> None:
     child = subprocess.Popen([sys.executable, "-S", "-c", script], stdin=subprocess.PIPE)
     try:
         assert child.pid in descendants(os.getpid())
-        assert 0 < own_mib(child.pid) < peak_mib(child.pid) < 100
+        assert 0 < own_mib(child.pid) < 100
         shares = shares_mib(child.pid)
-        assert shares["uss"] <= shares["pss"] <= shares["rss"]
+        assert 0 < shares["uss"] <= shares["pss"] < 100
     finally:
         child.communicate()
     assert own_mib(child.pid) == 0

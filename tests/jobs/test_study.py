@@ -36,6 +36,7 @@ from wmdd_ray.config import (
 )
 from wmdd_ray.core.views import draw_block
 from wmdd_ray.errors import ConfigError
+from wmdd_ray.recipes import recipe_of
 from wmdd_ray.spine.run import run_pipeline
 from wmdd_ray.stages.pipeline import PIPELINE
 from wmdd_ray.store import codecs
@@ -249,7 +250,7 @@ def test_the_ablation_takes_back_every_difference_between_best_and_paper_one_at_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Of the paper's recipe, so that the differences are the ones that are named here.
-    plain = definitions.recipe_of("fashion_mnist", 10, "paper")
+    plain = recipe_of("fashion_mnist", 10, "paper")
     best = dataclasses.replace(
         plain,
         recover=dataclasses.replace(
@@ -361,7 +362,7 @@ def test_options_that_the_rest_of_a_recipe_rules_out_are_left_out_of_its_ablatio
 def test_residual_blends_are_left_out_where_best_starts_from_noise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plain = definitions.recipe_of("fashion_mnist", 10, "paper")
+    plain = recipe_of("fashion_mnist", 10, "paper")
     monkeypatch.setattr(definitions, "recipe_of", lambda *_: plain)
     images = table_of("ablation", Options()).groups[0]
     built = set(ablation.IMAGE_OPTIONS) - {"with_residual_blends"}
@@ -488,7 +489,7 @@ def test_an_error_in_the_units_of_the_product_changes_the_numbers_of_a_study(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ("random_real", "best")
-    moments = images.variance_S
+    moments: Any = vars(images)["variance_S"]
     # Variances that a class does not have are met by other images.
     monkeypatch.setattr(images, "variance_S", lambda of_class: 9 * moments(of_class))
     bench.main(arguments(tmp_path, rows=names))
@@ -598,7 +599,9 @@ def readers_of_other_splits_than_train(source: str) -> list[tuple[str, str, str]
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
         for node in ast.walk(function)
     }
-    calls = {call.func: call for call in ast.walk(tree) if isinstance(call, ast.Call)}
+    calls: dict[ast.AST, ast.Call] = {
+        call.func: call for call in ast.walk(tree) if isinstance(call, ast.Call)
+    }
     found = []
     for node in ast.walk(tree):
         name = getattr(node, "id", getattr(node, "attr", getattr(node, "name", None)))

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jobs.benches.otg.command import otg
-from jobs.benches.otg.scores import markdown
 
 from jobs import train_diffusion
+from jobs.benches.study.otg import markdown, otg
 from wmdd_ray.core.optimizer import State
 from wmdd_ray.diffusion import denoising
 from wmdd_ray.diffusion.card import read_card
@@ -205,6 +204,7 @@ def test_the_bench_chooses_weights_on_training_images_and_goes_on_where_it_was(
 
 @pytest.mark.parametrize("option", ["weights", "influence_weights"])
 def test_a_weight_of_nothing_is_no_candidate(tmp_path: Path, option: str) -> None:
-    said = f"otg: --{option.replace('_', '-')}: expected values above 0"
-    with pytest.raises(SystemExit, match=said):
-        otg(out=str(tmp_path), **{option: (0.0, 0.1)})
+    said = f"--{option.replace('_', '-')}: expected values above 0"
+    wrong: dict[str, Any] = {option: (0.0, 0.1)}
+    with pytest.raises(ConfigError, match=said):
+        otg(out=str(tmp_path), **wrong)

@@ -11,9 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,16 +19,17 @@ from typing import Any
 import numpy as np
 
 from jobs.benches.reporting import Row, spread
-from jobs.benches.scale.processes import cpu_s, descendants, local_ray, peak_mib, shares_mib
+from jobs.benches.scale.processes import cpu_s, descendants, in_a_process, local_ray, shares_mib
 from jobs.benches.scale.rooms import s3_server, store_rows
 from jobs.benches.speed.barycenter import synthetic_class
 from wmdd_ray.config import Resources
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.records import ClassFeatures, Moments
-from wmdd_ray.spine.rooms import StageCommit
 from wmdd_ray.spine.run import Progress, Run, Stage, StageRun, run_pipeline
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.units.atoms import ClassSolver
+from wmdd_ray.units.class_features import class_key, class_unit
 
 # The BatchNorm inputs of a ResNet-18.
 _CHANNELS_L = (64,) * 5 + (128,) * 5 + (256,) * 5 + (512,) * 5
@@ -61,27 +60,16 @@ class Classes:
 
     def rows(self) -> list[Row]:
         """Measure everything, and draw the conclusion for a cluster."""
+        rows: list[Row] = []
         with tempfile.TemporaryDirectory() as folder:
-            started = time.perf_counter()
             run_pipeline(open_run(self, folder, 1), stages(self), last="features")
-            rows: list[Row] = [row("features made up", "s", time.perf_counter() - started)]
             for num_actors in self.actors:
                 shutil.rmtree(Path(folder) / "barycenters", ignore_errors=True)
-                # A process each, so that a driver's peak memory and Ray are its own.
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as driver:
-                    rows += driver.submit(drive, self, folder, num_actors).result()
+                rows += in_a_process(drive, self, folder, num_actors)
         for store in self.stores:
-            if store == "disk":
-                with tempfile.TemporaryDirectory() as folder:
-                    rows += store_rows(folder, store, self.num_classes)
-            else:
-                with s3_server() as uri:
-                    rows += store_rows(uri, store, self.num_classes)
+            with tempfile.TemporaryDirectory() if store == "disk" else s3_server() as uri:
+                rows += store_rows(uri, store, self.num_classes)
         return rows + cost_model(self, rows)
-
-    def settings(self) -> Row:
-        """Return what the rows depend on."""
-        return {**asdict(self), "load_average": [round(load, 1) for load in os.getloadavg()]}
 
 
 def row(what: str, unit: str, value: Any, actors: int | str = "-") -> Row:
@@ -105,7 +93,6 @@ def open_run(options: Classes, folder: str, num_actors: int) -> Run:
 def stages(options: Classes) -> tuple[Stage, ...]:
     """Return the pipeline's barycenters behind a features stage that needs neither a teacher nor Ray."""
     from wmdd_ray.stages.pipeline import PIPELINE
-    from wmdd_ray.units.class_features import class_key, class_unit
 
     def make_up(stage: StageRun) -> dict[str, Any]:
         classes = [synthetic_class(seed)[: options.num_images] for seed in range(_DISTINCT)]
@@ -140,81 +127,40 @@ def drive(options: Classes, folder: str, num_actors: int) -> list[Row]:
     """Start Ray with so many logical CPUs; start and stop as many actors; then run the stage. Runs in its own process."""
     with local_ray(num_actors):
         run = open_run(options, folder, num_actors)
-        rows = started_rows(run, num_actors)
-        driver_cpu, head_cpu = time.process_time(), head_cpu_s()
-        started = time.perf_counter()
+        measured = started(run, num_actors)
+        driver_s, wall_s = time.process_time(), time.perf_counter()
         commit = run_pipeline(run, stages(options))["barycenters"]
-        wall_s = time.perf_counter() - started
-        driver_cpu, head_cpu = time.process_time() - driver_cpu, head_cpu_s() - head_cpu
-    rows += unit_rows(commit, num_actors, wall_s)
-    per_unit = 1000 / len(commit.units)
-    rows += [
-        row("driver, processor time a unit", "ms", driver_cpu * per_unit, num_actors),
-        row("Ray's head processes, the same", "ms", head_cpu * per_unit, num_actors),
-        row("driver, peak memory (900 of it imports)", "MiB", peak_mib(), num_actors),
-    ]
-    return rows
+        driver_s, wall_s = time.process_time() - driver_s, time.perf_counter() - wall_s
+    markers = commit.units.values()
+    core_s = [marker.metrics["seconds_in_core"] for marker in markers]
+    around_s = [marker.seconds - core for marker, core in zip(markers, core_s, strict=True)]
+    measured |= {
+        ("stage, with its actors' start", "s"): wall_s,
+        ("a unit in core functions (cores shared)", "ms"): spread([1000 * s for s in core_s]),
+        ("a unit, reading and encoding", "ms"): spread([1000 * s for s in around_s]),
+        ("driver, processor time a unit", "ms"): 1000 * driver_s / len(markers),
+    }
+    return [row(what, unit, value, num_actors) for (what, unit), value in measured.items()]
 
 
-def started_rows(run: Run, num_actors: int) -> list[Row]:
-    """Start the stage's actors, all at once, and say what each took until it could work."""
+def started(run: Run, num_actors: int) -> dict[tuple[str, str], Any]:
+    """Start the stage's actors, all at once, and return what each took until it could work, by name and unit."""
     import ray
-
-    from wmdd_ray.units.atoms import ClassSolver
 
     actor_class = ray.remote(num_cpus=1)(ClassSolver)
     arguments = (run.room("barycenters"), run.room("features"), (), run.config)
-    started = time.perf_counter()
     actors = [actor_class.remote(*arguments) for _ in range(num_actors)]
     ray.get([actor.ready.remote() for actor in actors])
-    seconds = time.perf_counter() - started
     here = [p for p, title in descendants(os.getpid()).items() if "ClassSolver" in title]
     memory = [shares_mib(pid) for pid in here]
-    rows = [
-        row("actors started", "1/s", num_actors / seconds, num_actors),
-        row("an actor's start, processor time", "s", spread([cpu_s(p) for p in here]), num_actors),
-    ]
-    rows += [
-        row(
-            f"an actor's memory, {kind.upper()}",
-            "MiB",
-            spread([m[kind] for m in memory]),
-            num_actors,
-        )
-        for kind in ("rss", "pss", "uss")
-    ]
+    measured: dict[tuple[str, str], Any] = {
+        ("an actor's start, processor time", "s"): spread([cpu_s(pid) for pid in here]),
+        ("an actor's memory, PSS", "MiB"): spread([m["pss"] for m in memory]),
+        ("an actor's memory, USS", "MiB"): spread([m["uss"] for m in memory]),
+    }
     for actor in actors:
         ray.kill(actor)
-    return rows
-
-
-def head_cpu_s() -> float:
-    """Return the processor seconds of Ray's control store and raylet below this process."""
-    below = descendants(os.getpid())
-    return sum(
-        cpu_s(pid) for pid, title in below.items() if "gcs_server" in title or "raylet" in title
-    )
-
-
-def unit_rows(commit: StageCommit, num_actors: int, wall_s: float) -> list[Row]:
-    """Say what a unit took: in core functions, around them in the actor, and around that in Ray and the driver."""
-    markers = list(commit.units.values())
-    core_s = [marker.metrics["seconds_in_core"] for marker in markers]
-    around_s = [marker.seconds - core for marker, core in zip(markers, core_s, strict=True)]
-    busy_s = sum(marker.seconds for marker in markers)
-    idle_s = (wall_s * num_actors - busy_s) / len(markers)
-    return [
-        row("stage, with its actors' start", "s", wall_s, num_actors),
-        row("units", "1/s", len(markers) / wall_s, num_actors),
-        row(
-            "a unit in core functions (cores shared)",
-            "ms",
-            spread([1000 * s for s in core_s]),
-            num_actors,
-        ),
-        row("a unit, reading and encoding", "ms", spread([1000 * s for s in around_s]), num_actors),
-        row("an actor's time without a unit, a unit", "ms", 1000 * idle_s, num_actors),
-    ]
+    return measured
 
 
 def cost_model(options: Classes, rows: Sequence[Row]) -> list[Row]:
@@ -225,34 +171,24 @@ def cost_model(options: Classes, rows: Sequence[Row]) -> list[Row]:
         return float(found[-1]["median"] if isinstance(found[-1], dict) else found[-1])
 
     few, most = min(options.actors), max(options.actors)
-    actors = options.cluster_actors
-    nodes = -(-actors // options.cluster_cores)
+    actors, cores = options.cluster_actors, options.cluster_cores
     start_s = measured("an actor's start, processor time", few) + actors / options.head_actors_per_s
     # With few actors each has a core, as on the cluster.
     unit_ms = measured("a unit in core functions (cores shared)", few)
     unit_ms += measured("a unit, reading and encoding", few)
-    rounds = -(-options.num_classes // actors)
+    units_s = -(-options.num_classes // actors) * unit_ms / 1000
     driver_s = measured("driver, processor time a unit", most) * options.num_classes / 1000
     bookkeeping_s = sum(
         measured(f"{options.stores[-1]}: {step}") for step in ("list", "read markers", "commit")
     )
-    name = f"{nodes} nodes of {options.cluster_cores} cores"
-    pss = measured("an actor's memory, PSS", most)
-    return [
-        row(f"model, {name}: actors ready", "s", start_s, actors),
-        row(
-            f"model, {name}: memory of a node",
-            "GiB",
-            pss * min(actors, options.cluster_cores) / 1024,
-            actors,
-        ),
-        row(f"model, {name}: all units", "s", rounds * unit_ms / 1000, actors),
-        row(f"model, {name}: driver's processor time", "s", driver_s, actors),
-        row(f"model, {name}: list, read, commit", "s", bookkeeping_s, actors),
-        row(
-            f"model, {name}: stage",
-            "s",
-            start_s + max(rounds * unit_ms / 1000, driver_s) + bookkeeping_s,
-            actors,
-        ),
-    ]
+    memory_gib = measured("an actor's memory, PSS", most) * min(actors, cores) / 1024
+    model = {
+        ("actors ready", "s"): start_s,
+        ("memory of a node", "GiB"): memory_gib,
+        ("all units", "s"): units_s,
+        ("driver's processor time", "s"): driver_s,
+        ("list, read, commit", "s"): bookkeeping_s,
+        ("stage", "s"): start_s + max(units_s, driver_s) + bookkeeping_s,
+    }
+    name = f"model, {-(-actors // cores)} nodes of {cores} cores"
+    return [row(f"{name}: {what}", unit, value, actors) for (what, unit), value in model.items()]

@@ -1,30 +1,30 @@
-"""What the pipeline costs when everything grows: classes, actors, data, workers, losses."""
+"""What the pipeline costs when everything grows, and when a worker is lost."""
 
 from __future__ import annotations
 
+import os
+from dataclasses import asdict
 from typing import Annotated
 
 import tyro
 
 from jobs.benches.reporting import report
 from jobs.benches.scale.classes import Classes
-from jobs.benches.scale.forecast import Forecast
-from jobs.benches.scale.memory import Memory
 from jobs.benches.scale.workers import Workers
 
 Part = (
-    Annotated[Forecast, tyro.conf.subcommand("simulation")]
-    | Annotated[Classes, tyro.conf.subcommand("classes")]
-    | Annotated[Memory, tyro.conf.subcommand("memory")]
+    Annotated[Classes, tyro.conf.subcommand("classes")]
     | Annotated[Workers, tyro.conf.subcommand("workers")]
 )
 
 
 def scale(part: Annotated[Part, tyro.conf.arg(name="")], out: str | None = None) -> None:
-    """Thousand classes and actors, memory against data, 1 and 2 workers here, 8 to 256 by simulation.
+    """Thousand classes and actors, and a worker of two that is killed.
 
     Args:
         part: What to measure.
         out: JSON file to write.
     """
-    report(part.rows(), part.settings(), out)
+    rows = part.rows()
+    load = [round(load, 1) for load in os.getloadavg()]
+    report(rows, {**asdict(part), "load_average": load}, out)

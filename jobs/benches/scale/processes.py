@@ -6,9 +6,14 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -35,28 +40,26 @@ def local_ray(num_cpus: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def peak_mib(pid: int | str = "self") -> float:
-    """Return the peak resident memory of a process (VmHWM), 0 when it has ended.
-
-    Not `ru_maxrss`: that one begins with what the parent had when it started the process.
-    """
-    return _status_kib(pid, "VmHWM") / 1024
+def in_a_process(function: Callable[..., T], *arguments: Any) -> T:
+    """Return what a function returns in a process of its own: peak memory and Ray are not this one's."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
 
 
 def own_mib(pid: int) -> float:
     """Return the memory of a process that is neither a file's nor shared, 0 when it has ended."""
-    return _status_kib(pid, "RssAnon") / 1024
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) / 1024
+    return 0.0
 
 
 def shares_mib(pid: int) -> dict[str, float]:
-    """Return RSS, PSS (shared pages divided by their users) and USS (pages of its own) of a process."""
-    kib = {"Rss": 0, "Pss": 0, "Private_Clean": 0, "Private_Dirty": 0}
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name in kib:
-            kib[name] = int(value.split()[0])
-    own = kib["Private_Clean"] + kib["Private_Dirty"]
-    return {"rss": kib["Rss"] / 1024, "pss": kib["Pss"] / 1024, "uss": own / 1024}
+    """Return PSS (shared pages divided by their users) and USS (pages of its own) of a process."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+    return {"pss": kib["Pss"] / 1024, "uss": (kib["Private_Clean"] + kib["Private_Dirty"]) / 1024}
 
 
 def descendants(pid: int) -> dict[int, str]:
@@ -80,14 +83,6 @@ def descendants(pid: int) -> dict[int, str]:
 def _after_name(process: Path) -> str:
     # The name stands in parentheses and may hold anything.
     return (process / "stat").read_text().rpartition(")")[2]
-
-
-def _status_kib(pid: int | str, field_name: str) -> int:
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith(field_name + ":"):
-                return int(line.split()[1])
-    return 0
 
 
 def cpu_s(pid: int) -> float:

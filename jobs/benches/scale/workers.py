@@ -1,75 +1,41 @@
-"""One and two workers on this machine: how much two bring, what a start costs, and what a killed one costs.
+"""Two workers on this machine: what a start costs, and what a killed one costs.
 
-Rates come from the pipeline's own recover, relabel and student units on digits. The cost of a loss comes from units that
-sleep, so that the machine's two cores do not blur it: one of two workers gets SIGKILL in the middle of a unit.
+Units sleep, so that the machine's two cores do not blur it: one of two workers gets SIGKILL in the middle of a unit.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import tempfile
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
 
 from jobs.benches.reporting import Row, spread
-from jobs.benches.scale.processes import local_ray
-from jobs.benches.speed.orchestration import distill
+from jobs.benches.scale.processes import in_a_process, local_ray
 from wmdd_ray.config import Resources
+from wmdd_ray.executors.dispatch import do_units
 from wmdd_ray.recipes import recipe_of
-from wmdd_ray.spine.events import read_events
-from wmdd_ray.spine.rooms import Room, StageCommit
-from wmdd_ray.spine.run import (
-    DoUnit,
-    Progress,
-    Report,
-    Run,
-    Stage,
-    StageRun,
-    Work,
-    run_pipeline,
-)
+from wmdd_ray.spine.rooms import Room
+from wmdd_ray.spine.run import DoUnit, Progress, Report, Run, Stage, StageRun, Work, run_pipeline
 from wmdd_ray.store.filesystem import Store
 
-if TYPE_CHECKING:
-    import torch
-
 Executor = Literal["train", "actors"]
-
-_ROOM_OF = {"recover": "images", "relabel": "labels", "evaluate": "evaluation"}
-# fmt: off
-_DIGITS = (
-    "--recipe", "digits",
-    "--recover.images-per-group", "10",  # ten units
-    "--recover.iterations", "150",
-    "--relabel.epochs", "120",
-    "--relabel.epochs-per-unit", "12",  # ten units
-    "--evaluate.epochs", "30",
-    "--evaluate.num-seeds", "4",
-    "--evaluate.baselines", "random_real", "nearest_real",  # twelve units
-)
-# fmt: on
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workers:
-    """Rates with 1 and 2 workers, the start of a group, and the cost of a worker that is killed."""
+    """The start of two workers, and the cost of one that is killed."""
 
     executors: tuple[Executor, ...] = ("train", "actors")
     """One Ray Train group, or isolated actors."""
-    workers: tuple[int, ...] = (1, 2)
-    """Numbers of workers whose rates are compared."""
-    rates: bool = True
-    """Measure rates on digits (about 4 minutes on an idle machine, most of it starts)."""
     kills: int = 2
     """Workers killed with each executor."""
     unit_s: float = 2.0
@@ -78,65 +44,13 @@ class Workers:
     """Sleeping units of a run."""
 
     def rows(self) -> list[Row]:
-        """Measure both."""
+        """Lose workers of each executor, in a process of its own and with it a Ray of its own."""
         rows: list[Row] = []
         for executor in self.executors:
-            # A process of its own, and with it a Ray of its own.
-            with (
-                tempfile.TemporaryDirectory() as folder,
-                ProcessPoolExecutor(1, mp_context=get_context("spawn")) as driver,
-            ):
-                losses = driver.submit(lose_workers, self, executor, folder).result()
+            with tempfile.TemporaryDirectory() as folder:
+                losses = in_a_process(lose_workers, self, executor, folder)
             rows += [{"what": what, "executor": executor, "value": v} for what, v in losses.items()]
-        return rows + (self.rate_rows() if self.rates else [])
-
-    def settings(self) -> Row:
-        """Return what the rows depend on."""
-        return {**asdict(self), "load_average": [round(load, 1) for load in os.getloadavg()]}
-
-    def rate_rows(self) -> list[Row]:
-        """Run the last stages on digits with 1 and 2 workers from the same rooms."""
-        rows: list[Row] = []
-        with tempfile.TemporaryDirectory() as folder:
-            base = Path(folder) / "base"
-            distill(str(base), *_DIGITS, "--until", "barycenters")
-            for executor in self.executors:
-                rates: dict[tuple[str, int], float] = {}
-                for n in self.workers:
-                    out = Path(folder) / f"{executor}-{n}"
-                    shutil.copytree(base, out)
-                    shutil.rmtree(out / "events")
-                    distill(str(out), *_DIGITS, "--executor", executor, "--num-workers", str(n))
-                    for stage, room in _ROOM_OF.items():
-                        commit = Room(Store(str(out)), room).committed()
-                        first, rates[stage, n] = start_and_rate(str(out), commit)
-                        about: Row = {"executor": executor, "workers": n}
-                        rows.append({"what": f"{stage}: start, s", **about, "value": first})
-                        rate: Row = {"what": f"{stage}: units/s", **about, "value": rates[stage, n]}
-                        if n > 1:
-                            rate["efficiency"] = rates[stage, n] / rates[stage, self.workers[0]] / n
-                        rows.append(rate)
         return rows
-
-
-def start_and_rate(out: str, commit: StageCommit) -> tuple[float, float]:
-    """Return the seconds from a stage's start until its first unit began, and units a second from then on."""
-    events = read_events(Store(out))
-    started = next(
-        _seconds(e["at"])
-        for e in events
-        if (e["event"], e.get("stage")) == ("stage_started", commit.stage)
-    )
-    ended = [_seconds(marker.finished) for marker in commit.units.values()]
-    began = [_seconds(m.finished) - m.seconds for m in commit.units.values()]
-    return min(began) - started, len(ended) / (max(ended) - min(began))
-
-
-def _seconds(at: str) -> float:
-    return datetime.fromisoformat(at).timestamp()
-
-
-# Losses
 
 
 def lose_workers(options: Workers, executor: Executor, folder: str) -> dict[str, Any]:
@@ -153,8 +67,6 @@ def lose_one(options: Workers, executor: Executor, folder: str) -> dict[str, flo
     diary.mkdir(parents=True)
 
     def work(stage: StageRun) -> dict[str, Any]:
-        from wmdd_ray.executors.dispatch import do_units
-
         do_units(
             stage, units, partial(open_sleeper, diary=diary, room=stage.room, unit_s=options.unit_s)
         )

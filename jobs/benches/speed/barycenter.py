@@ -10,6 +10,8 @@ import numpy as np
 
 from jobs.benches.reporting import Row, report, spread
 from wmdd_ray.config import BarycenterConfig
+from wmdd_ray.core.barycenter import solve_barycenter
+from wmdd_ray.core.transport import exact_cost, one_thread
 
 Solver = Literal["lloyd", "uniform", "emd", "sinkhorn", "sliced"]
 
@@ -30,8 +32,6 @@ def barycenter(
         reference: Also measure WMDD's reference: as its script runs it, with equal weights, and with learned ones.
         out: JSON file to write.
     """
-    from wmdd_ray.core.barycenter import solve_barycenter
-    from wmdd_ray.core.transport import exact_cost, one_thread
 
     def solve(solver: str, features_ND: np.ndarray, k: int, seed: int) -> tuple[np.ndarray, ...]:
         if solver in references:

@@ -9,10 +9,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from jobs.benches.reporting import report, spread
 from jobs.benches.speed.orchestration import distill, read_stage
+from wmdd_ray.core.embedding import features_and_moments
+from wmdd_ray.core.networks import network_of
+from wmdd_ray.core.views import to_input
 from wmdd_ray.recipes import recipe_of
+from wmdd_ray.store.codecs import decode_teacher
+from wmdd_ray.store.sources import decoded_chunks, open_source
 
 
 def features(data: str, bare_chunks: int = 20, out: str | None = None) -> None:
@@ -37,11 +43,9 @@ def features(data: str, bare_chunks: int = 20, out: str | None = None) -> None:
             for unit, marker in stage["units"].items()
         )
     images = [metrics["num_images"] for _, metrics in finished]
-    in_core = [metrics["num_images"] / metrics["seconds_in_core"] for _, metrics in finished]
     rates = {
         "whole stage": [sum(images) / stage["seconds"]],
         "stage, first to last chunk": [sum(images[1:]) / (finished[-1][0] - finished[0][0])],
-        "core in the stage, by chunk": in_core,
         **bare_rates,
     }
     base = statistics.median(bare_rates["bare loop: decode + network"])
@@ -54,14 +58,6 @@ def features(data: str, bare_chunks: int = 20, out: str | None = None) -> None:
 
 def bare_loops(run: str, data: str, num_chunks: int) -> dict[str, list[float]]:
     """Return images per wall-clock second of every chunk, for loops in one process that take turns."""
-    import torch
-
-    from wmdd_ray.core.embedding import features_and_moments
-    from wmdd_ray.core.networks import network_of
-    from wmdd_ray.core.views import to_input
-    from wmdd_ray.store.codecs import decode_teacher
-    from wmdd_ray.store.sources import decoded_chunks, open_source
-
     torch.set_num_threads(1)
     config = recipe_of("fashion_mnist", 10)
     teacher = decode_teacher((Path(run) / "teacher" / "teacher.safetensors").read_bytes())

@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.benches.reporting import report
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ROOMS = ("teacher", "features", "barycenters", "images", "labels", "dataset", "evaluation")
 
 

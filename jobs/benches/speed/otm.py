@@ -5,13 +5,15 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from jobs.benches.reporting import Row, report, spread
-from wmdd_ray.config import EvaluateConfig, NetworkConfig
-
-if TYPE_CHECKING:
-    import torch
+from wmdd_ray.config import EvaluateConfig, NetworkConfig, ViewConfig
+from wmdd_ray.core.networks import build_network
+from wmdd_ray.core.student_losses import transport_loss
+from wmdd_ray.core.training import train_student
+from wmdd_ray.core.views import StoredImages, draw_views
 
 
 def otm(
@@ -20,15 +22,12 @@ def otm(
     image_size: int = 32,
     small_stem: bool = True,
     steps: int = 5,
-    iterations: int = EvaluateConfig().sinkhorn_iterations,
-    threads: int = 1,
-    device: Literal["cpu", "cuda"] = "cpu",
     out: str | None = None,
 ) -> None:
     """Milliseconds of a ResNet-18 student's step with the Sinkhorn term and without, taking turns, and of the term alone.
 
-    Steps are whole ones of `train_student`, rendering and optimizer included; on one CPU thread processor time is counted.
-    They vary by more than the term takes, so the share is that of the term alone, forward and backward.
+    Steps are whole ones of `train_student`, rendering and optimizer included, in processor time of one thread. They vary by more
+    than the term takes, so the share is that of the term alone, forward and backward.
 
     Args:
         batch_sizes: Images of a step.
@@ -36,81 +35,42 @@ def otm(
         image_size: Side of the images, pixels.
         small_stem: 3 x 3 first convolution without pooling, as the recipes have it up to 64 pixels.
         steps: Measured steps; one more of each warms up.
-        iterations: Sinkhorn iterations.
-        threads: Computing threads.
-        device: Where.
         out: JSON file to write.
     """
-    import torch
-
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     rows: list[Row] = []
     network = NetworkConfig(arch="resnet18", small_stem=small_stem)
     off = EvaluateConfig(network=network, loss="mse", ce_weight=0.025, num_seeds=1)
-    on = replace(off, sinkhorn_weight=0.1, sinkhorn_iterations=iterations)
+    on = replace(off, sinkhorn_weight=0.1)
     for batch_size in batch_sizes:
         seconds: dict[str, list[float]] = {"without": [], "with": [], "term": []}
-        for turn in range(steps + 1):
-            found = {
-                "without": _step_s(off, batch_size, num_classes, image_size, device, threads),
-                "with": _step_s(on, batch_size, num_classes, image_size, device, threads),
-                "term": _term_s(on, batch_size, num_classes, device, threads),
-            }
-            for name, value in found.items():
-                if turn > 0:  # the first warms up
-                    seconds[name].append(value)
+        for _ in range(steps + 1):
+            seconds["without"].append(_step_s(off, batch_size, num_classes, image_size))
+            seconds["with"].append(_step_s(on, batch_size, num_classes, image_size))
+            seconds["term"].append(_term_s(on, batch_size, num_classes))
         row: Row = {"batch": batch_size}
-        row |= {f"{name}_ms": spread([1000 * s for s in found]) for name, found in seconds.items()}
-        alone, without = (statistics.median(seconds[name]) for name in ("term", "without"))
+        # The first of each warms up.
+        row |= {f"{name}_ms": spread([1000 * s for s in of[1:]]) for name, of in seconds.items()}
+        alone, without = (statistics.median(seconds[name][1:]) for name in ("term", "without"))
         rows.append({**row, "share_of_step": alone / without})
-    settings = {
-        "arch": "resnet18", "small_stem": small_stem, "image_size": image_size, "num_classes": num_classes,
-        "iterations": iterations, "threads": threads, "device": device,
-    }  # fmt: skip
-    report(rows, settings, out)
+    settings = {"image_size": image_size, "num_classes": num_classes, "small_stem": small_stem}
+    report(rows, {"arch": "resnet18", **settings, "threads": 1}, out)
 
 
-def _now(device: str, threads: int) -> float:
-    import torch
-
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.process_time() if threads == 1 and device == "cpu" else time.perf_counter()
-
-
-def _step_s(
-    config: EvaluateConfig,
-    batch_size: int,
-    num_classes: int,
-    image_size: int,
-    device: str,
-    threads: int,
-) -> float:
+def _step_s(config: EvaluateConfig, batch_size: int, num_classes: int, image_size: int) -> float:
     """Return the seconds of one step of training, the second of two: the first allocates."""
     import numpy as np
-    import torch
-
-    from wmdd_ray.config import ViewConfig
-    from wmdd_ray.core.networks import build_network
-    from wmdd_ray.core.training import train_student
-    from wmdd_ray.core.views import StoredImages, draw_views
 
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (batch_size, image_size, image_size, 3), dtype=np.uint8)
     torch.manual_seed(0)
-    network = build_network(
-        config.network, num_classes=num_classes, channels=3, image_size=image_size
-    ).to(device)
+    shape = {"num_classes": num_classes, "channels": 3, "image_size": image_size}
     views = draw_views(batch_size, image_size, ViewConfig(), seed=0, epoch=0)
     logits_VY = rng.normal(0, 3, (batch_size, num_classes)).astype(np.float32)
     ended: list[float] = []
-
-    def ends(*_: Any) -> None:
-        ended.append(_now(device, threads))
-
     train_student(
-        network,
-        StoredImages(pixels, (0.5,) * 3, (0.25,) * 3, torch.device(device)),
+        build_network(config.network, **shape),
+        StoredImages(pixels, (0.5,) * 3, (0.25,) * 3),
         lambda _: (views, logits_VY),
         None,
         replace(config, batch_size=batch_size),
@@ -118,32 +78,25 @@ def _step_s(
         image_size=image_size,
         seed=0,
         classes_N=np.arange(batch_size) % num_classes,
-        on_epoch=ends,
+        on_epoch=lambda *_: ended.append(time.process_time()),
     )
     return ended[1] - ended[0]
 
 
-def _term_s(
-    config: EvaluateConfig, batch_size: int, num_classes: int, device: str, threads: int
-) -> float:
+def _term_s(config: EvaluateConfig, batch_size: int, num_classes: int) -> float:
     """Return the seconds of the term alone, forward and backward: the mean of ten."""
-    import torch
-
-    from wmdd_ray.core.student_losses import transport_loss
-
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch_size, num_classes)
-    student, teacher = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
-    student.requires_grad_(True)
-    started: float = 0.0
+    student, teacher = torch.randn(
+        (2, batch_size, num_classes), generator=torch.Generator().manual_seed(0)
+    )
+    student = student.clone().requires_grad_(True)
     for number in range(11):
         if number == 1:
-            started = _now(device, threads)
-        loss: torch.Tensor = transport_loss(
+            started = time.process_time()
+        loss = transport_loss(
             student,
             teacher,
             regularization=config.sinkhorn_regularization,
             iterations=config.sinkhorn_iterations,
         )
         torch.autograd.grad(loss, student)
-    return (_now(device, threads) - started) / 10
+    return (time.process_time() - started) / 10

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import tarfile
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
-from multiprocessing import get_context
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from jobs.benches.reporting import Row, report
-from jobs.benches.scale.memory import compare
-from jobs.benches.scale.processes import Peaks, watched
+from jobs.benches.scale.processes import in_a_process, local_ray, watched
+from jobs.prepare import Job
+from jobs.prepare import prepare as run_job
+from wmdd_ray.units.splitting import PrepareConfig
 
 _NUM_CLASSES = 10
 _PICTURES = 20
@@ -42,47 +41,33 @@ def prepare(
         shard_mb: Size of the Parquet files, MiB; 64 is the job's default.
         out: JSON file to write.
     """
-    rows: list[Row] = []
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as driver:
-        case = partial(prepare_peaks, shards, shard_mb)
-        sizes = (shard_images, times * shard_images)
-        for images, peaks in zip(sizes, driver.submit(compare, case, sizes).result(), strict=True):
-            rows.append({"images": shards * images, **asdict(peaks)})
-    settings = {
-        "shards": shards,
-        "shard_mb": shard_mb,
-        "load_average": [round(load, 1) for load in os.getloadavg()],
-    }
-    report(rows, settings, out)
+    sizes = (shard_images, times * shard_images)
+    rows = in_a_process(compared, shards, shard_mb, sizes)
+    report(rows, {"shards": shards, "shard_mb": shard_mb}, out)
 
 
-@dataclass
-class Watched(Peaks):
-    """Peaks, with the MiB that were written and the seconds that it took."""
-
-    mib: float = 0.0
-    seconds: float = 0.0
+def compared(num_shards: int, shard_mb: int, sizes: Sequence[int]) -> list[Row]:
+    """Watch the job at every size; once before unwatched, so that imports do not count. Runs in its own process."""
+    with local_ray(num_cpus=2):
+        return [watch_job(num_shards, shard_mb, size) for size in (sizes[0], *sizes)][1:]
 
 
-def prepare_peaks(num_shards: int, shard_mb: int, shard_images: int) -> Watched:
-    """Watch the job on so many images."""
-    from jobs.prepare import Job
-    from jobs.prepare import prepare as run_job
-    from wmdd_ray.units.splitting import PrepareConfig
-
+def watch_job(num_shards: int, shard_mb: int, shard_images: int) -> Row:
+    """Return the peaks of the job on so many images, with the MiB that were written and the seconds that it took."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         data, made = Path(folder) / "data", Path(folder) / "out"
         write_shards(data, num_shards, shard_images)
-        config = PrepareConfig(shard_mb=shard_mb)
+        job = Job(source=str(data), out=str(made), config=PrepareConfig(shard_mb=shard_mb))
         started = time.perf_counter()
         with watched() as peaks:
-            run_job(Job(source=str(data), out=str(made), config=config))
+            run_job(job)
         seconds = time.perf_counter() - started
         stored = sum(file.stat().st_size for file in made.glob("data/*.parquet"))
-    return Watched(**asdict(peaks), mib=stored / 2**20, seconds=seconds)
+    images = num_shards * shard_images
+    return {"images": images, **asdict(peaks), "mib": stored / 2**20, "seconds": seconds}
 
 
-def write_shards(folder: Path, num_shards: int, shard_images: int) -> None:
+def write_shards(folder: Path, num_shards: int, shard_images: int, side: int = 128) -> None:
     """Write WebDataset shards of JPEGs that mix all classes; a few different pictures, over and over."""
     folder.mkdir()
     (folder / "classes.txt").write_text(
@@ -92,7 +77,7 @@ def write_shards(folder: Path, num_shards: int, shard_images: int) -> None:
     pictures = []
     for _ in range(_PICTURES):
         encoded = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)).save(encoded, "JPEG")
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(encoded, "JPEG")
         pictures.append(encoded.getvalue())
     for shard in range(num_shards):
         with tarfile.open(folder / f"train-{shard:05d}.tar", "w") as tar:

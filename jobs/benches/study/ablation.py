@@ -6,12 +6,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from jobs.benches.study.definitions import RANDOM, Group, Options, Row, variants
-from jobs.benches.study.rows import (
-    divides,
-    group_of,
-    main_rows,
-    recovered,
-)
+from jobs.benches.study.rows import divides, group_of, main_rows, recovered
 from wmdd_ray.config import DistillConfig
 
 # What differs between recipes without being a choice that an ablation asks about; student and label epochs go together.

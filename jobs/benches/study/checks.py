@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobs.benches.study.definitions import FULL, RANDOM
-from jobs.benches.study.scores import label_robust_score, spread
+from jobs.benches.study.scores import scored_rows, spread
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.store.documents import unseal
 
@@ -69,15 +69,11 @@ def check_result(result: dict[str, Any], where: str) -> None:
         need("a teacher's recipe", teacher["squeeze"], name)
     for group in result["groups"]:
         _check_group(group, result, need, refuse)
-    full = _full_rows(result)
-    for group in result["groups"]:
-        whole = full.get(str(group["student"]["network"]))
-        random = next((r for r in group["rows"] if r["name"] == RANDOM), None)
-        for row in group["rows"]:
-            if ("lrs" in row) != (whole is not None and row["kind"] != "full"):
-                raise refuse(f"row {row['name']}: LRS and the row {FULL} go together")
-            if "lrs" in row:
-                _check_lrs(row, random, whole, refuse)
+    for row, expected in scored_rows(result["groups"]):
+        if ("lrs" in row) != (expected is not None):
+            raise refuse(f"row {row['name']}: LRS and the row {FULL} go together")
+        if expected is not None and not _same(row["lrs"], expected):
+            raise refuse(f"row {row['name']}: LRS does not follow from the accuracies")
 
 
 def _check_group(group: dict[str, Any], result: dict[str, Any], need: Any, refuse: Any) -> None:
@@ -139,27 +135,7 @@ def _check_row(row: dict[str, Any], group: dict[str, Any], need: Any, refuse: An
             raise refuse(f"row {row['name']} has students that are there more often than others")
 
 
-def _check_lrs(row: dict[str, Any], random: Any, full: Any, refuse: Any) -> None:
-    expected = label_robust_score(
-        full_hard=full["hard"]["mean"],
-        hard=row["hard"]["mean"],
-        soft=row["soft"]["mean"],
-        random_soft=random["soft"]["mean"],
-    )
-    if not _same(row["lrs"], expected):
-        raise refuse(f"row {row['name']}: LRS does not follow from the accuracies")
-
-
 def _same(found: dict[str, float], expected: dict[str, float]) -> bool:
     return found.keys() == expected.keys() and all(
         math.isclose(found[k], expected[k], rel_tol=0, abs_tol=1e-12) for k in expected
     )
-
-
-def _full_rows(result: dict[str, Any]) -> dict[str, Any]:
-    return {
-        str(group["student"]["network"]): row
-        for group in result["groups"]
-        for row in group["rows"]
-        if row["name"] == FULL
-    }

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from jobs.benches.study.definitions import Options, TableName
-from wmdd_ray.errors import WmddError
+from jobs.benches.study.engine import Study, print_plan
+from jobs.benches.study.judge import before_text, refuse_second_opening
+from jobs.benches.study.rendering import render as render_tables
+from jobs.benches.study.scores import score, sealed
+from jobs.benches.study.splits import make_place, uri_of
+from jobs.benches.study.tables import table_of
+from jobs.benches.study.work import jobs_of, rows_of
+
+_AS_IT_IS = Options()
 
 
 def accuracy(
     table: TableName = "main",
     data: str | None = None,
     out: str = "runs/accuracy",
-    ipc: tuple[int, ...] = (),
-    rows: tuple[str, ...] = (),
-    groups: tuple[str, ...] = (),
-    student_seeds: int | None = None,
-    distill_seeds: int | None = None,
     split: Literal["test", "val"] = "test",
     processes: int = 1,
-    teacher: str | None = None,
-    width: int | None = None,
-    epochs: int | None = None,
-    full_epochs: int | None = None,
-    teacher_epochs: int | None = None,
-    iterations: int | None = None,
-    tiles: int | None = None,
-    bf16: bool = False,
+    options: Annotated[Options, tyro.conf.OmitArgPrefixes] = _AS_IT_IS,
     result: str | None = None,
     plan: bool = False,
     render: bool = False,
@@ -44,80 +42,28 @@ def accuracy(
             (several labeling teachers and the transport term of students) and `alignment_digits`.
         data: Real images; the recipe's by default, and for Fashion-MNIST the folder with the IDX files.
         out: Folder of the jobs; what is there already is not done again.
-        ipc: Images a class; the table's own by default.
-        rows: Rows to have; `random_real` always is. A result of `main` is rendered with all its rows of real images only.
-        groups: Groups to have, by parts of their titles ("LIA"); each keeps all its rows.
-        student_seeds: Students a distilled set; by default at least 5 a row.
-        distill_seeds: Distilled sets a row; 3 up to ipc 10, 1 above.
         split: Images that students are scored on.
         processes: Processes with one computing thread each.
-        teacher: A run whose teacher is taken instead of training one (ConvNet-3).
-        width: Channels of teachers' and students' ConvNet-3 blocks.
-        epochs: Student epochs and label epochs.
-        full_epochs: Student epochs on all real images.
-        teacher_epochs: Epochs of the teacher.
-        iterations: Recover iterations.
-        tiles: Small images along a side of each stored one, in `best` and in the real rows beside it.
-        bf16: Train and recover in bfloat16: 1.5 to 2.5 times as fast on processors that have it, and much slower on others.
+        options: What is changed of the table.
         result: File that the result is written to; in `out` by default, to be committed to jobs/benches/results.
         plan: Print the jobs of each stage, and do nothing.
         render: Only write the committed results into the README beside them, and their summary into the root one.
     """
-    try:
-        if render:
-            from jobs.benches.study.rendering import render as render_tables
-
-            print(f"rendered: {', '.join(render_tables()) or 'nothing is committed'}")
-            return
-        options = Options(
-            ipc=ipc,
-            rows=rows,
-            groups=groups,
-            distill_seeds=distill_seeds,
-            student_seeds=student_seeds,
-            width=width,
-            epochs=epochs,
-            full_epochs=full_epochs,
-            teacher_epochs=teacher_epochs,
-            iterations=iterations,
-            tiles=tiles,
-            bf16=bf16,
-            given=teacher or "",
-        )
-        _run(table, options, data, out, split, processes, result, plan)
-    except WmddError as error:
-        raise SystemExit(f"accuracy: {error}") from error
-
-
-def _run(
-    name: TableName,
-    options: Options,
-    data: str | None,
-    out: str,
-    split: Literal["test", "val"],
-    processes: int,
-    result: str | None,
-    plan: bool,
-) -> None:
-    from jobs.benches.study.engine import Study, print_plan
-    from jobs.benches.study.judge import before_text, refuse_second_opening
-    from jobs.benches.study.scores import score, sealed
-    from jobs.benches.study.splits import make_place
-    from jobs.benches.study.tables import table_of
-    from jobs.benches.study.work import jobs_of, rows_of
-
-    table = table_of(name, options)
-    uri = data or ("digits" if table.dataset == "digits" else "fashion-mnist")
-    study = Study(make_place(out, uri, table.source, table.held_out, table.imbalance))
-    rows = rows_of(table, study)
+    if render:
+        print(f"rendered: {', '.join(render_tables()) or 'nothing is committed'}")
+        return
+    defined = table_of(table, options)
+    uri = uri_of(defined.dataset, data)
+    study = Study(make_place(out, uri, defined.source, defined.held_out, defined.imbalance))
+    trained = rows_of(defined, study)
     if plan:
-        print_plan(jobs_of(rows), study)
+        print_plan(jobs_of(trained), study)
         return
     if split == "test":
-        refuse_second_opening(table, rows, study)
-    study.bring(jobs_of(rows), processes)
-    found = score(table, rows, study, uri, split, processes)
-    path = Path(result or Path(out) / f"accuracy-{name}{'' if split == 'test' else '-val'}.json")
+        refuse_second_opening(defined, trained, study)
+    study.bring(jobs_of(trained), processes)
+    found = score(defined, trained, study, uri, split, processes)
+    path = Path(result or Path(out) / f"accuracy-{table}{'' if split == 'test' else '-val'}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(sealed(found))
     for group in found["groups"]:

@@ -87,21 +87,34 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command line changes of a table; None keeps the recipe's value."""
+    """What the command line changes of a table; absent, it is as the recipe or the table has it."""
 
     ipc: tuple[int, ...] = ()
+    """Images a class."""
     rows: tuple[str, ...] = ()
+    """Rows to have; `random_real` always is. A result of `main` is rendered with all its rows of real images only."""
     groups: tuple[str, ...] = ()
+    """Groups to have, by parts of their titles ("LIA"); each keeps all its rows."""
     distill_seeds: int | None = None
+    """Distilled sets a row; 3 up to ipc 10, 1 above."""
     student_seeds: int | None = None
+    """Students a distilled set; by default at least 5 a row."""
     width: int | None = None
+    """Channels of teachers' and students' ConvNet-3 blocks."""
     epochs: int | None = None
+    """Student epochs and label epochs."""
     full_epochs: int | None = None
+    """Student epochs on all real images."""
     teacher_epochs: int | None = None
+    """Epochs of the teacher."""
     iterations: int | None = None
+    """Recover iterations."""
     tiles: int | None = None
+    """Small images along a side of each stored one, in `best` and in the real rows beside it."""
     bf16: bool = False
-    given: str = ""
+    """Train and recover in bfloat16: 1.5 to 2.5 times as fast on processors that have it, and much slower on others."""
+    teacher: str = ""
+    """A run whose teacher is taken instead of training one (ConvNet-3)."""
 
 
 @dataclass(frozen=True, kw_only=True)

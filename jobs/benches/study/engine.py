@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -141,31 +141,20 @@ class Study:
             jobs: What is wanted.
             processes: Processes of one computing thread each; 1 works in this one.
         """
-        left = self.missing(jobs)
-        line = _Line(len(left))
-        if processes == 1:
-            with one_thread():
-                for job in left:
-                    self.do(job)
-                    line.finished(job)
-            return
+        waiting = self.missing(jobs)
+        line, open_ids = _Line(len(waiting)), {self.id(job) for job in waiting}
+        running: dict[Future[None], Job] = {}
         with workers(processes) as pool:
-            waiting, open_ids = list(left), {self.id(job) for job in left}
-            running: dict[Future[None], Job] = {}
-            try:
-                while waiting or running:
-                    for job in [j for j in waiting if not open_ids & set(map(self.id, j.inputs))]:
+            while waiting or running:
+                for job in [j for j in waiting if not open_ids & set(map(self.id, j.inputs))]:
+                    if len(running) < processes:
                         waiting.remove(job)
                         running[pool.submit(_do, self.place, job)] = job
-                    ready, _ = wait(running, return_when=FIRST_COMPLETED)
-                    for future in ready:
-                        future.result()
-                        job = running.pop(future)
-                        open_ids.remove(self.id(job))
-                        line.finished(job)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    future.result()
+                    job = running.pop(future)
+                    open_ids.remove(self.id(job))
+                    line.finished(job)
 
     def do(self, job: Job) -> None:
         """Do one job, whose inputs are there, in this process."""
@@ -253,21 +242,35 @@ def map_in(
     processes: int, function: Callable[..., Any], parts: Iterable[tuple[Any, ...]]
 ) -> Iterator[Any]:
     """Yield `function(*part)` for every part as they come, in this process or in some of one thread each."""
-    if processes == 1:
-        with one_thread():
-            for part in parts:
-                yield function(*part)
-        return
     with workers(processes) as pool:
         futures: list[Future[Any]] = [pool.submit(function, *part) for part in parts]
         for future in futures:
             yield future.result()
 
 
-def workers(processes: int) -> ProcessPoolExecutor:
-    """Return a pool of processes with one computing thread each, which end with this one."""
+class _Here(Executor):
+    """Does at once what is submitted."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+@contextmanager
+def workers(processes: int) -> Iterator[Executor]:
+    """Open a pool of processes with one computing thread each, which end with this one; of one, this process itself."""
+    if processes == 1:
+        with one_thread():
+            yield _Here()
+        return
     context, parent = get_context("spawn"), (os.getpid(),)
-    return ProcessPoolExecutor(processes, context, initializer=_begin, initargs=parent)
+    with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=parent) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 @contextmanager

@@ -63,10 +63,7 @@ def open_test(table: Table, rows: Sequence[Trained], study: Study, uri: str) -> 
             "options are chosen on --split val"
         )
     refuse_second_opening(table, rows, study)
-    record = {
-        "opened": _now(),
-        **configuration_of(table, rows, study),
-    }
+    record = {"opened": _now(), **configuration_of(table, rows, study)}
     store = study.place.store.child("opened")
     store.create(_key(table), seal(record))
     # Read after the own record is made: of two tables that open at a time at least one knows the other.

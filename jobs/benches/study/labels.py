@@ -9,19 +9,22 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from jobs.benches.reporting import Row, report
+from jobs.benches.study.engine import Job, Study, chain, students
+from jobs.benches.study.scores import top1_of_students
+from jobs.benches.study.splits import Labeled, load_split, make_place
 from wmdd_ray.config import DistillConfig, RecoverConfig, RelabelConfig, ViewConfig
+from wmdd_ray.core.soft_labels import compress
+from wmdd_ray.core.views import draw_block
+from wmdd_ray.errors import ConfigError
 from wmdd_ray.recipes import recipe_of
+from wmdd_ray.records import SoftLabelBlock, ViewDraw
+from wmdd_ray.store import codecs
 
-if TYPE_CHECKING:
-    from jobs.benches.study.engine import Job, Study
-    from jobs.benches.study.splits import Labeled
-
-Trained = Literal["fkd", "fine", "coarse", "shared", "lpld"]
 # Logits of the synthetic set: spread of the others, and how far the true class and the mixed-in one stand out.
 _SPREAD, _PEAK = 2.5, 8.0
 _SYNTHETIC_CLASSES, _SYNTHETIC_VIEWS, _SYNTHETIC_EPOCHS = 1000, 8192, 300
@@ -33,7 +36,7 @@ class Option:
 
     name: str
     relabel: RelabelConfig
-    students: Trained
+    students: Literal["fkd", "fine", "coarse", "shared", "lpld"]
     shared: int = 1
 
     @property
@@ -64,15 +67,6 @@ def options_of(
     ]
 
 
-def learned_from(options: Sequence[Option], trained: Sequence[Trained]) -> dict[str, Option]:
-    """Return the options that get students of their own, by key: of those of equal labels, the first."""
-    first: dict[str, Option] = {}
-    for option in options:
-        if option.students in trained:
-            first.setdefault(option.key, option)
-    return first
-
-
 def labels(
     data: str,
     teacher: str | None = None,
@@ -86,11 +80,9 @@ def labels(
     epochs: int = 300,
     width: int = 32,
     mixed_precision: bool = True,
-    trained: tuple[Trained, ...] = ("fkd", "coarse", "shared", "lpld"),
     folder: str = "runs/labels",
     processes: int = 1,
     out: str | None = None,
-    plan: bool = False,
 ) -> None:
     """Bytes of soft labels against student accuracy on Fashion-MNIST, and the bytes for 1000 synthetic classes. Resumable.
 
@@ -115,45 +107,30 @@ def labels(
         epochs: Passes of a student over the images, and FKD's label epochs.
         width: Channels of teacher's and students' ConvNet-3 blocks.
         mixed_precision: Teacher and students compute in bfloat16.
-        trained: Options that get students of their own; the others show their bytes alone.
         folder: Folder of the jobs; what is there already is not done again.
         processes: Processes with one computing thread each.
         out: JSON file to write.
-        plan: Print the jobs of each stage, and do nothing.
     """
-    from jobs.benches.study.engine import Study, chain, print_plan, students
-    from jobs.benches.study.splits import load_split, make_place
-
     for name, given in (("ipc", ipc), ("steps", steps), ("shared", shared)):
         if not given:
-            raise SystemExit(f"labels: --{name}: expected at least one value, got none")
-    if len(ipc) != len(seeds) or epochs < max(*shared, alone):
-        raise SystemExit(
-            f"labels: expected a number of seeds for every ipc, got {seeds} for {ipc}; and at least {max(*shared, alone)} epochs "
-            f"(--shared, --alone), got {epochs}"
+            raise ConfigError(f"--{name}: expected at least one value, got none")
+    least = max(*shared, alone)
+    if len(ipc) != len(seeds) or epochs < least:
+        raise ConfigError(
+            f"expected a number of seeds for every ipc, got {seeds} for {ipc}; and at least {least} epochs (--shared, --alone), "
+            f"got {epochs}"
         )
     source = recipe_of("fashion_mnist", 1).source
     study = Study(make_place(folder, data, source, held_out))
     stored: dict[int, dict[Option, dict[str, Job]]] = {}
-    learned: dict[int, dict[str, Job]] = {}
     for one, num_seeds in zip(ipc, seeds, strict=True):
         base = _config(one, num_seeds, epochs, width, mixed_precision, teacher)
         options = options_of(replace(base.relabel, stored_views="rows"), steps, shared, alone)
-        configs = {
-            option: replace(base, relabel=replace(option.relabel, epochs=epochs // option.shared))
-            for option in options
-        }
-        stored[one] = {option: chain(config) for option, config in configs.items()}
-        learned[one] = {
-            key: students(configs[option], stored[one][option])
-            for key, option in learned_from(options, trained).items()
-        }
-    jobs = [jobs["assemble"] for of_ipc in stored.values() for jobs in of_ipc.values()]
-    jobs += [job for of_ipc in learned.values() for job in of_ipc.values()]
-    if plan:
-        print_plan(jobs, study)
-        return
-    study.bring(jobs, processes)
+        stored[one] = {option: _chain(option, base) for option in options}
+    learned = {one: _learned(chains) for one, chains in stored.items()}
+    wanted = [jobs["assemble"] for of_ipc in stored.values() for jobs in of_ipc.values()]
+    wanted += [job for of_ipc in learned.values() for job in of_ipc.values()]
+    study.bring(wanted, processes)
     images = study.place.load("val")
     if split == "test":
         images = load_split(data, source, "val", study.place.class_names)
@@ -166,11 +143,24 @@ def labels(
         "held_out": len(study.place.load("val").labels_N),
         "teacher_top1": study.done(first["squeeze"]).metrics["top1"],
         "epochs": epochs,
-        "images": "nearest real",
         "seeds": dict(zip(ipc, seeds, strict=True)),
         "student": asdict(first["assemble"].config.evaluate),
     }
     report(rows, settings, out)
+
+
+def _chain(option: Option, base: DistillConfig) -> dict[str, Job]:
+    epochs = base.evaluate.epochs // option.shared
+    return chain(replace(base, relabel=replace(option.relabel, epochs=epochs)))
+
+
+def _learned(stored: dict[Option, dict[str, Job]]) -> dict[str, Job]:
+    """Return the students by key: of options with equal labels those of the first, and of the finest steps none."""
+    learned: dict[str, Job] = {}
+    for option, jobs in stored.items():
+        if option.students != "fine":
+            learned.setdefault(option.key, students(jobs["assemble"].config, jobs))
+    return learned
 
 
 def _config(
@@ -201,8 +191,6 @@ def _rows(
     study: Study,
 ) -> list[Row]:
     """Return a row an option: bytes, and the accuracy of the students of equal labels beside FKD's, seed by seed."""
-    from jobs.benches.study.scores import top1_of_students
-
     percent_of = {
         key: [100 * value for value in top1_of_students(study.place, job, images).values()]
         for key, job in learned.items()
@@ -233,17 +221,12 @@ def _rows(
     return rows
 
 
-def synthetic_rows(step: float, shared: int, num_views: int = _SYNTHETIC_VIEWS) -> list[Row]:
+def synthetic_rows(step: float, shared: int) -> list[Row]:
     """Return the bytes of labels of 1000 classes at 10 images a class and 300 epochs, from a sample of the views.
 
     The logits are not a network's: normal, with a peak for the view's class and up to as high a one for its partner's.
     """
-    from wmdd_ray.core.soft_labels import compress
-    from wmdd_ray.core.views import draw_block
-    from wmdd_ray.records import SoftLabelBlock, ViewDraw
-    from wmdd_ray.store import codecs
-
-    classes = _SYNTHETIC_CLASSES
+    classes, num_views = _SYNTHETIC_CLASSES, _SYNTHETIC_VIEWS
     rng = np.random.default_rng(0)
     logits_VY = (_SPREAD * rng.standard_normal((num_views, classes))).astype(np.float32)
     view_V = np.arange(num_views)

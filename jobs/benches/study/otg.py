@@ -5,35 +5,49 @@ Legend: N images, K images of one class.
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from jobs.benches.reporting import mean_and_std
+from jobs.benches.reporting import mean_and_std, save
 from jobs.benches.study.definitions import Options, variants
-from wmdd_ray.config import DiffusionConfig, DistillConfig, LabelKind
-from wmdd_ray.diffusion.training import Training
-from wmdd_ray.errors import WmddError
+from jobs.benches.study.engine import Job, Study, chain, one_thread, students
+from jobs.benches.study.scores import top1_of_students
+from jobs.benches.study.splits import Labeled, Place, held_out_of, load_split, make_place, uri_of
+from jobs.benches.study.summary import line_of
+from wmdd_ray.config import DiffusionConfig, DistillConfig, LabelKind, RecoverConfig
+from wmdd_ray.core.networks import network_of
+from wmdd_ray.core.synthesis import features_of
+from wmdd_ray.core.transport import exact_cost
+from wmdd_ray.core.views import to_input
+from wmdd_ray.diffusion import surrogate as surrogates
+from wmdd_ray.diffusion.card import INDEX_KEY
+from wmdd_ray.diffusion.influence import class_influence, influence
+from wmdd_ray.diffusion.model import load_model, save_model
+from wmdd_ray.diffusion.training import Training, train_unet
+from wmdd_ray.errors import ConfigError
+from wmdd_ray.executors.here import device_here
+from wmdd_ray.spine.checkpoints import Checkpoints
 from wmdd_ray.spine.provenance import hardware, versions
+from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.run import fingerprint
-
-if TYPE_CHECKING:
-    from jobs.benches.study.engine import Job, Study
-    from jobs.benches.study.splits import Labeled, Place
+from wmdd_ray.units.images import Inputs, read_images
+from wmdd_ray.units.teacher import read_teacher
 
 Guidance = Literal["nothing", "otg", "igd"]
+Sets = tuple[dict[str, "Job"], ...]
+"""The jobs of a row by stage, a chain with its students for each seed."""
 _LABELS: tuple[LabelKind, ...] = ("soft", "hard")
 _TITLES: dict[Guidance, str] = {
     "nothing": "diffusion model, sampled plainly",
     "otg": "diffusion model, led by transport (OTG, beta1 {weight:g})",
     "igd": "diffusion model, led by influence (IGD, weight {weight:g})",
 }
+# Of all candidates: classifier-free guidance, the part of the denoising that is led, and IGD's deviation term.
+_GUIDANCE_SCALE, _WINDOW, _DIVERSITY_WEIGHT = 2.0, (0.1, 0.4), 0.1
 
 
 @dataclass(frozen=True)
@@ -45,14 +59,6 @@ class Candidate:
     config: DiffusionConfig
 
 
-@dataclass(frozen=True)
-class Sets:
-    """The sets of a row: a chain of jobs a seed, and a student each by either kind of labels."""
-
-    chains: tuple[dict[str, Job], ...]
-    students: tuple[Job, ...]
-
-
 def otg(
     dataset: Literal["digits", "fashion_mnist"] = "digits",
     data: str | None = None,
@@ -60,12 +66,9 @@ def otg(
     ipc: int = 10,
     weights: tuple[float, ...] = (0.1, 0.3, 0.6),
     influence_weights: tuple[float, ...] = (0.03, 0.1, 0.3),
-    diversity_weight: float = 0.1,
     influence_epochs: tuple[int, ...] = (0, 5, 18, 52),
     influence_latents: int = 200,
-    window: tuple[float, float] = (0.1, 0.4),
     steps: int = 25,
-    guidance_scale: float = 2.0,
     seeds: int = 3,
     unet_epochs: int = 40,
     unet_widths: tuple[int, ...] = (16, 32, 64),
@@ -73,13 +76,12 @@ def otg(
     teacher_epochs: int | None = None,
     processes: int = 1,
     result: str | None = None,
-    plan: bool = False,
 ) -> None:
     """W2 to real features and students' accuracy: a diffusion model led by OTG, by IGD and by nothing, and WMDD. Resumable.
 
-    Teacher, diffusion model and surrogate see a part of the training images; of each guidance the weight is chosen whose images
-    are nearest to the rest of them, by W2 in the teacher's features. Then the data's held-out images are read, for what was chosen.
-    Needs no Ray.
+    Teacher, diffusion model and surrogates see a part of the training images; of each guidance the weight is chosen whose images
+    are nearest to the rest of them, by W2 in the teacher's features. Then the data's held-out images are read, for what was
+    chosen. Needs no Ray.
 
     Args:
         dataset: The recipe.
@@ -88,12 +90,9 @@ def otg(
         ipc: Images a class.
         weights: Candidates for OTG's beta1 (--recover.diffusion.ot-weight).
         influence_weights: Candidates for IGD's influence term (--recover.diffusion.influence-weight).
-        diversity_weight: Of IGD's deviation term, beside each of them.
         influence_epochs: Epochs of the surrogate at which influence is measured.
         influence_latents: Real latents of a class that it is trained on and measured by.
-        window: Part of the denoising that is guided.
         steps: Denoising steps.
-        guidance_scale: Classifier-free guidance, of all.
         seeds: Distilled sets of each row, with a student each for soft and hard labels.
         unet_epochs: Passes over the images in training the diffusion model.
         unet_widths: Channels of its resolutions.
@@ -101,77 +100,50 @@ def otg(
         teacher_epochs: Epochs of the teacher; the recipe's by default.
         processes: Processes with one computing thread each.
         result: JSON file; jobs/benches/results/otg-DATASET.json by default.
-        plan: Print the jobs of each stage, and do nothing but train the model.
     """
-    from jobs.benches.study.engine import Study, print_plan
-    from jobs.benches.study.splits import load_split, make_place
-
-    try:
-        for option, given in (("weights", weights), ("influence-weights", influence_weights)):
-            if not given or min(given) <= 0:
-                raise WmddError(f"--{option}: expected values above 0, got {given}")
-        best = variants(dataset, ipc, Options(epochs=epochs, teacher_epochs=teacher_epochs))[1]
-        uri = data or ("digits" if dataset == "digits" else "fashion-mnist")
-        held_out = 5000 if dataset == "fashion_mnist" else 0
-        study = Study(make_place(out, uri, best.source, held_out))
-        training = Training(epochs=unet_epochs, widths=unet_widths, flip=dataset != "digits")
-        model, unet = train_model(training, study.place)
-        plain = DiffusionConfig(
-            model=model,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            window=window,
-            influence_epochs=influence_epochs,
-            influence_latents=influence_latents,
-        )
-        candidates = [Candidate("nothing", 0.0, plain)]
-        for weight in sorted(set(weights)):
-            candidates.append(Candidate("otg", weight, replace(plain, ot_weight=weight)))
-        for weight in sorted(set(influence_weights)):
-            led = replace(plain, influence_weight=weight, diversity_weight=diversity_weight)
-            candidates.append(Candidate("igd", weight, led))
-        wmdd = sets_of(best, seeds)
-        sampled = {
-            one: sets_of(
-                replace(
-                    best, recover=replace(best.recover, method="diffusion", diffusion=one.config)
-                ),
-                seeds,
-            )
-            for one in candidates
-        }
-        jobs = [job for sets in (wmdd, *sampled.values()) for job in sets.students]
-        if plan:
-            print_plan(jobs, study)
-            return
-        study.bring(jobs, processes)
-        test = load_split(uri, best.source, "val", study.place.class_names)
-        record = scored(best, wmdd, sampled, unet, study, test)
-    except WmddError as error:
-        raise SystemExit(f"otg: {error}") from error
-    path = Path(result or Path(__file__).parents[1] / f"results/otg-{dataset}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record | {"dataset": dataset}, indent=2) + "\n")
-    print(markdown(record | {"dataset": dataset}))
-    print(f"written: {path}", file=sys.stderr)
+    for option, given in (("weights", weights), ("influence-weights", influence_weights)):
+        if not given or min(given) <= 0:
+            raise ConfigError(f"--{option}: expected values above 0, got {given}")
+    best = variants(dataset, ipc, Options(epochs=epochs, teacher_epochs=teacher_epochs))[1]
+    uri = uri_of(dataset, data)
+    study = Study(make_place(out, uri, best.source, held_out_of(dataset)))
+    training = Training(epochs=unet_epochs, widths=unet_widths, flip=dataset != "digits")
+    with one_thread():
+        model = train_model(training, study.place)
+    plain = DiffusionConfig(
+        model=model,
+        steps=steps,
+        guidance_scale=_GUIDANCE_SCALE,
+        window=_WINDOW,
+        influence_epochs=influence_epochs,
+        influence_latents=influence_latents,
+    )
+    candidates = [Candidate("nothing", 0.0, plain)]
+    for weight in sorted(set(weights)):
+        candidates.append(Candidate("otg", weight, replace(plain, ot_weight=weight)))
+    for weight in sorted(set(influence_weights)):
+        led = replace(plain, influence_weight=weight, diversity_weight=_DIVERSITY_WEIGHT)
+        candidates.append(Candidate("igd", weight, led))
+    wmdd, sampled = sets_of(best, seeds), {}
+    for one in candidates:
+        recover = replace(best.recover, method="diffusion", diffusion=one.config)
+        sampled[one] = sets_of(replace(best, recover=recover), seeds)
+    study.bring(
+        [jobs["students"] for sets in (wmdd, *sampled.values()) for jobs in sets], processes
+    )
+    test = load_split(uri, best.source, "val", study.place.class_names)
+    with one_thread():
+        record = scored(best, wmdd, sampled, study, test)
+    record |= {"dataset": dataset, "unet": {"epochs": unet_epochs, "widths": unet_widths}}
+    print(markdown(record))
+    save(record, Path(result or Path(__file__).parents[1] / f"results/otg-{dataset}.json"))
 
 
-def train_model(training: Training, place: Place) -> tuple[str, dict[str, Any]]:
-    """Train the diffusion model on `train`, unless it is there; return where it is, and how it was trained."""
-    import torch
-
-    from wmdd_ray.diffusion.card import INDEX_KEY
-    from wmdd_ray.diffusion.model import save_model
-    from wmdd_ray.diffusion.training import train_unet
-    from wmdd_ray.executors.here import device_here
-    from wmdd_ray.spine.checkpoints import Checkpoints
-    from wmdd_ray.spine.rooms import Room
-
-    data = place.source_of("train").fingerprint()
-    about = {"data": data, "training": asdict(training)}
+def train_model(training: Training, place: Place) -> str:
+    """Train the diffusion model on `train`, unless it is there, and return where it is."""
+    about = {"data": place.source_of("train").fingerprint(), "training": asdict(training)}
     store = place.store.child("diffusion").child(fingerprint(about))
     if not store.exists(INDEX_KEY):
-        torch.set_num_threads(1)
         keep, train = Checkpoints(Room(store, ""), "training", 30.0), place.load("train")
         network, scheduler = train_unet(
             training,
@@ -185,30 +157,23 @@ def train_model(training: Training, place: Place) -> tuple[str, dict[str, Any]]:
         keep.clear()
         for key, content in save_model(network, scheduler, place.class_names, about).items():
             store.put(key, content)
-    return store.uri, {"training": {"epochs": training.epochs, "widths": training.widths}}
+    return store.uri
 
 
 def sets_of(config: DistillConfig, seeds: int) -> Sets:
-    """Return sets with a student each, of one teacher."""
-    from jobs.benches.study.engine import Job, chain, students
-    from wmdd_ray.config import RecoverConfig
-
+    """Return the jobs of sets with a student each by either kind of labels, of one teacher."""
     teacher = Job("squeeze", replace(config, recover=RecoverConfig()))
     evaluate = replace(config.evaluate, num_seeds=1, labels=_LABELS, baselines=())
-    configs = [replace(config, seed=seed, evaluate=evaluate) for seed in range(seeds)]
-    chains = tuple(chain(one, teacher=teacher) for one in configs)
-    return Sets(
-        chains, tuple(students(one, jobs) for one, jobs in zip(configs, chains, strict=True))
-    )
+    sets = []
+    for seed in range(seeds):
+        one = replace(config, seed=seed, evaluate=evaluate)
+        jobs = chain(one, teacher=teacher)
+        sets.append({**jobs, "students": students(one, jobs)})
+    return tuple(sets)
 
 
 def scored(
-    best: DistillConfig,
-    wmdd: Sets,
-    sampled: dict[Candidate, Sets],
-    unet: dict[str, Any],
-    study: Study,
-    test: Labeled,
+    best: DistillConfig, wmdd: Sets, sampled: dict[Candidate, Sets], study: Study, test: Labeled
 ) -> dict[str, Any]:
     """Return the record of the study: every candidate on `val`, and what was chosen on the test images."""
     val = study.place.load("val")
@@ -216,86 +181,59 @@ def scored(
     chosen: dict[Guidance, Candidate] = {}
     for one in sorted(sampled, key=lambda one: statistics.fmean(distances[one])):
         chosen.setdefault(one.led_by, one)
-    plain = next(iter(sampled)).config
-    rows: list[tuple[str, str, float | None, Sets]]
-    rows = [("wmdd", "**WMDD `best`**", None, wmdd)]
-    rows += [
-        (led_by, title.format(weight=chosen[led_by].weight), chosen[led_by].weight, sampled[chosen[led_by]])
-        for led_by, title in _TITLES.items()
-    ]  # fmt: skip
-    surrogate = sampled[chosen["igd"]].chains[0]["recover"]
+    surrogate = sampled[chosen["igd"]][0]["recover"]
+    candidates = []
+    for one, sets in sampled.items():
+        metrics = [study.done(jobs["recover"]).metrics for jobs in sets]
+        top1 = top1_by_kind(sets, val, study)
+        measured = {
+            "w2_val": distances[one],
+            "transport": [made["losses"]["ot"] for made in metrics],
+            "influence": [mean_influence(study, jobs, surrogate) for jobs in sets],
+            **{f"{kind}_val": values for kind, values in top1.items()},
+            "seconds_a_set": [made["seconds_in_core"] for made in metrics],
+        }
+        candidates.append({"led_by": one.led_by, "weight": one.weight, **_means(measured)})
+    titled: list[tuple[str, str, float | None, Sets]] = [("wmdd", "**WMDD `best`**", None, wmdd)]
+    for led_by, title in _TITLES.items():
+        one = chosen[led_by]
+        titled.append((led_by, title.format(weight=one.weight), one.weight, sampled[one]))
+    rows = []
+    for name, title, weight, sets in titled:
+        measured = {"w2_val": w2(study, sets, val), "w2_test": w2(study, sets, test)}
+        measured |= top1_by_kind(sets, test, study)
+        rows.append({"row": name, "title": title, "weight": weight, **_means(measured)})
     return {
         "ipc": best.ipc,
         "hardware": hardware(),
         **versions(),
-        "teacher_top1_val": study.done(wmdd.chains[0]["squeeze"]).metrics["top1"],
+        "teacher_top1_val": study.done(wmdd[0]["squeeze"]).metrics["top1"],
         "teacher_epochs": best.squeeze.epochs,
         "student_epochs": best.evaluate.epochs,
-        "unet": unet,
-        "surrogate": {"epochs": plain.influence_epochs, "latents": plain.influence_latents},
-        "sampling": {
-            **{name: getattr(plain, name) for name in ("steps", "eta", "guidance_scale", "window")},
-            "regularization": plain.regularization,
-            "diversity_weight_of_igd": chosen["igd"].config.diversity_weight,
-        },
-        "candidates": [
-            {
-                "led_by": one.led_by,
-                "weight": one.weight,
-                "w2_val": mean_and_std(distances[one]),
-                "transport": mean_and_std(
-                    [study.done(c["recover"]).metrics["losses"]["ot"] for c in sets.chains]
-                ),
-                "influence": mean_and_std(
-                    [mean_influence(study, c, surrogate) for c in sets.chains]
-                ),
-                **{
-                    f"{kind}_val": values for kind, values in top1_by_kind(sets, val, study).items()
-                },
-                "seconds_a_set": mean_and_std(
-                    [study.done(c["recover"]).metrics["seconds_in_core"] for c in sets.chains]
-                ),
-            }
-            for one, sets in sampled.items()
-        ],
+        "sampling": asdict(chosen["igd"].config),
+        "candidates": candidates,
         "chosen": {led_by: one.weight for led_by, one in chosen.items()},
-        "rows": [
-            {
-                "row": name,
-                "title": title,
-                "weight": weight,
-                "w2_val": mean_and_std(w2(study, sets, val)),
-                "w2_test": mean_and_std(w2(study, sets, test)),
-                **top1_by_kind(sets, test, study),
-            }
-            for name, title, weight, sets in rows
-        ],
+        "rows": rows,
     }
 
 
-def top1_by_kind(sets: Sets, images: Labeled, study: Study) -> dict[str, dict[str, Any]]:
-    """Return the accuracies of the students by either kind of labels."""
-    from jobs.benches.study.scores import top1_of_students
+def _means(measured: dict[str, list[float]]) -> dict[str, Any]:
+    return {name: mean_and_std(values) for name, values in measured.items()}
 
-    reached = [top1_of_students(study.place, job, images) for job in sets.students]
+
+def top1_by_kind(sets: Sets, images: Labeled, study: Study) -> dict[str, list[float]]:
+    """Return the accuracies of the students by either kind of labels."""
+    reached = [top1_of_students(study.place, jobs["students"], images) for jobs in sets]
     return {
-        kind: mean_and_std(
-            [v for of_set in reached for (_, unit), v in of_set.items() if f"-{kind}-" in unit]
-        )
+        kind: [v for of_set in reached for (_, unit), v in of_set.items() if f"-{kind}-" in unit]
         for kind in _LABELS
     }
 
 
 def w2(study: Study, sets: Sets, real: Labeled) -> list[float]:
     """Return of each set the root of the mean over classes of W2^2 between its features, with its weights, and the real ones'."""
-    from wmdd_ray.core.networks import network_of
-    from wmdd_ray.core.synthesis import features_of
-    from wmdd_ray.core.transport import exact_cost
-    from wmdd_ray.core.views import to_input
-    from wmdd_ray.units.teacher import read_teacher
-
     source, num_classes = study.place.source, len(study.place.class_names)
-    network = network_of(read_teacher(study.room(sets.chains[0]["squeeze"])))
+    network = network_of(read_teacher(study.room(sets[0]["squeeze"])))
 
     def features(images_NHWC: np.ndarray) -> np.ndarray:
         pixels = to_input(np.ascontiguousarray(images_NHWC), source.mean, source.std)
@@ -305,10 +243,10 @@ def w2(study: Study, sets: Sets, real: Labeled) -> list[float]:
         features(real.images_NHWC[real.labels_N == label]) for label in range(num_classes)
     ]
     distances = []
-    for jobs in sets.chains:
+    for jobs in sets:
         costs = [
             exact_cost(features(record.images_KHWC), record.weights_K, real_by_class[record.label])
-            for record in _classes(study, jobs)
+            for record in read_images(study.room(jobs["recover"]), range(num_classes))
         ]
         distances.append(float(np.sqrt(np.mean(costs))))
     return distances
@@ -317,36 +255,22 @@ def w2(study: Study, sets: Sets, real: Labeled) -> list[float]:
 def mean_influence(study: Study, jobs: dict[str, Job], surrogate: Job) -> float:
     """Return the mean over a set's images of their influence on their class, in [-1, 1]: what IGD's term raises.
 
-    Args:
-        study: The study.
-        jobs: The set.
-        surrogate: The job of images led by influence whose surrogate measures all sets.
+    The surrogate of the job `surrogate` measures all sets, on the real images that it has seen.
     """
-    from wmdd_ray.diffusion import surrogate as surrogates
-    from wmdd_ray.diffusion.influence import class_influence, influence
-    from wmdd_ray.diffusion.model import load_model
-    from wmdd_ray.executors.here import device_here
-
     config, place, device = surrogate.config, study.place, device_here()
-    model = load_model(config.recover.diffusion.model, device)
-    num_classes = len(place.class_names)
+    model, num_classes = load_model(config.recover.diffusion.model, device), len(place.class_names)
     networks = surrogates.read(
         study.room(surrogate), model, config, num_classes=num_classes, device=device
     )
-    train, values = place.load("train"), []
-    for record in _classes(study, jobs):
-        real = train.images_NHWC[train.labels_N == record.label]
-        latents = model.encode(np.asarray(real[: config.recover.diffusion.influence_latents]))
+    teacher, features, solved = map(study.room, surrogate.inputs)
+    inputs = Inputs(teacher, features, solved, place.source_of("train"), config, device)
+    most, values = config.recover.diffusion.influence_latents, []
+    for record in read_images(study.room(jobs["recover"]), range(num_classes)):
+        latents = model.encode(inputs.real_at(record.label, config, most))
         of_class = class_influence(networks, latents, record.label)
         for latent_CHW in model.encode(record.images_KHWC):
             values.append(influence(latent_CHW.flatten(), of_class).item())
     return statistics.fmean(values)
-
-
-def _classes(study: Study, jobs: dict[str, Job]) -> Sequence[Any]:
-    from wmdd_ray.units.images import read_images
-
-    return read_images(study.room(jobs["recover"]), range(len(study.place.class_names)))
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -363,12 +287,12 @@ def markdown(record: dict[str, Any]) -> str:
         cells = [one["led_by"], f"{one['weight']:g}", text(one["w2_val"]), text(one["transport"])]
         cells += [text(one["influence"], 1, 3), text(one["soft_val"], 100, 1)]
         cells += [text(one["hard_val"], 100, 1), f"{min(one['seconds_a_set']['values']):.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(line_of(*cells))
     lines += ["", "| images | W2 to test | soft labels | hard labels |", "|---|---:|---:|---:|"]
     for row in record["rows"]:
-        cells = [row["title"], text(row["w2_test"]), text(row["soft"], 100, 1)]
-        cells.append(text(row["hard"], 100, 1))
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = [row["title"], text(row["w2_test"])]
+        cells += [text(row[kind], 100, 1) for kind in _LABELS]
+        lines.append(line_of(*cells))
     count = len(record["rows"][0]["soft"]["values"])
     lines.append(
         f"\n{record['dataset']}, ipc {record['ipc']}: mean ± sample standard deviation of {count} sets, a student each"

@@ -12,7 +12,7 @@ from typing import Any
 from jobs.benches.study.checks import read_result
 from jobs.benches.study.judge import before_text
 from jobs.benches.study.scores import different, spread
-from jobs.benches.study.summary import summary_lines
+from jobs.benches.study.summary import line_of, summary_lines
 from wmdd_ray.errors import ArtifactError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -206,14 +206,14 @@ def _run_lines(groups: list[dict[str, Any]], shared: _Recipe) -> list[str]:
     if has_scores := any("lrs" in row for group in groups for row in group["rows"]):
         titles.append("LRS (HLR, IOR)")
     rule = "|---" + "|---:" * (len(titles) - 1) + "|"
-    lines = [_line(titles if alone else ["labels and student", *titles])]
+    lines = [line_of(*titles if alone else ["labels and student", *titles])]
     lines += [rule if alone else f"|---{rule}"]
     for group, recipe in zip(groups, told, strict=True):
         own = _text(_without(recipe, usual))
         name = group["title"].removesuffix(ending) + (f" ({own})" if own else "")
         for row in group["rows"]:
             cells = _row_cells(row, has_scores)
-            lines.append(_line(cells if alone else [name, *cells]))
+            lines.append(line_of(*cells if alone else [name, *cells]))
             name = ""
     return [head, "", *lines]
 
@@ -235,10 +235,6 @@ def _row_cells(row: dict[str, Any], has_scores: bool) -> list[str]:
             f"{parts['lrs']:.3f} ({parts['hlr']:+.3f}, {parts['ior']:+.3f})" if parts else "–"
         )
     return cells
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def size_text(size_bytes: float) -> str:

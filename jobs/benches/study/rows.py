@@ -13,7 +13,7 @@ _TILED: tuple[Kind, ...] = ("random", "nearest", "mosaic")
 
 def teacher_of(config: DistillConfig, options: Options) -> TeacherRecipe:
     """Return the teacher of a recipe."""
-    return TeacherRecipe(name="convnet3", squeeze=config.squeeze, given=options.given)
+    return TeacherRecipe(name="convnet3", squeeze=config.squeeze, given=options.teacher)
 
 
 def several_teachers(first: TeacherRecipe, count: int) -> tuple[TeacherRecipe, ...]:

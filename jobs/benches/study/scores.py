@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 
+from jobs.benches.reporting import mean_and_std
 from jobs.benches.study.definitions import FULL, RANDOM, Table
 from jobs.benches.study.engine import Job, Study, map_in, one_thread
 from jobs.benches.study.judge import configuration_of, open_test
@@ -49,12 +50,7 @@ def label_robust_score(
 
 
 def score(
-    table: Table,
-    rows: Sequence[Trained],
-    study: Study,
-    uri: str,
-    split: Split,
-    processes: int = 1,
+    table: Table, rows: Sequence[Trained], study: Study, uri: str, split: Split, processes: int = 1
 ) -> dict[str, Any]:
     """Return the result of a table whose students are all trained: on `val`, or once on the test split."""
     opening = open_test(table, rows, study, uri) if split == "test" else None
@@ -68,7 +64,6 @@ def score(
     with one_thread():
         teachers = _teachers(rows, images, study)
     found = [_row(trained, reached, study) for trained in rows]
-    _add_scores(rows, found)
     groups: dict[str, dict[str, Any]] = {}
     for trained, row in zip(rows, found, strict=True):
         group = trained.group
@@ -84,6 +79,9 @@ def score(
             "rows": [],
         }
         groups.setdefault(group.title, about)["rows"].append(row)
+    for row, lrs in scored_rows(list(groups.values())):
+        if lrs is not None:
+            row["lrs"] = lrs
     counts = study.place.splits.read_unit(study.place.split_unit).metrics
     return {
         **configuration_of(table, rows, study),
@@ -143,13 +141,10 @@ def _teachers(rows: Sequence[Trained], images: Labeled, study: Study) -> dict[st
                 "top1": top1(network_of(teacher, device_here()), images, study.place),
                 "top1_val": marker.metrics["top1"],
                 "given": recipe.given,
-                "bytes": marker.files[0].size_bytes,
                 "seconds": marker.seconds,
                 "squeeze": asdict(recipe.squeeze),
                 "seed": recipe.seed,
             }
-        first = described[trained.group.teacher.name]
-        first["features_seconds"] = seconds_of(study, jobs["features"])
     return described
 
 
@@ -186,7 +181,6 @@ def _row(trained: Trained, reached: dict[tuple[str, str], float], study: Study) 
             round(sum(seconds_of(study, jobs[stage]) for stage in ("barycenters", "recover")), 3)
             for jobs in trained.sets
         ],
-        "label_seconds": [seconds_of(study, jobs["relabel"]) for jobs in trained.sets],
     }
     for kind in LABELS:
         jobs = trained.students[kind]
@@ -214,9 +208,8 @@ def _accuracies(
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return mean and standard deviation (of a sample; 0 of one value)."""
-    std = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "std": std}
+    """Return mean and sample standard deviation."""
+    return {name: mean_and_std(values)[name] for name in ("mean", "std")}
 
 
 def different(students: dict[str, Any]) -> list[float]:
@@ -224,17 +217,24 @@ def different(students: dict[str, Any]) -> list[float]:
     return list(dict(zip(students["weights"], students["top1"], strict=True)).values())
 
 
-def _add_scores(rows: Sequence[Trained], found: Sequence[dict[str, Any]]) -> None:
-    """Add LRS to each row for which there are random real images of its group, and all real ones for its student."""
-    pairs = list(zip(rows, found, strict=True))
-    full = {str(t.group.student.network): row for t, row in pairs if t.row.name == FULL}
-    random = {t.group.title: row for t, row in pairs if t.row.name == RANDOM}
-    for trained, row in pairs:
-        whole = full.get(str(trained.group.student.network))
-        if whole is not None and trained.row.kind != "full":
-            row["lrs"] = label_robust_score(
+def scored_rows(
+    groups: Sequence[dict[str, Any]],
+) -> Iterator[tuple[dict[str, Any], dict[str, float] | None]]:
+    """Yield every row of a result, and its LRS where there are all real images for its student."""
+    rows = [(group, row) for group in groups for row in group["rows"]]
+    full = {str(group["student"]["network"]): row for group, row in rows if row["name"] == FULL}
+    for group, row in rows:
+        whole = full.get(str(group["student"]["network"]))
+        if whole is None or row["kind"] == "full":
+            yield row, None
+            continue
+        random = next(each for each in group["rows"] if each["name"] == RANDOM)
+        yield (
+            row,
+            label_robust_score(
                 full_hard=whole["hard"]["mean"],
                 hard=row["hard"]["mean"],
                 soft=row["soft"]["mean"],
-                random_soft=random[trained.group.title]["soft"]["mean"],
-            )
+                random_soft=random["soft"]["mean"],
+            ),
+        )

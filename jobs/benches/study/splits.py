@@ -95,6 +95,16 @@ class Place:
         return Labeled(*self.source_of(part)._load())
 
 
+def uri_of(dataset: str, data: str | None) -> str:
+    """Return where the real images of a recipe are, unless `data` says it."""
+    return data or dataset.replace("_", "-")
+
+
+def held_out_of(dataset: str) -> int:
+    """Return how many training images of a recipe are `val`: 0 is the last tenth of every class."""
+    return 5000 if dataset == "fashion_mnist" else 0
+
+
 def make_place(
     out: str, uri: str, config: SourceConfig, held_out: int, imbalance: float = 1.0
 ) -> Place:

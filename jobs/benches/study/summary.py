@@ -40,13 +40,14 @@ def summary_lines(results: Iterable[dict[str, Any]]) -> list[str]:
             published = _published(dataset, f"ipc {ipc}", "more_floats" if tiled else "same_budget")
         student = f"`{dataset}`, {network['arch']} of width {network['width']}"
         kinds = [cells.get(name, _NONE) for name in _ROWS]
-        lines.append(_line(student, str(ipc or "all"), *kinds, published))
-    head = _line(*_TITLES, "best published")
+        lines.append(line_of(student, str(ipc or "all"), *kinds, published))
+    head = line_of(*_TITLES, "best published")
     # The row of all real images stands in every part of a table that was run apart.
     return [head, "|---|" + "---:|" * len(_TITLES), *dict.fromkeys(lines)]
 
 
-def _line(*cells: str) -> str:
+def line_of(*cells: str) -> str:
+    """Return a line of a table."""
     return f"| {' | '.join(cells)} |"
 
 

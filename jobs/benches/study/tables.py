@@ -20,6 +20,7 @@ from jobs.benches.study.definitions import (
     variants,
 )
 from jobs.benches.study.rows import group_of, main_rows, recovered, several_teachers, teacher_of
+from jobs.benches.study.splits import held_out_of
 from wmdd_ray.config import NetworkConfig
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.recipes import recipe_of
@@ -77,7 +78,7 @@ def table_of(name: TableName, options: Options) -> Table:
         name=name,
         dataset=dataset,
         source=recipe_of(dataset, 1).source,
-        held_out=5000 if dataset == "fashion_mnist" else 0,
+        held_out=held_out_of(dataset),
         groups=tuple(groups),
         imbalance=_IMBALANCE if name == "longtail" else 1.0,
     )

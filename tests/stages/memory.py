@@ -7,26 +7,20 @@ images room for relabel.
 from __future__ import annotations
 
 import gc
-import io
 import os
-import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from multiprocessing import get_context
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from jobs.benches.reporting import Row
 from jobs.benches.scale.classes import class_record
-from jobs.benches.scale.processes import Peaks, descendants, local_ray, watched
+from jobs.benches.scale.processes import Peaks, descendants, watched
+from jobs.benches.speed.prepare import write_shards
 from wmdd_ray.config import (
     DistillConfig,
     FeaturesConfig,
@@ -55,68 +49,11 @@ _CONFIG = DistillConfig(
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Memory:
-    """Peak memory of driver and workers at 1 and at `times` times the data: images, images a shard, label epochs."""
-
-    times: int = 8
-    """How much more data."""
-    shards: int = 4
-    """Tar shards at 1."""
-    shard_images: int = 500
-    """Images of a shard at 1, 64 x 64 pixels: 12 KB each decoded, 64 a chunk."""
-    class_images: int = 1300
-    """Images of a class for the barycenters, at all sizes; what grows is the number of classes."""
-    label_epochs: int = 50
-    """Label epochs at 1, of 600 images with 600 logits each: 1.4 MB an epoch."""
-
-    def rows(self) -> list[Row]:
-        """Measure every case in a driver of its own."""
-        n = self.times
-        cases: dict[str, tuple[Callable[[int], Peaks], int]] = {
-            f"features, {n} x the shards": (
-                partial(features_peaks, self.shard_images),
-                self.shards,
-            ),
-            f"features, {n} x the images a shard": (
-                partial(features_of_large_shards, self.shards),
-                self.shard_images,
-            ),
-            f"barycenters, {n} x the classes": (partial(barycenter_peaks, self.class_images), 20),
-            f"relabel, {n} x the label epochs": (relabel_peaks, self.label_epochs),
-        }
-        rows: list[Row] = []
-        for name, (case, size) in cases.items():
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as driver:
-                one, many = driver.submit(compare, case, (size, n * size)).result()
-            for times, peaks in ((1, one), (n, many)):
-                rows.append({"case": name, "data": times, **asdict(peaks)})
-            rows[-1] |= {"driver_ratio": many.driver / one.driver}
-            rows[-1] |= {"worker_ratio": many.worker / one.worker if one.worker else "-"}
-        return rows
-
-    def settings(self) -> Row:
-        """Return what the rows depend on."""
-        return {**asdict(self), "load_average": [round(load, 1) for load in os.getloadavg()]}
-
-
-def compare(case: Callable[[int], Peaks], sizes: Sequence[int]) -> list[Peaks]:
-    """Watch a case at every size; once before unwatched, so that imports do not count. Runs in its own process."""
-    with local_ray(num_cpus=2):
-        case(sizes[0])
-        return [case(size) for size in sizes]
-
-
 def features_peaks(shard_images: int, num_shards: int) -> Peaks:
     """Watch the features stage on so many tar shards."""
     with tempfile.TemporaryDirectory() as folder:
-        write_shards(Path(folder) / "data", num_shards, shard_images)
+        write_shards(Path(folder) / "data", num_shards, shard_images, side=64)
         return stage_peaks(folder, {"squeeze": commit_untrained}, "features")
-
-
-def features_of_large_shards(num_shards: int, shard_images: int) -> Peaks:
-    """Watch the features stage on shards of so many images."""
-    return features_peaks(shard_images, num_shards)
 
 
 def barycenter_peaks(class_images: int, num_classes: int) -> Peaks:
@@ -230,23 +167,3 @@ def commit_untrained(stage: StageRun) -> dict[str, Any]:
         stage.room, stage.config, _NETWORK, network, names, 1.0, time.perf_counter(), {}, attempt=1
     )
     return {"top1": 1.0}
-
-
-def write_shards(folder: Path, num_shards: int, shard_images: int) -> None:
-    """Write WebDataset shards of 64 x 64 JPEGs; a few different pictures, over and over."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    pictures = []
-    for _ in range(20):
-        coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        encoded = io.BytesIO()
-        Image.fromarray(coarse).resize((64, 64), Image.Resampling.BILINEAR).save(encoded, "JPEG")
-        pictures.append(encoded.getvalue())
-    for shard in range(num_shards):
-        with tarfile.open(folder / f"train-{shard:05d}.tar", "w") as tar:
-            for i in range(shard_images):
-                members = {"jpg": pictures[i % 20], "cls": str(i % _NUM_CLASSES).encode()}
-                for kind, content in members.items():
-                    member = tarfile.TarInfo(f"{shard:05d}-{i:06d}.{kind}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
