@@ -23,7 +23,7 @@ from wmdd_ray.core.networks import build_network
 from wmdd_ray.core.soft_labels import compress, decompress, take_labels
 from wmdd_ray.core.training import train_student
 from wmdd_ray.core.views import StoredImages, concatenate_views, draw_views, render_views, take
-from wmdd_ray.dataset import DistilledDataset, cycled
+from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.errors import ArtifactError, ConfigError
 from wmdd_ray.records import SoftLabelBlock, SoftLabels, Teacher, ViewDraw
 from wmdd_ray.store import codecs, documents
@@ -219,17 +219,94 @@ def test_any_order_gives_the_same_items(uri: str) -> None:
     assert sum(len(view) for view, _, _ in plain) == len(dataset)
 
 
-def test_sampler_shuffles_inside_each_epoch(uri: str) -> None:
+def test_an_iteration_is_a_shuffled_pass_in_batches_of_equal_size(uri: str) -> None:
     dataset = DistilledDataset(uri)
-    order = list(dataset.sampler(seed=3))
-    assert len(dataset.sampler()) == len(order) == len(dataset)
-    epochs = np.array(order).reshape(EPOCHS, N)
-    for e, row in enumerate(epochs):
+    loader = DataLoader(dataset, batch_sampler=dataset.batches(5, seed=3))
+    assert len(loader) == 3
+    passes = [list(loader) for _ in range(EPOCHS)]
+    assert [[len(batch[0]) for batch in batches] for batches in passes] == [[4, 4, 4]] * EPOCHS
+    sampler = dataset.batches(5, seed=3)
+    order = np.array([list(sampler) for _ in range(EPOCHS)]).reshape(EPOCHS, N)
+    assert_is_everything([batch for batches in passes for batch in batches], order.reshape(-1))
+    for e, row in enumerate(order):
         np.testing.assert_array_equal(np.sort(row), np.arange(e * N, (e + 1) * N))
-    assert (epochs[0] != epochs[1] - N).any()
-    assert order == list(dataset.sampler(seed=3)) != list(dataset.sampler(seed=4))
-    loader = DataLoader(dataset, batch_size=5, sampler=dataset.sampler(seed=3))
-    assert_is_everything(loader, order)
+    assert (order[0] != order[1] - N).any()
+    assert list(dataset.batches(5, seed=3)) != list(dataset.batches(5, seed=4))
+
+
+def test_a_pass_can_be_taken_up_again_and_passes_cycle_through_the_labels(uri: str) -> None:
+    for dataset, labels in (
+        (DistilledDataset(uri), EPOCHS),
+        (DistilledDataset(uri, epochs=2), 2),
+        (DistilledDataset(uri, epochs=99), EPOCHS),
+    ):
+        batches = dataset.batches(5)
+        passes = [list(batches) for _ in range(2 * EPOCHS)]
+        resumed = dataset.batches(5)
+        resumed.set_epoch(4)
+        assert [list(resumed), list(resumed)] == passes[4:6]
+        used = [batches[0][0] // N for batches in passes]
+        assert used == [e % labels for e in range(2 * EPOCHS)]
+        assert passes[0] != [[i - passes[labels][0][0] // N * N for i in b] for b in passes[labels]]
+
+
+def test_ranks_have_equal_and_disjoint_shares_of_every_batch(uri: str) -> None:
+    dataset = DistilledDataset(uri)
+    whole = list(dataset.batches(12))
+    shares = [list(dataset.batches(12, rank=rank, world=5)) for rank in range(5)]
+    assert [len(batch) for share in shares for batch in share] == [2] * 5
+    assert [index for share in shares for index in share[0]] == whole[0][:10]
+    with pytest.raises(
+        ConfigError, match=r"for each of 5 processes, got 4, which makes batches of 4"
+    ):
+        dataset.batches(4, world=5)
+
+
+def test_the_loader_s_batches_are_those_that_a_student_of_evaluate_is_trained_on(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = DistilledDataset(uri, epochs=2 * EPOCHS)
+    seen: list[torch.Tensor] = []
+
+    class Student(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x.detach().clone())
+            return super().forward(x.flatten(1))
+
+    labels: list[torch.Tensor] = []
+
+    def loss_of(student: torch.Tensor, teacher: torch.Tensor, *_: Any) -> torch.Tensor:
+        labels.append(teacher)
+        return student.sum()
+
+    monkeypatch.setattr("wmdd_ray.core.training.soft_label_loss", loss_of)
+    train_student(
+        Student(3 * SIZE**2, 3),
+        StoredImages(dataset.images, MEAN, STD),
+        dataset.label_epoch,
+        None,
+        EvaluateConfig(batch_size=5),
+        epochs=2 * EPOCHS,
+        image_size=SIZE,
+        seed=7,
+    )
+    loader = DataLoader(dataset, batch_sampler=dataset.batches(5, seed=7))
+    ours = [batch for _ in range(dataset.epochs) for batch in loader]
+    assert len(ours) == len(seen) == 2 * EPOCHS * 3
+    for (views, logits, _), images, taught in zip(ours, seen, labels, strict=True):
+        torch.testing.assert_close(views, images, rtol=0, atol=0)
+        torch.testing.assert_close(logits, taught, rtol=0, atol=0)
+
+
+def test_reading_label_epochs_again_for_single_rows_warns_and_a_pass_does_not(uri: str) -> None:
+    dataset = DistilledDataset(uri, cache_gib=0, epochs=3 * EPOCHS)
+    for batch in DataLoader(dataset, batch_sampler=dataset.batches(5)):
+        assert len(batch[0]) == 4
+    for i in range(len(dataset)):
+        dataset[i]
+    here_and_there = [i % 3 * 2 * N for i in range(40 * N)]
+    with pytest.warns(UserWarning, match=r"cache_gib=0; pass batch_sampler=dataset.batches\("):
+        list(DataLoader(dataset, batch_size=1, sampler=here_and_there))
 
 
 def test_epoch_is_a_subset_of_its_items(uri: str) -> None:
@@ -245,9 +322,11 @@ def test_epoch_is_a_subset_of_its_items(uri: str) -> None:
 
 def test_items_outside_the_data_set_are_an_index_error(uri: str) -> None:
     dataset = DistilledDataset(uri)
-    for index in (-1, N * EPOCHS):
+    for index in (-1 - N * EPOCHS, N * EPOCHS):
         with pytest.raises(IndexError, match=f"item {index} of {N * EPOCHS}"):
             dataset[index]
+    for mine, same in zip(dataset[-1], dataset[N * EPOCHS - 1], strict=True):
+        torch.testing.assert_close(mine, same, rtol=0, atol=0)
 
 
 def test_label_epoch_returns_the_stored_arrays(uri: str) -> None:
@@ -352,20 +431,13 @@ def test_online_labels_are_the_teachers_on_the_views_of_stored_ones(
     np.testing.assert_allclose(logits_VY, expected[2 * N : 3 * N], rtol=1e-4, atol=1e-5)
 
 
-def test_more_epochs_use_the_labels_again_in_another_order(uri: str) -> None:
-    dataset = DistilledDataset(uri, epochs=3 * EPOCHS + 1)
-    assert (len(dataset), dataset.label_epochs) == ((3 * EPOCHS + 1) * N, EPOCHS)
+def test_more_epochs_use_the_labels_again_in_the_same_order(uri: str) -> None:
+    dataset = DistilledDataset(uri, epochs=2 * EPOCHS + 1)
+    assert (len(dataset), dataset.label_epochs) == ((2 * EPOCHS + 1) * N, EPOCHS)
     views = expected_items()[0].reshape(EPOCHS, N, -1)
-    used = []
     for epoch in range(dataset.epochs):
         (batch,) = DataLoader(dataset.epoch(epoch), batch_size=N)
-        used.append(next(e for e in range(EPOCHS) if torch.equal(batch[0].flatten(1), views[e])))
-    cycles = [used[i : i + EPOCHS] for i in range(0, 3 * EPOCHS, EPOCHS)]
-    assert cycles[0] == list(range(EPOCHS))
-    assert all(sorted(cycle) == list(range(EPOCHS)) for cycle in cycles)
-    assert len({tuple(cycle) for cycle in cycles}) == 3
-    assert used == cycled(EPOCHS, 3 * EPOCHS + 1).tolist()
-    assert len(list(dataset.sampler())) == len(dataset)
+        torch.testing.assert_close(batch[0].flatten(1), views[epoch % EPOCHS], rtol=0, atol=0)
 
 
 def test_fewer_epochs_are_the_first_label_epochs(uri: str) -> None:
