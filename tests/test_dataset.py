@@ -24,10 +24,11 @@ from wmdd_ray.core.soft_labels import compress, decompress, take_labels
 from wmdd_ray.core.training import train_student
 from wmdd_ray.core.views import StoredImages, concatenate_views, draw_views, render_views, take
 from wmdd_ray.dataset import DistilledDataset
-from wmdd_ray.errors import ArtifactError, ConfigError
+from wmdd_ray.errors import ArtifactError, ConfigError, DataError
 from wmdd_ray.records import SoftLabelBlock, SoftLabels, Teacher, ViewDraw
 from wmdd_ray.store import codecs, documents
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.images import encode_png
 
 NAMES = ("cat", "dog", "emu")
 IPC, SIZE, EPOCHS, N = 4, 10, 5, 12
@@ -458,6 +459,37 @@ def test_a_set_of_an_earlier_version_is_refused_with_what_to_do(tmp_path: Path) 
         DistilledDataset(str(tmp_path))
 
 
+def real_images(folder: Path) -> str:
+    """Write an image of each class to train on and four held-out ones, and return the folder."""
+    values = {f"train/{name}/0": 0 for name in NAMES}
+    values |= {"val/emu/0": 30, "val/emu/1": 30, "val/cat/0": 200, "val/dog/0": 90}
+    for name, value in values.items():
+        path = folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_png(np.full((2 * SIZE, 3 * SIZE, 3), value, np.uint8)))
+    return str(folder)
+
+
+# Of the four held-out images.
+TOP1 = ("0.0", "25.0", "50.0", "75.0", "100.0")
+
+
+def test_held_out_images_are_those_beside_the_source_or_at_a_uri_as_students_see_them(
+    tmp_path: Path,
+) -> None:
+    real = real_images(tmp_path / "real")
+    dataset = DistilledDataset(write_dataset(str(tmp_path / "set"), source={"uri": real}))
+    for batches in (dataset.held_out(), dataset.held_out(f"{real}/val")):
+        parts = list(batches)
+        images, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+        assert images.shape == (4, 3, SIZE, SIZE) and labels.tolist() == [0, 1, 2, 2]
+        value = torch.tensor([200, 90, 30, 30]).reshape(4, 1, 1, 1) / 255
+        mean, std = (torch.tensor(x).reshape(1, 3, 1, 1) for x in (MEAN, STD))
+        torch.testing.assert_close(images, ((value - mean) / std).expand_as(images))
+    with pytest.raises(DataError, match="val"):
+        next(DistilledDataset(dataset.uri).held_out(f"{real}/train/cat"))
+
+
 def readme_lines() -> str:
     """Return the code of the README's section on using a distilled set."""
     text = (Path(__file__).parents[1] / "README.md").read_text()
@@ -467,12 +499,15 @@ def readme_lines() -> str:
 
 @pytest.mark.parametrize("where", ["disk", "s3"])
 def test_the_readme_s_lines_train_a_torchvision_model(
-    where: str, tmp_path: Path, request: pytest.FixtureRequest
+    where: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     uri = str(tmp_path)
     if where == "s3":
         uri = f"{request.getfixturevalue('s3_server')()}/dataset"
-    write_dataset(uri)
+    write_dataset(uri, source={"uri": real_images(tmp_path / "real")})
     code = readme_lines()
     assert code.count("runs/digits-ipc10/dataset") == 1
     found: dict[str, Any] = {}
@@ -480,11 +515,12 @@ def test_the_readme_s_lines_train_a_torchvision_model(
     exec(code.replace("runs/digits-ipc10/dataset", uri), found)
     student, loss = found["student"], found["loss"]
     assert len(found["dataset"]) == N * EPOCHS and student.fc.out_features == len(NAMES)
-    assert torch.isfinite(loss) and found["teacher_logits"].shape == (25, len(NAMES))
+    assert torch.isfinite(loss) and found["teacher_logits"].shape == (N, len(NAMES))
+    assert capsys.readouterr().out in {f"top-1 {t} % of held-out real images\n" for t in TOP1}
     torch.manual_seed(0)
     untrained = torchvision.models.resnet18(num_classes=len(NAMES))
     assert not torch.equal(student.fc.weight, untrained.fc.weight)
-    assert student.bn1.num_batches_tracked == N * EPOCHS // 25
+    assert student.bn1.num_batches_tracked == EPOCHS
 
 
 def test_a_student_trains_on_it_by_both_ways(uri: str) -> None:

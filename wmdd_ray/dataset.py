@@ -169,7 +169,12 @@ class DistilledDataset(Dataset[Item]):
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel to another process without the arrays; they are read again there when needed."""
-        left = {"_arrays": None, "_blocks": OrderedDict(), "_seen_spans": set(), "_network": None}
+        left: dict[str, Any] = {
+            "_arrays": None,
+            "_blocks": OrderedDict(),
+            "_seen_spans": set(),
+            "_network": None,
+        }
         return {**self.__dict__, **left}
 
     @property
