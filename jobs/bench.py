@@ -8,28 +8,31 @@ machine changes least; otherwise wall-clock seconds.
 
 from __future__ import annotations
 
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __spec__ is None:  # a file, which goes on as the module that its imports are relative to
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    runpy.run_module("jobs.bench", run_name="__main__", alter_sys=True)
 
 import tyro
 
-from jobs import command_line
-from jobs.benches.scale.command import scale
-from jobs.benches.speed.barycenter import barycenter
-from jobs.benches.speed.features import features
-from jobs.benches.speed.loader import loader
-from jobs.benches.speed.orchestration import orchestration
-from jobs.benches.speed.otm import otm
-from jobs.benches.speed.prepare import prepare
-from jobs.benches.speed.recover import recover
-from jobs.benches.study.command import accuracy
-from jobs.benches.study.labels import labels
-from jobs.benches.study.otg import otg
-from jobs.benches.study.robustness import robustness
+from . import command_line
+from .benches.scale.command import scale
+from .benches.speed.barycenter import barycenter
+from .benches.speed.features import features
+from .benches.speed.loader import loader
+from .benches.speed.orchestration import orchestration
+from .benches.speed.otm import otm
+from .benches.speed.prepare import prepare
+from .benches.speed.recover import recover
+from .benches.study.command import accuracy
+from .benches.study.labels import labels
+from .benches.study.otg import otg
+from .benches.study.robustness import robustness
 
 
 def main(arguments: list[str]) -> None:

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import torch
 
-from jobs.checks.images import held_out_sample
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.core.checkpoints import torchvision_weights
 from wmdd_ray.core.networks import build_network, load_weights
@@ -18,6 +17,8 @@ from wmdd_ray.store.sources import Source
 from wmdd_ray.units.given_teacher import given_weights
 from wmdd_ray.units.held_out import Listed
 from wmdd_ray.units.teacher import measure, read_teacher
+
+from .images import held_out_sample
 
 
 def probe_class_order(spec: str, source: Source, recipe: str) -> float:

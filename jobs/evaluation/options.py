@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 import tyro
 
-from jobs import command_line, distill
 from wmdd_ray.config import (
     Arch,
     AttackConfig,
@@ -33,6 +32,8 @@ from wmdd_ray.spine.rooms import Room
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources.listing import NothingThereError, list_files
+
+from .. import command_line, distill
 
 # Larger images have strided stems, in the literature as in torchvision.
 _SMALL_PIXELS = 64

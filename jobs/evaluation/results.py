@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.checks.report import many
-from jobs.evaluation.options import Asked
 from wmdd_ray.config import EvaluateConfig
 from wmdd_ray.product.card import ROW_NAMES, results_table
 from wmdd_ray.spine.rooms import StageCommit
 from wmdd_ray.spine.run import Run
 from wmdd_ray.store.documents import seal
 from wmdd_ray.telling.progress import duration
+
+from ..checks.report import many
+from .options import Asked
 
 RESULTS_KEY = "results.json"
 

@@ -20,10 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from jobs.benches.reporting import Row, spread
-from jobs.benches.scale.processes import cpu_s, descendants, local_ray, peak_mib, shares_mib
-from jobs.benches.scale.rooms import s3_server, store_rows
-from jobs.benches.speed.barycenter import synthetic_class
 from wmdd_ray.config import Resources
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.records import ClassFeatures, Moments
@@ -31,6 +27,11 @@ from wmdd_ray.spine.rooms import StageCommit
 from wmdd_ray.spine.run import Progress, Run, Stage, StageRun, run_pipeline
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
+
+from ..reporting import Row, spread
+from ..speed.barycenter import synthetic_class
+from .processes import cpu_s, descendants, local_ray, peak_mib, shares_mib
+from .rooms import s3_server, store_rows
 
 # The BatchNorm inputs of a ResNet-18.
 _CHANNELS_L = (64,) * 5 + (128,) * 5 + (256,) * 5 + (512,) * 5

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import tyro
 
-from jobs.benches.reporting import report
-from jobs.benches.scale.classes import Classes
-from jobs.benches.scale.forecast import Forecast
-from jobs.benches.scale.memory import Memory
-from jobs.benches.scale.workers import Workers
+from ..reporting import report
+from .classes import Classes
+from .forecast import Forecast
+from .memory import Memory
+from .workers import Workers
 
 Part = (
     Annotated[Forecast, tyro.conf.subcommand("simulation")]

@@ -24,9 +24,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jobs.benches.reporting import Row
-from jobs.benches.scale.classes import class_record
-from jobs.benches.scale.processes import Peaks, descendants, local_ray, watched
 from wmdd_ray.config import (
     DistillConfig,
     FeaturesConfig,
@@ -41,6 +38,10 @@ from wmdd_ray.spine.run import Progress, Run, Stage, StageRun, run_pipeline
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import open_source
+
+from ..reporting import Row
+from .classes import class_record
+from .processes import Peaks, descendants, local_ray, watched
 
 _NUM_CLASSES = 10
 _IPC = 10

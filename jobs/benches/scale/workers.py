@@ -21,9 +21,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jobs.benches.reporting import Row, spread
-from jobs.benches.scale.processes import local_ray
-from jobs.benches.speed.orchestration import distill
 from wmdd_ray.config import Resources
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.spine.events import read_events
@@ -39,6 +36,10 @@ from wmdd_ray.spine.run import (
     run_pipeline,
 )
 from wmdd_ray.store.filesystem import Store
+
+from ..reporting import Row, spread
+from ..speed.orchestration import distill
+from .processes import local_ray
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,9 @@ from typing import Literal, cast
 
 import numpy as np
 
-from jobs.benches.reporting import Row, report, spread
 from wmdd_ray.config import BarycenterConfig
+
+from ..reporting import Row, report, spread
 
 Solver = Literal["lloyd", "uniform", "emd", "sinkhorn", "sliced"]
 

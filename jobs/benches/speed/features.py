@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs.benches.reporting import report, spread
-from jobs.benches.speed.orchestration import distill, read_stage
 from wmdd_ray.recipes import recipe_of
+
+from ..reporting import report, spread
+from .orchestration import distill, read_stage
 
 
 def features(data: str, bare_chunks: int = 20, out: str | None = None) -> None:

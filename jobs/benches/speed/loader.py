@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jobs.benches.reporting import Row, report, spread
-from jobs.benches.scale.rooms import s3_server
 from wmdd_ray.config import NetworkConfig, RelabelConfig
 from wmdd_ray.records import SoftLabelBlock, Teacher, ViewDraw
 from wmdd_ray.store.filesystem import Store
+
+from ..reporting import Row, report, spread
+from ..scale.rooms import s3_server
 
 if TYPE_CHECKING:
     from wmdd_ray.dataset import DistilledDataset

@@ -7,8 +7,9 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from jobs.benches.reporting import Row, report, spread
 from wmdd_ray.config import EvaluateConfig, NetworkConfig
+
+from ..reporting import Row, report, spread
 
 if TYPE_CHECKING:
     import torch

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jobs.benches.reporting import Row, report
-from jobs.benches.scale.memory import compare
-from jobs.benches.scale.processes import Peaks, watched
+from ..reporting import Row, report
+from ..scale.memory import compare
+from ..scale.processes import Peaks, watched
 
 _NUM_CLASSES = 10
 _PICTURES = 20
@@ -66,9 +66,10 @@ class Watched(Peaks):
 
 def prepare_peaks(num_shards: int, shard_mb: int, shard_images: int) -> Watched:
     """Watch the job on so many images."""
-    from jobs.prepare import Job
-    from jobs.prepare import prepare as run_job
     from wmdd_ray.units.splitting import PrepareConfig
+
+    from ...prepare import Job
+    from ...prepare import prepare as run_job
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         data, made = Path(folder) / "data", Path(folder) / "out"

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from jobs.benches.reporting import Row, report, spread
 from wmdd_ray.config import NetworkConfig, RecoverConfig
+
+from ..reporting import Row, report, spread
 
 if TYPE_CHECKING:
     import torch

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from jobs.benches.study.definitions import Options, TableName
 from wmdd_ray.errors import WmddError
+
+from .definitions import Options, TableName
 
 
 def accuracy(
@@ -65,7 +66,7 @@ def accuracy(
     """
     try:
         if render:
-            from jobs.benches.study.rendering import render as render_tables
+            from .rendering import render as render_tables
 
             print(f"rendered: {', '.join(render_tables()) or 'nothing is committed'}")
             return
@@ -99,12 +100,12 @@ def _run(
     result: str | None,
     plan: bool,
 ) -> None:
-    from jobs.benches.study.engine import Study, print_plan
-    from jobs.benches.study.judge import before_text, refuse_second_opening
-    from jobs.benches.study.scores import score, sealed
-    from jobs.benches.study.splits import make_place
-    from jobs.benches.study.tables import table_of
-    from jobs.benches.study.work import jobs_of, rows_of
+    from .engine import Study, print_plan
+    from .judge import before_text, refuse_second_opening
+    from .scores import score, sealed
+    from .splits import make_place
+    from .tables import table_of
+    from .work import jobs_of, rows_of
 
     table = table_of(name, options)
     uri = data or ("digits" if table.dataset == "digits" else "fashion-mnist")

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from jobs.benches.reporting import spread
-from jobs.benches.study.engine import one_thread
-from jobs.benches.study.splits import Place
 from wmdd_ray.config import SqueezeConfig
 from wmdd_ray.core.batches import in_memory_batches
 from wmdd_ray.core.networks import build_network
 from wmdd_ray.core.optimizer import make_optimizer
 from wmdd_ray.core.training import train_classifier
+
+from ..reporting import spread
+from .engine import one_thread
+from .splits import Place
 
 _STEPS = 12
 

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from jobs.benches.reporting import Row, report
 from wmdd_ray.config import DistillConfig, RecoverConfig, RelabelConfig, ViewConfig
 from wmdd_ray.recipes import recipe_of
 
+from ..reporting import Row, report
+
 if TYPE_CHECKING:
-    from jobs.benches.study.engine import Job, Study
-    from jobs.benches.study.splits import Labeled
+    from .engine import Job, Study
+    from .splits import Labeled
 
 Trained = Literal["fkd", "fine", "coarse", "shared", "lpld"]
 # Logits of the synthetic set: spread of the others, and how far the true class and the mixed-in one stand out.
@@ -121,8 +122,8 @@ def labels(
         out: JSON file to write.
         plan: Print the jobs of each stage, and do nothing.
     """
-    from jobs.benches.study.engine import Study, chain, print_plan, students
-    from jobs.benches.study.splits import load_split, make_place
+    from .engine import Study, chain, print_plan, students
+    from .splits import load_split, make_place
 
     for name, given in (("ipc", ipc), ("steps", steps), ("shared", shared)):
         if not given:
@@ -201,7 +202,7 @@ def _rows(
     study: Study,
 ) -> list[Row]:
     """Return a row an option: bytes, and the accuracy of the students of equal labels beside FKD's, seed by seed."""
-    from jobs.benches.study.scores import top1_of_students
+    from .scores import top1_of_students
 
     percent_of = {
         key: [100 * value for value in top1_of_students(study.place, job, images).values()]

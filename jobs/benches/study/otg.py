@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from jobs.benches.reporting import mean_and_std
-from jobs.benches.study.definitions import Options, variants
 from wmdd_ray.config import DiffusionConfig, DistillConfig, LabelKind
 from wmdd_ray.diffusion.training import Training
 from wmdd_ray.errors import WmddError
 from wmdd_ray.spine.provenance import hardware, versions
 from wmdd_ray.spine.run import fingerprint
 
+from ..reporting import mean_and_std
+from .definitions import Options, variants
+
 if TYPE_CHECKING:
-    from jobs.benches.study.engine import Job, Study
-    from jobs.benches.study.splits import Labeled, Place
+    from .engine import Job, Study
+    from .splits import Labeled, Place
 
 Guidance = Literal["nothing", "otg", "igd"]
 _LABELS: tuple[LabelKind, ...] = ("soft", "hard")
@@ -103,8 +104,8 @@ def otg(
         result: JSON file; jobs/benches/results/otg-DATASET.json by default.
         plan: Print the jobs of each stage, and do nothing but train the model.
     """
-    from jobs.benches.study.engine import Study, print_plan
-    from jobs.benches.study.splits import load_split, make_place
+    from .engine import Study, print_plan
+    from .splits import load_split, make_place
 
     try:
         for option, given in (("weights", weights), ("influence-weights", influence_weights)):
@@ -190,8 +191,9 @@ def train_model(training: Training, place: Place) -> tuple[str, dict[str, Any]]:
 
 def sets_of(config: DistillConfig, seeds: int) -> Sets:
     """Return sets with a student each, of one teacher."""
-    from jobs.benches.study.engine import Job, chain, students
     from wmdd_ray.config import RecoverConfig
+
+    from .engine import Job, chain, students
 
     teacher = Job("squeeze", replace(config, recover=RecoverConfig()))
     evaluate = replace(config.evaluate, num_seeds=1, labels=_LABELS, baselines=())
@@ -275,7 +277,7 @@ def scored(
 
 def top1_by_kind(sets: Sets, images: Labeled, study: Study) -> dict[str, dict[str, Any]]:
     """Return the accuracies of the students by either kind of labels."""
-    from jobs.benches.study.scores import top1_of_students
+    from .scores import top1_of_students
 
     reached = [top1_of_students(study.place, job, images) for job in sets.students]
     return {

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from jobs.benches.reporting import mean_and_std
-from jobs.benches.study.definitions import Options, Table, TeacherRecipe, variants
-from jobs.benches.study.rows import group_of, recovered
 from wmdd_ray.config import AttackConfig, AttackName, CurvatureForm, DistillConfig, SqueezeConfig
 from wmdd_ray.errors import WmddError
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.spine.provenance import hardware, versions
 
+from ..reporting import mean_and_std
+from .definitions import Options, Table, TeacherRecipe, variants
+from .rows import group_of, recovered
+
 if TYPE_CHECKING:
-    from jobs.benches.study.engine import Job, Study
-    from jobs.benches.study.splits import Labeled
+    from .engine import Job, Study
+    from .splits import Labeled
 
 Method = Literal["wmdd", "sre2l"]
 METHODS: dict[Method, str] = {"wmdd": "WMDD", "sre2l": "cross-entropy + global BN (SRe2L)"}
@@ -73,7 +74,7 @@ class Cell:
 
     def students(self, table: Table, study: Study) -> Job:
         """Return the job of the students, by soft labels."""
-        from jobs.benches.study.work import jobs_of_row
+        from .work import jobs_of_row
 
         paper, best = self.recipes
         recover = best.recover
@@ -143,11 +144,12 @@ def robustness(
         plan: Print the jobs of each stage, and do nothing.
         cost: Measure what a step of teacher training costs with each form of the term.
     """
-    from jobs.benches.study.curvature_cost import step_cost
-    from jobs.benches.study.engine import Job, Study, print_plan
-    from jobs.benches.study.splits import load_split, make_place
     from wmdd_ray.robustness.attacks import SETTINGS, libraries, require_libraries
     from wmdd_ray.robustness.units import budgets
+
+    from .curvature_cost import step_cost
+    from .engine import Job, Study, print_plan
+    from .splits import load_split, make_place
 
     try:
         for option, given in (("ipc", ipc), ("methods", methods)):
@@ -228,10 +230,11 @@ def scored(
     study: Study,
 ) -> list[dict[str, Any]]:
     """Return a row a cell: accuracies on the images, and on the attacked ones of them before and after every attack."""
-    from jobs.benches.study.scores import top1_of_students
-    from jobs.benches.study.work import units_of
     from wmdd_ray.robustness.attacks import contradictions
     from wmdd_ray.units.teacher import UNIT
+
+    from .scores import top1_of_students
+    from .work import units_of
 
     rows = []
     for cell, job in students.items():
