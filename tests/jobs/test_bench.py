@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jobs.benches.scale.forecast import Forecast, unit_seconds
-from jobs.benches.scale.simulation import Cluster, Units, random_lives, simulate
 
 from jobs import bench
+from jobs.benches.scale.forecast import Forecast, unit_seconds
+from jobs.benches.scale.simulation import Cluster, Units, random_lives, simulate
 
 ROOT = Path(__file__).resolve().parents[2]
 FOREVER = math.inf
