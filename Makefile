@@ -1,6 +1,7 @@
 # From a fresh clone, with Python >= 3.11, git and make:
 #   make distill   the main job: distill the embedded digits, 10 images a class
 #   make test      the tests, two files at a time;  ARGS='-k barycenter' goes to pytest, ARGS='-n 0 --pdb' works in one process
+#   make test-fast what starts no Ray: the mathematics, the options, storage, the data set
 #   make chaos     200 kills of drivers, workers, nodes and heads, about an hour; WMDD_CHAOS_SEED, WMDD_CHAOS_KILLS
 #   make fuzz      45,000 damaged and hostile files and sets, some minutes; WMDD_FUZZ_MUTANTS of each kind
 #   make lint      ruff and mypy
@@ -11,16 +12,21 @@ PYTHON ?= python3
 ARGS ?=
 
 BIN := $(VENV)/bin
+FAST := tests/core tests/store tests/spine $(addprefix tests/test_,architecture.py config.py dataset.py documents.py errors.py options.py)
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: distill test chaos fuzz lint bench clean
+.PHONY: distill test test-fast chaos fuzz lint bench clean
 
 distill: $(STAMP)
 	$(BIN)/python jobs/distill.py --ipc 10 $(ARGS)
+	@echo && echo "for the commands that follow: source $(BIN)/activate"
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(FAST) $(ARGS)
 
 chaos: $(STAMP)
 	$(BIN)/python -m pytest tests/chaos -m chaos_long -s $(ARGS)

@@ -8,16 +8,20 @@ machine changes least; otherwise wall-clock seconds.
 
 from __future__ import annotations
 
+import runpy
 import sys
 from importlib import import_module
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __spec__ is None:  # a file, which goes on as the module that its imports are relative to
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    runpy.run_module("jobs.bench", run_name="__main__", alter_sys=True)
 
 import tyro
 
-from jobs import command_line
 from wmdd_ray.errors import WmddError
+
+from . import command_line
 
 BENCHES = {
     "barycenter": "speed.barycenter",
@@ -40,7 +44,7 @@ def main(arguments: list[str]) -> None:
     """Run the benchmark that the command line names."""
     named = arguments[0] if arguments and arguments[0] in BENCHES else None
     benches = {
-        name: getattr(import_module(f"jobs.benches.{module}"), name)
+        name: getattr(import_module(f".benches.{module}", __package__), name)
         for name, module in BENCHES.items()
         if named in (None, name)
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import runpy
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -16,11 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __spec__ is None:  # a file, which goes on as the module that its imports are relative to
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    runpy.run_module("jobs.distill", run_name="__main__", alter_sys=True)
 
 import tyro
 
-from jobs import command_line, endings
 from wmdd_ray.config import DistillConfig, Reporting, Resources, StageName, refuse_secrets
 from wmdd_ray.product.card import results_table, size
 from wmdd_ray.recipes import recipe_of
@@ -40,6 +42,8 @@ from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
 from wmdd_ray.telling.progress import StageLine, duration
 from wmdd_ray.telling.trackers import TrackedRun, trackers_of
+
+from . import command_line, endings
 
 _FIRST = "recipe variant ipc seed data val-data teacher out from overwrite dry-run num-workers"
 
@@ -264,7 +268,7 @@ def print_summary(
 
 def write_report(run: Run) -> str | None:
     """Write the page about a run that is done and return its URI; None, and a warning, when that fails: the run is done."""
-    from jobs.report import REPORT_KEY, page_of
+    from .report import REPORT_KEY, page_of
 
     try:
         source = run.source("train")

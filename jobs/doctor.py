@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import runpy
 import signal
 import sys
 import tomllib
@@ -19,29 +20,37 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if __spec__ is None:  # a file, which goes on as the module that its imports are relative to
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    runpy.run_module("jobs.doctor", run_name="__main__", alter_sys=True)
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 
-from jobs import command_line
-from jobs.checks.cluster import check_cluster, check_nodes
-from jobs.checks.images import check_data, check_teacher
-from jobs.checks.plan import check_plan
-from jobs.checks.report import Finding, Mark, Visit, many
-from jobs.checks.storage import (
+from wmdd_ray.errors import WmddError
+from wmdd_ray.redaction import plain
+from wmdd_ray.store.uris import local_path
+
+from . import command_line
+from .checks.cluster import check_cluster, check_nodes
+from .checks.images import check_data, check_teacher
+from .checks.plan import check_plan
+from .checks.report import Finding, Mark, Visit, many
+from .checks.storage import (
     check_commits,
     check_credentials,
     check_endpoint,
     check_speed,
     check_storage,
 )
-from jobs.distill import Job, open_run, parse
-from wmdd_ray.errors import WmddError
-from wmdd_ray.redaction import plain
-from wmdd_ray.store.uris import local_path
+from .distill import Job, open_run, parse
+
+# There in a checkout.
+_PROJECT, _PINS = (
+    Path(__file__).resolve().parents[1] / name
+    for name in ("pyproject.toml", "requirements-run.txt")
+)
 
 logger = logging.getLogger(__name__)
 
@@ -153,21 +162,22 @@ def show(name: str, finding: Finding) -> None:
 
 
 def check_versions(visit: Visit) -> Iterator[Finding]:
-    """Hold what is installed against the lower bounds of pyproject.toml and the pins of requirements-run.txt."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    """Hold what is installed against the package's lower bounds and, in a checkout, the pins of requirements-run.txt."""
+    bounds = _bounds()
     below = [
         f"{bound.name} {_installed(bound.name)} (needs {bound.specifier})"
-        for bound in map(Requirement, project["dependencies"])
+        for bound in bounds
         if not bound.specifier.contains(_installed(bound.name) or "0", prereleases=True)
     ]
     if below:
-        yield Finding("FAIL", ", ".join(below), "pip install -r requirements-run.txt")
+        advice = "-r requirements-run.txt" if _PINS.is_file() else "--upgrade 'wmdd_ray[distill]'"
+        yield Finding("FAIL", ", ".join(below), f"pip install {advice}")
     pins = [
         Requirement(line.partition(" #")[0])
-        for line in (ROOT / "requirements-run.txt").read_text(encoding="utf-8").splitlines()
+        for line in (_PINS.read_text(encoding="utf-8") if _PINS.is_file() else "").splitlines()
         if line and not line.startswith("#")
     ]
-    names = {Requirement(text).name for text in project["dependencies"]}
+    names = {bound.name for bound in bounds}
     moved = [
         f"{pin.name} {_installed(pin.name)} (pinned {str(pin.specifier).removeprefix('==')})"
         for pin in pins
@@ -185,7 +195,18 @@ def check_versions(visit: Visit) -> Iterator[Finding]:
         shown = ", ".join(
             f"{name} {_installed(name)}" for name in ("ray", "torch", "pyarrow", "pillow")
         )
-        yield Finding("ok", f"Python {python}, {shown}, and the rest as in requirements-run.txt")
+        rest = ", and the rest as in requirements-run.txt" if pins else ""
+        yield Finding("ok", f"Python {python}, {shown}{rest}")
+
+
+def _bounds() -> list[Requirement]:
+    """Return the lower bounds of what a run needs: of this checkout, else of the installed package."""
+    if not _PROJECT.is_file():
+        bounds = map(Requirement, requires("wmdd_ray") or ())
+        return [b for b in bounds if b.marker is None or b.marker.evaluate({"extra": "distill"})]
+    project = tomllib.loads(_PROJECT.read_text(encoding="utf-8"))["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["distill"]]
+    return [Requirement(text) for text in needed]
 
 
 def _installed(name: str) -> str | None:

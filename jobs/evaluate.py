@@ -13,22 +13,26 @@ attacks can be added, and results.json holds all of them, sealed. Exit codes are
 
 from __future__ import annotations
 
+import runpy
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __spec__ is None:  # a file, which goes on as the module that its imports are relative to
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    runpy.run_module("jobs.evaluate", run_name="__main__", alter_sys=True)
 
-from jobs import command_line, distill, endings
-from jobs.evaluation.options import Asked, parse
-from jobs.evaluation.results import print_summary, write_results
 from wmdd_ray.errors import DataError
 from wmdd_ray.spine.run import Run, run_pipeline
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
 from wmdd_ray.store.sources.classes import by_number, shown
 from wmdd_ray.telling.progress import StageLine
+
+from . import command_line, distill, endings
+from .evaluation.options import Asked, parse
+from .evaluation.results import print_summary, write_results
 
 
 def main(arguments: list[str]) -> int:

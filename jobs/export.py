@@ -7,20 +7,24 @@ Exit codes: 0 done, 2 an option is wrong or the output holds something else, 5 s
 
 from __future__ import annotations
 
+import runpy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __spec__ is None:  # a file, which goes on as the module that its imports are relative to
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    runpy.run_module("jobs.export", run_name="__main__", alter_sys=True)
 
 import tyro
 
-from jobs import command_line
 from wmdd_ray.config import LabelKind, refuse_secrets
 from wmdd_ray.errors import WmddError
 from wmdd_ray.product.card import size
 from wmdd_ray.product.export import Export, Format, export
+
+from . import command_line
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ Exit codes: 0 done, 1 workers lost, 2 configuration, 3 lost a race for --out, 4 
 
 from __future__ import annotations
 
+import runpy
 import shlex
 import sys
 import time
@@ -18,13 +19,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __spec__ is None:  # a file, which goes on as the module that its imports are relative to
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    runpy.run_module("jobs.prepare", run_name="__main__", alter_sys=True)
 
 import tyro
 
-from jobs import command_line, endings
-from jobs.checks.report import many
-from jobs.distill import tracked_run
 from wmdd_ray.config import DistillConfig, Resources, refuse_secrets
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError, LostRaceError
 from wmdd_ray.product.card import size
@@ -40,6 +40,10 @@ from wmdd_ray.store.sources.webdataset_index import parse_class_names
 from wmdd_ray.store.uris import local_path
 from wmdd_ray.telling.progress import StageLine, duration
 from wmdd_ray.units.splitting import SPLITS, PrepareConfig, check_class_names
+
+from . import command_line, endings
+from .checks.report import many
+from .distill import tracked_run
 
 _FIRST = "out val-data val-fraction max-side classes format teacher overwrite"
 
@@ -102,7 +106,7 @@ def prepare(job: Job) -> int:
     plans["write"] = expected_plan(run, WRITE, {SCAN.room: plans["scan"]["fingerprint"]})
     found = _found(run, plans, overwrite=job.overwrite)
     if job.teacher is not None:
-        from jobs.checks.order import probe_class_order
+        from .checks.order import probe_class_order
 
         images = run.source("train")
         top1 = probe_class_order(job.teacher, images, job.recipe)

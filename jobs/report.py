@@ -8,16 +8,18 @@ Exit codes: 0 done, 2 no run there, 4 the data given is none, 5 storage.
 from __future__ import annotations
 
 import logging
+import runpy
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __spec__ is None:  # a file, which goes on as the module that its imports are relative to
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    runpy.run_module("jobs.report", run_name="__main__", alter_sys=True)
 
 import tyro
 
-from jobs import command_line
 from wmdd_ray.config import DistillConfig, refuse_secrets
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError, WmddError
 from wmdd_ray.product.card import size
@@ -27,6 +29,8 @@ from wmdd_ray.store.sources import Source, open_source
 from wmdd_ray.store.uris import check_named
 
 logger = logging.getLogger(__name__)
+
+from . import command_line
 
 REPORT_KEY = "report.html"
 CARD_KEY = "dataset/README.md"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import runpy
 import sys
 import time
 from collections.abc import Callable
@@ -17,11 +18,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __spec__ is None:  # a file, which goes on as the module that its imports are relative to
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    runpy.run_module("jobs.train_diffusion", run_name="__main__", alter_sys=True)
 
 import tyro
 
-from jobs import command_line, endings
 from wmdd_ray.config import SourceConfig, refuse_secrets
 from wmdd_ray.diffusion.card import CLASSES_KEY, INDEX_KEY, check_widths
 from wmdd_ray.diffusion.training import Training, train_unet
@@ -34,6 +36,8 @@ from wmdd_ray.store.documents import read_sealed, seal
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, load_images, open_source
 from wmdd_ray.telling.progress import StageLine, duration
+
+from . import command_line, endings
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,6 +15,7 @@ SOURCES = sorted([*ROOT.glob("wmdd_ray/**/*.py"), *ROOT.glob("jobs/**/*.py")])
 
 # From the bottom up: a room may import what stands before its own row, its own files, and nothing else of the project.
 LAYERS: tuple[tuple[str, ...], ...] = (
+    ("wmdd_ray.redaction",),
     ("wmdd_ray.errors",),
     ("wmdd_ray.options",),
     ("wmdd_ray.config", "wmdd_ray.records"),
@@ -28,6 +29,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("wmdd_ray.executors",),
     ("wmdd_ray.stages",),
     ("jobs",),
+    ("wmdd_ray.api",),
+    ("wmdd_ray",),  # its __init__ and __main__
 )
 KNOW_RAY = ("wmdd_ray.executors", "wmdd_ray.stages", "jobs")
 FORBIDDEN = {"wmdd_ray.store": ("torch", "torchvision")}
@@ -177,6 +180,13 @@ def violations(path: str, source: str) -> list[str]:
     tree, module = ast.parse(source), module_of(path)
     room = layer_of(module)[1]
     wrong: list[tuple[int, str]] = list(unsafe_calls(tree))
+    absolute_jobs = {
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").partition(".")[0] == "jobs"
+        and not node.level
+    }
     for line, other in imports(tree, path):
         ours = other.split(".")[0] in ("wmdd_ray", "jobs")
         foreign = other.split(".")[0] not in STANDARD_LIBRARY
@@ -185,6 +195,8 @@ def violations(path: str, source: str) -> list[str]:
             or (within(other, ("ray",)) and not within(module, KNOW_RAY))
             or within(other, (*FORBIDDEN.get(room, ()), *UNPICKLERS))
             or (room in ALLOWED and foreign and not within(other, ALLOWED[room]))
+            # Installed, the jobs lie in wmdd_ray.jobs: they name each other from where they are.
+            or (room == "jobs" and line in absolute_jobs)
             or (room == "wmdd_ray.core" and within(other, IMPURE))
         ):
             wrong.append((line, f"imports {other}"))
@@ -238,6 +250,8 @@ def test_every_file_keeps_to_its_room(path: Path) -> None:
         ("wmdd_ray/stages/x.py", "from jobs import distill"),
         ("wmdd_ray/stages/x.py", "import pickle"),
         ("wmdd_ray/stages/x.py", "torch.save(state, path)"),
+        ("jobs/x.py", "from wmdd_ray.api import distill"),
+        ("jobs/x.py", "from jobs import command_line"),
         ("jobs/x.py", "torch.load(path)"),
         ("jobs/x.py", "torch.load(path, weights_only=False)"),
         ("jobs/x.py", "np.load(path, allow_pickle=True)"),

@@ -24,11 +24,12 @@ from wmdd_ray.core.networks import build_network
 from wmdd_ray.core.soft_labels import compress, decompress, take_labels
 from wmdd_ray.core.training import train_student
 from wmdd_ray.core.views import StoredImages, concatenate_views, draw_views, render_views, take
-from wmdd_ray.dataset import DistilledDataset, cycled
-from wmdd_ray.errors import ArtifactError, ConfigError
+from wmdd_ray.dataset import DistilledDataset
+from wmdd_ray.errors import ArtifactError, ConfigError, DataError
 from wmdd_ray.records import SoftLabelBlock, SoftLabels, Teacher, ViewDraw
 from wmdd_ray.store import codecs, documents
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.images import encode_png
 
 NAMES = ("cat", "dog", "emu")
 IPC, SIZE, EPOCHS, N = 4, 10, 5, 12
@@ -210,17 +211,94 @@ def test_any_order_gives_the_same_items(uri: str) -> None:
     assert sum(len(view) for view, _, _ in plain) == len(dataset)
 
 
-def test_sampler_shuffles_inside_each_epoch(uri: str) -> None:
+def test_an_iteration_is_a_shuffled_pass_in_batches_of_equal_size(uri: str) -> None:
     dataset = DistilledDataset(uri)
-    order = list(dataset.sampler(seed=3))
-    assert len(dataset.sampler()) == len(order) == len(dataset)
-    epochs = np.array(order).reshape(EPOCHS, N)
-    for e, row in enumerate(epochs):
+    loader = DataLoader(dataset, batch_sampler=dataset.batches(5, seed=3))
+    assert len(loader) == 3
+    passes = [list(loader) for _ in range(EPOCHS)]
+    assert [[len(batch[0]) for batch in batches] for batches in passes] == [[4, 4, 4]] * EPOCHS
+    sampler = dataset.batches(5, seed=3)
+    order = np.array([list(sampler) for _ in range(EPOCHS)]).reshape(EPOCHS, N)
+    assert_is_everything([batch for batches in passes for batch in batches], order.reshape(-1))
+    for e, row in enumerate(order):
         np.testing.assert_array_equal(np.sort(row), np.arange(e * N, (e + 1) * N))
-    assert (epochs[0] != epochs[1] - N).any()
-    assert order == list(dataset.sampler(seed=3)) != list(dataset.sampler(seed=4))
-    loader = DataLoader(dataset, batch_size=5, sampler=dataset.sampler(seed=3))
-    assert_is_everything(loader, order)
+    assert (order[0] != order[1] - N).any()
+    assert list(dataset.batches(5, seed=3)) != list(dataset.batches(5, seed=4))
+
+
+def test_a_pass_can_be_taken_up_again_and_passes_cycle_through_the_labels(uri: str) -> None:
+    for dataset, labels in (
+        (DistilledDataset(uri), EPOCHS),
+        (DistilledDataset(uri, epochs=2), 2),
+        (DistilledDataset(uri, epochs=99), EPOCHS),
+    ):
+        batches = dataset.batches(5)
+        passes = [list(batches) for _ in range(2 * EPOCHS)]
+        resumed = dataset.batches(5)
+        resumed.set_epoch(4)
+        assert [list(resumed), list(resumed)] == passes[4:6]
+        used = [batches[0][0] // N for batches in passes]
+        assert used == [e % labels for e in range(2 * EPOCHS)]
+        assert passes[0] != [[i - passes[labels][0][0] // N * N for i in b] for b in passes[labels]]
+
+
+def test_ranks_have_equal_and_disjoint_shares_of_every_batch(uri: str) -> None:
+    dataset = DistilledDataset(uri)
+    whole = list(dataset.batches(12))
+    shares = [list(dataset.batches(12, rank=rank, world=5)) for rank in range(5)]
+    assert [len(batch) for share in shares for batch in share] == [2] * 5
+    assert [index for share in shares for index in share[0]] == whole[0][:10]
+    with pytest.raises(
+        ConfigError, match=r"for each of 5 processes, got 4, which makes batches of 4"
+    ):
+        dataset.batches(4, world=5)
+
+
+def test_the_loader_s_batches_are_those_that_a_student_of_evaluate_is_trained_on(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = DistilledDataset(uri, epochs=2 * EPOCHS)
+    seen: list[torch.Tensor] = []
+
+    class Student(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x.detach().clone())
+            return super().forward(x.flatten(1))
+
+    labels: list[torch.Tensor] = []
+
+    def loss_of(student: torch.Tensor, teacher: torch.Tensor, *_: Any) -> torch.Tensor:
+        labels.append(teacher)
+        return student.sum()
+
+    monkeypatch.setattr("wmdd_ray.core.training.soft_label_loss", loss_of)
+    train_student(
+        Student(3 * SIZE**2, 3),
+        StoredImages(dataset.images, MEAN, STD),
+        dataset.label_epoch,
+        None,
+        EvaluateConfig(batch_size=5),
+        epochs=2 * EPOCHS,
+        image_size=SIZE,
+        seed=7,
+    )
+    loader = DataLoader(dataset, batch_sampler=dataset.batches(5, seed=7))
+    ours = [batch for _ in range(dataset.epochs) for batch in loader]
+    assert len(ours) == len(seen) == 2 * EPOCHS * 3
+    for (views, logits, _), images, taught in zip(ours, seen, labels, strict=True):
+        torch.testing.assert_close(views, images, rtol=0, atol=0)
+        torch.testing.assert_close(logits, taught, rtol=0, atol=0)
+
+
+def test_reading_label_epochs_again_for_single_rows_warns_and_a_pass_does_not(uri: str) -> None:
+    dataset = DistilledDataset(uri, cache_gib=0, epochs=3 * EPOCHS)
+    for batch in DataLoader(dataset, batch_sampler=dataset.batches(5)):
+        assert len(batch[0]) == 4
+    for i in range(len(dataset)):
+        dataset[i]
+    here_and_there = [i % 3 * 2 * N for i in range(40 * N)]
+    with pytest.warns(UserWarning, match=r"cache_gib=0; pass batch_sampler=dataset.batches\("):
+        list(DataLoader(dataset, batch_size=1, sampler=here_and_there))
 
 
 def test_epoch_is_a_subset_of_its_items(uri: str) -> None:
@@ -236,9 +314,11 @@ def test_epoch_is_a_subset_of_its_items(uri: str) -> None:
 
 def test_items_outside_the_data_set_are_an_index_error(uri: str) -> None:
     dataset = DistilledDataset(uri)
-    for index in (-1, N * EPOCHS):
+    for index in (-1 - N * EPOCHS, N * EPOCHS):
         with pytest.raises(IndexError, match=f"item {index} of {N * EPOCHS}"):
             dataset[index]
+    for mine, same in zip(dataset[-1], dataset[N * EPOCHS - 1], strict=True):
+        torch.testing.assert_close(mine, same, rtol=0, atol=0)
 
 
 def test_label_epoch_returns_the_stored_arrays(uri: str) -> None:
@@ -343,20 +423,13 @@ def test_online_labels_are_the_teachers_on_the_views_of_stored_ones(
     np.testing.assert_allclose(logits_VY, expected[2 * N : 3 * N], rtol=1e-4, atol=1e-5)
 
 
-def test_more_epochs_use_the_labels_again_in_another_order(uri: str) -> None:
-    dataset = DistilledDataset(uri, epochs=3 * EPOCHS + 1)
-    assert (len(dataset), dataset.label_epochs) == ((3 * EPOCHS + 1) * N, EPOCHS)
+def test_more_epochs_use_the_labels_again_in_the_same_order(uri: str) -> None:
+    dataset = DistilledDataset(uri, epochs=2 * EPOCHS + 1)
+    assert (len(dataset), dataset.label_epochs) == ((2 * EPOCHS + 1) * N, EPOCHS)
     views = expected_items()[0].reshape(EPOCHS, N, -1)
-    used = []
     for epoch in range(dataset.epochs):
         (batch,) = DataLoader(dataset.epoch(epoch), batch_size=N)
-        used.append(next(e for e in range(EPOCHS) if torch.equal(batch[0].flatten(1), views[e])))
-    cycles = [used[i : i + EPOCHS] for i in range(0, 3 * EPOCHS, EPOCHS)]
-    assert cycles[0] == list(range(EPOCHS))
-    assert all(sorted(cycle) == list(range(EPOCHS)) for cycle in cycles)
-    assert len({tuple(cycle) for cycle in cycles}) == 3
-    assert used == cycled(EPOCHS, 3 * EPOCHS + 1).tolist()
-    assert len(list(dataset.sampler())) == len(dataset)
+        torch.testing.assert_close(batch[0].flatten(1), views[epoch % EPOCHS], rtol=0, atol=0)
 
 
 def test_fewer_epochs_are_the_first_label_epochs(uri: str) -> None:
@@ -377,6 +450,40 @@ def test_a_set_of_an_earlier_version_is_refused_with_what_to_do(tmp_path: Path) 
         DistilledDataset(str(tmp_path))
 
 
+def real_images(folder: Path) -> str:
+    """Write an image of each class to train on and four held-out ones, and return the folder."""
+    values = {f"train/{name}/0": 0 for name in NAMES}
+    values |= {"val/emu/0": 30, "val/emu/1": 30, "val/cat/0": 200, "val/dog/0": 90}
+    for name, value in values.items():
+        path = folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_png(np.full((2 * SIZE, 3 * SIZE, 3), value, np.uint8)))
+    return str(folder)
+
+
+# Of the four held-out images.
+TOP1 = ("0.0", "25.0", "50.0", "75.0", "100.0")
+
+
+def test_held_out_images_are_those_beside_the_source_or_at_a_uri_as_students_see_them(
+    tmp_path: Path,
+) -> None:
+    real = real_images(tmp_path / "real")
+    about = {**manifest_of()["source"], "uri": real}
+    dataset = DistilledDataset(write_dataset(str(tmp_path / "set"), source=about))
+    with pytest.raises(ConfigError, match="which is not read because a set says so"):
+        next(dataset.held_out())
+    for batches in (dataset.held_out(follow_data=True), dataset.held_out(f"{real}/val")):
+        parts = list(batches)
+        images, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+        assert images.shape == (4, 3, SIZE, SIZE) and labels.tolist() == [0, 1, 2, 2]
+        value = torch.tensor([200, 90, 30, 30]).reshape(4, 1, 1, 1) / 255
+        mean, std = (torch.tensor(x).reshape(1, 3, 1, 1) for x in (MEAN, STD))
+        torch.testing.assert_close(images, ((value - mean) / std).expand_as(images))
+    with pytest.raises(DataError, match="val"):
+        next(DistilledDataset(dataset.uri).held_out(f"{real}/train/cat"))
+
+
 def readme_lines() -> str:
     """Return the code of the README's section on using a distilled set."""
     text = (Path(__file__).parents[1] / "README.md").read_text()
@@ -386,24 +493,29 @@ def readme_lines() -> str:
 
 @pytest.mark.parametrize("where", ["disk", "s3"])
 def test_the_readme_s_lines_train_a_torchvision_model(
-    where: str, tmp_path: Path, request: pytest.FixtureRequest
+    where: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     uri = str(tmp_path)
     if where == "s3":
         uri = f"{request.getfixturevalue('s3_server')()}/dataset"
     write_dataset(uri)
-    code = readme_lines()
+    real = f"{real_images(tmp_path / 'real')}/val"
+    code = readme_lines().replace("held_out()", f"held_out({real!r})")
     assert code.count("runs/digits-ipc10/dataset") == 1
     found: dict[str, Any] = {}
     torch.manual_seed(0)
     exec(code.replace("runs/digits-ipc10/dataset", uri), found)
     student, loss = found["student"], found["loss"]
     assert len(found["dataset"]) == N * EPOCHS and student.fc.out_features == len(NAMES)
-    assert torch.isfinite(loss) and found["teacher_logits"].shape == (25, len(NAMES))
+    assert torch.isfinite(loss) and found["teacher_logits"].shape == (N, len(NAMES))
+    assert capsys.readouterr().out in {f"top-1 {t} % of held-out real images\n" for t in TOP1}
     torch.manual_seed(0)
     untrained = torchvision.models.resnet18(num_classes=len(NAMES))
     assert not torch.equal(student.fc.weight, untrained.fc.weight)
-    assert student.bn1.num_batches_tracked == N * EPOCHS // 25
+    assert student.bn1.num_batches_tracked == EPOCHS
 
 
 def test_a_student_trains_on_it_by_both_ways(uri: str) -> None:

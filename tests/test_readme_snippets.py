@@ -23,7 +23,11 @@ EITHER = re.compile(
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:timm")
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
 def test_the_readme_s_python_trains_a_model_of_either_library_from_a_finished_run(
-    library: str, finished_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    library: str,
+    finished_run: FinishedRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if library == "timm":
         pytest.importorskip("timm")
@@ -38,10 +42,12 @@ def test_the_readme_s_python_trains_a_model_of_either_library_from_a_finished_ru
     found["state"] = lambda: {k: p.detach().clone() for k, p in found["student"].named_parameters()}
     torch.manual_seed(0)
     exec(code, found)
+    assert re.fullmatch(r"top-1 \d+\.\d % of held-out real images\n", capsys.readouterr().out)
     student: nn.Module = found["student"]
     assert type(student).__module__.startswith(library)
     assert torch.isfinite(found["loss"])
-    steps = len(found["dataset"]) // 25
+    dataset = found["dataset"]
+    steps = dataset.epochs * len(dataset.batches(25))
     counts = [m.num_batches_tracked for m in student.modules() if isinstance(m, nn.BatchNorm2d)]
     assert counts and all(count == steps for count in counts)
     assert all(not torch.equal(p, found["before"][k]) for k, p in student.named_parameters())

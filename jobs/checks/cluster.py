@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
-from jobs.checks.report import Finding, Visit, many
-from jobs.checks.storage import Speed, measure_speed, told_speed
-from jobs.distill import default_out
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError
 from wmdd_ray.product.card import size
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Shard, Source
+
+from ..distill import default_out
+from .report import Finding, Visit, many
+from .storage import Speed, measure_speed, told_speed
 
 _HEAD_TIMEOUT_S = 10
 _TOKEN_TIMEOUT_S = 10

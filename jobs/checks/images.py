@@ -11,13 +11,14 @@ from itertools import islice
 import numpy as np
 from PIL import Image
 
-from jobs.checks.report import Finding, Visit, many
 from wmdd_ray.config import NetworkConfig
 from wmdd_ray.errors import BadImageError
 from wmdd_ray.product.card import size
 from wmdd_ray.store.images import decode_image
 from wmdd_ray.store.sources import RawImage, Shard, Source
 from wmdd_ray.store.sources.parquet import ParquetSource
+
+from .report import Finding, Visit, many
 
 _SHARDS = 8
 _RECORDS = 32

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import torch
 
-from jobs.checks.images import held_out_sample
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.core.published import is_published, published
 from wmdd_ray.errors import DataError
@@ -17,6 +16,8 @@ from wmdd_ray.store.sources import Source
 from wmdd_ray.units.given_teacher import given_network
 from wmdd_ray.units.held_out import Listed
 from wmdd_ray.units.teacher import measure, read_teacher
+
+from .images import held_out_sample
 
 
 def probe_class_order(spec: str, source: Source, recipe: str) -> float:

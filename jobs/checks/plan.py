@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from jobs.checks.report import Finding, Visit
-from jobs.checks.storage import free_bytes
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.product.card import size
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.run import Progress, StageRun, difference, expected_plan
+
+from .report import Finding, Visit
+from .storage import free_bytes
 
 _MARGIN = 1.2
 

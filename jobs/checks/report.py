@@ -6,8 +6,9 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jobs.distill import Job
 from wmdd_ray.spine.run import Run
+
+from ..distill import Job
 
 Mark = Literal["ok", "warning", "FAIL", "skipped"]
 

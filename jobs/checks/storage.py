@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-from jobs.checks.report import Finding, Visit
-from jobs.distill import Job
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.product.card import size
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.schemes import is_gcs
 from wmdd_ray.store.uris import fsspec_filesystem, local_path
+
+from ..distill import Job
+from .report import Finding, Visit
 
 _ENDPOINT_TIMEOUT_S = 10
 _SKEWED_S = 60

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 import tyro
 
-from jobs import command_line, endings
 from wmdd_ray.config import (
     Arch,
     AttackConfig,
@@ -35,6 +34,8 @@ from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources.listing import NothingThereError, list_files
 from wmdd_ray.store.uris import check_named
+
+from .. import command_line, endings
 
 # Larger images have strided stems, in the literature as in torchvision.
 _SMALL_PIXELS = 64

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.checks.report import many
-from jobs.evaluation.options import Asked
+from wmdd_ray.config import EvaluateConfig
 from wmdd_ray.product.card import ROW_NAMES, results_table
 from wmdd_ray.spine.rooms import StageCommit
 from wmdd_ray.spine.run import Run
 from wmdd_ray.store.documents import seal
 from wmdd_ray.telling.progress import duration
+
+from ..checks.report import many
+from .options import Asked
 
 RESULTS_KEY = "results.json"
 
@@ -99,7 +101,7 @@ def print_summary(
                 f"teachers        {len(several)}, top-1 {each} %, their mean labels ({teacher['uri']})"
             )
     print(
-        f"students        from scratch, {recipe.optimizer} at {recipe.learning_rate:g}, batches of {recipe.batch_size}; tested on "
+        f"students        from scratch, {optimizers(recipe)}, batches of {recipe.batch_size}; tested on "
         f"held-out images after the last epoch; mean ± standard deviation over {many(recipe.num_seeds, 'seed')}\n"
     )
     print(results_table(table, for_page=False))
@@ -107,6 +109,15 @@ def print_summary(
         print_attacks(attacked)
     print(f"\nresults         {run.store.uri}/{RESULTS_KEY}")
     print(f"this run took   {duration(seconds)}")
+
+
+def optimizers(recipe: EvaluateConfig) -> str:
+    """Return the optimizer and its rate, by labels where they differ."""
+    own = {labels: recipe.for_labels(labels) for labels in recipe.labels}
+    texts = {labels: f"{one.optimizer} at {one.learning_rate:g}" for labels, one in own.items()}
+    if len(set(texts.values())) == 1:
+        return texts[recipe.labels[0]]
+    return ", ".join(f"{text} for {labels} labels" for labels, text in texts.items())
 
 
 def print_attacks(attacked: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,9 +18,16 @@ import torch
 
 from jobs import evaluate
 from jobs.evaluation import options as asked
+from jobs.evaluation.results import optimizers
 from tests.conftest import S3Uri
 from tests.stages.tiny import FinishedRun
-from wmdd_ray.config import DistillConfig, RelabelConfig, SourceConfig, ViewConfig
+from wmdd_ray.config import (
+    DistillConfig,
+    EvaluateConfig,
+    RelabelConfig,
+    SourceConfig,
+    ViewConfig,
+)
 from wmdd_ray.core.views import draw_views
 from wmdd_ray.errors import DataError
 from wmdd_ray.executors.metrics import RayMetrics
@@ -133,6 +141,13 @@ def test_results_are_sealed_with_recipe_teacher_versions_seeds_and_recall_per_cl
         assert np.dot(share_Y, row["recall_per_class"]) == pytest.approx(row["top1_mean"], abs=1e-3)
     content = (ours / "results.json").read_bytes()
     assert documents.unseal(content, "results.json") == found
+
+
+def test_the_optimizer_that_is_told_is_the_one_of_the_labels() -> None:
+    recipe = EvaluateConfig(optimizer="muon", learning_rate=0.01)
+    assert optimizers(recipe) == "muon at 0.01 for soft labels, adamw at 0.001 for hard labels"
+    assert optimizers(replace(recipe, labels=("hard",))) == "adamw at 0.001"
+    assert optimizers(EvaluateConfig()) == "adamw at 0.001"
 
 
 @pytest.mark.slow

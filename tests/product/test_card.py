@@ -83,6 +83,13 @@ def test_a_card_begins_with_what_the_hub_reads_and_ends_with_provenance() -> Non
     assert "1437 images, 1 unreadable ones left out" in body
 
 
+@pytest.mark.parametrize("uri", ["flowers", "/home/me/flowers/", "s3://bucket/flowers"])
+def test_the_name_of_a_card_holds_no_path(uri: str) -> None:
+    meta = {**META, "source": {**META["source"], "uri": uri}}
+    head = yaml.safe_load(dataset_card(meta, recipe_of("digits", 10), None).split("---\n", 2)[1])
+    assert head["pretty_name"] == "Distilled flowers, 10 images per class"
+
+
 def test_a_card_without_an_evaluation_says_so() -> None:
     card = dataset_card(META, recipe_of("digits", 10), None)
     assert "Not evaluated yet." in card
@@ -134,6 +141,7 @@ def test_all_options_that_change_a_byte_stand_in_a_collapsed_block_as_json() -> 
     options = json.loads(block.partition("```json\n")[2].partition("\n```")[0])
     expected = json.loads(json.dumps(asdict(config)))
     del expected["recover"]["checkpoint_s"], expected["squeeze"]["memory_limit_gib"]
+    del expected["squeeze"]["check_class_order"]
     assert options == expected
 
 

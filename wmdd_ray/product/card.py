@@ -291,7 +291,8 @@ def _front(meta: dict[str, Any], license_name: str, extra: dict[str, Any]) -> st
     """Return the block that Hugging Face reads: YAML, of which JSON is a part."""
     num_images = meta["num_images"] * meta["tiles"] ** 2
     head = {
-        "pretty_name": f"Distilled {meta['source']['uri']}, {meta['ipc']} images per class",
+        # Without the folders above it: a path names people and machines.
+        "pretty_name": f"Distilled {meta['source']['uri'].rstrip('/').rpartition('/')[2]}, {meta['ipc']} images per class",
         "license": license_name,
         "task_categories": ["image-classification"],
         "size_categories": [next((name for most, name in _SIZES if num_images < most), "n>1T")],

@@ -10,12 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+_PACKAGE = Path(__file__).resolve().parents[1]
 _PACKAGES = ("ray", "torch", "torchvision", "POT", "numpy", "pyarrow")
 
 
 @cache
 def versions() -> dict[str, Any]:
-    """Return the versions of Python and the main packages, and the git revision where there is one."""
+    """Return the versions of Python and the main packages, and the revision of this code as far as it is known."""
     found: dict[str, Any] = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -26,14 +27,22 @@ def versions() -> dict[str, Any]:
 
 
 def _revision() -> str | None:
-    """Return the git revision of this checkout, with `+changes` when files differ; None outside one.
+    """Return the git revision of this checkout, with `+changes` when files differ; of an installed package its version.
 
-    An image holds a file REVISION instead of the history (cluster/Dockerfile).
+    An image holds a file REVISION instead of the history (cluster/Dockerfile). None where there is neither.
     """
-    root = Path(__file__).resolve().parents[2]
+    root = _PACKAGE.parent
     told = root / "REVISION"
     if told.is_file():
         return told.read_text().strip() or None
+    project = root / "pyproject.toml"
+    if not project.is_file() or 'name = "wmdd_ray"' not in project.read_text(encoding="utf-8"):
+        try:
+            return version("wmdd_ray")
+        except PackageNotFoundError:
+            return None
+    if not (root / ".git").exists():  # a copy, perhaps inside somebody else's repository
+        return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=12"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

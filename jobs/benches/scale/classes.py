@@ -18,10 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from jobs.benches.reporting import Row, spread
-from jobs.benches.scale.processes import cpu_s, descendants, in_a_process, local_ray, shares_mib
-from jobs.benches.scale.rooms import s3_server, store_rows
-from jobs.benches.speed.barycenter import synthetic_class
 from wmdd_ray.config import Resources
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.records import ClassFeatures, Moments
@@ -30,6 +26,11 @@ from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.units.atoms import ClassSolver
 from wmdd_ray.units.class_features import class_key, class_unit
+
+from ..reporting import Row, spread
+from ..speed.barycenter import synthetic_class
+from .processes import cpu_s, descendants, in_a_process, local_ray, shares_mib
+from .rooms import s3_server, store_rows
 
 # The BatchNorm inputs of a ResNet-18.
 _CHANNELS_L = (64,) * 5 + (128,) * 5 + (256,) * 5 + (512,) * 5

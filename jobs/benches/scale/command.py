@@ -8,9 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from jobs.benches.reporting import report
-from jobs.benches.scale.classes import Classes
-from jobs.benches.scale.workers import Workers
+from ..reporting import report
+from .classes import Classes
+from .workers import Workers
 
 Part = (
     Annotated[Classes, tyro.conf.subcommand("classes")]

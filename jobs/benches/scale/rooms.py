@@ -15,9 +15,10 @@ from unittest import mock
 
 import fsspec
 
-from jobs.benches.reporting import Row
 from wmdd_ray.spine.rooms import Room, StageCommit
 from wmdd_ray.store.filesystem import Store
+
+from ..reporting import Row
 
 
 def store_rows(uri: str, name: str, num_units: int) -> list[Row]:

@@ -18,14 +18,15 @@ from typing import Any, Literal
 
 import torch
 
-from jobs.benches.reporting import Row, spread
-from jobs.benches.scale.processes import in_a_process, local_ray
 from wmdd_ray.config import Resources
 from wmdd_ray.executors.dispatch import do_units
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.run import DoUnit, Progress, Report, Run, Stage, StageRun, Work, run_pipeline
 from wmdd_ray.store.filesystem import Store
+
+from ..reporting import Row, spread
+from .processes import in_a_process, local_ray
 
 Executor = Literal["train", "actors"]
 

@@ -8,10 +8,11 @@ from typing import Literal, cast
 
 import numpy as np
 
-from jobs.benches.reporting import Row, report, spread
 from wmdd_ray.config import BarycenterConfig
 from wmdd_ray.core.barycenter import solve_barycenter
 from wmdd_ray.core.transport import exact_cost, one_thread
+
+from ..reporting import Row, report, spread
 
 Solver = Literal["lloyd", "uniform", "emd", "sinkhorn", "sliced"]
 

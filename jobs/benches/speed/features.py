@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from jobs.benches.reporting import report, spread
-from jobs.benches.speed.orchestration import distill, read_stage
 from wmdd_ray.core.embedding import features_and_moments
 from wmdd_ray.core.networks import network_of
 from wmdd_ray.core.views import to_input
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.store.codecs import decode_teacher
 from wmdd_ray.store.sources import decoded_chunks, open_source
+
+from ..reporting import report, spread
+from .orchestration import distill, read_stage
 
 
 def features(data: str, bare_chunks: int = 20, out: str | None = None) -> None:

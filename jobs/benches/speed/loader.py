@@ -14,15 +14,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from jobs.benches.reporting import Row, report, spread
-from jobs.benches.scale.rooms import s3_server
-from jobs.benches.speed.orchestration import distill
 from wmdd_ray.config import NetworkConfig
 from wmdd_ray.core.networks import build_network
 from wmdd_ray.core.student_losses import soft_label_loss
 from wmdd_ray.core.views import render_views
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.store.filesystem import Store
+
+from ..reporting import Row, report, spread
+from ..scale.rooms import s3_server
+from .orchestration import distill
 
 # Batches that are loaded before the clock starts: workers start, caches fill.
 _WARM_UP = 5

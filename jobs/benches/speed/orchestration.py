@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jobs.benches.reporting import report
+from ..reporting import report
 
 ROOT = Path(__file__).resolve().parents[3]
 ROOMS = ("teacher", "features", "barycenters", "images", "labels", "dataset", "evaluation")

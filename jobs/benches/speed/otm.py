@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import torch
 
-from jobs.benches.reporting import Row, report, spread
 from wmdd_ray.config import EvaluateConfig, NetworkConfig, ViewConfig
 from wmdd_ray.core.networks import build_network
 from wmdd_ray.core.student_losses import transport_loss
 from wmdd_ray.core.training import train_student
 from wmdd_ray.core.views import StoredImages, draw_views
+
+from ..reporting import Row, report, spread
 
 
 def otm(

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jobs.benches.reporting import Row, report
-from jobs.benches.scale.processes import in_a_process, local_ray, watched
-from jobs.prepare import Job
-from jobs.prepare import prepare as run_job
 from wmdd_ray.units.splitting import PrepareConfig
+
+from ...prepare import Job
+from ...prepare import prepare as run_job
+from ..reporting import Row, report
+from ..scale.processes import in_a_process, local_ray, watched
 
 _NUM_CLASSES = 10
 _PICTURES = 20

@@ -10,13 +10,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from jobs.benches.reporting import Row, report, spread
 from wmdd_ray.config import NetworkConfig, RecoverConfig
 from wmdd_ray.core.embedding import features_and_moments
 from wmdd_ray.core.moments import variance_S
 from wmdd_ray.core.networks import batch_norms, build_network
 from wmdd_ray.core.synthesis import ClassTarget, recover_group
 from wmdd_ray.core.views import to_input
+
+from ..reporting import Row, report, spread
 
 
 def recover(

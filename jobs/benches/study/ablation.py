@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
-from jobs.benches.study.definitions import RANDOM, Group, Options, Row, variants
-from jobs.benches.study.rows import divides, group_of, main_rows, recovered
 from wmdd_ray.config import DistillConfig
+
+from .definitions import RANDOM, Group, Options, Row, variants
+from .rows import divides, group_of, main_rows, recovered
 
 # What differs between recipes without being a choice that an ablation asks about; student and label epochs go together.
 _NO_CHOICE = {"network", "num_seeds", "baselines", "all_real_epochs", "diffusion"} | {

@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.benches.study.definitions import FULL, RANDOM
-from jobs.benches.study.scores import scored_rows, spread
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.store.documents import unseal
+
+from .definitions import FULL, RANDOM
+from .scores import scored_rows, spread
 
 _NEEDED = {
     "a result": "table dataset data fingerprint split opened num_images teachers groups hardware versions git_revision",

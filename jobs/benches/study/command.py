@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jobs.benches.study.definitions import Options, TableName
-from jobs.benches.study.engine import Study, print_plan
-from jobs.benches.study.judge import before_text, refuse_second_opening
-from jobs.benches.study.rendering import render as render_tables
-from jobs.benches.study.scores import score, sealed
-from jobs.benches.study.splits import make_place, uri_of
-from jobs.benches.study.tables import table_of
-from jobs.benches.study.work import jobs_of, rows_of
+from .definitions import Options, TableName
+from .engine import Study, print_plan
+from .judge import before_text, refuse_second_opening
+from .rendering import render as render_tables
+from .scores import score, sealed
+from .splits import make_place, uri_of
+from .tables import table_of
+from .work import jobs_of, rows_of
 
 _AS_IT_IS = Options()
 

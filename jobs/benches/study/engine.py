@@ -21,7 +21,6 @@ from typing import Any, cast
 
 import torch
 
-from jobs.benches.study.splits import Place
 from wmdd_ray.config import AttackConfig, AttackName, DistillConfig, Resources
 from wmdd_ray.executors.heap import keep_freed_memory
 from wmdd_ray.spine.rooms import Room, StageCommit
@@ -29,6 +28,8 @@ from wmdd_ray.spine.run import Progress, Run, Stage, bring, expected_plan
 from wmdd_ray.stages import attack, evaluate
 from wmdd_ray.stages.pipeline import PIPELINE
 from wmdd_ray.telling.progress import duration
+
+from .splits import Place
 
 
 def _students_options(config: DistillConfig) -> dict[str, Any]:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from jobs.benches.study.definitions import Table
-from jobs.benches.study.engine import Study
-from jobs.benches.study.splits import Labeled, load_split
-from jobs.benches.study.work import Trained, jobs_of, units_of
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.spine.run import fingerprint
 from wmdd_ray.store.documents import read_sealed, seal
+
+from .definitions import Table
+from .engine import Study
+from .splits import Labeled, load_split
+from .work import Trained, jobs_of, units_of
 
 
 def configuration_of(table: Table, rows: Sequence[Trained], study: Study) -> dict[str, Any]:

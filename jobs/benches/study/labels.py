@@ -13,10 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jobs.benches.reporting import Row, report
-from jobs.benches.study.engine import Job, Study, chain, students
-from jobs.benches.study.scores import top1_of_students
-from jobs.benches.study.splits import Labeled, load_split, make_place
 from wmdd_ray.config import DistillConfig, RecoverConfig, RelabelConfig, ViewConfig
 from wmdd_ray.core.soft_labels import compress
 from wmdd_ray.core.views import draw_block
@@ -24,6 +20,11 @@ from wmdd_ray.errors import ConfigError
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.records import SoftLabelBlock, ViewDraw
 from wmdd_ray.store import codecs
+
+from ..reporting import Row, report
+from .engine import Job, Study, chain, students
+from .scores import top1_of_students
+from .splits import Labeled, load_split, make_place
 
 # Logits of the synthetic set: spread of the others, and how far the true class and the mixed-in one stand out.
 _SPREAD, _PEAK = 2.5, 8.0

@@ -12,12 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jobs.benches.reporting import mean_and_std, save
-from jobs.benches.study.definitions import Options, variants
-from jobs.benches.study.engine import Job, Study, chain, one_thread, students
-from jobs.benches.study.scores import top1_of_students
-from jobs.benches.study.splits import Labeled, Place, held_out_of, load_split, make_place, uri_of
-from jobs.benches.study.summary import line_of
 from wmdd_ray.config import DiffusionConfig, DistillConfig, LabelKind, RecoverConfig
 from wmdd_ray.core.networks import network_of
 from wmdd_ray.core.synthesis import features_of
@@ -36,6 +30,13 @@ from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.run import fingerprint
 from wmdd_ray.units.images import Inputs, read_images
 from wmdd_ray.units.teacher import read_teacher
+
+from ..reporting import mean_and_std, save
+from .definitions import Options, variants
+from .engine import Job, Study, chain, one_thread, students
+from .scores import top1_of_students
+from .splits import Labeled, Place, held_out_of, load_split, make_place, uri_of
+from .summary import line_of
 
 Guidance = Literal["nothing", "otg", "igd"]
 Sets = tuple[dict[str, "Job"], ...]

@@ -9,11 +9,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jobs.benches.study.checks import read_result
-from jobs.benches.study.judge import before_text
-from jobs.benches.study.scores import different, spread
-from jobs.benches.study.summary import line_of, summary_lines
 from wmdd_ray.errors import ArtifactError
+
+from .checks import read_result
+from .judge import before_text
+from .scores import different, spread
+from .summary import line_of, summary_lines
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "jobs" / "benches" / "results"

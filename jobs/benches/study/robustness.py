@@ -11,14 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jobs.benches.reporting import mean_and_std, save
-from jobs.benches.study.definitions import Options, Table, TeacherRecipe, variants
-from jobs.benches.study.engine import Job, Study, one_thread
-from jobs.benches.study.rows import group_of, recovered
-from jobs.benches.study.scores import top1_of_students
-from jobs.benches.study.splits import Labeled, held_out_of, load_split, make_place, uri_of
-from jobs.benches.study.summary import line_of
-from jobs.benches.study.work import jobs_of_row, units_of
 from wmdd_ray.config import AttackConfig, AttackName, DistillConfig, SqueezeConfig
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.recipes import recipe_of
@@ -32,6 +24,15 @@ from wmdd_ray.robustness.attacks import (
 from wmdd_ray.robustness.units import budgets, read_attacked, slices_of
 from wmdd_ray.spine.provenance import hardware, versions
 from wmdd_ray.units.teacher import UNIT
+
+from ..reporting import mean_and_std, save
+from .definitions import Options, Table, TeacherRecipe, variants
+from .engine import Job, Study, one_thread
+from .rows import group_of, recovered
+from .scores import top1_of_students
+from .splits import Labeled, held_out_of, load_split, make_place, uri_of
+from .summary import line_of
+from .work import jobs_of_row, units_of
 
 Method = Literal["wmdd", "sre2l"]
 Attacks = dict[tuple[AttackName, Fraction | None], "Job"]

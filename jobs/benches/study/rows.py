@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from jobs.benches.study.definitions import RANDOM, Group, Kind, Options, Row, TeacherRecipe
 from wmdd_ray.config import DistillConfig, RecoverConfig
+
+from .definitions import RANDOM, Group, Kind, Options, Row, TeacherRecipe
 
 _TILED: tuple[Kind, ...] = ("random", "nearest", "mosaic")
 

@@ -11,12 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.benches.reporting import mean_and_std
-from jobs.benches.study.definitions import FULL, RANDOM, Table
-from jobs.benches.study.engine import Job, Study, map_in, one_thread
-from jobs.benches.study.judge import configuration_of, open_test
-from jobs.benches.study.splits import Labeled, Place, Split
-from jobs.benches.study.work import LABELS, Trained, units_of
 from wmdd_ray.core.batches import eval_batches
 from wmdd_ray.core.networks import network_of
 from wmdd_ray.core.training import accuracy
@@ -27,6 +21,13 @@ from wmdd_ray.store.documents import seal
 from wmdd_ray.units.students import parts_of, read_student, student_key
 from wmdd_ray.units.teacher import read_teacher
 from wmdd_ray.units.teacher import units_of as teacher_units
+
+from ..reporting import mean_and_std
+from .definitions import FULL, RANDOM, Table
+from .engine import Job, Study, map_in, one_thread
+from .judge import configuration_of, open_test
+from .splits import Labeled, Place, Split
+from .work import LABELS, Trained, units_of
 
 _BATCH_IMAGES = 500
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jobs.benches.study.definitions import FULL, RANDOM
-from jobs.benches.study.scores import different, spread
+from .definitions import FULL, RANDOM
+from .scores import different, spread
 
 TABLES = ("digits", "main")
 """Tables whose rows are summarized; the others change one thing in them."""

@@ -6,8 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from jobs.benches.study.ablation import ablation
-from jobs.benches.study.definitions import (
+from wmdd_ray.config import NetworkConfig
+from wmdd_ray.errors import ConfigError
+from wmdd_ray.recipes import recipe_of
+
+from .ablation import ablation
+from .definitions import (
     FULL,
     RANDOM,
     Group,
@@ -19,11 +23,8 @@ from jobs.benches.study.definitions import (
     require_equal_budgets,
     variants,
 )
-from jobs.benches.study.rows import group_of, main_rows, recovered, several_teachers, teacher_of
-from jobs.benches.study.splits import held_out_of
-from wmdd_ray.config import NetworkConfig
-from wmdd_ray.errors import ConfigError
-from wmdd_ray.recipes import recipe_of
+from .rows import group_of, main_rows, recovered, several_teachers, teacher_of
+from .splits import held_out_of
 
 _Maker = Callable[[str, tuple[int, ...], Options], list[Group]]
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jobs.benches.study.definitions import Group, Kind, Row, Table, TeacherRecipe, budget_of
-from jobs.benches.study.engine import Job, Study, chain, student_rows, students
 from wmdd_ray.config import (
     AssembleConfig,
     DistillConfig,
@@ -19,6 +17,9 @@ from wmdd_ray.config import (
 )
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.units.students import unit_ids
+
+from .definitions import Group, Kind, Row, Table, TeacherRecipe, budget_of
+from .engine import Job, Study, chain, student_rows, students
 
 LABELS: tuple[LabelKind, ...] = ("soft", "hard")
 # Options of the loss to soft labels.
