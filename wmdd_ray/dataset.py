@@ -47,9 +47,9 @@ from wmdd_ray.errors import ArtifactError, ConfigError
 from wmdd_ray.records import SoftLabels, Teacher, Views
 from wmdd_ray.store import codecs, documents, packing
 from wmdd_ray.store.filesystem import Store
-from wmdd_ray.store.uris import check_named
 from wmdd_ray.store.images import decode_png
 from wmdd_ray.store.label_files import VIEW_BYTES
+from wmdd_ray.store.uris import check_named
 
 Item = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Block = tuple[Views, SoftLabels]
@@ -266,8 +266,8 @@ class DistilledDataset(Dataset[Item]):
         if uri is None and named != "digits":
             if not follow_data:
                 raise ConfigError(
-                    f"{self.uri} says that its real images are at {named}, which is not read because a set says so: pass the URI of "
-                    "held-out images, or follow_data=True if this set is yours"
+                    f"{self.uri} says that its real images are at {named}, which is not read because a set says so: pass the "
+                    "URI of held-out images, or follow_data=True if this set is yours"
                 )
             check_named(named, self.uri)
         config = SourceConfig(

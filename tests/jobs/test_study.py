@@ -639,7 +639,7 @@ def test_one_function_reads_the_test_split_and_only_scoring_calls_it() -> None:
     assert callers == ["scores.py"]
     for name in ("engine.py", "work.py", "definitions.py", "rows.py", "ablation.py", "tables.py"):
         assert "judge import" not in (PACKAGE / name).read_text()
-        assert "open_source" not in (PACKAGE / name).read_text()
+        assert "open_source(" not in (PACKAGE / name).read_text()
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,9 @@ class Study:
 
     def _run(self, job: Job) -> _JobRun:
         run = self._bare(job)
-        run.rooms = {each.made.room: self.id(each) for each in (*job.inputs, job)}
+        # Barycenters look at the teacher that their features are of.
+        before = [each for done in job.inputs for each in done.inputs]
+        run.rooms = {each.made.room: self.id(each) for each in (*before, *job.inputs, job)}
         return run
 
     def _bare(self, job: Job) -> _JobRun:
