@@ -52,6 +52,8 @@ def digits(ipc: int) -> DistillConfig:
         squeeze=SqueezeConfig(
             network=network, epochs=20, batch_size=64, crop_scale_min=0.7, flip=False
         ),
+        # What the tables of digits were measured with.
+        barycenters=BarycenterConfig(solver="lloyd", num_starts=1),
         recover=RecoverConfig(
             iterations=100,
             learning_rate=0.05,
