@@ -186,12 +186,8 @@ def dataset_card(
     parquet = [
         {"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}
     ]
-    use = """```python
-from torch.utils.data import DataLoader
-from wmdd_ray.dataset import DistilledDataset
-
-for view, soft_label, weight in DataLoader(DistilledDataset("THIS FOLDER OR URI"), batch_size=25, shuffle=True):
-    ...  # one pass is the whole training: every label epoch of every image
+    use = f"""```python
+{training_lines('"THIS FOLDER OR URI"')}
 ```
 
 `datasets.load_dataset("THIS FOLDER")` opens the images with their class names."""
@@ -210,6 +206,18 @@ cuts them apart."""
         options=options_of(config),
         teacher_sha256=meta["provenance"].get("teacher_sha256"),
     )
+
+
+def training_lines(uri: str) -> str:
+    """Return the Python that trains on a set of ours; `uri` is an expression."""
+    return f"""from torch.utils.data import DataLoader
+from wmdd_ray import load_dataset
+
+dataset = load_dataset({uri})
+loader = DataLoader(dataset, batch_sampler=dataset.batches(25))
+for epoch in range(dataset.epochs):  # one pass over the images each, with views and labels of its own
+    for view, soft_label, weight in loader:
+        ..."""
 
 
 def options_of(config: DistillConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from wmdd_ray.product.card import ROW_NAMES, size
+from wmdd_ray.product.card import ROW_NAMES, size, training_lines
 from wmdd_ray.product.pages.facts import RunFacts, accuracy, classes, command_of, options_of
 from wmdd_ray.product.pages.timeline import Axis, lanes
 from wmdd_ray.telling.progress import duration
@@ -35,12 +35,6 @@ _SECTIONS = {
     "time": "Time",
     "options": "Options and versions",
 }
-_SNIPPET = """from torch.utils.data import DataLoader
-from wmdd_ray.dataset import DistilledDataset
-
-dataset = DistilledDataset({uri})
-for view, soft_label, weight in DataLoader(dataset, batch_size=25, sampler=dataset.sampler()):
-    ..."""
 
 
 def render(
@@ -96,7 +90,7 @@ def render(
         num_shown=len(shown),
         num_classes=len(every_class),
         card=card,
-        snippet=_SNIPPET.format(uri=json.dumps(f"{facts.uri}/dataset", ensure_ascii=False)),
+        snippet=training_lines(json.dumps(f"{facts.uri}/dataset", ensure_ascii=False)),
         command=command_of(facts),
         made=_made(facts),
         costs=_costs(every_class),
