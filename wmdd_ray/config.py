@@ -578,8 +578,7 @@ class DistillConfig:
     recipe: str = "digits"
     """Name of the recipe that the defaults come from."""
     variant: Literal["best", "paper", "paper_weighted"] = "best"
-    """Which defaults: `best` is what proved best (jobs/benches/results), `paper` is WMDD as its authors run it, with atoms of equal
-    weight, `paper_weighted` as they write it, with learned weights in the moments and in the students' loss."""
+    """`best` is what proved best (jobs/benches/results), `paper` WMDD as its authors run it, `paper_weighted` as they write it."""
     ipc: int = option(10, ge=1)
     """Distilled images per class."""
     seed: int = option(0, ge=0)
@@ -589,8 +588,8 @@ class DistillConfig:
     val_data: str | None = None
     """Held-out images; not needed where the source brings its own split (digits, IDX, folders `train`/`val`)."""
     teacher: str | None = None
-    """A committed teacher room, published weights (`torchvision:NAME`, `timm:NAME`, whose input becomes the default of --source),
-    or a checkpoint file; trained by `squeeze` when absent."""
+    """A committed teacher room, published weights (`torchvision:NAME`, `timm:NAME`; --source follows them), or a checkpoint file;
+    absent: squeeze trains one."""
     source: SourceConfig = SourceConfig()
     squeeze: SqueezeConfig = SqueezeConfig()
     features: FeaturesConfig = FeaturesConfig()

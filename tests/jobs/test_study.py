@@ -300,6 +300,7 @@ def test_everything_that_was_built_for_a_recipe_is_in_its_ablation_once(ipc: int
         *("flip", "mixed_precision", "images_per_group", "checkpoint_s"),  # no choice of quality
         *("max_iters", "tol", "num_starts", "reg", "num_projections"),  # of solvers, to their end
         "label_weight",  # the table `longtail`
+        "anchor_depth",
     }
     for part in ("barycenters", "recover"):
         values = [getattr(row, part) for row in images.rows[1:]]
@@ -352,7 +353,7 @@ def test_options_that_the_rest_of_a_recipe_rules_out_are_left_out_of_its_ablatio
     assert all_of_it - names_in_ablation(ipc=(10,), iterations=3) == short
     assert "with_residual_blends" in names_in_ablation(ipc=(10,), iterations=4)
     # One atom is a mean, whatever it is found by.
-    idle = {"without_solver", "uniform", "with_margin", "with_mean", "with_weighted_moments"}
+    idle = {"without_solver", "lloyd", "with_margin", "with_mean", "with_weighted_moments"}
     alone = {*idle, "loss by the atoms' weights", "batch size 100"}
     assert all_of_it - names_in_ablation(ipc=(1,), tiles=1) >= alone
     assert not names_in_ablation(ipc=(1,), tiles=1) & {*alone, "sliced"}

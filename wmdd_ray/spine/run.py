@@ -100,9 +100,9 @@ class Run:
             self._sources[split] = self.open_source(split)
         return self._sources[split]
 
-    def room(self, name: str) -> Room:
-        """Return a room of this run."""
-        return Room(self.store, name, self.token)
+    def room(self, name: str, space: str | None = None) -> Room:
+        """Return a room of this run; `space` is that of the plan which the run has claimed it for."""
+        return Room(self.store, name, self.token, space)
 
     @cached_property
     def events(self) -> EventLog:
@@ -329,7 +329,7 @@ def _build(
     """Do a stage's unfinished units and commit its room."""
     started = time.monotonic()
     plan = _claim(run, room, plan, overwrite=overwrite)
-    room = Room(run.store, stage.room, run.token, plan["space"])
+    room = run.room(stage.room, plan["space"])
     run.begin_work()
     progress = _Watched(run.progress(stage.name), run.watch, stage.name)
     stage_run = StageRun(run=run, stage=stage, room=room, progress=progress)

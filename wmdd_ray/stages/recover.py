@@ -128,9 +128,11 @@ def _numbers(stage: StageRun, marker: UnitMarker) -> list[Number]:
 
 
 def _images(stage: StageRun, marker: UnitMarker) -> int:
+    if marker.unit == surrogate.UNIT:
+        return 0
     group = groups(stage.config, len(stage.inputs["features"].metrics["class_counts"]))
-    made = group.get(marker.unit)
-    return len(made.labels) * len(made.positions) if made else 0
+    made = group[marker.unit]
+    return len(made.labels) * len(made.positions)
 
 
 def _curves(stage: StageRun, marker: UnitMarker) -> list[Number]:

@@ -34,6 +34,8 @@ def ablation(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Grou
                 changes = {name: value}
                 if name == "start" and value == "noise":
                     changes["residual_blends"] = 0  # noise has nothing to go back to
+                if not _applies(best, changes):
+                    continue
                 title = f"`best` with {_words(name)} {value}"
                 rows[f"without_{name}"] = _changed_row(
                     f"without_{name}", title, best, part, changes
@@ -62,7 +64,7 @@ def ablation(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Grou
 # What was built for images and neither variant has: row -> (part, title, changes).
 IMAGE_OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sliced": ("barycenters", "a sliced Wasserstein barycenter", {"solver": "sliced"}),
-    "uniform": ("barycenters", "atoms of equal weight", {"solver": "uniform"}),
+    "lloyd": ("barycenters", "atoms of free weight", {"solver": "lloyd"}),
     "with_margin": ("barycenters", "3 of 10 atoms at the class's margin", {"margin_fraction": 0.3}),
     "with_rbf_mmd": ("recover", "RBF MMD for the Wasserstein term", {"feature_term": "rbf_mmd"}),
     "with_mean": ("recover", "mean matching for the Wasserstein term", {"feature_term": "mean"}),
@@ -72,6 +74,7 @@ IMAGE_OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "with_weighted_moments": ("recover", "moments by the atoms' weights", {"weighted_moments": True}),
     "with_ema_statistics": ("recover", "running moments (0.8)", {"ema_statistics": 0.8}),
     "with_ce": ("recover", "cross-entropy beside the Wasserstein term", {"ce_weight": 1.0}),
+    "with_anchors": ("recover", "features held near real images' (CIM)", {"anchor_weight": 1.0}),
     "with_residual_blends": ("recover", "three residual blends (FADRM)", {"residual_blends": 3}),
     "with_random_start": ("recover", "a start from random images", {"start": "random"}),
     "with_mosaic_start": ("recover", "a start from mosaics of easiest crops", {"start": "mosaic"}),

@@ -86,8 +86,8 @@ class _JobRun(Run):
 
     rooms: dict[str, str] = field(default_factory=dict)
 
-    def room(self, name: str) -> Room:
-        return Room(self.store, f"{name}/{self.rooms[name]}", self.token)
+    def room(self, name: str, space: str | None = None) -> Room:
+        return Room(self.store, f"{name}/{self.rooms[name]}", self.token, space)
 
 
 class Study:
