@@ -576,7 +576,7 @@ class DistillConfig:
     """One complete run."""
 
     recipe: str = "digits"
-    """Name of the recipe that the defaults come from."""
+    """Name of the recipe that the defaults come from. `auto`, which --data alone means, chooses by the images; `digits` without."""
     variant: Literal["best", "paper", "paper_weighted"] = "best"
     """Which defaults: `best` is what proved best (jobs/benches/results), `paper` is WMDD as its authors run it, with atoms of equal
     weight, `paper_weighted` as they write it, with learned weights in the moments and in the students' loss."""
@@ -588,6 +588,9 @@ class DistillConfig:
     """Training images: `digits` (embedded), a path, or a URI."""
     val_data: str | None = None
     """Held-out images; not needed where the source brings its own split (digits, IDX, folders `train`/`val`)."""
+    val_fraction: float | None = option(None, gt=0, le=0.9)
+    """Share of each class's training images that is held out, at least one of a class with two, chosen by a hash of their names as
+    `jobs/prepare.py --val-fraction` does; what the source holds out itself is then not read. Absent: that, or --val-data."""
     teacher: str | None = None
     """A committed teacher room, published weights (`torchvision:NAME`, `timm:NAME`, whose input becomes the default of --source),
     or a checkpoint file; trained by `squeeze` when absent."""
@@ -604,6 +607,9 @@ class DistillConfig:
         for name in ("data", "val_data", "teacher"):
             refuse_secrets(name.replace("_", "-"), getattr(self, name))
         check(self)
+        expected = "none beside --val-data, whose images are held out as they are"
+        alone = self.val_data is None or self.val_fraction is None
+        require(alone, "val-fraction", expected, self.val_fraction)
         weight, tiles = self.squeeze.curvature_weight, self.recover.tiles
         taken = f"0 with --teacher {self.teacher}, which is taken as it is"
         expected = f"{taken}; leave --teacher out, or give one that was trained with this weight"
