@@ -39,13 +39,16 @@ from wmdd_ray.spine.run import (
 )
 from wmdd_ray.store.documents import dump_json
 from wmdd_ray.store.filesystem import Store
-from wmdd_ray.store.sources import Source, open_source
+from wmdd_ray.store.sources import Source
 from wmdd_ray.telling.progress import StageLine, duration
 from wmdd_ray.telling.trackers import TrackedRun, trackers_of
+from wmdd_ray.units.cut import open_split
+from wmdd_ray.units.own_data import doubts_of
 
-from . import command_line, endings
+from . import command_line, endings, own_data
 
-_FIRST = "recipe variant ipc seed data val-data teacher out from overwrite dry-run num-workers"
+_MEASURED_FOR = ("source.image-size", "source.channels")
+_FIRST = "recipe variant ipc seed data val-data val-fraction teacher out from overwrite dry-run num-workers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +56,8 @@ class Job:
     """Options of the job. Those with a dot belong to one stage."""
 
     out: str | None = None
-    """Root of the run: a path, or a URI that all nodes see. Absent: RECIPE-ipcIPC in $WMDD_RAY_RUNS (set by the files of cluster/),
-    else in runs/ (a submitted job: in the home folder)."""
+    """Root of the run: a path, or a URI that all nodes see. Absent: RECIPE-ipcIPC, of `auto` DATA-ipcIPC, in $WMDD_RAY_RUNS (set by
+    the files of cluster/), else in runs/ (a submitted job: in the home folder)."""
     first: Annotated[StageName | None, tyro.conf.arg(name="from")] = None
     """Begin with this stage; those before it must be committed."""
     last: Annotated[StageName | None, tyro.conf.arg(name="until")] = None
@@ -70,6 +73,10 @@ class Job:
     config: Annotated[DistillConfig, tyro.conf.arg(name="")] = field(default_factory=DistillConfig)
     resources: Annotated[Resources, tyro.conf.arg(name="")] = field(default_factory=Resources)
     reporting: Annotated[Reporting, tyro.conf.arg(name="")] = field(default_factory=Reporting)
+    auto: Annotated[own_data.Auto | None, tyro.conf.Suppress, tyro.conf.Fixed] = None
+    """What the recipe `auto` saw of the data; not an option."""
+    told: Annotated[tuple[str, ...], tyro.conf.Suppress, tyro.conf.Fixed] = ()
+    """What it chose, and why; not an option."""
 
     def __post_init__(self) -> None:
         refuse_secrets("out", self.out)
@@ -90,26 +97,61 @@ def main(arguments: list[str]) -> int:
 def parse(arguments: list[str]) -> Job:
     """Return the job of a command line: a recipe's values, changed by the options given."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="digits")
-    first.add_argument("--variant", default="best")
-    first.add_argument("--ipc", default="")
-    first.add_argument("--teacher", default="")
-    known, _ = first.parse_known_args(arguments)
-    ipc = int(known.ipc) if known.ipc.isdecimal() else 10  # tyro says what is wrong with others
-    config = recipe_of(known.recipe, ipc, known.variant)
-    if known.teacher.startswith(("torchvision:", "timm:")):
-        # Imported here: torch, which a wrong option should not have to wait for.
-        from wmdd_ray.core.published import published
+    for option in ("recipe", "variant", "ipc", "teacher", "data", *_MEASURED_FOR):
+        first.add_argument(f"--{option}", f"--{option.replace('-', '_')}", dest=option, default="")
+    known = vars(first.parse_known_args(arguments)[0])
+    # tyro says what is wrong with others
+    ipc = int(known["ipc"]) if known["ipc"].isdecimal() else 10
+    with_data = known["data"] not in ("", "digits")
+    recipe = known["recipe"] or ("auto" if with_data else "digits")
+    if recipe == "auto" and with_data:
+        return _parse_auto(arguments, known, ipc)
+    config = _for_teacher(recipe_of(recipe, ipc, known["variant"] or "best"), known["teacher"])
+    return _parse(arguments, config)
 
-        config = replace(config, source=published(known.teacher).source(config.source))
+
+def _parse(arguments: list[str], config: DistillConfig) -> Job:
     default = Job(config=config)
     return command_line.parse(Job, arguments, description=__doc__, default=default, first=_FIRST)
+
+
+def _for_teacher(config: DistillConfig, teacher: str) -> DistillConfig:
+    """Return the options with the input that published weights were trained with."""
+    if not teacher.startswith(("torchvision:", "timm:")):
+        return config
+    # Imported here: torch, which a wrong option should not have to wait for.
+    from wmdd_ray.core.published import published
+
+    return replace(config, source=published(teacher).source(config.source))
+
+
+def _parse_auto(arguments: list[str], known: dict[str, str], ipc: int) -> Job:
+    """Return the job of a command line without a recipe: its data choose, and the options given come over it."""
+    size, channels = (
+        int(known[name]) if known[name].isdecimal() else None for name in _MEASURED_FOR
+    )
+    teacher = known["teacher"]
+    if teacher.startswith(("torchvision:", "timm:")):
+        given = _for_teacher(DistillConfig(), teacher).source
+        size, channels = size or given.image_size, channels or given.channels
+    job = _parse(arguments, own_data.placeholder(known["data"], ipc, channels))
+    out = None if job.overwrite else Store(job.out or default_out(job.config))
+    auto = own_data.look(job.config, job.resources, out, image_size=size, channels=channels)
+    config, reasons = auto.choose(ipc, job.config.variant)
+    # What was typed must not be at odds with what was not.
+    warmup = min(config.squeeze.warmup_epochs, job.config.squeeze.epochs)
+    config = replace(config, squeeze=replace(config.squeeze, warmup_epochs=warmup))
+    job = _parse(arguments, _for_teacher(config, teacher))
+    told = own_data.told(job.config, reasons, arguments)
+    return replace(job, auto=auto, told=tuple(told))
 
 
 def distill(job: Job) -> int:
     """Bring every room up to date and print what a person wants to know."""
     started = time.monotonic()
     run = open_run(job)
+    for line in job.told:
+        print(f"auto: {line}", flush=True)
     tracked = tracked_run(run)
     trackers = [] if job.dry_run else trackers_of(job.reporting, tracked)
     # Imported here: stages load torch and Ray, which a wrong option should not have to wait for.
@@ -142,33 +184,23 @@ def open_run(job: Job) -> Run:
     """Return the run of a job; nothing is read or started yet."""
     config = job.config
     out = job.out or default_out(config)
-    sources: dict[str, Source] = {}
 
-    def open_split(split: str) -> Source:
+    def opened(split: str) -> Source:
         if split == "train":
-            sources["train"] = open_source(config.data, config.source, split="train")
-            return sources["train"]
-        names = run.source("train").class_names
-        uri = config.val_data or config.data
-        return open_source(
-            uri,
-            config.source,
-            split="val",
-            class_names=names,
-            dedicated=config.val_data is not None,
-        )
+            return open_split(config, "train")
+        return open_split(config, "val", run.source("train").class_names)
 
     def connect() -> None:
         endings.join_cluster(out, job.resources, verbose=job.verbose)
         # Only now: a run that was refused, or had nothing to do, is not what made the rooms.
-        write_run_record(run)
+        write_run_record(run, job.auto)
         print(f"writing to {run.store.uri}", file=sys.stderr)
 
     run = Run(
         store=Store(out),
         config=config,
         resources=job.resources,
-        open_source=open_split,
+        open_source=opened,
         progress=StageLine,
         connect=connect,
         unsafe_commits=job.allow_unsafe_commits,
@@ -189,13 +221,15 @@ def tracked_run(run: Run) -> TrackedRun:
 def default_out(config: DistillConfig) -> str:
     """Return where a run goes when --out is absent."""
     variant = "" if config.variant == "best" else f"-{config.variant}"
-    return endings.default_out(f"{config.recipe}-ipc{config.ipc}{variant}")
+    name = own_data.name_of(config.data) if config.recipe == "auto" else config.recipe
+    return endings.default_out(f"{name}-ipc{config.ipc}{variant}")
 
 
-def write_run_record(run: Run) -> None:
-    """Store the merged configuration, versions and revision of this run."""
+def write_run_record(run: Run, auto: own_data.Auto | None) -> None:
+    """Store the merged configuration, versions and revision of this run, and what `auto` saw."""
     record = {"config": asdict(run.config), "resources": asdict(run.resources), **versions()}
     record |= {"hardware": hardware(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
+    record |= {own_data.RECORD_KEY: auto.record()} if auto else {}
     run.store.put("run.json", dump_json(record))
 
 
@@ -225,6 +259,9 @@ def print_plan(run: Run, pipeline: tuple[Stage, ...]) -> None:
         print(
             f"{stage.name:<12} {stage.room + '/':<13} {state:<34} {units:>12} {size(work.estimated_bytes):>9}"
         )
+    if run.config.data != "digits":
+        for told, advice in doubts_of(run.source("train"), run.config.source):
+            print(f"warning: {told}; {advice}")
 
 
 def print_summary(

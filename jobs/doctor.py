@@ -28,7 +28,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 
-from wmdd_ray.errors import WmddError
+from wmdd_ray.errors import ArtifactError, DataError, WmddError
 from wmdd_ray.redaction import plain
 from wmdd_ray.store.uris import local_path
 
@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> int:
     if command_line.asks_for_help(arguments):
         print(__doc__)
     try:
-        job = parse(arguments)
+        job = _parsed(arguments)
         run = open_run(job)
     except WmddError as error:
         show("options", Finding("FAIL", str(error)))
@@ -89,6 +89,8 @@ def main(arguments: list[str]) -> int:
             f"recipe {config.recipe}, ipc {config.ipc}, --data {config.data}, --out {run.store.uri}",
         ),
     )
+    for line in job.told:
+        show("auto", Finding("ok", line))
     created = _missing_folders(run.store.uri)
     visit = Visit(job, run)
     marks: Counter[Mark] = Counter()
@@ -104,6 +106,15 @@ def main(arguments: list[str]) -> int:
     failed = f"{many(marks['FAIL'], 'check')} failed" if worst else "ready to run"
     print(f"\n{failed}, {many(marks['warning'], 'warning')}")
     return worst
+
+
+def _parsed(arguments: list[str]) -> Job:
+    """Return the job; where no images can be measured, that of a recipe, for the check of the data says what is wrong with them."""
+    try:
+        return parse(arguments)
+    except (DataError, ArtifactError) as error:
+        logger.info("auto", exc_info=error)
+        return parse([*arguments, "--recipe", "cifar10"])
 
 
 def checks(job: Job, *, cluster: bool) -> tuple[Check, ...]:

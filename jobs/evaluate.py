@@ -29,6 +29,7 @@ from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
 from wmdd_ray.store.sources.classes import by_number, shown
 from wmdd_ray.telling.progress import StageLine
+from wmdd_ray.units.cut import open_split
 
 from . import command_line, distill, endings
 from .evaluation.options import Asked, parse
@@ -94,22 +95,11 @@ def open_run(asked: Asked) -> Run:
             job.val_data or job.uri, config.source, split="val", dedicated=job.val_data is not None
         ).class_names
 
-    def open_split(split: str) -> Any:
+    def opened(split: str) -> Any:
         if split == "train":
             return asked.own or foreign_set(asked, names())
-        if split == "real":
-            return open_source(
-                config.data,
-                config.source,
-                split="train",
-                class_names=run.source("train").class_names,
-            )
-        return open_source(
-            config.val_data or config.data,
-            config.source,
-            split="val",
-            class_names=run.source("train").class_names,
-            dedicated=config.val_data is not None,
+        return open_split(
+            config, "train" if split == "real" else "val", run.source("train").class_names
         )
 
     width = 13 + (16 if asked.attack.names else 0)
@@ -117,7 +107,7 @@ def open_run(asked: Asked) -> Run:
         store=Store(asked.out),
         config=config,
         resources=job.resources,
-        open_source=open_split,
+        open_source=opened,
         # The longest name of an architecture would touch the numbers.
         progress=lambda name: StageLine(f"{name:<{width}}"),
         connect=lambda: endings.join_cluster(asked.out, job.resources, verbose=job.verbose),

@@ -305,18 +305,9 @@ def print_summary(store: Store, found: dict[str, Any], seconds: float) -> None:
         )
     for text in _warnings(names, found):
         print(f"look at         {text}")
-    options = ["--source.channels", str(found["channels"])]
-    for name in ("mean", "std"):
-        # A constant channel cannot be divided by its deviation.
-        values = found[name] if name == "mean" else [max(value, 1e-6) for value in found[name]]
-        options += [
-            f"--source.{name}",
-            *(f"{value:.4f}" if value >= 1e-4 else f"{value:g}" for value in values),
-        ]
-    if not found["validation"]["num_images"]:
-        options += ["--val-data", "HELD_OUT_URI"]
+    options = "" if found["validation"]["num_images"] else " --val-data HELD_OUT_URI"
     print(
-        f"distill it by   python jobs/distill.py --data {shlex.quote(store.uri)} {' '.join(options)}"
+        f"distill it by   python jobs/distill.py --data {shlex.quote(store.uri)} --ipc 10{options}"
     )
     print(f"this run took {duration(seconds)}")
 

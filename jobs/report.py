@@ -25,8 +25,9 @@ from wmdd_ray.errors import ArtifactError, ConfigError, DataError, WmddError
 from wmdd_ray.product.card import size
 from wmdd_ray.redaction import PlainFormatter
 from wmdd_ray.store.filesystem import Store
-from wmdd_ray.store.sources import Source, open_source
+from wmdd_ray.store.sources import Source
 from wmdd_ray.store.uris import check_named
+from wmdd_ray.units.cut import open_split
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ def page_of(
 
 
 def _open(config: DistillConfig) -> Source:
-    return open_source(config.data, config.source, split="train")
+    return open_split(config, "train")
 
 
 if __name__ == "__main__":

@@ -576,7 +576,7 @@ class DistillConfig:
     """One complete run."""
 
     recipe: str = "digits"
-    """Name of the recipe that the defaults come from."""
+    """Name of the recipe that the defaults come from. `auto`, which --data alone means, chooses by the images; `digits` without."""
     variant: Literal["best", "paper", "paper_weighted"] = "best"
     """`best` is what proved best (jobs/benches/results), `paper` WMDD as its authors run it, `paper_weighted` as they write it."""
     ipc: int = option(10, ge=1)
@@ -587,6 +587,9 @@ class DistillConfig:
     """Training images: `digits` (embedded), a path, or a URI."""
     val_data: str | None = None
     """Held-out images; not needed where the source brings its own split (digits, IDX, folders `train`/`val`)."""
+    val_fraction: float | None = option(None, gt=0, le=0.9)
+    """Share of each class's training images that is held out, at least one of a class with two, chosen by a hash of their names as
+    `jobs/prepare.py --val-fraction` does; what the source holds out itself is then not read. Absent: that, or --val-data."""
     teacher: str | None = None
     """A committed teacher room, published weights (`torchvision:NAME`, `timm:NAME`; --source follows them), or a checkpoint file;
     absent: squeeze trains one."""
@@ -603,6 +606,9 @@ class DistillConfig:
         for name in ("data", "val_data", "teacher"):
             refuse_secrets(name.replace("_", "-"), getattr(self, name))
         check(self)
+        expected = "none beside --val-data, whose images are held out as they are"
+        alone = self.val_data is None or self.val_fraction is None
+        require(alone, "val-fraction", expected, self.val_fraction)
         weight, tiles = self.squeeze.curvature_weight, self.recover.tiles
         taken = f"0 with --teacher {self.teacher}, which is taken as it is"
         expected = f"{taken}; leave --teacher out, or give one that was trained with this weight"

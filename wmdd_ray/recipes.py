@@ -272,10 +272,16 @@ RECIPES: dict[str, Callable[[int], DistillConfig]] = {
 def recipe_of(name: str, ipc: int, variant: str = "best") -> DistillConfig:
     """Return a recipe at `ipc` images per class; a ConfigError lists the names and the variants there are."""
     if name not in RECIPES:
-        raise ConfigError(f"--recipe: expected one of {', '.join(RECIPES)}, got {name!r}")
+        raise ConfigError(
+            f"--recipe: expected one of {', '.join(RECIPES)}, or auto with --data, got {name!r}"
+        )
+    return variant_of(RECIPES[name](ipc), variant)
+
+
+def variant_of(best: DistillConfig, variant: str) -> DistillConfig:
+    """Return a variant of a configuration, with its data and networks; a ConfigError lists those that there are."""
     if variant not in ("best", "paper", "paper_weighted"):
         raise ConfigError(f"--variant: expected best, paper or paper_weighted, got {variant!r}")
-    best = RECIPES[name](ipc)
     if variant == "best":
         return best
     return _as_published(best, is_weighted=variant == "paper_weighted")

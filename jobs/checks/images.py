@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import io
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 
-import numpy as np
-from PIL import Image
-
-from wmdd_ray.config import NetworkConfig
 from wmdd_ray.errors import BadImageError
 from wmdd_ray.product.card import size
 from wmdd_ray.store.images import decode_image
-from wmdd_ray.store.sources import RawImage, Shard, Source
-from wmdd_ray.store.sources.parquet import ParquetSource
+from wmdd_ray.store.sources import Shard, Source
+from wmdd_ray.units.own_data import class_counts, doubts, sample, shape_of
 
+from ..own_data import told_network
 from .report import Finding, Visit, many
 
 _SHARDS = 8
 _RECORDS = 32
-_READERS = 16
 _SHOWN = 3
 _HELD_OUT_CLASSES = 100
 _HELD_OUT_PER_CLASS = 20
 _HELD_OUT_IMAGES = 2000
-_ENLARGED = 2
 
 
 def check_data(visit: Visit) -> Iterator[Finding]:
@@ -71,27 +62,10 @@ def check_data(visit: Visit) -> Iterator[Finding]:
         yield from _sample(visit, split, source, shards)
 
 
-def class_counts(source: Source, shards: Sequence[Shard]) -> Counter[int] | None:
-    """Return the images of every class by listing, or by the label column of Parquet; None for tar."""
-    counts: Counter[int] = Counter()
-    if isinstance(source, ParquetSource):
-        with ThreadPoolExecutor(_READERS) as pool:
-            for labels in pool.map(lambda shard: source.class_counts(shard.file), shards):
-                counts.update(labels)
-        return counts
-    for shard in shards:
-        if shard.labels is None or shard.num_images is None:
-            return None
-        counts[shard.labels[0]] += shard.num_images
-    return counts
-
-
 def _sample(visit: Visit, split: str, source: Source, shards: Sequence[Shard]) -> Iterator[Finding]:
     """Decode the first images of a few shards."""
     config = visit.job.config.source
-    records: list[RawImage] = []
-    for shard in _spread(shards, _SHARDS):
-        records += islice(source.read_shard(shard), _RECORDS)
+    records = sample(source, shards, _SHARDS, _SHARDS * _RECORDS)
     bad: list[str] = []
     for record in records:
         try:
@@ -113,36 +87,19 @@ def _sample(visit: Visit, split: str, source: Source, shards: Sequence[Shard]) -
             f"{split}: {len(bad)} of {len(records)} sampled images are bad, first {bad[0]}",
             f"restore them; a run stops at more than --source.max-bad-images {config.max_bad_images}",
         )
-    good = [found for record in records if (found := _shape_of(record)) is not None]
+    good = [shape for record in records if (shape := shape_of(record)) is not None]
     if good:
         sides, colors = zip(*good, strict=True)
         kinds = f"{sum(colors)} in color" if any(colors) else "gray"
         target = f"{config.image_size} px {'gray' if config.channels == 1 else 'color'}"
-        told = (
+        yield Finding(
+            "ok",
             f"{split}: {len(records) - len(bad)} of {len(records)} sampled images decode: {_span(sides)} px, {kinds}; "
-            f"the run makes {target}"
+            f"the run makes {target}",
         )
-        if max(sides) * _ENLARGED < config.resize:
-            yield Finding(
-                "warning",
-                told,
-                "they are enlarged a lot: lower --source.resize and --source.image-size",
-            )
-        elif any(colors) and config.channels == 1:
-            yield Finding("warning", told, "colors are dropped: set --source.channels 3")
-        else:
-            yield Finding("ok", told)
-
-
-def _shape_of(record: RawImage) -> tuple[int, bool] | None:
-    """Return (shorter side in pixels, whether it has colors) of an image as it is stored."""
-    if isinstance(record.content, np.ndarray):
-        return min(record.content.shape[:2]), record.content.shape[2:] == (3,)
-    try:
-        with Image.open(io.BytesIO(record.content)) as picture:
-            return min(picture.size), picture.mode in ("RGB", "RGBA", "P", "CMYK", "YCbCr")
-    except Exception:  # a bad image, which is told elsewhere
-        return None
+        if split == "train" and visit.job.config.data != "digits":
+            for told, advice in doubts(good, config):
+                yield Finding("warning", f"{split}: {told}", advice)
 
 
 def check_teacher(visit: Visit) -> Iterator[Finding]:
@@ -185,15 +142,6 @@ def check_teacher(visit: Visit) -> Iterator[Finding]:
         "ok",
         f"{where}: {arch}, the data's {len(names)} classes in their order, top-1 {100 * top1:.1f} % on a sample of the "
         f"held-out images (chance {100 / len(names):.1f} %)",
-    )
-
-
-def told_network(network: NetworkConfig) -> str:
-    """Return a network in words."""
-    return (
-        f"{network.arch} of width {network.width}"
-        if network.arch.startswith("convnet")
-        else network.arch
     )
 
 

@@ -278,6 +278,10 @@ def _completed(
         seed=job.seed,
         data=data or job.uri,
         val_data=job.val_data,
+        # The images that the set's teacher was not trained on.
+        val_fraction=own.meta["source"].get("val_fraction")
+        if own is not None and job.val_data is None
+        else None,
         teacher=job.teacher,
         source=job.source,
         squeeze=replace(DistillConfig().squeeze, network=job.teacher_network),

@@ -31,6 +31,7 @@ Report = dict[str, list[str]]
 Examine = Callable[..., tuple[int, Report]]
 
 SMALL_IMAGES = (
+    "--recipe", "digits",
     "--source.format", "auto", "--source.image-size", "8", "--source.resize", "8", "--ipc", "4",
 )  # fmt: skip
 

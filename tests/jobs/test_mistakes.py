@@ -37,7 +37,7 @@ JOBS: dict[str, Callable[[list[str]], int]] = {
     "prepare": prepare.main,
     "report": report.main,
 }
-COLOR = "--source.format imagefolder --source.mean 0.5 0.5 0.5 --source.std 0.5 0.5 0.5 --source.channels 3"
+COLOR = "--recipe digits --source.format imagefolder --source.mean 0.5 0.5 0.5 --source.std 0.5 0.5 0.5 --source.channels 3"
 SMALL = "--squeeze.network.width 8 --squeeze.epochs 1 --squeeze.min-top1 0.01 --num-workers 0 --out HERE/new"
 TINY = " ".join(tiny.OPTIONS)
 
@@ -65,7 +65,7 @@ LOCAL = [
         "distill --recipe cifar",
         2,
         "error: --recipe: expected one of digits, fashion_mnist, cifar10, cifar100, imagenette, tiny_imagenet, "
-        "imagenet1k, got 'cifar'",
+        "imagenet1k, or auto with --data, got 'cifar'",
     ),
     Mistake(
         "images that are not there",
@@ -75,14 +75,14 @@ LOCAL = [
     ),
     Mistake(
         "own images by the recipe of the embedded ones",
-        "distill --data HERE/images --out HERE/new",
+        "distill --recipe digits --data HERE/images --out HERE/new",
         4,
         "error: HERE/images: the recipe or --source.format says `digits`, which is embedded and has no files; pass --data digits for "
         "them, or --source.format auto (and the size, channels, mean and std of these images, or the --recipe that is made for them)",
     ),
     Mistake(
         "mean and std of gray images for colored ones",
-        "distill --data HERE/images --source.channels 3",
+        "distill --recipe digits --data HERE/images --source.channels 3",
         2,
         "Value error Error parsing config.source: --source.mean: expected 3 values, one a channel of --source.channels, got (0.3053,) "
         "For full helptext, see jobs/distill.py --help",

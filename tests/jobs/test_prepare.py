@@ -203,13 +203,15 @@ def test_running_again_changes_nothing_and_says_what_to_type(
     assert {p: p.stat().st_mtime_ns for p in prepared.rglob("*") if p.is_file()} == before
     said = capsys.readouterr().out
     manifest = json.loads((prepared / "prepared.json").read_text())
-    mean, std = (" ".join(f"{v:.4f}" for v in manifest[name]) for name in ("mean", "std"))
-    expected = f"--data {prepared} --source.channels 3 --source.mean {mean} --source.std {std}"
-    assert expected in said
+    assert f"jobs/distill.py --data {prepared} --ipc 10\n" in said
     assert "left out        4 bad images" in said
     assert "look at         1 class with one image: '猫'" in said
     command = said.partition("jobs/distill.py ")[2].splitlines()[0].split()
-    assert distill.parse(command).config.source.mean == tuple(round(v, 4) for v in manifest["mean"])
+    job = distill.parse([*command, "--out", str(prepared.parent / "never")])
+    assert job.config.source.mean == tuple(round(v, 4) for v in manifest["mean"])
+    assert manifest["shorter_side"] == 64  # --max-side, and no image is smaller
+    assert job.config.source.image_size == 64
+    assert job.config.val_fraction is None
 
 
 def _killed_driver(arguments: list[str], address: str, deadly: str) -> None:

@@ -47,6 +47,7 @@ UNITS = {
 
 # fmt: off
 OPTIONS = (
+    "--recipe", "digits",
     "--ipc", "4",
     "--squeeze.network.width", "8",
     "--squeeze.epochs", "3",

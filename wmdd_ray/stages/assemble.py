@@ -102,6 +102,7 @@ def _publish(
         **({"teachers_top1": several} if several else {}),
         "source": {
             "uri": config.data,
+            **({} if config.val_fraction is None else {"val_fraction": config.val_fraction}),
             "num_images": features["num_images"],
             "stored_bytes": source.total_bytes,
             "bad_images": len(features["bad_images"]),

@@ -28,6 +28,7 @@ from wmdd_ray.store.sources.base import told_counts
 from wmdd_ray.store.sources.classes import one_line
 from wmdd_ray.store.sources.files import read_ahead
 from wmdd_ray.store.sources.passed import Tally
+from wmdd_ray.units.own_data import median
 from wmdd_ray.units.prepared import ROW_TYPE, Scanner, Writer, parts_of
 from wmdd_ray.units.splitting import (
     DEFAULT_VAL_FRACTION,
@@ -217,8 +218,13 @@ def _summary(markers: Sequence[UnitMarker], num_classes: int) -> dict[str, Any]:
     square_C = [math.fsum(m["square_sums"][c] for m in train) / total for c in range(3)]
     std_C = [math.sqrt(max(0.0, s - m * m)) for m, s in zip(mean_C, square_C, strict=True)]
     channels = 1 if all(m["num_gray"] == m["num_images"] for m in train) else 3
+    sides: Counter[int] = Counter()
+    for m in train:
+        # Files of an earlier version did not count them.
+        sides.update({int(side): n for side, n in m.get("shorter_sides", {}).items()})
     return {
         **found,
+        "shorter_side": median(sorted(sides.elements())) if sides else None,
         "channels": channels,
         "mean": [round(value, 6) for value in mean_C[:channels]],
         "std": [round(value, 6) for value in std_C[:channels]],

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from wmdd_ray.errors import ArtifactError, BadImageError, DataError
 from wmdd_ray.spine.rooms import Room, UnitMarker
@@ -197,6 +198,7 @@ class Writer:
         sink = io.BytesIO()
         means: list[tuple[float, ...]] = []
         squares: list[tuple[float, ...]] = []
+        sides: Counter[int] = Counter()
         num_gray = 0
         # Images are compressed already.
         with pq.ParquetWriter(
@@ -211,6 +213,8 @@ class Writer:
                 means.append(kept.mean_C)
                 squares.append(kept.mean_square_C)
                 num_gray += kept.is_gray
+                with Image.open(io.BytesIO(kept.content)) as picture:
+                    sides[min(picture.size)] += 1
                 group.append({"bytes": kept.content, "path": key})
                 labels.append(label)
                 held += len(kept.content)
@@ -224,6 +228,7 @@ class Writer:
             "num_images": len(rows_N),
             "label_counts": {str(label): n for label, n in sorted(counts.items())},
             "num_gray": num_gray,
+            "shorter_sides": {str(side): n for side, n in sorted(sides.items())},
             "mean_sums": [math.fsum(column) for column in zip(*means, strict=True)],
             "square_sums": [math.fsum(column) for column in zip(*squares, strict=True)],
         }

@@ -20,6 +20,8 @@ from wmdd_ray.spine.run import Stage, flatten
 from wmdd_ray.store import codecs
 from wmdd_ray.store.documents import load_json, read_manifest
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.units.auto import choose
+from wmdd_ray.units.own_data import Measured
 
 T = TypeVar("T")
 _TEACHER_KEY = "teacher.safetensors"
@@ -231,14 +233,24 @@ def options_of(facts: RunFacts) -> dict[str, Any]:
     }
 
 
+def _usual(facts: RunFacts) -> DistillConfig:
+    """Return what a recipe has where no option says otherwise."""
+    config = facts.config
+    if config.recipe != "auto":
+        return recipe_of(config.recipe, config.ipc, config.variant)
+    auto = facts.record["auto"]
+    measured = Measured.read(auto["measured"])
+    return choose(measured, auto["has_gpu"], config.ipc, variant=config.variant)[0]
+
+
 def command_of(facts: RunFacts) -> str:
     """Return the command that makes the run's set: its recipe, and what differs from that; nothing without its record."""
     if not facts.record:
         return ""
     config = facts.config
     try:
-        usual = flatten(asdict(recipe_of(config.recipe, config.ipc, config.variant)))
-    except ConfigError:  # a recipe of another version
+        usual = flatten(asdict(_usual(facts)))
+    except (ConfigError, KeyError, TypeError, ValueError):  # a recipe of another version
         usual = {}
     given = [["--ipc", str(config.ipc), "--recipe", config.recipe, "--out", facts.uri]]
     given += [["--variant", config.variant]] if config.variant != "best" else []

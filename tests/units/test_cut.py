@@ -1,0 +1,125 @@
+"""A held-out part that is cut off the training images: whole, apart, and the same whatever else there is."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.store.written_sources import CONFIG, NAMES, WRITERS, write_imagefolder
+from wmdd_ray.config import DistillConfig
+from wmdd_ray.errors import ConfigError, DataError
+from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.parts import rank_of
+from wmdd_ray.store.sources import Source, decoded_chunks
+from wmdd_ray.store.sources.base import told_counts
+from wmdd_ray.units.cut import CutSource, open_split
+from wmdd_ray.units.splitting import held_out
+
+
+def asked(store: Store, fraction: float | None = 0.25) -> DistillConfig:
+    return replace(DistillConfig(), data=store.uri, source=CONFIG, val_fraction=fraction)
+
+
+def keys_of(source: Source) -> set[str]:
+    return {key for shard in source.shards(5) for key in shard.keys}
+
+
+@pytest.mark.parametrize("format", ["imagefolder", "idx"])
+def test_both_parts_hold_every_image_once_with_its_class(format: str, tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    WRITERS[format](store)
+    whole = open_split(asked(store, None), "train")
+    config = asked(store)
+    parts = {split: open_split(config, split, whole.class_names) for split in ("train", "val")}
+    assert {split: part.num_images for split, part in parts.items()} == {"train": 18, "val": 6}
+    assert keys_of(parts["train"]).isdisjoint(keys_of(parts["val"]))
+    assert keys_of(parts["train"]) | keys_of(parts["val"]) == keys_of(whole)
+    labels = {raw.key: raw.label for s in whole.shards(5) for raw in whole.read_shard(s)}
+    for split, part in parts.items():
+        worker = pickle.loads(pickle.dumps(part))
+        read = [
+            (key, label)
+            for shard in part.shards(5)
+            for chunk in decoded_chunks(worker, shard, CONFIG, 4)
+            for key, label in zip(chunk.keys, chunk.labels_N.tolist(), strict=True)
+        ]
+        assert (
+            dict(read) == {key: labels[key] for key in keys_of(part)}
+            and len(read) == part.num_images
+        )
+        assert np.bincount([label for _, label in read]).tolist() == [part.num_images // 3] * 3, (
+            split
+        )
+        assert [raw.key for raw in worker.read_keys(sorted(keys_of(part)))] == sorted(keys_of(part))
+
+
+def test_those_of_the_lowest_ranks_are_held_out_as_prepare_does(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    write_imagefolder(store)
+    whole = open_split(asked(store, None), "train")
+    rows = [
+        (key, shard.labels[0]) for shard in whole.shards(99) for key in shard.keys if shard.labels
+    ]
+    ranks_N = np.array([rank_of(0, key) for key, _ in rows], dtype=np.uint64)
+    mask_N = held_out(np.array([label for _, label in rows]), ranks_N, 0.25)
+    expected = {key for (key, _), held in zip(rows, mask_N, strict=True) if held}
+    assert keys_of(open_split(asked(store), "val")) == expected
+
+
+def test_the_parts_and_other_shares_have_other_fingerprints_and_the_same_one_the_same(
+    tmp_path: Path,
+) -> None:
+    store = Store(str(tmp_path))
+    write_imagefolder(store)
+    prints = [
+        open_split(config, split).fingerprint()
+        for config in (asked(store), asked(store, 0.5))
+        for split in ("train", "val")
+    ]
+    assert len({*prints, open_split(asked(store, None), "train").fingerprint()}) == 5
+    assert open_split(asked(store), "train").fingerprint() == prints[0]
+    store.put(f"train/{NAMES[0]}/new.png", store.get(f"train/{NAMES[0]}/000.png"))
+    assert open_split(asked(store), "train").fingerprint() != prints[0]
+
+
+def test_the_account_of_files_has_the_other_part_as_passed_over(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    write_imagefolder(store)
+    told = told_counts(open_split(asked(store), "train"), 18, 0)
+    assert (
+        told.startswith("24 files seen = 18 read + 6 passed over (")
+        or "24 files seen = 18 read + 6" in told
+    )
+    assert "of another split" in told
+
+
+@pytest.mark.parametrize("format", ["webdataset", "parquet"])
+def test_formats_without_names_of_images_say_the_command_that_holds_some_out(
+    format: str, tmp_path: Path
+) -> None:
+    store = Store(str(tmp_path))
+    WRITERS[format](store)
+    with pytest.raises(
+        DataError, match=r"pass held-out images as --val-data, or .*jobs/prepare.py"
+    ):
+        open_split(asked(store), "train")
+
+
+def test_a_share_beside_held_out_images_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--val-fraction: expected none beside --val-data"):
+        DistillConfig(val_data="x", val_fraction=0.1)
+
+
+def test_a_source_that_brings_held_out_images_is_read_as_it_is_without_a_share(
+    tmp_path: Path,
+) -> None:
+    store = Store(str(tmp_path))
+    for split in ("train", "val"):
+        write_imagefolder(store, split)
+    config = asked(store, None)
+    assert open_split(config, "val", NAMES).num_images == 24
+    assert not isinstance(open_split(config, "train"), CutSource)

@@ -1,0 +1,232 @@
+"""What is seen of somebody's images before anything is chosen for them: their size, colors, number and classes.
+
+Legend: H W pixels, C color channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from io import BytesIO
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from wmdd_ray.config import SourceConfig
+from wmdd_ray.errors import BadImageError, DataError
+from wmdd_ray.store.images import decode_image
+from wmdd_ray.store.sources import RawImage, Shard, Source
+from wmdd_ray.store.sources.parquet import ParquetSource
+
+SIZES = (28, 32, 64, 96, 128, 224)
+"""Sides that images are brought to, pixels: those that recipes are made for, and two between."""
+
+# The first images of evenly spread shards: every class has shards of its own where each image has a file.
+_SHARDS = 64
+_SAMPLE = 256
+_FEW_SHARDS = 8
+_FEW = 64
+_READERS = 16
+_SHRUNK = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What is known of the training images.
+
+    `shorter_side` is a median, pixels; `mean` and `std` are per channel in [0, 1]. `sampled` of the images were looked at for
+    these, all of them where it is 0. `smallest_class` is None where only reading tells; `num_images` is then estimated by bytes.
+    `held_out` is the number of held-out images that come with them, None when there are none, -1 when only reading tells.
+    """
+
+    shorter_side: int
+    channels: Literal[1, 3]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    sampled: int
+    num_classes: int
+    num_images: int
+    smallest_class: int | None
+    held_out: int | None
+
+    @staticmethod
+    def read(found: Mapping[str, Any]) -> Measured:
+        """Return what was written as a dictionary."""
+        return Measured(**{**found, "mean": tuple(found["mean"]), "std": tuple(found["std"])})
+
+
+def class_counts(source: Source, shards: Sequence[Shard]) -> Counter[int] | None:
+    """Return the images of every class by listing, or by the label column of Parquet; None for tar."""
+    counts: Counter[int] = Counter()
+    if isinstance(source, ParquetSource):
+        with ThreadPoolExecutor(_READERS) as pool:
+            for labels in pool.map(lambda shard: source.class_counts(shard.file), shards):
+                counts.update(labels)
+        return counts
+    for shard in shards:
+        if shard.labels is None or shard.num_images is None:
+            return None
+        counts[shard.labels[0]] += shard.num_images
+    return counts
+
+
+def sample(
+    source: Source, shards: Sequence[Shard], num_shards: int, num_records: int
+) -> list[RawImage]:
+    """Return the first records of at most `num_shards` shards, evenly spread, about `num_records` in all."""
+    spread = shards[:: max(1, -(-len(shards) // num_shards))]
+    each = -(-num_records // max(1, len(spread)))
+    return [record for shard in spread for record in islice(source.read_shard(shard), each)]
+
+
+def shape_of(record: RawImage) -> tuple[int, bool] | None:
+    """Return (shorter side in pixels, whether it has colors) of an image as it is stored; None of a bad one."""
+    if isinstance(record.content, np.ndarray):
+        return min(record.content.shape[:2]), record.content.shape[2:] == (3,)
+    try:
+        with Image.open(BytesIO(record.content)) as picture:
+            return min(picture.size), picture.mode in ("RGB", "RGBA", "P", "CMYK", "YCbCr")
+    except Exception:  # told where all images are read
+        return None
+
+
+def measure(
+    source: Source, *, held_out: int | None, channels: int | None, image_size: int | None
+) -> Measured:
+    """Look at a sample of the training images, and count them.
+
+    Args:
+        source: The training images.
+        held_out: As in `Measured`.
+        channels: 1 or 3 where somebody wants so; None takes colors if a sampled image has any.
+        image_size: Side that is wanted, pixels; None takes that of the images.
+
+    Raises:
+        DataError: No sampled image is good.
+    """
+    shards = source.shards(_SAMPLE // _SHARDS)
+    counts = class_counts(source, shards)
+    records = sample(source, shards, _SHARDS, _SAMPLE)
+    shapes = [shape for record in records if (shape := shape_of(record)) is not None]
+    if not shapes:
+        reason = next((record.problem for record in records if record.problem), "none decodes")
+        raise DataError(
+            f"{source.root}: expected images, found no good one among the first {len(records)} ({reason})"
+        )
+    side = median([side for side, _ in shapes])
+    color = channels == 3 or (channels is None and any(color for _, color in shapes))
+    seen = input_of(image_size or snapped(side), 3 if color else 1, (0.5,) * 3, (0.5,) * 3)
+    seen = replace(seen, exif_orientation=source.config.exif_orientation)
+    mean, std = _moments(records, replace(seen, max_image_pixels=source.config.max_image_pixels))
+    num_images = sum(counts.values()) if counts else source.num_images
+    if num_images is None:
+        stored = sum(len(record.content) for record in records) / len(records)
+        num_images = max(len(records), round(source.total_bytes / max(1, stored)))
+    return Measured(
+        shorter_side=side,
+        channels=3 if color else 1,
+        mean=mean,
+        std=std,
+        sampled=len(shapes),
+        num_classes=len(source.class_names),
+        num_images=num_images,
+        smallest_class=min(counts[k] for k in range(len(source.class_names))) if counts else None,
+        held_out=held_out,
+    )
+
+
+def _moments(
+    records: Sequence[RawImage], config: SourceConfig
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel, as the network will see the images, four digits."""
+    sums_2C = np.zeros((2, config.channels))
+    good = 0
+    for record in records:
+        try:
+            image_HWC = decode_image(record.content, config, record.key) / 255.0
+        except BadImageError:
+            continue
+        sums_2C += image_HWC.mean((0, 1)), (image_HWC**2).mean((0, 1))
+        good += 1
+    if not good:
+        raise DataError(f"expected images, found no good one among the {len(records)} sampled")
+    mean_C, square_C = sums_2C / good
+    # A constant channel cannot be divided by its deviation.
+    std_C = np.maximum(np.sqrt(np.maximum(square_C - mean_C**2, 0)), 1e-4)
+    return tuple(np.round(mean_C, 4).tolist()), tuple(np.round(std_C, 4).tolist())
+
+
+def of_prepared(found: Mapping[str, Any]) -> Measured | None:
+    """Return what the manifest of `jobs/prepare.py` says; None when it is of a version that did not measure sizes."""
+    if not found.get("shorter_side"):
+        return None
+    counts = found["train"]["class_counts"]
+    return Measured(
+        shorter_side=found["shorter_side"],
+        channels=found["channels"],
+        mean=tuple(round(value, 4) for value in found["mean"]),
+        std=tuple(max(round(value, 4), 1e-4) for value in found["std"]),
+        sampled=0,
+        num_classes=len(counts),
+        num_images=sum(counts),
+        smallest_class=min(counts),
+        held_out=found["validation"]["num_images"] or None,
+    )
+
+
+def median(values: Sequence[int]) -> int:
+    """Return the median; of an even number of values the lower of the two in the middle."""
+    return sorted(values)[(len(values) - 1) // 2]
+
+
+def snapped(side: int) -> int:
+    """Return the one of `SIZES` that is nearest in ratio."""
+    return min(SIZES, key=lambda size: abs(math.log(size / side)))
+
+
+def input_of(
+    image_size: int, channels: Literal[1, 3], mean: tuple[float, ...], std: tuple[float, ...]
+) -> SourceConfig:
+    """Return the input of a side; 224 is cut out of 256 as in ImageNet's recipes."""
+    return SourceConfig(
+        image_size=image_size,
+        resize=256 if image_size == 224 else image_size,
+        channels=channels,
+        mean=mean[:channels],
+        std=std[:channels],
+    )
+
+
+def doubts(shapes: Sequence[tuple[int, bool]], config: SourceConfig) -> list[tuple[str, str]]:
+    """Return what an input does to images that it was not made for, and what to do about it.
+
+    Args:
+        shapes: (shorter side in pixels, whether it has colors) of sampled images.
+        config: The input.
+    """
+    side = median([side for side, _ in shapes])
+    wanted = snapped(side)
+    found = []
+    better = f"leave --recipe out, or set --source.image-size {wanted} --source.resize {wanted}"
+    if side >= _SHRUNK * config.resize:
+        told = f"images of {side} px shrink to {config.resize} px, 1/{side // config.resize}"
+        larger = "a larger --source.image-size and --source.resize keeps more of them"
+        found.append((told, better if wanted > config.image_size else larger))
+    elif config.image_size not in (wanted, side):
+        told = f"images of {side} px are made {config.image_size} px"
+        found.append((told, better))
+    if config.channels == 1 and any(color for _, color in shapes):
+        found.append(("colors are dropped", "set --source.channels 3"))
+    return found
+
+
+def doubts_of(source: Source, config: SourceConfig) -> list[tuple[str, str]]:
+    """Return the `doubts` about a few images of a source."""
+    records = sample(source, source.shards(_FEW // _FEW_SHARDS), _FEW_SHARDS, _FEW)
+    shapes = [shape for record in records if (shape := shape_of(record)) is not None]
+    return doubts(shapes, config) if shapes else []
