@@ -48,7 +48,7 @@ from wmdd_ray.units.own_data import doubts_of
 from . import command_line, endings, own_data
 
 _MEASURED_FOR = ("source.image-size", "source.channels")
-_FIRST = "recipe variant ipc seed data val-data val-fraction teacher out from overwrite dry-run num-workers"
+_FIRST = "recipe variant ipc data val-data teacher out from overwrite dry-run num-workers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Job:
 
     out: str | None = None
     """Root of the run: a path, or a URI that all nodes see. Absent: RECIPE-ipcIPC, of `auto` DATA-ipcIPC, in $WMDD_RAY_RUNS (set by
-    the files of cluster/), else in runs/ (a submitted job: in the home folder)."""
+    cluster/), else in runs/ (a submitted job: in the home folder)."""
     first: Annotated[StageName | None, tyro.conf.arg(name="from")] = None
     """Begin with this stage; those before it must be committed."""
     last: Annotated[StageName | None, tyro.conf.arg(name="until")] = None

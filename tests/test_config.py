@@ -270,11 +270,10 @@ def test_units_cover_every_class_once_whatever_the_numbers(
         evaluate=replace(config.evaluate, epochs=epochs),
     )
     everything = list(range(num_classes))
-    for units in (
-        images_of.groups(config, num_classes),
-        dataset_files.image_files(config, num_classes),
-    ):
-        assert [label for labels in units.values() for label in labels] == everything
+    groups = images_of.groups(config, num_classes).values()
+    assert [label for group in groups for label in group.labels] == everything
+    files = dataset_files.image_files(config, num_classes).values()
+    assert [label for labels in files for label in labels] == everything
     seen: dict[int, list[int]] = {epoch: [] for epoch in range(epochs)}
     for labeled, labels in labels_of.blocks(config, num_classes).values():
         for epoch in labeled:

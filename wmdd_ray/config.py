@@ -576,9 +576,9 @@ class DistillConfig:
     """One complete run."""
 
     recipe: str = "digits"
-    """Name of the recipe that the defaults come from. `auto`, which --data alone means, chooses by the images; `digits` without."""
+    """Where the defaults come from; --data alone means `auto`, which chooses by the images."""
     variant: Literal["best", "paper", "paper_weighted"] = "best"
-    """`best` is what proved best (jobs/benches/results), `paper` WMDD as its authors run it, `paper_weighted` as they write it."""
+    """`best` is what proved best here, `paper` WMDD as its authors run it, `paper_weighted` as they write it."""
     ipc: int = option(10, ge=1)
     """Distilled images per class."""
     seed: int = option(0, ge=0)
@@ -586,7 +586,7 @@ class DistillConfig:
     data: str = "digits"
     """Training images: `digits` (embedded), a path, or a URI."""
     val_data: str | None = None
-    """Held-out images; not needed where the source brings its own split (digits, IDX, folders `train`/`val`)."""
+    """Held-out images, where the source brings no split of its own (digits, IDX, folders `train`/`val`)."""
     val_fraction: float | None = option(None, gt=0, le=0.9)
     """Share of each class's training images that is held out, at least one of a class with two, chosen by a hash of their names as
     `jobs/prepare.py --val-fraction` does; what the source holds out itself is then not read. Absent: that, or --val-data."""

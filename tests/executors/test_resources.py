@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 import torch
@@ -32,12 +33,13 @@ from wmdd_ray.executors import streams
 from wmdd_ray.executors.actors import fan_out
 from wmdd_ray.executors.dispatch import do_units
 from wmdd_ray.records import FeatureChunk
-from wmdd_ray.spine.rooms import MAX_ATTEMPTS, Room, UnitMarker
+from wmdd_ray.spine.rooms import MAX_ATTEMPTS, Room
 from wmdd_ray.spine.run import DoUnit, Progress, Report, StageRun
 from wmdd_ray.stages import barycenters, recover
 from wmdd_ray.stages.pipeline import PIPELINE
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources.chunks import DecodedChunk
+from wmdd_ray.units import features
 from wmdd_ray.units.features import chunk_unit
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
@@ -141,7 +143,7 @@ def test_a_file_size_limit_is_named_like_a_full_disk(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     line = the_error(capsys)
-    assert line.startswith(f"error: cannot write {out}/dataset/preview.png: [Errno 27] File too")
+    assert line.startswith(f"error: cannot create {out}/dataset/preview.png: [Errno 27] File too")
     assert_nothing_half(out)
     assert_goes_on(out, "assemble", finished_run)
 
@@ -169,15 +171,19 @@ def let_starve(stage: str, hunger: Hunger, monkeypatch: pytest.MonkeyPatch) -> N
             hunger.eat(unit)
             return super().work(unit)
 
-    class Embedder(streams.Embedder):
+    class Embedder(features.Embedder):
         def _features(self, chunk: DecodedChunk) -> FeatureChunk:
             hunger.eat(chunk_unit(chunk.shard_id, chunk.chunk))
             return super()._features(chunk)
 
+    class EmbeddingActor(streams.EmbeddingActor):
+        def __init__(self, **arguments: Any) -> None:
+            self._embedder = Embedder(**arguments)
+
     if stage == "barycenters":
         monkeypatch.setattr(barycenters, "ClassSolver", ClassSolver)
     elif stage == "features":
-        monkeypatch.setattr(streams, "Embedder", Embedder)
+        monkeypatch.setattr(streams, "EmbeddingActor", EmbeddingActor)
     else:
         worker = partial(hungry_worker, hunger=hunger, inner=recover.open_worker)
         monkeypatch.setattr(recover, "open_worker", worker)
@@ -427,13 +433,13 @@ def test_two_hundred_chunks_leave_no_process_descriptor_thread_or_memory(
 ) -> None:
     folder = str(tmp_path)
 
-    class Embedder(streams.Embedder):
-        def embed(self, chunk: DecodedChunk) -> UnitMarker:
-            marker = super().embed(chunk)
+    class EmbeddingActor(streams.EmbeddingActor):
+        def __call__(self, batch: pa.Table) -> pa.Table:
+            table = super().__call__(batch)
             scarcity.write_holding(folder)
-            return marker
+            return table
 
-    monkeypatch.setattr(streams, "Embedder", Embedder)
+    monkeypatch.setattr(streams, "EmbeddingActor", EmbeddingActor)
     out = tiny.copy_rooms(finished_run.out, tmp_path / "warm", "teacher")
     free = free_cpus()
     assert tiny.job(out, "--until", "features") == 0

@@ -54,7 +54,8 @@ def test_the_summary_names_the_data_set_its_size_and_all_four_rows(
 def test_without_a_terminal_a_run_writes_plain_lines_of_progress(
     finished_run: FinishedRun,
 ) -> None:
-    lines = finished_run.typed.stderr.splitlines()
+    first, *lines = finished_run.typed.stderr.splitlines()
+    assert first == f"writing to {finished_run.out}"
     assert not any("\r" in line or "\x1b" in line for line in lines)
     foreign = [line for line in lines if line and line.split()[0] not in tiny.STAGES]
     # Ray's C++ logs past every setting of Python's logging.

@@ -196,6 +196,7 @@ def test_buckets_of_google_are_reached_the_same_ways(monkeypatch: pytest.MonkeyP
 
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
     made: list[dict[str, object]] = []
+    GCSFileSystem.clear_instance_cache()
     monkeypatch.setattr(GCSFileSystem, "__init__", lambda self, **said: made.append(said))
     for access in (BucketAccess(anonymous=True), BucketAccess(requester_pays=True), None):
         arrow_filesystem("gs://b/x", access)[0].handler.fs.clear_instance_cache()

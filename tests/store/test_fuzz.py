@@ -392,6 +392,9 @@ def test_damaged_files_are_read_or_named_or_refused_and_nothing_else(
 ) -> None:
     count = 3 * COUNT if kind == "records" else COUNT  # ten kinds of record
     outcomes = fuzz(kind, tmp_path, count)["outcomes"]
+    if kind == "verified":  # where no damage passes: the rest is damage that changed nothing
+        assert set(outcomes) <= {"ArtifactError", "good"} and outcomes["ArtifactError"] > count // 2
+        return
     # The damage is neither always harmless nor always fatal, or nothing was tried.
     assert len(outcomes) >= 2 and max(outcomes.values()) < count, outcomes
 

@@ -85,12 +85,13 @@ def scan(stage: StageRun) -> dict[str, Any]:
     if left and bad <= config.max_bad_images:
         scanner = Scanner(stage.room, sources, config)
         for marker in ray_or_here(stage, "streams").committed(stage, left, scanner):
-            markers[marker.unit] = marker
             records += marker.metrics["records"]
             bad += len(marker.metrics["bad"])
             stage.progress.update(records, f"{bad} bad" if bad else "")
             if bad > config.max_bad_images:
                 break
+        # A reader that took over from a dead one tells nothing of the parts that it found finished.
+        markers = stage.room.read_units(sorted(stage.room.finished()))
     reasons = _report_bad(stage, markers)
     refuse_too_many_bad(
         reasons,

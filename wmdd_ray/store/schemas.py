@@ -148,6 +148,7 @@ _TEACHER = _object(
             "top1": _FRACTION,
         },
     },
+    {"interpolation": {"enum": ["bilinear", "bicubic"]}, "exif_orientation": _FLAG},
     closed=True,
 )
 _TABLE = _array(
