@@ -4,7 +4,7 @@ import html
 import io
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import markdown
@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import DatasetCard
 from PIL import Image
 
+from wmdd_ray.config import BucketAccess
 from wmdd_ray.product.card import classes_text, dataset_card, export_card, results_table, size
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.units.pictures import preview
@@ -136,12 +137,15 @@ def test_of_many_classes_the_worst_are_shown() -> None:
 
 def test_all_options_that_change_a_byte_stand_in_a_collapsed_block_as_json() -> None:
     config = recipe_of("digits", 10)
+    access = BucketAccess(profile="somebody")
+    config = replace(config, source=replace(config.source, bucket=access))
     card = dataset_card(META, config, None)
+    assert "somebody" not in card
     block = card.partition("<details>")[2].partition("</details>")[0]
     options = json.loads(block.partition("```json\n")[2].partition("\n```")[0])
     expected = json.loads(json.dumps(asdict(config)))
     del expected["recover"]["checkpoint_s"], expected["squeeze"]["memory_limit_gib"]
-    del expected["squeeze"]["check_class_order"]
+    del expected["squeeze"]["check_class_order"], expected["source"]["bucket"]
     assert options == expected
 
 

@@ -221,8 +221,12 @@ for epoch in range(dataset.epochs):  # one pass over the images each, with views
 
 
 def options_of(config: DistillConfig) -> dict[str, Any]:
-    """Return every option but those that change no byte: a run that went on with other ones of these has the same card."""
+    """Return every option but those that change no byte: a run that went on with other ones of these has the same card.
+
+    By whose account a bucket was read is nobody's business.
+    """
     options = asdict(config)
+    del options["source"]["bucket"]
     del options["recover"]["checkpoint_s"], options["squeeze"]["memory_limit_gib"]
     del options["squeeze"]["check_class_order"]
     return options
