@@ -44,8 +44,8 @@ def plan_groups(num_classes: int, num_images: int, config: RecoverConfig) -> tup
         num_parts = -(-num_classes // most)
         cuts = [num_classes * part // num_parts for part in range(num_parts + 1)]
         positions_at_once = max(1, most // max(b - a for a, b in zip(cuts, cuts[1:], strict=False)))
-        if config.feature_term in ("mean", "rbf_mmd"):
-            positions_at_once = num_images  # a term of all images of a class
+        if needs_whole_classes(config):
+            positions_at_once = num_images
     else:
         cuts = [*range(0, num_classes, max(1, most // num_images)), num_classes]
         positions_at_once = num_images
@@ -54,6 +54,11 @@ def plan_groups(num_classes: int, num_images: int, config: RecoverConfig) -> tup
         for first, last in zip(cuts, cuts[1:], strict=False)
         for k in range(0, num_images, positions_at_once)
     )
+
+
+def needs_whole_classes(config: RecoverConfig) -> bool:
+    """Return whether a term is of all images of a class together."""
+    return config.moments in ("per_class", "blend") or config.feature_term in ("mean", "rbf_mmd")
 
 
 def join_positions(parts: Sequence[ClassImages]) -> ClassImages:

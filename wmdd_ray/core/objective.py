@@ -94,8 +94,8 @@ class Objective:
         is_active |= config.ce_weight > 0 or config.anchor_weight > 0
         if not is_active and config.iterations > 0:
             raise ConfigError(
-                "--recover: no loss term is active; give --recover.feature-weight, --recover.bn-weight (with "
-                "--recover.moments) or --recover.ce-weight a value above 0, or set --recover.iterations 0"
+                "--recover: no loss term is active; give --recover.feature-weight, --recover.bn-weight (with --recover.moments), "
+                "--recover.ce-weight or --recover.anchor-weight a value above 0, or set --recover.iterations 0"
             )
 
     def __call__(self, views_BCHW: Tensor, anchors_BCHW: Tensor | None = None) -> Terms:

@@ -3,10 +3,10 @@
 Minimized is the sum over the group's classes k of
     L_k = feature_weight * feature term + bn_weight * moment term + ce_weight * mean_j CE(teacher(x_j), k)
           + anchor_weight * anchor term
-(`core/losses.py` has the terms). Unlike the reference, whose loss is one norm over the whole batch, no class's
-gradient depends on its company, and each image has its own crop, flip and roll. The exception are SRe2L's running statistics
-(`moments="global"`): as its authors do, image j of every class of the group matches them together. `core/groups.py` plans
-groups so that their company is always the same.
+(`core/losses.py` has the terms, `core/objective.py` the sum). Unlike the reference, whose loss is one norm over the whole batch, no
+class's gradient depends on its company, and each image has its own crop, flip and roll. The exception are SRe2L's running
+statistics (`moments="global"`): as its authors do, image j of every class of the group matches them together. `core/groups.py`
+plans groups so that their company is always the same.
 
 Several teachers take turns: iteration i is the i-th modulo their number's. With `tiles` t the images are the t x t
 small ones of which `core/tiles.py` makes a stored image; the network sees each by itself, enlarged. With
@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from wmdd_ray.config import RecoverConfig
+from wmdd_ray.core.groups import needs_whole_classes
 from wmdd_ray.core.jitter import Jitter, noise_start
 from wmdd_ray.core.networks import features_and_logits, required_batch_norms
 from wmdd_ray.core.objective import ClassTarget as ClassTarget
@@ -93,11 +94,8 @@ def recover_group(
     of_class = len(targets[0].weights_K)
     assert all(len(t.weights_K) == of_class for t in targets), "one number of images a group"
     positions = range(of_class) if positions is None else positions
-    needs_all = config.moments in ("per_class", "blend") or config.feature_term in (
-        "mean",
-        "rbf_mmd",
-    )
-    assert len(positions) == of_class or not needs_all, "a class is matched by all its images"
+    is_whole = len(positions) == of_class
+    assert is_whole or not needs_whole_classes(config), "a class is matched by all its images"
     num_images = len(positions)
     side = tile_side(image_size, config.tiles)
     shape_BCHW = (len(targets) * num_images, channels, side, side)

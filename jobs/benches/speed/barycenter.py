@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import numpy as np
 
@@ -19,7 +19,7 @@ Solver = Literal["lloyd", "uniform", "emd", "sinkhorn", "sliced"]
 
 def barycenter(
     ipc: tuple[int, ...] = (10, 50, 100),
-    solvers: tuple[Solver, ...] = ("lloyd", "uniform", "emd", "sinkhorn", "sliced"),
+    solvers: tuple[Solver, ...] = get_args(Solver),
     repeats: int = 3,
     reference: bool = True,
     out: str | None = None,
