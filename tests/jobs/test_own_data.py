@@ -88,7 +88,7 @@ def test_a_published_teacher_brings_its_input(photos: Path) -> None:
 def test_help_looks_at_no_images(capsys: Said) -> None:
     with pytest.raises(SystemExit) as ended:
         distill.main(["--data", "/nowhere/at/all", "--help"])
-    assert ended.value.code == 0 and "--val-fraction" in capsys.readouterr().out
+    assert ended.value.code == 0 and "--help-source" in capsys.readouterr().out
 
 
 @pytest.mark.slow  # all stages

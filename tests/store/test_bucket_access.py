@@ -194,9 +194,11 @@ def test_ranges_are_read_from_a_store_that_sends_the_whole_object_s_checksum(
 def test_buckets_of_google_are_reached_the_same_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     from gcsfs.core import GCSFileSystem
 
+    from wmdd_ray.store.gcs import _RepeatingGcs
+
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
     made: list[dict[str, object]] = []
-    GCSFileSystem.clear_instance_cache()
+    _RepeatingGcs.clear_instance_cache()  # of other tests
     monkeypatch.setattr(GCSFileSystem, "__init__", lambda self, **said: made.append(said))
     for access in (BucketAccess(anonymous=True), BucketAccess(requester_pays=True), None):
         arrow_filesystem("gs://b/x", access)[0].handler.fs.clear_instance_cache()
