@@ -79,16 +79,16 @@ def run_that_names(uri: str, out: Path) -> str:
     return str(out)
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("reference", ()),
-        ("http", ()),
-        ("folder", ()),
-        ("reference", ("--follow-data",)),
-        ("http", ("--follow-data",)),
-    ],
-)
+NAMES = [
+    ("reference", ()),
+    ("http", ()),
+    ("folder", ()),
+    ("reference", ("--follow-data",)),
+    ("http", ("--follow-data",)),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), NAMES)
 def test_a_set_does_not_choose_what_evaluate_contacts(
     kind: str,
     options: tuple[str, ...],
@@ -115,16 +115,7 @@ def test_a_set_of_ones_own_is_followed_to_its_images_when_its_user_says_so(tmp_p
     assert (asked.config.data, asked.config.val_data) == (uri, "elsewhere")
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("reference", ()),
-        ("http", ()),
-        ("folder", ()),
-        ("reference", ("--follow-data",)),
-        ("http", ("--follow-data",)),
-    ],
-)
+@pytest.mark.parametrize(("kind", "options"), NAMES)
 def test_a_run_does_not_choose_what_report_contacts(
     kind: str, options: tuple[str, ...], web: Web, tmp_path: Path
 ) -> None:
