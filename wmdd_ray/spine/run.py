@@ -310,7 +310,7 @@ def bring(run: Run, stage: Stage, plan: dict[str, Any], *, overwrite: bool = Fal
     """
     commit = _committed_as(run, stage, plan)
     if commit is None:
-        return _build(run, stage, run.room(stage.room), plan, overwrite=overwrite)
+        return _build(run, stage, plan, overwrite=overwrite)
     line = run.progress(stage.name)
     line.start(len(commit.units), len(commit.units))
     line.finish("found committed")
@@ -323,12 +323,10 @@ def _committed_as(run: Run, stage: Stage, plan: dict[str, Any]) -> StageCommit |
     return commit if commit and commit.fingerprint == plan["fingerprint"] else None
 
 
-def _build(
-    run: Run, stage: Stage, room: Room, plan: dict[str, Any], *, overwrite: bool
-) -> StageCommit:
+def _build(run: Run, stage: Stage, plan: dict[str, Any], *, overwrite: bool) -> StageCommit:
     """Do a stage's unfinished units and commit its room."""
     started = time.monotonic()
-    plan = _claim(run, room, plan, overwrite=overwrite)
+    plan = _claim(run, run.room(stage.room), plan, overwrite=overwrite)
     room = run.room(stage.room, plan["space"])
     run.begin_work()
     progress = _Watched(run.progress(stage.name), run.watch, stage.name)
