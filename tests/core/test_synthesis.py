@@ -95,13 +95,8 @@ def recover(targets: list[ClassTarget], config: RecoverConfig, **options: Any) -
 def first_and_last_losses(config: RecoverConfig, target: ClassTarget) -> tuple[float, float]:
     """Return the total at the first and the last step; without jitter, so that they compare."""
     still = replace(config, crop_scale_min=1.0, flip=False, roll_px=0)
-    totals: list[float] = []
-
-    def on_step(_: int, get_state: Callable[[], dict[str, np.ndarray]]) -> None:
-        totals.append(float(get_state()["loss_total"][0]))
-
-    recover([target], still, on_step=on_step)
-    return totals[0], totals[-1]
+    (result,) = recover([target], still)
+    return float(result.curves["total"][0]), result.losses["total"]
 
 
 def test_no_iterations_return_the_start_pixels_exactly() -> None:
@@ -251,7 +246,9 @@ def test_curves_hold_the_losses_of_their_iterations() -> None:
         np.testing.assert_array_equal(result.curve_at_P, np.arange(1, 7, dtype=np.int32))
         assert list(result.curves) == list(result.losses) == ["feature", "bn", "ce", "total"]
         for name, curve_P in result.curves.items():
-            np.testing.assert_array_equal(curve_P, [state[f"loss_{name}"][g] for state in seen])
+            np.testing.assert_array_equal(
+                curve_P, [state[f"curve_{name}"][-1, g] for state in seen]
+            )
             assert curve_P[-1] == np.float32(result.losses[name])
 
 
@@ -259,10 +256,10 @@ def test_curves_hold_the_losses_of_their_iterations() -> None:
 def test_curves_have_at_most_200_points_from_the_first_iteration_to_the_last(
     iterations: int, points: int
 ) -> None:
-    curves = synthesis._Curves(iterations, {})
+    curves = synthesis._Curves(iterations)
     for i in range(1, iterations + 1):
         curves.add(i, {"total": torch.tensor([float(i), -float(i)])})
-    at_P = curves.iterations(iterations)
+    at_P = curves.at_P
     assert (len(at_P), at_P[0], at_P[-1]) == (points, 1, iterations)
     assert np.ptp(np.diff(at_P)) <= 1 if points > 1 else True
     np.testing.assert_array_equal(curves.state()["curve_total"], np.stack([at_P, -at_P], axis=1))
@@ -427,7 +424,7 @@ def test_averaged_statistics_change_the_loss_and_the_images_from_the_second_iter
     config = replace(CONFIG, feature_term="none")
     plain = states_by_step(config, make_target(0))
     averaged = states_by_step(replace(config, ema_statistics=0.8), make_target(0))
-    for name in ("images", "loss_bn"):
+    for name in ("images", "curve_bn"):
         assert np.array_equal(plain[1][name], averaged[1][name])
         assert not np.array_equal(plain[2][name], averaged[2][name])
     assert plain[1].keys() == averaged[1].keys() - {"average0_mean", "average0_var"}
@@ -454,14 +451,9 @@ def test_small_images_are_recovered_at_their_own_side_and_meet_their_atoms(tiles
     config = replace(CONFIG, tiles=tiles, iterations=12, moments="none")
     target = tiled(make_target(1, ipc=tiles**2), tiles)
     still = replace(config, crop_scale_min=1.0, flip=False, roll_px=0)
-    totals: list[float] = []
-
-    def on_step(_: int, get_state: Callable[[], dict[str, np.ndarray]]) -> None:
-        totals.append(float(get_state()["loss_total"][0]))
-
-    (result,) = recover([target], still, on_step=on_step)
+    (result,) = recover([target], still)
     assert result.images_KHWC.shape == (tiles**2, SIZE // tiles, SIZE // tiles, 3)
-    assert totals[-1] < 0.7 * totals[0]
+    assert result.losses["total"] < 0.7 * result.curves["total"][0]
     (start,) = recover([target], replace(config, iterations=0))
     np.testing.assert_array_equal(start.images_KHWC, target.start_KHWC)
 
@@ -477,19 +469,12 @@ def test_teachers_take_turns_and_each_has_its_own_target() -> None:
     target = make_target(0)
     both = with_other(target)
     narrow = replace(target, **moments_of(OTHER, 0, 2))
-    losses: list[float] = []
-
-    def on_step(_: int, get_state: Callable[[], dict[str, np.ndarray]]) -> None:
-        losses.append(float(get_state()["loss_total"][0]))
-
     # So small a rate that the images stay: a turn's loss is then that of its teacher alone.
     config = replace(CONFIG, learning_rate=1e-7, iterations=4)
-    recover([both], config, networks=[NETWORK, OTHER], on_step=on_step)
-    together = losses.copy()
-    losses.clear()
-    recover([target], config, on_step=on_step)
-    recover([narrow], config, networks=OTHER, on_step=on_step)
-    first, second = losses[:4], losses[4:]
+    together, first, second = (
+        recover([t], config, networks=networks)[0].curves["total"]
+        for t, networks in ((both, [NETWORK, OTHER]), (target, NETWORK), (narrow, OTHER))
+    )
     np.testing.assert_allclose(together, [first[0], second[1], first[2], second[3]], rtol=1e-4)
     assert abs(first[0] - second[0]) > 0.1 * first[0]
 

@@ -23,6 +23,7 @@ from wmdd_ray.core.losses import (
     feature_loss_G,
 )
 from wmdd_ray.core.networks import features_and_logits, required_batch_norms
+from wmdd_ray.core.pixel_adam import State, to_array
 from wmdd_ray.core.taps import Tap
 from wmdd_ray.errors import ConfigError
 
@@ -76,7 +77,8 @@ class Objective:
             return torch.from_numpy(np.stack(arrays).astype(np.float32)).to(device)
 
         self.network, self.taps, self.middle, self.config = network, taps, middle, config
-        self.device_type = torch.device(device).type
+        self.device = torch.device(device)
+        self._averages = (f"average{index}_mean", f"average{index}_var")
         own = [t if index == 0 else t.others[index - 1] for t in targets]
         weights_GK = stacked([w / w.sum() for w in (t.weights_K[positions] for t in targets)])
         even_GK = torch.full_like(weights_GK, 1 / len(positions))
@@ -101,7 +103,7 @@ class Objective:
     def __call__(self, views_BCHW: Tensor, anchors_BCHW: Tensor | None = None) -> Terms:
         config = self.config
         middle_of_anchors = None
-        with torch.autocast(self.device_type, torch.bfloat16, enabled=config.mixed_precision):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.mixed_precision):
             if anchors_BCHW is not None:
                 # First, since the taps hold the last pass.
                 with torch.no_grad():
@@ -135,17 +137,18 @@ class Objective:
             return loss_of_sets.mean().expand(num_classes)
         return loss_of_sets.view(num_classes, -1).mean(dim=1)
 
-    def averages(self) -> dict[str, Tensor]:
+    def state(self) -> State:
         """Return the moments averaged so far: what the next call depends on beside its argument."""
         if self.moment_loss is None or self.moment_loss.running is None:
             return {}
-        return dict(zip(("mean", "var"), self.moment_loss.running, strict=True))
+        return dict(zip(self._averages, map(to_array, self.moment_loss.running), strict=True))
 
-    def continue_from(self, averages: dict[str, Tensor]) -> None:
-        """Continue from what `averages` returned."""
-        if averages:
+    def load(self, state: State) -> None:
+        """Continue from what `state` returned."""
+        if self._averages[0] in state:
             assert self.moment_loss is not None
-            self.moment_loss.running = (averages["mean"], averages["var"])
+            mean, var = (torch.tensor(state[name], device=self.device) for name in self._averages)
+            self.moment_loss.running = (mean, var)
 
 
 def _moment_loss(

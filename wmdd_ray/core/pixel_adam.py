@@ -9,6 +9,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -30,29 +31,30 @@ class PixelAdam:
     `torch.optim.Adam` keeps its step and schedule apart and hidden; here three arrays and one number are all.
     """
 
-    def __init__(self, images_BCHW: Tensor, config: RecoverConfig, color: list[Tensor]) -> None:
-        """Start from `images_BCHW` (normalized, overwritten); `color` is the mean and std, (C, 1, 1)."""
+    def __init__(
+        self,
+        images_BCHW: Tensor,
+        config: RecoverConfig,
+        mean_C: Sequence[float],
+        std_C: Sequence[float],
+    ) -> None:
+        """Start from `images_BCHW`: normalized by a mean and a standard deviation a channel, and overwritten."""
         self.images_BCHW, self.config, self.iteration = images_BCHW, config, 0
-        self.mean, self.std = color
+        self.mean, self.std = (
+            torch.tensor(v, dtype=torch.float32, device=images_BCHW.device)[:, None, None]
+            for v in (mean_C, std_C)
+        )
         self.low, self.high = (0 - self.mean) / self.std, (1 - self.mean) / self.std
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(images_BCHW), torch.zeros_like(images_BCHW)
 
-    @classmethod
-    def from_state(
-        cls,
-        state: State,
-        shape_BCHW: tuple[int, ...],
-        config: RecoverConfig,
-        color: list[Tensor],
-        device: torch.device | str,
-    ) -> PixelAdam:
+    def load(self, state: State) -> None:
         """Continue from what `state` returned."""
-        assert state["images"].shape == shape_BCHW, (state["images"].shape, shape_BCHW)
-        adam = cls(torch.tensor(state["images"], device=device), config, color)
-        adam.exp_avg = torch.tensor(state["exp_avg"], device=device)
-        adam.exp_avg_sq = torch.tensor(state["exp_avg_sq"], device=device)
-        adam.iteration = int(state["iteration"])
-        return adam
+        shape, device = self.images_BCHW.shape, self.images_BCHW.device
+        assert state["images"].shape == shape, (state["images"].shape, shape)
+        self.images_BCHW, self.exp_avg, self.exp_avg_sq = (
+            torch.tensor(state[name], device=device) for name in ("images", "exp_avg", "exp_avg_sq")
+        )
+        self.iteration = int(state["iteration"])
 
     def state(self) -> State:
         """Return copies of everything that the next step depends on."""

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -96,26 +97,13 @@ def recover_group(
     positions = range(of_class) if positions is None else positions
     is_whole = len(positions) == of_class
     assert is_whole or not needs_whole_classes(config), "a class is matched by all its images"
-    num_images = len(positions)
+    as_input = partial(to_input, mean_C=mean_C, std_C=std_C, device=device)
     side = tile_side(image_size, config.tiles)
-    shape_BCHW = (len(targets) * num_images, channels, side, side)
-    labels = [t.label for t in targets]
-    color = [
-        torch.tensor(v, dtype=torch.float32, device=device)[:, None, None] for v in (mean_C, std_C)
-    ]
-    losses: dict[str, np.ndarray] = {}
-    blends = _blend_iterations(config)
-    start_BCHW = torch.empty(0)
-    if state is None or blends:
-        start_BCHW = _start(targets, positions, shape_BCHW, mean_C, std_C, seed, device)
-    if state is None:
-        adam = PixelAdam(start_BCHW.clone() if blends else start_BCHW, config, color)
-    else:
-        adam = PixelAdam.from_state(state, shape_BCHW, config, color, device)
-        losses = {k.removeprefix("loss_"): v for k, v in state.items() if k.startswith("loss_")}
-    curves = _Curves(config.iterations, state or {})
+    start_BCHW = _start(targets, positions, (channels, side, side), as_input, seed, device)
+    anchors_BCHW = _anchors(targets, positions, config, as_input)
+    adam = PixelAdam(start_BCHW.clone(), config, mean_C, std_C)
     jitter = Jitter(
-        labels,
+        [t.label for t in targets],
         of_class,
         config,
         image_size=image_size,
@@ -123,85 +111,135 @@ def recover_group(
         device=device,
         positions=positions,
     )
-    anchors_BCHW = _anchors(targets, positions, config, mean_C, std_C, device)
-    terms: Terms = {}
-    objectives: list[Objective] = []
-
-    def get_state() -> State:
-        averages = {
-            f"average{m}_{name}": to_array(average)
-            for m, objective in enumerate(objectives)
-            for name, average in objective.averages().items()
-        }
-        last = {f"loss_{name}": to_array(value) for name, value in terms.items()}
-        return adam.state() | last | curves.state() | averages
-
     with ExitStack() as stack:
         stack.enter_context(deterministic_convolutions())
-        for m, network in enumerate(networks):
-            taps = stack.enter_context(tapped(network))
-            middle: list[Tensor] = []
-            if config.anchor_weight > 0:
-                norms = required_batch_norms(network)
-                layer = norms[round(config.anchor_depth * (len(norms) - 1))]
-                middle = stack.enter_context(output_of(layer))
-            objective = Objective(network, m, taps, middle, targets, positions, config, device)
-            if state is not None:
-                objective.continue_from(
-                    {
-                        name: torch.tensor(state[f"average{m}_{name}"], device=device)
-                        for name in ("mean", "var")
-                        if f"average{m}_{name}" in state
-                    }
-                )
-            objectives.append(objective)
+        objectives = [
+            stack.enter_context(_objective(network, m, targets, positions, config, device))
+            for m, network in enumerate(networks)
+        ]
+        descent = _Descent(adam, objectives, jitter, config, start_BCHW, anchors_BCHW)
+        if state is not None:
+            descent.load(state)
         while adam.iteration < config.iterations:
-            images = adam.images_BCHW.requires_grad_(True)
-            objective = objectives[adam.iteration % len(objectives)]
-            anchors = None if anchors_BCHW is None else jitter(anchors_BCHW, adam.iteration)
-            terms = objective(jitter(images, adam.iteration), anchors)
-            (gradient,) = torch.autograd.grad(terms["total"].sum(), images)
-            terms = {name: value.detach() for name, value in terms.items()}
-            adam.step(gradient)
-            curves.add(adam.iteration, terms)
-            if adam.iteration in blends:
-                adam.blend(start_BCHW)
+            descent.step()
             if on_step is not None:
-                on_step(adam.iteration, get_state)
-    losses |= {name: to_array(value) for name, value in terms.items()}
+                on_step(adam.iteration, descent.state)
     _refuse_lost(targets, adam.images_BCHW)
     pixels_BHWC = adam.pixels()
-    features_BD = features_of(networks[0], to_input(pixels_BHWC, mean_C, std_C, device), image_size)
+    features_BD = features_of(networks[0], as_input(pixels_BHWC), image_size)
+    return _by_class(targets, positions, pixels_BHWC, features_BD, descent.curves)
+
+
+class _Descent:
+    """The images of a group under way: step after step down the objective of the teacher whose turn it is."""
+
+    def __init__(
+        self,
+        adam: PixelAdam,
+        objectives: list[Objective],
+        jitter: Jitter,
+        config: RecoverConfig,
+        start_BCHW: Tensor,
+        anchors_BCHW: Tensor | None,
+    ) -> None:
+        self.adam, self.objectives, self.jitter = adam, objectives, jitter
+        self.start_BCHW, self.anchors_BCHW = start_BCHW, anchors_BCHW
+        self.curves = _Curves(config.iterations)
+        self._blend_at = _blend_iterations(config)
+
+    def state(self) -> State:
+        """Return copies of everything that the next step depends on, and the losses so far."""
+        state = self.adam.state() | self.curves.state()
+        for objective in self.objectives:
+            state |= objective.state()
+        return state
+
+    def load(self, state: State) -> None:
+        """Continue from what `state` returned."""
+        self.adam.load(state)
+        self.curves.load(state)
+        for objective in self.objectives:
+            objective.load(state)
+
+    def step(self) -> None:
+        """Do the next iteration."""
+        adam, anchors = self.adam, self.anchors_BCHW
+        images = adam.images_BCHW.requires_grad_(True)
+        objective = self.objectives[adam.iteration % len(self.objectives)]
+        if anchors is not None:
+            anchors = self.jitter(anchors, adam.iteration)
+        terms = objective(self.jitter(images, adam.iteration), anchors)
+        (gradient,) = torch.autograd.grad(terms["total"].sum(), images)
+        adam.step(gradient)
+        self.curves.add(adam.iteration, {name: value.detach() for name, value in terms.items()})
+        if adam.iteration in self._blend_at:
+            adam.blend(self.start_BCHW)
+
+
+@contextmanager
+def _objective(
+    network: nn.Module,
+    index: int,
+    targets: list[ClassTarget],
+    positions: range,
+    config: RecoverConfig,
+    device: torch.device | str,
+) -> Iterator[Objective]:
+    """Yield what teacher number `index` asks of the images, and tap it meanwhile."""
+    with ExitStack() as stack:
+        taps = stack.enter_context(tapped(network))
+        middle: list[Tensor] = []
+        if config.anchor_weight > 0:
+            norms = required_batch_norms(network)
+            layer = norms[round(config.anchor_depth * (len(norms) - 1))]
+            middle = stack.enter_context(output_of(layer))
+        yield Objective(network, index, taps, middle, targets, positions, config, device)
+
+
+def _by_class(
+    targets: list[ClassTarget],
+    positions: range,
+    pixels_BHWC: np.ndarray,
+    features_BD: np.ndarray,
+    curves: _Curves,
+) -> list[ClassImages]:
+    """Return what was made of a group, class by class. The last losses are the last points of the curves."""
     curve_PG = {name.removeprefix("curve_"): value for name, value in curves.state().items()}
-    curve_at_P = curves.iterations(adam.iteration)
-    return [
-        ClassImages(
-            label=target.label,
-            images_KHWC=pixels_BHWC[own],
-            weights_K=target.weights_K[positions],
-            losses={name: float(value_G[g]) for name, value_G in losses.items()},
-            curves={name: value_PG[:, g] for name, value_PG in curve_PG.items()},
-            curve_at_P=curve_at_P,
-            features_KD=features_BD[own],
+    classes = []
+    for g, target in enumerate(targets):
+        own = slice(g * len(positions), (g + 1) * len(positions))
+        classes.append(
+            ClassImages(
+                label=target.label,
+                images_KHWC=pixels_BHWC[own],
+                weights_K=target.weights_K[positions],
+                losses={name: float(value_PG[-1, g]) for name, value_PG in curve_PG.items()},
+                curves={name: value_PG[:, g] for name, value_PG in curve_PG.items()},
+                curve_at_P=curves.at_P,
+                features_KD=features_BD[own],
+            )
         )
-        for g, target in enumerate(targets)
-        for own in [slice(g * num_images, (g + 1) * num_images)]
-    ]
+    return classes
 
 
 class _Curves:
     """The losses of some iterations. They stay on the device until they are asked for: no step waits for them."""
 
-    def __init__(self, iterations: int, state: State) -> None:
-        """Prepare for so many iterations, and continue from what `state` returned."""
+    def __init__(self, iterations: int) -> None:
+        """Prepare for so many iterations."""
         points = np.linspace(1, iterations, min(iterations, MAX_CURVE_POINTS))
-        self._at = np.unique(points.round().astype(np.int32))
-        self._wanted = frozenset(self._at.tolist())
-        self._before = {k: v for k, v in state.items() if k.startswith("curve_")}
+        self.at_P = np.unique(points.round().astype(np.int32))
+        """Which iterations those are, counted from 1; the last one is among them."""
+        self._wanted = frozenset(self.at_P.tolist())
+        self._before: State = {}
         self._since: list[Terms] = []
 
+    def load(self, state: State) -> None:
+        """Continue from what `state` returned."""
+        self._before = {k: v for k, v in state.items() if k.startswith("curve_")}
+
     def add(self, iteration: int, terms: Terms) -> None:
-        """Keep the losses of an iteration, counted from 1, if it is one of those."""
+        """Keep the losses of an iteration if it is one of those."""
         if iteration in self._wanted:
             self._since.append(terms)
 
@@ -212,10 +250,6 @@ class _Curves:
         both = (self._before, since)
         keys = dict.fromkeys(key for part in both for key in part)
         return {key: np.concatenate([part[key] for part in both if key in part]) for key in keys}
-
-    def iterations(self, done: int) -> np.ndarray:
-        """Return the iterations of the values, of `done` that are done."""
-        return self._at[self._at <= done]
 
 
 @torch.no_grad()
@@ -241,9 +275,7 @@ def _anchors(
     targets: list[ClassTarget],
     positions: range,
     config: RecoverConfig,
-    mean_C: Sequence[float],
-    std_C: Sequence[float],
-    device: torch.device | str,
+    as_input: Callable[[np.ndarray], Tensor],
 ) -> Tensor | None:
     """Return the real images that the images stand for, in their order, or None where they do not count."""
     if config.anchor_weight == 0:
@@ -254,27 +286,27 @@ def _anchors(
             "--recover.anchor-weight: expected the real images that the images of every class stand for, got those of "
             f"{len(given)} of {len(targets)} classes; leave it 0 without them"
         )
-    return to_input(np.concatenate(given), mean_C, std_C, device)
+    return as_input(np.concatenate(given))
 
 
 def _start(
     targets: list[ClassTarget],
     positions: range,
-    shape_BCHW: tuple[int, ...],
-    mean_C: Sequence[float],
-    std_C: Sequence[float],
+    shape_CHW: tuple[int, ...],
+    as_input: Callable[[np.ndarray], Tensor],
     seed: int,
     device: torch.device | str,
 ) -> Tensor:
+    """Return the first iterate: the start that a class brings, or noise."""
     parts = []
     for target in targets:
         if target.start_KHWC is None:
-            shape_KCHW = (len(target.weights_K), *shape_BCHW[1:])
+            shape_KCHW = (len(target.weights_K), *shape_CHW)
             noise_KCHW = noise_start(seed, target.label, shape_KCHW)
             part = torch.from_numpy(noise_KCHW[positions]).to(device)
         else:
-            part = to_input(target.start_KHWC[positions], mean_C, std_C, device)
-        expected = (len(positions), *shape_BCHW[1:])
+            part = as_input(target.start_KHWC[positions])
+        expected = (len(positions), *shape_CHW)
         assert part.shape == expected, f"start of class {target.label}: {part.shape}"
         parts.append(part)
     return torch.cat(parts)
