@@ -30,7 +30,7 @@ from wmdd_ray.core.optimizer import (
 from wmdd_ray.core.soft_labels import label_views
 from wmdd_ray.core.training import (
     accuracy,
-    classifier_optimizer,
+    optimizer_and_average,
     train_classifier,
     train_student,
 )
@@ -95,7 +95,7 @@ def train_on(
 
 
 def optimizer_of(network: nn.Module, config: SqueezeConfig) -> torch.optim.Optimizer:
-    return classifier_optimizer(network, config)[0]
+    return optimizer_and_average(network, config)[0]
 
 
 # Optimizers
@@ -362,7 +362,7 @@ def test_training_resumed_from_plain_arrays_gives_the_same_bytes(
 
     def start(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, WeightAverage | None]:
         network = small_network(seed=seed, channels_last=channels_last)
-        return network, *classifier_optimizer(network, config)
+        return network, *optimizer_and_average(network, config)
 
     whole, optimizer, average = start(0)
     saved = {}

@@ -46,16 +46,16 @@ from wmdd_ray.records import Views
 _RENDER_FLOATS = 1 << 24
 
 
-def classifier_optimizer(
-    network: nn.Module, config: SqueezeConfig
+def optimizer_and_average(
+    network: nn.Module, config: SqueezeConfig | EvaluateConfig
 ) -> tuple[torch.optim.Optimizer, WeightAverage | None]:
-    """Return what `train_classifier` steps with, and averages by; the network's device and memory format are set before."""
+    """Return what a training steps with, and averages by; the network's device and memory format are set before."""
     optimizer = make_optimizer(
         network,
         config.optimizer,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
-        momentum=config.momentum,
+        **({"momentum": config.momentum} if isinstance(config, SqueezeConfig) else {}),
     )
     average = WeightAverage(network, config.ema_decay) if config.ema_decay > 0 else None
     return optimizer, average
@@ -89,7 +89,7 @@ def train_classifier(
     Args:
         network: classifier on its device, wrapped in DistributedDataParallel or not. Channels-last
             format (set before wrapping) makes 1.5 times the steps per second on CPU.
-        optimizer: of `classifier_optimizer`.
+        optimizer: of `optimizer_and_average`.
         epoch_batches: epoch -> batches of this rank, (uint8 NHWC, int64 labels). At most
             `steps_per_epoch` are used; in distributed training every rank needs equally many.
         config: epochs, rate, augmentation, precision.
@@ -99,7 +99,7 @@ def train_classifier(
         seed: seed of the augmentation.
         rank: this worker; each draws its own augmentation.
         start_epoch: first epoch to train.
-        average: of `classifier_optimizer`; updated at every step, and put into the network at the end.
+        average: of `optimizer_and_average`; updated at every step, and put into the network at the end.
         on_epoch: called with (epoch, mean loss) after every epoch.
         on_curvature: called with (epoch, mean curvature term, without its weight) before `on_epoch`, when the weight is
             positive.
@@ -189,13 +189,7 @@ def train_student(
     device = next(network.parameters()).device
     # oneDNN's and cuDNN's faster convolutions: 1.5 times the steps per second on CPU.
     network.to(memory_format=torch.channels_last)
-    optimizer = make_optimizer(
-        network,
-        config.optimizer,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-    )
-    average = WeightAverage(network, config.ema_decay) if config.ema_decay > 0 else None
+    optimizer, average = optimizer_and_average(network, config)
     loss_of = _StudentLoss(config, labels, weights_N, classes_N, device)
     first = 0
     if state is not None:
@@ -217,11 +211,7 @@ def train_student(
         batches = _rendered_batches(images_NCHW, views, logits_VY, order_V, steps, image_size)
         with _seeded_dropout(seed, epoch, 0, device):
             for i, rows in enumerate(batches):
-                with torch.autocast(
-                    device.type, dtype=torch.bfloat16, enabled=config.mixed_precision
-                ):
-                    student_BY = network(rows.images_BCHW)
-                loss = loss_of(student_BY, rows)
+                loss = loss_of(network, rows)
                 take_step(optimizer, loss, config.learning_rate, epoch * steps + i, horizon)
                 if average is not None:
                     average.update()
@@ -256,8 +246,11 @@ class _StudentLoss:
             assert classes_N is not None, "hard labels need the images' classes"
             self._classes = torch.tensor(classes_N, dtype=torch.int64, device=device)
 
-    def __call__(self, student_BY: torch.Tensor, rows: _Rows) -> torch.Tensor:
+    def __call__(self, network: nn.Module, rows: _Rows) -> torch.Tensor:
         config = self._config
+        device, enabled = rows.images_BCHW.device.type, config.mixed_precision
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=enabled):
+            student_BY = network(rows.images_BCHW)
         weights_B = None if self._weights is None else self._weights[rows.image_B]
         hard = None
         if self._classes is not None:

@@ -81,7 +81,6 @@ def train_denoiser(
         load_training_state(network, optimizer, state)
         average.load(state)
     steps = steps_of(len(labels_N), batch_size)
-    levels = int(scheduler.config.num_train_timesteps)
     for epoch in range(first, epochs):
         network.train()
         rng = np.random.default_rng([seed, epoch, AUGMENTATION])
@@ -90,14 +89,9 @@ def train_denoiser(
             images_NHWC, labels_N, batch_size=batch_size, seed=seed, epoch=epoch
         )
         for step, (images_BHWC, labels_B) in enumerate(batches):
-            x = _pixels(images_BHWC, flip, rng, device)
-            noise = _drawn(rng.standard_normal(tuple(x.shape), dtype=np.float32), device)
-            t_B = _drawn(rng.integers(levels, size=len(x)), device)
-            without_B = _drawn(rng.random(len(x)) < drop_class, device)
-            classes_B = torch.where(without_B, null_class, labels_B.to(device))
-            noisy = scheduler.add_noise(x, noise, t_B)
-            predicted = network(noisy, t_B, class_labels=classes_B, return_dict=False)[0]
-            loss = F.mse_loss(predicted, noise)
+            x_BCHW = _pixels(images_BHWC, flip, rng, device)
+            y_B = labels_B.to(device)
+            loss = _loss(network, scheduler, x_BCHW, y_B, null_class, drop_class, rng)
             take_step(optimizer, loss, learning_rate, epoch * steps + step, epochs * steps)
             average.update()
             total += loss.detach()
@@ -116,6 +110,26 @@ def train_denoiser(
             on_epoch(epoch, mean_loss, get_state)
     average.put_into_network()
     network.eval()
+
+
+def _loss(
+    network: nn.Module,
+    scheduler: Any,
+    x_BCHW: Tensor,
+    labels_B: Tensor,
+    null_class: int,
+    drop_class: float,
+    rng: np.random.Generator,
+) -> Tensor:
+    """Return how far the predicted noise is from that which is added here, at random times and to some without their class."""
+    device, count = x_BCHW.device, len(x_BCHW)
+    noise_BCHW = _drawn(rng.standard_normal(tuple(x_BCHW.shape), dtype=np.float32), device)
+    t_B = _drawn(rng.integers(int(scheduler.config.num_train_timesteps), size=count), device)
+    without_B = _drawn(rng.random(count) < drop_class, device)
+    classes_B = torch.where(without_B, null_class, labels_B)
+    noisy_BCHW = scheduler.add_noise(x_BCHW, noise_BCHW, t_B)
+    predicted = network(noisy_BCHW, t_B, class_labels=classes_B, return_dict=False)[0]
+    return F.mse_loss(predicted, noise_BCHW)
 
 
 def _pixels(

@@ -102,79 +102,116 @@ def sample_group(
     Raises:
         DataError: latents became NaN; names the classes.
     """
-    scheduler.set_timesteps(config.steps, device=device)
-    timesteps = scheduler.timesteps
-    num_steps = len(timesteps)
-    guided = _guided_steps(config, num_steps)
-    flat = [target.real_MCHW.flatten(1).float() for target in targets]
-    spacing = [mean_spacing(real_MD) for real_MD in flat]
-    classes_G = torch.tensor([target.class_id for target in targets], device=device)
-    done_KGCHW: list[Tensor] = []
-    transport_KG: list[list[float]] = []
-    step, x_GCHW = 0, torch.empty(0)
+    course = _Course(predict, scheduler, targets, config, shape_CHW, seed, device)
     if state is not None:
-        done_KGCHW = [torch.tensor(x, device=device) for x in state["latents"]]
-        transport_KG = state["transport"].tolist()
-        step, x_GCHW = int(state["step"]), torch.tensor(state["current"], device=device)
-
-    def get_state() -> State:
-        stacked = torch.stack(done_KGCHW) if done_KGCHW else x_GCHW.new_zeros((0, *x_GCHW.shape))
-        return {
-            "latents": to_array(stacked),
-            "transport": np.array(transport_KG, dtype=np.float64).reshape(-1, len(targets)),
-            "step": np.array(step),
-            "current": to_array(x_GCHW),
-        }
-
-    def move_of(g: int, end_GD: Tensor, step: int) -> Tensor:
-        before = [x[g].flatten() for x in done_KGCHW]
-        before_KD = torch.stack(before) if before else end_GD[:0]
-        batch = _batch(flat[g], targets[g].label, config, seed, len(done_KGCHW), step)
-        return _move(end_GD[g], before_KD, batch, config, spacing[g], targets[g].influence)
-
+        course.load(state)
     with torch.no_grad():
-        while len(done_KGCHW) < num_images:
-            image = len(done_KGCHW)
-            noise_GSCHW = _noise(targets, seed, image, (num_steps + 1, *shape_CHW))
-            if step == 0:
-                x_GCHW = torch.from_numpy(noise_GSCHW[:, 0]).to(device)
-            while step < num_steps:
-                output = predict(x_GCHW, timesteps[step], classes_G)
-                fresh = torch.from_numpy(noise_GSCHW[:, step + 1]).to(device)
-                found = scheduler.step(
-                    output,
-                    timesteps[step],
-                    x_GCHW,
-                    eta=config.eta,
-                    variance_noise=fresh if config.eta > 0 else None,
-                )
-                x_GCHW = found.prev_sample
-                if step in guided:
-                    end_GD = found.pred_original_sample.flatten(1)
-                    moves = [move_of(g, end_GD, step) for g in range(len(targets))]
-                    x_GCHW = x_GCHW - torch.stack(moves).view_as(x_GCHW)
-                step += 1
-                # The last step of an image is told below, when the image is among those done.
-                if on_step is not None and step < num_steps:
-                    on_step(image * num_steps + step, get_state)
-            _refuse_lost(targets, x_GCHW)
-            done_KGCHW.append(x_GCHW)
-            samples_GKD = torch.stack(done_KGCHW, dim=1).flatten(2)
-            transport_KG.append(
-                [_share(samples_GKD[g], flat[g], config, spacing[g]) for g in range(len(targets))]
-            )
-            step = 0
+        while len(course.done_KGCHW) < num_images:
+            course.step()
             if on_step is not None:
-                on_step((image + 1) * num_steps, get_state)
-    latents_KGCHW = torch.stack(done_KGCHW)
+                on_step(len(course.done_KGCHW) * course.num_steps + course.at, course.state)
+    latents_KGCHW = torch.stack(course.done_KGCHW)
     return [
         ClassSamples(
             label=target.label,
             latents_KCHW=latents_KGCHW[:, g],
-            transport_K=np.array([row[g] for row in transport_KG], dtype=np.float32),
+            transport_K=np.array([row[g] for row in course.transport_KG], dtype=np.float32),
         )
         for g, target in enumerate(targets)
     ]
+
+
+class _Course:
+    """Samples of a group under way: those that are done, and the one that has come `at` steps from noise to an image."""
+
+    def __init__(
+        self,
+        predict: Predict,
+        scheduler: Any,
+        targets: Sequence[SampleTarget],
+        config: DiffusionConfig,
+        shape_CHW: tuple[int, int, int],
+        seed: int,
+        device: torch.device | str,
+    ) -> None:
+        scheduler.set_timesteps(config.steps, device=device)
+        self.num_steps = len(scheduler.timesteps)
+        self.done_KGCHW: list[Tensor] = []
+        self.transport_KG: list[list[float]] = []
+        self.at, self._x_GCHW = 0, torch.empty(0)
+        self._noise_GSCHW: np.ndarray | None = None  # of the image under way
+        self._predict, self._scheduler, self._config = predict, scheduler, config
+        self._targets, self._seed, self._device, self._shape_CHW = targets, seed, device, shape_CHW
+        self._guided = _guided_steps(config, self.num_steps)
+        self._real = [target.real_MCHW.flatten(1).float() for target in targets]
+        self._spacing = [mean_spacing(real_MD) for real_MD in self._real]
+        self._classes_G = torch.tensor([target.class_id for target in targets], device=device)
+
+    def state(self) -> State:
+        """Return copies of everything that the next step depends on."""
+        empty = self._x_GCHW.new_zeros((0, *self._x_GCHW.shape))
+        return {
+            "latents": to_array(torch.stack(self.done_KGCHW) if self.done_KGCHW else empty),
+            "transport": np.array(self.transport_KG, dtype=np.float64).reshape(
+                -1, len(self._targets)
+            ),
+            "step": np.array(self.at),
+            "current": to_array(self._x_GCHW),
+        }
+
+    def load(self, state: State) -> None:
+        """Continue from what `state` returned."""
+        self.done_KGCHW = [torch.tensor(x, device=self._device) for x in state["latents"]]
+        self.transport_KG = state["transport"].tolist()
+        self.at = int(state["step"])
+        self._x_GCHW = torch.tensor(state["current"], device=self._device)
+
+    def step(self) -> None:
+        """Bring an image of every class one step nearer to its end; after the last, count it among those that are done."""
+        timestep, eta = self._scheduler.timesteps[self.at], self._config.eta
+        if self._noise_GSCHW is None:
+            shape, image = (self.num_steps + 1, *self._shape_CHW), len(self.done_KGCHW)
+            self._noise_GSCHW = _noise(self._targets, self._seed, image, shape)
+        noise_SGCHW = torch.from_numpy(self._noise_GSCHW).transpose(0, 1)
+        if self.at == 0:
+            self._x_GCHW = noise_SGCHW[0].to(self._device)
+        output = self._predict(self._x_GCHW, timestep, self._classes_G)
+        fresh_GCHW = noise_SGCHW[self.at + 1].to(self._device) if eta > 0 else None
+        stepped = self._scheduler.step(
+            output, timestep, self._x_GCHW, eta=eta, variance_noise=fresh_GCHW
+        )
+        self._x_GCHW = stepped.prev_sample
+        if self.at in self._guided:
+            end_GD = stepped.pred_original_sample.flatten(1)
+            moves = [self._move(g, end_D) for g, end_D in enumerate(end_GD)]
+            self._x_GCHW = self._x_GCHW - torch.stack(moves).view_as(self._x_GCHW)
+        self.at += 1
+        if self.at == self.num_steps:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Count the image under way among those that are done, and measure them; the next one begins."""
+        _refuse_lost(self._targets, self._x_GCHW)
+        self.done_KGCHW.append(self._x_GCHW)
+        samples_GKD = torch.stack(self.done_KGCHW, dim=1).flatten(2)
+        self.transport_KG.append(
+            [
+                _share(samples_KD, real_MD, self._config, spacing)
+                for samples_KD, real_MD, spacing in zip(
+                    samples_GKD, self._real, self._spacing, strict=True
+                )
+            ]
+        )
+        self.at, self._noise_GSCHW = 0, None
+
+    def _move(self, g: int, end_D: Tensor) -> Tensor:
+        """Return what a guided step takes from the sample of a class, which is led by the images of it that are done."""
+        earlier_nD = end_D.new_empty((0, len(end_D)))
+        if self.done_KGCHW:
+            earlier_nD = torch.stack([x_GCHW[g].flatten() for x_GCHW in self.done_KGCHW])
+        target, image = self._targets[g], len(self.done_KGCHW)
+        real_MD = _batch(self._real[g], target.label, self._config, self._seed, image, self.at)
+        return _move(end_D, earlier_nD, real_MD, self._config, self._spacing[g], target.influence)
 
 
 def _guided_steps(config: DiffusionConfig, num_steps: int) -> frozenset[int]:

@@ -15,7 +15,7 @@ from wmdd_ray.core.batches import ORDER, Batch, in_memory_batches, steps_of
 from wmdd_ray.core.class_order import confusion, permuted_classes
 from wmdd_ray.core.networks import build_network, empty_network, last_linear, weights_of
 from wmdd_ray.core.optimizer import State, WeightAverage, load_training_state, training_state
-from wmdd_ray.core.training import classifier_optimizer, train_classifier
+from wmdd_ray.core.training import optimizer_and_average, train_classifier
 from wmdd_ray.errors import DataError
 from wmdd_ray.records import Teacher
 from wmdd_ray.spine.checkpoints import Checkpoints
@@ -204,7 +204,7 @@ def train_teacher(
     ).to(device)
     network.to(memory_format=torch.channels_last)
     squeeze = config.squeeze.at_ipc(config.ipc)
-    optimizer, average = classifier_optimizer(network, squeeze)
+    optimizer, average = optimizer_and_average(network, squeeze)
     keep = Checkpoints(room, unit, _STATE_EVERY_S)
     course = _Course(network, optimizer, average)
     first_epoch = course.resume(keep, rank, world)
@@ -236,27 +236,40 @@ def train_teacher(
         on_epoch=on_epoch,
         on_curvature=lambda _, term: course.curvatures.append(round(term, 4)),
     )
-    if attempt is None:
-        return
+    if attempt is not None:
+        _commit(training, network, course, started, device, attempt)
+        keep.clear()
+
+
+def _commit(
+    training: Training,
+    network: torch.nn.Module,
+    course: _Course,
+    started: float,
+    device: torch.device,
+    attempt: int,
+) -> None:
+    """Measure a trained teacher and commit it, with the course that its training took."""
+    config, unit = training.config, training.unit
+    squeeze = config.squeeze.at_ipc(config.ipc)
     network.eval()
     name = f"the trained {unit}"
     top1 = measure(network, training.val, config, name, device, check_order=False)
-    extra: dict[str, Any] = {"losses": course.losses}
+    metrics: dict[str, Any] = {"losses": course.losses}
     if course.curvatures:
-        extra |= {"curvatures": course.curvatures, "curvature_weight": squeeze.curvature_weight}
+        metrics |= {"curvatures": course.curvatures, "curvature_weight": squeeze.curvature_weight}
     commit_teacher(
-        room,
+        training.room,
         config,
         squeeze.network,
         network,
         training.class_names,
         top1,
         started,
-        extra,
+        metrics,
         attempt=attempt,
         unit=unit,
     )
-    keep.clear()
 
 
 class _Course:
