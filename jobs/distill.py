@@ -26,6 +26,7 @@ import tyro
 from wmdd_ray.config import DistillConfig, Reporting, Resources, StageName, refuse_secrets
 from wmdd_ray.product.card import results_table, size
 from wmdd_ray.recipes import recipe_of
+from wmdd_ray.spine.claims import fingerprint, flatten
 from wmdd_ray.spine.provenance import hardware, versions
 from wmdd_ray.spine.rooms import StageCommit
 from wmdd_ray.spine.run import (
@@ -33,8 +34,6 @@ from wmdd_ray.spine.run import (
     Stage,
     StageRun,
     expected_plan,
-    fingerprint,
-    flatten,
     run_pipeline,
 )
 from wmdd_ray.store.documents import dump_json

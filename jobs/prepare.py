@@ -28,8 +28,9 @@ import tyro
 from wmdd_ray.config import DistillConfig, Resources, refuse_secrets
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError, LostRaceError
 from wmdd_ray.product.card import size
+from wmdd_ray.spine.claims import difference
 from wmdd_ray.spine.provenance import versions
-from wmdd_ray.spine.run import Run, difference, expected_plan, run_pipeline
+from wmdd_ray.spine.run import Run, expected_plan, run_pipeline
 from wmdd_ray.store.documents import FileEntry, encode_manifest, entries_of, read_sealed
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source

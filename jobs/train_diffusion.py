@@ -30,8 +30,8 @@ from wmdd_ray.diffusion.training import Training, train_unet
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.options import check, fingerprint_options, option
 from wmdd_ray.recipes import recipe_of
+from wmdd_ray.spine.claims import difference, fingerprint
 from wmdd_ray.spine.provenance import hardware, versions
-from wmdd_ray.spine.run import difference, fingerprint
 from wmdd_ray.store.documents import read_sealed, seal
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, load_images, open_source

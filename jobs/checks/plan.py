@@ -7,8 +7,9 @@ from typing import Any
 
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.product.card import size
+from wmdd_ray.spine.claims import difference
 from wmdd_ray.spine.rooms import Room
-from wmdd_ray.spine.run import Progress, StageRun, difference, expected_plan
+from wmdd_ray.spine.run import Progress, StageRun, expected_plan
 
 from .report import Finding, Visit
 from .storage import free_bytes

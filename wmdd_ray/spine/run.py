@@ -19,11 +19,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from wmdd_ray.config import DistillConfig, Resources
-from wmdd_ray.errors import ArtifactError, ConfigError, LostRaceError
+from wmdd_ray.errors import ConfigError, LostRaceError
+from wmdd_ray.spine.claims import check_ours, claim_room, fingerprint, leave_room
 from wmdd_ray.spine.events import EventLog
 from wmdd_ray.spine.numbers import StageNumbers
 from wmdd_ray.spine.rooms import Room, StageCommit
-from wmdd_ray.store.documents import seal
 from wmdd_ray.store.filesystem import Store
 
 if TYPE_CHECKING:
@@ -222,12 +222,6 @@ class StageRun:
         return {name: self.run.room(name).committed() for name in self.stage.inputs}
 
 
-def fingerprint(value: Any) -> str:
-    """Return the SHA-256 of canonical JSON, first 16 hex digits."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
 def unit_seed(seed: int, stage: str, unit: str) -> int:
     """Return the 63-bit seed of one unit of work: its own, whoever does it and whenever."""
     digest = hashlib.sha256(f"{seed}/{stage}/{unit}".encode()).digest()
@@ -326,7 +320,13 @@ def _committed_as(run: Run, stage: Stage, plan: dict[str, Any]) -> StageCommit |
 def _build(run: Run, stage: Stage, plan: dict[str, Any], *, overwrite: bool) -> StageCommit:
     """Do a stage's unfinished units and commit its room."""
     started = time.monotonic()
-    plan = _claim(run, run.room(stage.room), plan, overwrite=overwrite)
+    plan = claim_room(
+        run.room(stage.room),
+        plan,
+        overwrite=overwrite,
+        began=run.began,
+        begin_writing=run.begin_writing,
+    )
     room = run.room(stage.room, plan["space"])
     run.begin_work()
     progress = _Watched(run.progress(stage.name), run.watch, stage.name)
@@ -335,9 +335,9 @@ def _build(run: Run, stage: Stage, plan: dict[str, Any], *, overwrite: bool) -> 
     try:
         metrics = stage.work(stage_run)
     except BaseException as error:
-        _leave(run, room, plan, error)
+        leave_room(room, plan, error, run.room)
         raise
-    _check_ours(room, plan)
+    check_ours(room, plan)
     commit = StageCommit(
         stage=stage.name,
         version=stage.version,
@@ -363,7 +363,7 @@ def _publish(room: Room, plan: dict[str, Any], commit: StageCommit) -> None:
     committed = room.commit(commit)
     if not committed and room.committed().space != room.space:
         # Of a run that the room was taken over from, and that was frozen when it should have seen that.
-        _check_ours(room, plan)
+        check_ours(room, plan)
         room.store.delete("stage.json")
         committed = room.commit(commit)
     if not committed:
@@ -375,107 +375,10 @@ def _publish(room: Room, plan: dict[str, Any], commit: StageCommit) -> None:
             "when the other one has ended"
         )
     try:
-        _check_ours(room, plan)
+        check_ours(room, plan)
     except LostRaceError:
         # Whoever took the room over has emptied it of what this commit names.
         if room.committed().run == commit.run:
             room.store.delete("stage.json")
         raise
     room.sweep(commit)
-
-
-def _claim(run: Run, room: Room, plan: dict[str, Any], *, overwrite: bool) -> dict[str, Any]:
-    """Write the room's plan, or check that the one which lies there is the same; return it with its space."""
-    found = room.read_plan()
-    room.store.sweep(run.began)
-    if found is None:
-        run.begin_writing()
-        plan = {**plan, "space": ""}
-        if room.store.create("plan.json", seal(plan)):
-            return plan
-        return _claim(run, room, plan, overwrite=False)
-    if found.get("fingerprint") == plan["fingerprint"]:
-        plan = {**plan, "space": found.get("space", "")}
-        if "vacant" in found:
-            room.store.put("plan.json", seal(plan))
-        return plan
-    if not (overwrite or "vacant" in found):
-        raise ConfigError(
-            f"{room.store.uri} was made with {difference(found, plan)}; pass --overwrite to replace this room "
-            "and those after it, or another --out to keep both"
-        )
-    run.begin_writing()
-    room.clear()
-    # Whoever worked there has the space of the plan before, and may not have seen yet that it is gone.
-    plan = {**plan, "space": uuid.uuid4().hex[:8]}
-    room.store.put("plan.json", seal(plan))
-    return plan
-
-
-def _leave(run: Run, room: Room, plan: dict[str, Any], error: BaseException) -> None:
-    """Find out, when a stage fails, whether another run took its room or an input; else make way where nothing was done.
-
-    A room where work was begun and nothing done (a teacher that was refused, say) has nothing to lose, and takes other options
-    without `--overwrite`.
-    """
-    try:
-        _check_ours(room, plan)
-        for name, fingerprint in plan["inputs"].items():
-            commit = run.room(name).read_commit() if name not in ("data", "val_data") else None
-            if commit is not None and commit.fingerprint != fingerprint:
-                raise _replaced(run.room(name))
-        tops = {key.partition("/")[0] for key in room.store.list()}
-        if tops <= {"plan.json", "attempts"}:
-            room.store.put("plan.json", seal({**plan, "vacant": True}))
-    except LostRaceError as lost:
-        if isinstance(error, Exception):
-            raise lost from error
-    except ArtifactError:
-        pass  # the store is what fails
-
-
-def _check_ours(room: Room, plan: dict[str, Any]) -> None:
-    """Raise a LostRaceError when another run has taken over the room by `--overwrite` in the meantime."""
-    found = room.read_plan() or {}
-    if (found.get("fingerprint"), found.get("space", "")) != (plan["fingerprint"], plan["space"]):
-        raise _replaced(room)
-
-
-def _replaced(room: Room) -> LostRaceError:
-    return LostRaceError(
-        f"{room.store.uri} was replaced by another run with other options while this one worked on it; give each "
-        "run its own --out"
-    )
-
-
-def difference(found: dict[str, Any], plan: dict[str, Any]) -> str:
-    """Return the differing options in words: name, value there, value asked for."""
-    old, new = (flatten(p["options"]) for p in (found, plan))
-    changed = [
-        f"{name}={old.get(name)!r} (this run asks for {new.get(name)!r})"
-        for name in sorted(old.keys() & new.keys())
-        if old[name] != new[name]
-    ]
-    changed += [
-        f"no {name} (this run has {new[name]!r})" for name in sorted(new.keys() - old.keys())
-    ]
-    changed += [
-        f"{name}={old[name]!r} (this run has none)" for name in sorted(old.keys() - new.keys())
-    ]
-    for name in sorted(found["inputs"].keys() | plan["inputs"].keys()):
-        if found["inputs"].get(name) != plan["inputs"].get(name):
-            changed.append(f"another version of its input {name}")
-    if found["version"] != plan["version"]:
-        changed.append(f"version {found['version']} of the stage (this is {plan['version']})")
-    return ", ".join(changed)
-
-
-def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested options as one level with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        if isinstance(item, Mapping):
-            flat.update(flatten(item, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = item
-    return flat

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from wmdd_ray.errors import ConfigError
-from wmdd_ray.spine.run import fingerprint
+from wmdd_ray.spine.claims import fingerprint
 from wmdd_ray.store.documents import read_sealed, seal
 
 from .definitions import Table

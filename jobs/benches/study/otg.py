@@ -25,9 +25,9 @@ from wmdd_ray.diffusion.training import Training, train_unet
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.executors.here import device_here
 from wmdd_ray.spine.checkpoints import Checkpoints
+from wmdd_ray.spine.claims import fingerprint
 from wmdd_ray.spine.provenance import hardware, versions
 from wmdd_ray.spine.rooms import Room
-from wmdd_ray.spine.run import fingerprint
 from wmdd_ray.units.images import Inputs, read_images
 from wmdd_ray.units.teacher import read_teacher
 

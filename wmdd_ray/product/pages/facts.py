@@ -14,9 +14,10 @@ from wmdd_ray.errors import ArtifactError, ConfigError
 from wmdd_ray.product.pages.timeline import Timeline, timeline_of
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.redaction import printable
+from wmdd_ray.spine.claims import flatten
 from wmdd_ray.spine.events import read_events
 from wmdd_ray.spine.rooms import Room, StageCommit, UnitMarker
-from wmdd_ray.spine.run import Stage, flatten
+from wmdd_ray.spine.run import Stage
 from wmdd_ray.store import codecs
 from wmdd_ray.store.documents import load_json, read_manifest
 from wmdd_ray.store.filesystem import Store
