@@ -28,7 +28,7 @@ import tyro
 from wmdd_ray.config import DistillConfig, Resources, refuse_secrets
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError, LostRaceError
 from wmdd_ray.product.card import size
-from wmdd_ray.spine.claims import difference
+from wmdd_ray.spine.claims import is_of, read_claim
 from wmdd_ray.spine.provenance import versions
 from wmdd_ray.spine.run import Run, expected_plan, run_pipeline
 from wmdd_ray.store.documents import FileEntry, encode_manifest, entries_of, read_sealed
@@ -207,44 +207,24 @@ def _found(run: Run, plans: dict[str, Any], *, overwrite: bool) -> dict[str, Any
 
     store = run.store
     listed = store.list()
-    if PREPARED_KEY not in listed:
-        begun = {f"{PARTS_ROOM}/plan.json", f"{DATA_ROOM}/plan.json"} & listed.keys()
-        ours = [
-            f"{PARTS_ROOM}/",
-            "events/",
-            "probe-",
-            BAD_KEY,
-            *([f"{DATA_ROOM}/"] if begun else []),
-        ]
-        others = [key for key in listed if not key.startswith(tuple(ours))]
-        if others:
-            raise ConfigError(
-                f"--out {store.uri}: expected a new or empty place, found {len(others)} files that are not of this job: "
-                f"{shown(others)}; pass another"
-            )
+    begun = {f"{PARTS_ROOM}/plan.json", f"{DATA_ROOM}/plan.json"} & listed.keys()
+    ours = (f"{PARTS_ROOM}/", "events/", "probe-", BAD_KEY, *([f"{DATA_ROOM}/"] if begun else []))
+    manifest = read_claim(store, PREPARED_KEY, "one of this job", lambda key: key.startswith(ours))
+    if manifest is None:
         return None
-    found = read_sealed(store, PREPARED_KEY)
-    old = found["plans"]
-    changed = [
-        difference(old[name], plans[name])
-        for name in plans
-        if old[name]["fingerprint"] != plans[name]["fingerprint"]
-    ]
+    made = manifest["plans"]
+    same = all(is_of(store.uri, made[n], plans[n], overwrite=overwrite) for n in plans)
     broken = [
         entry.key
-        for entry in entries_of(found["files"], store.url(PREPARED_KEY))
+        for entry in entries_of(manifest["files"], store.url(PREPARED_KEY))
         if listed.get(entry.key) != entry.size_bytes
     ]
-    if not changed and not broken:
-        return found
+    if same and not broken:
+        return manifest
     if not overwrite:
-        if changed:
-            raise ConfigError(
-                f"{store.uri} was made with {changed[0]}; pass --overwrite to replace it, or another --out to keep both"
-            )
         raise ArtifactError(
-            f"{store.uri}: expected the {len(found['files'])} files of {PREPARED_KEY}, found {len(broken)} missing or of another "
-            f"size: {shown(broken)}; pass --overwrite to make them again"
+            f"{store.uri}: expected the {len(manifest['files'])} files of {PREPARED_KEY}, found {len(broken)} missing or of "
+            f"another size: {shown(broken)}; pass --overwrite to make them again"
         )
     store.delete(PREPARED_KEY)
     run.room(DATA_ROOM).clear()

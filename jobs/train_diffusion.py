@@ -27,12 +27,12 @@ import tyro
 from wmdd_ray.config import SourceConfig, refuse_secrets
 from wmdd_ray.diffusion.card import CLASSES_KEY, INDEX_KEY, check_widths
 from wmdd_ray.diffusion.training import Training, train_unet
-from wmdd_ray.errors import ConfigError, DataError
+from wmdd_ray.errors import DataError
 from wmdd_ray.options import check, fingerprint_options, option
 from wmdd_ray.recipes import recipe_of
-from wmdd_ray.spine.claims import difference, fingerprint
+from wmdd_ray.spine.claims import is_of, plan_of, read_claim
 from wmdd_ray.spine.provenance import hardware, versions
-from wmdd_ray.store.documents import read_sealed, seal
+from wmdd_ray.store.documents import seal
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, load_images, open_source
 from wmdd_ray.telling.progress import StageLine, duration
@@ -106,7 +106,8 @@ def train(job: Job) -> int:
     store = Store(job.out or endings.default_out(f"diffusion-{job.recipe}"))
     source = open_source(job.data, job.source, split="train")
     plan = _plan(job, source)
-    mine = _is_mine(store, plan, overwrite=job.overwrite)
+    there = read_claim(store, _PLAN_KEY, "a model of this job")
+    mine = there is not None and is_of(store.uri, there, plan, overwrite=job.overwrite)
     if mine and store.exists(INDEX_KEY):
         print(f"found whole     {store.uri}")
         return 0
@@ -147,30 +148,7 @@ def train(job: Job) -> int:
 def _plan(job: Job, source: Source) -> dict[str, Any]:
     """Return what the weights depend on, in the form of a room's plan."""
     options = {name: fingerprint_options(getattr(job, name)) for name in ("source", "training")}
-    head = {
-        "version": 1,
-        "options": json.loads(json.dumps(options)),
-        "inputs": {"data": source.fingerprint()},
-    }
-    return {**head, "fingerprint": fingerprint(head)}
-
-
-def _is_mine(store: Store, plan: dict[str, Any], *, overwrite: bool) -> bool:
-    """Return whether the model there, begun or whole, is of this plan; a ConfigError where another must not be replaced."""
-    try:
-        found = read_sealed(store, _PLAN_KEY)
-    except FileNotFoundError:
-        if store.list():
-            raise ConfigError(
-                f"--out {store.uri}: expected an empty or new folder, or a model of this job; pass another"
-            ) from None
-        return False
-    if found["fingerprint"] != plan["fingerprint"] and not overwrite:
-        raise ConfigError(
-            f"{store.uri} was made with {difference(found, plan)}; pass --overwrite to replace it, or another --out to keep "
-            "both"
-        )
-    return bool(found["fingerprint"] == plan["fingerprint"])
+    return plan_of({"version": 1, "options": options, "inputs": {"data": source.fingerprint()}})
 
 
 def _claim(store: Store, plan: dict[str, Any]) -> None:

@@ -325,8 +325,8 @@ def test_what_was_lost_or_never_written_is_written_by_the_same_command(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--format", "webdataset"), "format 'imagefolder' (this command asks for 'webdataset')"),
-        (("--format", "imagefolder", "--labels", "soft"), "labels 'hard'"),
+        (("--format", "webdataset"), "format='imagefolder' (this run asks for 'webdataset')"),
+        (("--format", "imagefolder", "--labels", "soft"), "labels='hard'"),
     ],
 )
 def test_another_export_is_refused_by_what_differs(
@@ -337,7 +337,7 @@ def test_another_export_is_refused_by_what_differs(
     before = everything(tmp_path / "out")
     assert typed(stored, tmp_path / "out", *options) == 2
     error = capsys.readouterr().err
-    assert told in error and "give another --out" in error
+    assert told in error and "or another --out to keep both" in error
     assert everything(tmp_path / "out") == before
 
 
@@ -354,7 +354,7 @@ def test_a_folder_that_holds_anything_else_is_refused_and_left_alone(
     before = everything(out)
     assert typed(stored, out, "--format", "webdataset") == 2
     error = capsys.readouterr().err
-    assert "expected an empty folder or an earlier export" in error and name in error
+    assert "expected an empty or new folder, or an earlier export" in error and name in error
     assert everything(out) == before
 
 

@@ -244,8 +244,8 @@ LOCAL = [
         "an export into a folder that is in use",
         "export HERE/run/dataset --out HERE/notes --format imagefolder",
         2,
-        "error: --out HERE/notes: expected an empty folder or an earlier export, found 1 other files, such as a.txt; give another "
-        "--out",
+        "error: --out HERE/notes: expected an empty or new folder, or an earlier export, found 1 other files: 'a.txt'; give "
+        "another --out",
     ),
     Mistake(
         "nothing to evaluate",

@@ -489,7 +489,7 @@ def _all_bad(root: Path) -> list[str]:
     [
         (_composed, 4, r"two classes have names that look the same: 'cafe\u0301' and 'caf\xe9'"),
         (_inside, 2, "expected a place outside of the images' folder"),
-        (_occupied, 2, "found 1 files that are not of this job: 'thesis.tex'; pass another"),
+        (_occupied, 2, "or one of this job, found 1 other files: 'thesis.tex'; give another"),
         (_both, 2, "--val-data and --val-fraction: expected one of them, got both"),
         (_secret, 2, "--source: expected a URI without a password"),
         (_no_names, 2, "absent: expected a file with class names, found none"),

@@ -30,6 +30,7 @@ from wmdd_ray.core.views import crop, to_input
 from wmdd_ray.errors import ArtifactError, ConfigError
 from wmdd_ray.product.card import export_card
 from wmdd_ray.records import Teacher
+from wmdd_ray.spine.claims import is_of, plan_of, read_claim
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.store import codecs
 from wmdd_ray.store.documents import (
@@ -185,37 +186,26 @@ def folder_names(class_names: Sequence[str]) -> tuple[str, ...]:
 
 def _claim(target: Store, head: dict[str, Any]) -> list[FileEntry] | None:
     """Take the folder for this export; return the files of one that was finished before, else None."""
-    for _ in range(2):
-        try:
-            found = read_sealed(target, EXPORT_KEY)
-        except FileNotFoundError:
-            found = None
-        except ArtifactError as error:
-            raise ConfigError(
-                f"--out {target.uri}: expected an empty folder or an earlier export, found an {EXPORT_KEY} that is none "
-                f"of ours ({error}); give another --out"
-            ) from error
-        if found is not None:
-            break
-        foreign = list(target.list())
-        if foreign:
-            raise ConfigError(
-                f"--out {target.uri}: expected an empty folder or an earlier export, found {len(foreign)} other files, "
-                f"such as {foreign[0]}; give another --out"
-            )
-        if target.create(EXPORT_KEY, seal(head)):
-            return None
-    assert found is not None, "somebody created it, and objects are whole"
-    changed = [
-        f"{'the distilled set' if name == 'set' else name} {found.get(name)!r} (this command asks for {value!r})"
-        for name, value in head.items()
-        if found.get(name) != value
-    ]
-    if changed:
+    try:
+        there = read_claim(target, EXPORT_KEY, "an earlier export")
+        if there is None:
+            if target.create(EXPORT_KEY, seal(head)):
+                return None
+            there = read_sealed(target, EXPORT_KEY)
+    except ArtifactError as error:
         raise ConfigError(
-            f"--out {target.uri} holds an export with {', '.join(changed)}; give another --out, or delete that folder first"
-        )
-    return entries_of(found["files"], target.url(EXPORT_KEY)) if "files" in found else None
+            f"--out {target.uri}: expected an empty or new folder, or an earlier export, found an {EXPORT_KEY} that is none "
+            f"of ours ({error}); give another --out"
+        ) from error
+    is_of(target.uri, _plan(there), _plan(head), overwrite=None)
+    return entries_of(there["files"], target.url(EXPORT_KEY)) if "files" in there else None
+
+
+def _plan(head: dict[str, Any]) -> dict[str, Any]:
+    """Return what an export's document says of its making, in the form of a plan."""
+    options = {name: head.get(name) for name in ("format", "labels")}
+    inputs = {"the distilled set": head.get("set")}
+    return plan_of({"version": head.get("export_version"), "options": options, "inputs": inputs})
 
 
 def _differing(target: Store, entries: list[FileEntry], documents: dict[str, bytes]) -> bool:

@@ -1,4 +1,9 @@
-"""Whose folder it is: that of the plan which lies there."""
+"""Whose folder it is: that of the plan which lies there.
+
+One rule for rooms, exports, prepared images and trained models. A folder without a plan is free when it holds nothing of anybody
+else's. One of the same plan is gone on with. One of another plan is refused by the options that differ, or replaced where that was
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +15,63 @@ from typing import Any
 
 from wmdd_ray.errors import ArtifactError, ConfigError, LostRaceError
 from wmdd_ray.spine.rooms import Room
-from wmdd_ray.store.documents import seal
+from wmdd_ray.store.documents import read_sealed, seal
+from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.sources.classes import shown
 
 
 def fingerprint(value: Any) -> str:
     """Return the SHA-256 of canonical JSON, first 16 hex digits."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def plan_of(head: dict[str, Any]) -> dict[str, Any]:
+    """Return a plan: `version`, `options` and `inputs` as they will be read again (tuples become lists), and their fingerprint."""
+    plain = json.loads(json.dumps(head))
+    return {**plain, "fingerprint": fingerprint(plain)}
+
+
+def read_claim(
+    store: Store, key: str, mine: str, is_ours: Callable[[str], bool] = lambda _: False
+) -> dict[str, Any] | None:
+    """Return the document `key` that claims a folder, or None when the folder is free.
+
+    Raises:
+        ConfigError: It holds neither, but files that are not `is_ours`; `mine` says what would be right.
+    """
+    try:
+        return read_sealed(store, key)
+    except FileNotFoundError:
+        foreign = [name for name in store.list() if not is_ours(name)]
+    if foreign:
+        raise ConfigError(
+            f"--out {store.uri}: expected an empty or new folder, or {mine}, found {len(foreign)} other files: {shown(foreign)}; "
+            "give another --out"
+        )
+    return None
+
+
+def is_of(
+    uri: str,
+    there: dict[str, Any],
+    plan: dict[str, Any],
+    *,
+    overwrite: bool | None,
+    what: str = "it",
+) -> bool:
+    """Return whether what is `there` is made by `plan`; False where it is not and is to be replaced.
+
+    Raises:
+        ConfigError: It is not, and must not be replaced; names the options. Where `overwrite` is None there is no such option.
+    """
+    same = bool(there.get("fingerprint") == plan["fingerprint"])
+    if not (same or overwrite):
+        replace = "delete it first" if overwrite is None else f"pass --overwrite to replace {what}"
+        raise ConfigError(
+            f"{uri} was made with {difference(there, plan)}; {replace}, or another --out to keep both"
+        )
+    return same
 
 
 def claim_room(
@@ -28,24 +83,21 @@ def claim_room(
     begin_writing: Callable[[], None],
 ) -> dict[str, Any]:
     """Write the room's plan, or check that the one which lies there is the same; return it with its space."""
-    found = room.read_plan()
+    there = room.read_plan()
     room.store.sweep(began)
-    if found is None:
+    if there is None:
         begin_writing()
-        plan = {**plan, "space": ""}
-        if room.store.create("plan.json", seal(plan)):
-            return plan
-        return claim_room(room, plan, overwrite=False, began=began, begin_writing=begin_writing)
-    if found.get("fingerprint") == plan["fingerprint"]:
-        plan = {**plan, "space": found.get("space", "")}
-        if "vacant" in found:
+        if room.store.create("plan.json", seal({**plan, "space": ""})):
+            return {**plan, "space": ""}
+        there, overwrite = room.read_plan(), False
+        assert there is not None, "a plan is replaced and never taken away"
+    vacant = "vacant" in there
+    what = "this room and those after it"
+    if is_of(room.store.uri, there, plan, overwrite=overwrite or vacant, what=what):
+        plan = {**plan, "space": there.get("space", "")}
+        if vacant:
             room.store.put("plan.json", seal(plan))
         return plan
-    if not (overwrite or "vacant" in found):
-        raise ConfigError(
-            f"{room.store.uri} was made with {difference(found, plan)}; pass --overwrite to replace this room "
-            "and those after it, or another --out to keep both"
-        )
     begin_writing()
     room.clear()
     # Whoever worked there has the space of the plan before, and may not have seen yet that it is gone.
@@ -80,8 +132,8 @@ def leave_room(
 
 def check_ours(room: Room, plan: dict[str, Any]) -> None:
     """Raise a LostRaceError when another run has taken over the room by `--overwrite` in the meantime."""
-    found = room.read_plan() or {}
-    if (found.get("fingerprint"), found.get("space", "")) != (plan["fingerprint"], plan["space"]):
+    there = room.read_plan() or {}
+    if (there.get("fingerprint"), there.get("space", "")) != (plan["fingerprint"], plan["space"]):
         raise _replaced(room)
 
 
@@ -92,9 +144,9 @@ def _replaced(room: Room) -> LostRaceError:
     )
 
 
-def difference(found: dict[str, Any], plan: dict[str, Any]) -> str:
+def difference(there: dict[str, Any], plan: dict[str, Any]) -> str:
     """Return the differing options in words: name, value there, value asked for."""
-    old, new = (flatten(p["options"]) for p in (found, plan))
+    old, new = (flatten(p["options"]) for p in (there, plan))
     changed = [
         f"{name}={old.get(name)!r} (this run asks for {new.get(name)!r})"
         for name in sorted(old.keys() & new.keys())
@@ -106,11 +158,11 @@ def difference(found: dict[str, Any], plan: dict[str, Any]) -> str:
     changed += [
         f"{name}={old[name]!r} (this run has none)" for name in sorted(old.keys() - new.keys())
     ]
-    for name in sorted(found["inputs"].keys() | plan["inputs"].keys()):
-        if found["inputs"].get(name) != plan["inputs"].get(name):
+    for name in sorted(there["inputs"].keys() | plan["inputs"].keys()):
+        if there["inputs"].get(name) != plan["inputs"].get(name):
             changed.append(f"another version of its input {name}")
-    if found["version"] != plan["version"]:
-        changed.append(f"version {found['version']} of the stage (this is {plan['version']})")
+    if there["version"] != plan["version"]:
+        changed.append(f"version {there['version']} of the stage (this is {plan['version']})")
     return ", ".join(changed)
 
 

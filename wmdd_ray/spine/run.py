@@ -7,7 +7,6 @@ units. A room whose plan differs is refused with the name of the option that cha
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import socket
 import time
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from wmdd_ray.config import DistillConfig, Resources
 from wmdd_ray.errors import ConfigError, LostRaceError
-from wmdd_ray.spine.claims import check_ours, claim_room, fingerprint, leave_room
+from wmdd_ray.spine.claims import check_ours, claim_room, leave_room, plan_of
 from wmdd_ray.spine.events import EventLog
 from wmdd_ray.spine.numbers import StageNumbers
 from wmdd_ray.spine.rooms import Room, StageCommit
@@ -240,10 +239,8 @@ def expected_plan(run: Run, stage: Stage, done: Mapping[str, str]) -> dict[str, 
     if stage.reads_data:
         inputs["data"] = run.source("train").fingerprint()
         inputs["val_data"] = run.source("val").fingerprint()
-    # Through JSON and back, so that a plan compares equal to itself read from the store (tuples become lists).
-    options = json.loads(json.dumps(stage.options(run.config)))
-    head = {"stage": stage.name, "version": stage.version, "options": options, "inputs": inputs}
-    return {**head, "fingerprint": fingerprint(head)}
+    head = {"stage": stage.name, "version": stage.version, "inputs": inputs}
+    return plan_of({**head, "options": stage.options(run.config)})
 
 
 def run_pipeline(
