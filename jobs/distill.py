@@ -141,8 +141,8 @@ def _parse_auto(arguments: list[str], known: dict[str, str], ipc: int) -> Job:
     warmup = min(config.squeeze.warmup_epochs, job.config.squeeze.epochs)
     config = replace(config, squeeze=replace(config.squeeze, warmup_epochs=warmup))
     job = _parse(arguments, _for_teacher(config, teacher))
-    told = own_data.told(job.config, reasons, arguments)
-    return replace(job, auto=auto, told=tuple(told))
+    choices = own_data.told(job.config, reasons, arguments)
+    return replace(job, auto=auto, told=tuple(choices))
 
 
 def distill(job: Job) -> int:
@@ -259,8 +259,8 @@ def print_plan(run: Run, pipeline: tuple[Stage, ...]) -> None:
             f"{stage.name:<12} {stage.room + '/':<13} {state:<34} {units:>12} {size(work.estimated_bytes):>9}"
         )
     if run.config.data != "digits":
-        for told, advice in doubts_of(run.source("train"), run.config.source):
-            print(f"warning: {told}; {advice}")
+        for doubt, advice in doubts_of(run.source("train"), run.config.source):
+            print(f"warning: {doubt}; {advice}")
 
 
 def print_summary(
@@ -281,18 +281,18 @@ def print_summary(
         )
         for reason in commits["features"].metrics["bad_images"][:5]:
             print(f"skipped         {reason}")
-    told = commits["features"].metrics.get("files_seen") if "features" in commits else None
-    if told and run.config.data != "digits":
-        print(f"real images     {told}")
+    seen = commits["features"].metrics.get("files_seen") if "features" in commits else None
+    if seen and run.config.data != "digits":
+        print(f"real images     {seen}")
     if report is not None:
         print(f"report          {report}")
     if "evaluation" in commits:
-        found = commits["evaluation"].metrics
-        student = found["student"]["network"]["arch"]
+        metrics = commits["evaluation"].metrics
+        student = metrics["student"]["network"]["arch"]
         print(
-            f"student         {student}, from scratch; teacher's top-1 {100 * found['teacher_top1']:.1f} %\n"
+            f"student         {student}, from scratch; teacher's top-1 {100 * metrics['teacher_top1']:.1f} %\n"
         )
-        print(results_table(found["table"], for_page=False))
+        print(results_table(metrics["table"], for_page=False))
     print(f"\n{'stage':<12} {'committed in':>14} {'inside core':>14}")
     for commit in commits.values():
         core = commit.metrics.get("seconds_in_core")

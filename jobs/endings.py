@@ -128,8 +128,8 @@ def _ending_of(error: BaseException) -> tuple[int, str] | None:
         return error.exit_code, f"error: {error}"
     if type(error).__module__.startswith("ray."):
         lines = str(error).strip().splitlines() or [""]
-        told = plain(f"{type(error).__name__}: {lines[-1].strip()}")
-        return WmddError.exit_code, f"error: the cluster failed: {told}; {_RESUME}"
+        text = plain(f"{type(error).__name__}: {lines[-1].strip()}")
+        return WmddError.exit_code, f"error: the cluster failed: {text}; {_RESUME}"
     return None
 
 

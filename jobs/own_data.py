@@ -141,17 +141,17 @@ def _prepared(asked: Asked) -> Measured | None:
     if asked.val_fraction is not None or elsewhere:
         return None
     try:
-        found = of_prepared(read_sealed(Store(asked.data), PREPARED_KEY))
+        manifest = of_prepared(read_sealed(Store(asked.data), PREPARED_KEY))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if found is None or asked.channels not in (None, found.channels):
+    if manifest is None or asked.channels not in (None, manifest.channels):
         return None
-    if found.held_out is None and asked.val_data is None:
+    if manifest.held_out is None and asked.val_data is None:
         raise DataError(
             f"{asked.data}: {PREPARED_KEY} says that no images are held out to test on; pass some as --val-data, or prepare again "
             "with --val-fraction 0.05 and --overwrite"
         )
-    return found
+    return manifest
 
 
 def _measured(asked: Asked) -> Measured:

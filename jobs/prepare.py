@@ -105,7 +105,7 @@ def prepare(job: Job) -> int:
 
     plans = {"scan": expected_plan(run, SCAN, {})}
     plans["write"] = expected_plan(run, WRITE, {SCAN.room: plans["scan"]["fingerprint"]})
-    found = _found(run, plans, overwrite=job.overwrite)
+    manifest = _found(run, plans, overwrite=job.overwrite)
     if job.teacher is not None:
         from .checks.order import probe_class_order
 
@@ -115,7 +115,7 @@ def prepare(job: Job) -> int:
             f"class order     as the teacher's: its top-1 is {100 * top1:.1f} % on a sample "
             f"(chance {100 / len(images.class_names):.1f} %)"
         )
-    if found is None:
+    if manifest is None:
         run.watch = watch_of(run, tracked_run(run))
         with endings.ended(run):
             commits = run_pipeline(run, (SCAN, WRITE), overwrite=job.overwrite)
@@ -125,11 +125,11 @@ def prepare(job: Job) -> int:
             for unit in sorted(made.units)
             for entry in made.units[unit].files
         ]
-        found = _publish(run, plans, made.metrics, commits[SCAN.room].metrics, files)
+        manifest = _publish(run, plans, made.metrics, commits[SCAN.room].metrics, files)
     else:
         print("found whole     nothing to do")
     delete_parts(run.store)
-    print_summary(run.store, found, time.monotonic() - started)
+    print_summary(run.store, manifest, time.monotonic() - started)
     return 0
 
 
@@ -257,44 +257,44 @@ def _publish(
     }
     content = encode_manifest(meta, files)
     if not run.store.create(PREPARED_KEY, content):
-        found = read_sealed(run.store, PREPARED_KEY)
-        if found["plans"] != plans:
+        manifest = read_sealed(run.store, PREPARED_KEY)
+        if manifest["plans"] != plans:
             raise LostRaceError(
                 f"{run.store.uri} holds other images by now; give each run its own --out"
             )
-        return found
+        return manifest
     return read_sealed(run.store, PREPARED_KEY)
 
 
-def print_summary(store: Store, found: dict[str, Any], seconds: float) -> None:
+def print_summary(store: Store, manifest: dict[str, Any], seconds: float) -> None:
     """Print what there is, what to look at, and what to type next."""
-    names = found["class_names"]
+    names = manifest["class_names"]
     print(f"\nprepared        {store.uri}")
     for split in SPLITS:
-        part = found[split]
+        part = manifest[split]
         counts = part["class_counts"]
         files = many(part["num_files"], "file")
         print(
             f"{split:<16}{part['num_images']} images, {min(counts)} to {max(counts)} a class, {size(part['size_bytes'])} in {files}"
         )
     print(f"classes         {len(names)}: {shown(names)}")
-    for split, told in found.get("files_seen", {}).items():
-        print(f"{split:<16}{told}")
-    if found["bad_images"]:
+    for split, account in manifest.get("files_seen", {}).items():
+        print(f"{split:<16}{account}")
+    if manifest["bad_images"]:
         print(
-            f"left out        {many(found['bad_images'], 'bad image')}: {store.url('bad_images.jsonl')}"
+            f"left out        {many(manifest['bad_images'], 'bad image')}: {store.url('bad_images.jsonl')}"
         )
-    for text in _warnings(names, found):
+    for text in _warnings(names, manifest):
         print(f"look at         {text}")
-    options = "" if found["validation"]["num_images"] else " --val-data HELD_OUT_URI"
+    options = "" if manifest["validation"]["num_images"] else " --val-data HELD_OUT_URI"
     print(
         f"distill it by   python jobs/distill.py --data {shlex.quote(store.uri)} --ipc 10{options}"
     )
     print(f"this run took {duration(seconds)}")
 
 
-def _warnings(names: Sequence[str], found: dict[str, Any]) -> list[str]:
-    train, held = (found[split]["class_counts"] for split in SPLITS)
+def _warnings(names: Sequence[str], manifest: dict[str, Any]) -> list[str]:
+    train, held = (manifest[split]["class_counts"] for split in SPLITS)
     few = [name for name, n, m in zip(names, train, held, strict=True) if n + m == 1]
     empty = [name for name, n, m in zip(names, train, held, strict=True) if n + m == 0]
     unseen = [name for name, n, m in zip(names, train, held, strict=True) if n and not m]

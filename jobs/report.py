@@ -82,12 +82,12 @@ def main(arguments: list[str]) -> int:
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
         # A run is a folder of anybody's JSON.
         logger.info("the report", exc_info=error)
-        told = ArtifactError(
+        refusal = ArtifactError(
             f"{report.run}: expected a run as this version of wmdd_ray writes it, found another ({type(error).__name__}: "
             f"{error}); make the page with the version that made the run"
         )
-        print(f"error: {told}", file=sys.stderr)
-        return told.exit_code
+        print(f"error: {refusal}", file=sys.stderr)
+        return refusal.exit_code
     print(f"report          {store.url(key)} ({size(len(content))})")
     return 0
 

@@ -227,7 +227,7 @@ def _preview(model: DiffusionModel, seed: int) -> bytes:
     config = DiffusionConfig(steps=_PREVIEW_STEPS, guidance_scale=2.0)
     nothing = model.encode(_blank(model))
     targets = [SampleTarget(label=i, class_id=i, real_MCHW=nothing) for i in range(len(names))]
-    found = sample_group(
+    samples = sample_group(
         partial(model.predict, guidance_scale=config.guidance_scale, mixed_precision=False),
         model.scheduler,
         targets,
@@ -237,7 +237,7 @@ def _preview(model: DiffusionModel, seed: int) -> bytes:
         seed=seed,
         device=device,
     )
-    return preview([(i, names[i], model.decode(one.latents_KCHW)) for i, one in enumerate(found)])
+    return preview([(i, names[i], model.decode(one.latents_KCHW)) for i, one in enumerate(samples)])
 
 
 def _blank(model: DiffusionModel) -> Any:

@@ -84,8 +84,8 @@ def _decoded(uri: str) -> str:
     return uri
 
 
-def _without_secrets(found: re.Match[str]) -> str:
-    scheme, slashes, rest = found[1] or "", found[2], found[3]
+def _without_secrets(match: re.Match[str]) -> str:
+    scheme, slashes, rest = match[1] or "", match[2], match[3]
     ends = [at.end() for at in _AT.finditer(rest)]
     if ends and has_user(f"{scheme}://{rest[: ends[-1]]}"):
         rest = f"***@{rest[ends[-1] :]}"

@@ -18,8 +18,8 @@ Spread = dict[str, float]
 
 def spread(values: Sequence[float]) -> Spread:
     """Return n, min, median and max."""
-    found = {"min": min(values), "median": statistics.median(values), "max": max(values)}
-    return {"n": len(values), **{name: float(f"{value:.5g}") for name, value in found.items()}}
+    summary = {"min": min(values), "median": statistics.median(values), "max": max(values)}
+    return {"n": len(values), **{name: float(f"{value:.5g}") for name, value in summary.items()}}
 
 
 def mean_and_std(values: Sequence[float]) -> dict[str, Any]:

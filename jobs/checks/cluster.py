@@ -87,12 +87,10 @@ def _workers(visit: Visit, has: Mapping[str, float], *, grows: bool) -> Finding:
     rooms = [has.get("CPU", 0) // wide.cpus]
     rooms += [has.get("GPU", 0) // wide.gpus] if wide.gpus else []
     each = many(wide.cpus, "CPU") + (f" and {many(wide.gpus, 'GPU')}" if wide.gpus else "")
-    found = f"stages work on {many(wide.num_workers, 'worker')} of {each} each, with room for {min(rooms):g} now; {growth}"
+    text = f"stages work on {many(wide.num_workers, 'worker')} of {each} each, with room for {min(rooms):g} now; {growth}"
     if min(rooms) < wide.num_workers and not grows:
-        return Finding(
-            "FAIL", found, "add nodes, or lower --num-workers and what a worker asks for"
-        )
-    return Finding("ok", found)
+        return Finding("FAIL", text, "add nodes, or lower --num-workers and what a worker asks for")
+    return Finding("ok", text)
 
 
 def authentication(dashboard: str | None) -> Finding:
@@ -163,13 +161,13 @@ def look_at_node(
 
 def installed() -> dict[str, str]:
     """Return the versions of Python and of `PACKAGES` where this runs."""
-    found = {"python": platform.python_version()}
+    by_package = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            by_package[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "none"
-    return found
+            by_package[name] = "none"
+    return by_package
 
 
 def check_nodes(visit: Visit) -> Iterator[Finding]:

@@ -45,20 +45,22 @@ def check_data(visit: Visit) -> Iterator[Finding]:
             for k in range(len(names))
             if counts and counts[k] < (atoms if split == "train" else 1)
         ]
-        told = _shown(
+        classes = _shown(
             [f'class {k} ("{names[k]}") has {counts[k]} images' for k in absent if counts]
         )
         if absent and split == "train":
             yield Finding(
                 "FAIL",
-                f"train: {told}, but ipc is {ipc}"
+                f"train: {classes}, but ipc is {ipc}"
                 + (f" of {atoms // ipc} tiles" if atoms > ipc else ""),
                 "lower --ipc, or drop the class"
                 if counts and all(counts[k] for k in absent)
                 else "take classes without an image out of the class names (classes.txt, the names that the files declare)",
             )
         elif absent:
-            yield Finding("warning", f"val: {told}", "how well they are told apart stays unknown")
+            yield Finding(
+                "warning", f"val: {classes}", "how well they are told apart stays unknown"
+            )
         yield from _sample(visit, split, source, shards)
 
 
@@ -98,8 +100,8 @@ def _sample(visit: Visit, split: str, source: Source, shards: Sequence[Shard]) -
             f"the run makes {target}",
         )
         if split == "train" and visit.job.config.data != "digits":
-            for told, advice in doubts(good, config):
-                yield Finding("warning", f"{split}: {told}", advice)
+            for doubt, advice in doubts(good, config):
+                yield Finding("warning", f"{split}: {doubt}", advice)
 
 
 def check_teacher(visit: Visit) -> Iterator[Finding]:

@@ -28,16 +28,16 @@ def check_plan(visit: Visit) -> Iterator[Finding]:
     for stage in PIPELINE:
         room = run.room(stage.room)
         work = stage.plan(StageRun(run=run, stage=stage, room=room, progress=Progress()))
-        finished, found, commit = room.finished(), _plan_of(room), room.read_commit()
+        finished, plan, commit = room.finished(), _plan_of(room), room.read_commit()
         # Without the rooms to its left, nobody can say what a room will be made of.
         expected = None
         if all(name in fingerprints for name in stage.inputs):
             expected = expected_plan(run, stage, fingerprints)
-        if expected and found and found["fingerprint"] != expected["fingerprint"]:
+        if expected and plan and plan["fingerprint"] != expected["fingerprint"]:
             if (commit or finished) and not job.overwrite:
                 yield Finding(
                     "FAIL",
-                    f"{room.store.uri} was made with {difference(found, expected)}",
+                    f"{room.store.uri} was made with {difference(plan, expected)}",
                     "pass --overwrite to replace this room and those after it, or another --out to keep both",
                     exit_code=ConfigError.exit_code,
                 )
@@ -62,5 +62,5 @@ def check_plan(visit: Visit) -> Iterator[Finding]:
 
 
 def _plan_of(room: Room) -> dict[str, Any] | None:
-    found = room.read_plan()
-    return None if found is None or "vacant" in found else found
+    plan = room.read_plan()
+    return None if plan is None or "vacant" in plan else plan

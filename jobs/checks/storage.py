@@ -63,9 +63,11 @@ def check_credentials(visit: Visit) -> Iterator[Finding]:
 
 def _gcs_credentials(uri: str) -> Finding:
     fs, _ = fsspec_filesystem(uri)
-    found = fs.credentials.credentials
-    if found is not None:
-        return Finding("ok", f"for gs:// from {fs.credentials.method} ({type(found).__module__})")
+    credentials = fs.credentials.credentials
+    if credentials is not None:
+        return Finding(
+            "ok", f"for gs:// from {fs.credentials.method} ({type(credentials).__module__})"
+        )
     if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
         return Finding("ok", f"none are sent to STORAGE_EMULATOR_HOST={emulator}")
     return Finding(
@@ -79,8 +81,8 @@ def _gcs_credentials(uri: str) -> Finding:
 def _s3_credentials() -> Iterator[Finding]:
     from botocore.session import Session
 
-    found = Session().get_credentials()
-    if found is None:
+    credentials = Session().get_credentials()
+    if credentials is None:
         yield Finding(
             "warning",
             "none found in the environment, the files of ~/.aws, or a role of this machine",
@@ -88,18 +90,18 @@ def _s3_credentials() -> Iterator[Finding]:
         )
         return
     # botocore keeps it to itself.
-    expiry: datetime | None = getattr(found, "_expiry_time", None)
+    expiry: datetime | None = getattr(credentials, "_expiry_time", None)
     if expiry is not None:
         minutes = (expiry - datetime.now(UTC)).total_seconds() / 60
-        yield Finding("ok", f"from {found.method}, for {minutes:.0f} min, then renewed by it")
-    elif found.token:
+        yield Finding("ok", f"from {credentials.method}, for {minutes:.0f} min, then renewed by it")
+    elif credentials.token:
         yield Finding(
             "warning",
-            f"from {found.method}: temporary, with a session token that nobody renews",
+            f"from {credentials.method}: temporary, with a session token that nobody renews",
             "a run that outlives them ends with 5, and goes on when it is started with new ones; a role renews its own",
         )
     else:
-        yield Finding("ok", f"from {found.method}, lasting")
+        yield Finding("ok", f"from {credentials.method}, lasting")
 
 
 def check_endpoint(visit: Visit) -> Iterator[Finding]:
@@ -159,9 +161,9 @@ def check_storage(visit: Visit) -> Iterator[Finding]:
     """Write, read, list and delete an object under --out."""
     content = uuid.uuid4().bytes
     visit.probe.put("probe", content)
-    found, listed = visit.probe.get("probe"), visit.probe.list()
+    read, listed = visit.probe.get("probe"), visit.probe.list()
     visit.probe.delete("")
-    if found == content and listed == {"probe": len(content)} and not visit.probe.list():
+    if read == content and listed == {"probe": len(content)} and not visit.probe.list():
         yield Finding("ok", f"{visit.run.store.uri}: write, read, list, delete")
     else:
         yield Finding(

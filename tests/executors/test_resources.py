@@ -185,8 +185,8 @@ def let_starve(stage: str, hunger: Hunger, monkeypatch: pytest.MonkeyPatch) -> N
     elif stage == "features":
         monkeypatch.setattr(streams, "EmbeddingActor", EmbeddingActor)
     else:
-        worker = partial(hungry_worker, hunger=hunger, inner=recover.open_worker)
-        monkeypatch.setattr(recover, "open_worker", worker)
+        worker = partial(hungry_worker, hunger=hunger, inner=recover.open_image_maker)
+        monkeypatch.setattr(recover, "open_image_maker", worker)
 
 
 def hungry_worker(
@@ -282,7 +282,9 @@ def test_memory_that_is_refused_names_the_unit(
 ) -> None:
     out = tiny.copy_rooms(finished_run.out, tmp_path / "run", *rooms_before("recover"))
     with monkeypatch.context() as patch:
-        patch.setattr(recover, "open_worker", partial(greedy_worker, inner=recover.open_worker))
+        patch.setattr(
+            recover, "open_image_maker", partial(greedy_worker, inner=recover.open_image_maker)
+        )
         assert tiny.job(out, "--until", "recover", "--num-workers", str(num_workers)) == 1
     line = the_error(capsys)
     assert line.startswith("error: unit g00002: ")

@@ -70,8 +70,8 @@ def test_two_workers_of_which_one_is_killed_redo_only_unfinished_units_with_the_
     executor: str, finished_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tiny.copy_rooms(finished_run.out, tmp_path / "run", *tiny.ROOMS[:3])
-    worker = partial(dying_worker, folder=str(tmp_path), inner=recover.open_worker)
-    monkeypatch.setattr(recover, "open_worker", worker)
+    worker = partial(dying_worker, folder=str(tmp_path), inner=recover.open_image_maker)
+    monkeypatch.setattr(recover, "open_image_maker", worker)
     options = ("--until", "recover", "--num-workers", "2", "--executor", executor)
     assert tiny.job(out, *options) == 0
     died = (tmp_path / "died").stat().st_mtime_ns

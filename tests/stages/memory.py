@@ -77,12 +77,12 @@ def relabel_peaks(epochs: int, num_classes: int = 600, epochs_per_unit: int = 10
     """Watch the labels of an image a class in so many epochs, some of them a unit, by a loop in the driver."""
 
     def make_images(stage: StageRun) -> dict[str, Any]:
-        from wmdd_ray.units.images import key_of
+        from wmdd_ray.units.images import images_key
 
         pixels = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
         for label in range(num_classes):
             record = ClassImages(label=label, images_KHWC=pixels, weights_K=np.ones(1), losses={})
-            content = {key_of(label): codecs.encode_class_images(record)}
+            content = {images_key(label): codecs.encode_class_images(record)}
             stage.room.commit_unit(f"{label:05d}", content, attempt=1)
         return {}
 

@@ -29,7 +29,9 @@ OPTION = ("--barycenters.label-weight", "0.2", "--barycenters.solver", "lloyd")
 
 def classes_of(out: Path) -> list[ClassBarycenter]:
     return [
-        codecs.decode_class_barycenter((out / "barycenters" / atoms.key_of(label)).read_bytes())
+        codecs.decode_class_barycenter(
+            (out / "barycenters" / atoms.barycenter_key(label)).read_bytes()
+        )
         for label in range(10)
     ]
 
@@ -74,7 +76,7 @@ def test_what_is_finished_stays_and_the_rest_comes_out_the_same(
     whole = {path.name: path.read_bytes() for path in (room / "classes").iterdir()}
     (room / "stage.json").unlink()
     for label in (2, 7):
-        (room / atoms.key_of(label)).unlink()
+        (room / atoms.barycenter_key(label)).unlink()
         (room / "units" / f"{label:05d}.json").unlink()
     before = (room / "units" / "00003.json").stat().st_mtime_ns
     assert tiny.job(out, *OPTION, "--until", "barycenters") == 0

@@ -85,12 +85,12 @@ def solve_barycenter(
         scale = _scale_of(features_ND)
         if scale == 1:
             return _SOLVERS[config.solver](features_ND, ipc, config, rng)
-        found = _SOLVERS[config.solver](features_ND.astype(np.float64) / scale, ipc, config, rng)
+        scaled = _SOLVERS[config.solver](features_ND.astype(np.float64) / scale, ipc, config, rng)
     return replace(
-        found,
-        atoms_KD=(found.atoms_KD.astype(np.float64) * scale).astype(np.float32),
-        cost=found.cost * scale**2,
-        cost_history=tuple(cost * scale**2 for cost in found.cost_history),
+        scaled,
+        atoms_KD=(scaled.atoms_KD.astype(np.float64) * scale).astype(np.float32),
+        cost=scaled.cost * scale**2,
+        cost_history=tuple(cost * scale**2 for cost in scaled.cost_history),
     )
 
 
@@ -132,9 +132,9 @@ def _uniform(
     best: Barycenter | None = None
     for _ in range(config.num_starts):
         atoms_KD = features_ND[rng.choice(len(cloud), ipc, replace=False)].astype(np.float32)
-        found = _balanced(cloud, atoms_KD, weights_K, config)
-        if best is None or found.cost < best.cost:
-            best = found
+        barycenter = _balanced(cloud, atoms_KD, weights_K, config)
+        if best is None or barycenter.cost < best.cost:
+            best = barycenter
     assert best is not None
     return best
 
@@ -307,8 +307,8 @@ def _exact(
     """Return the stored atoms with their exact cost."""
     stored_KD = atoms_KD.astype(np.float32)
     _, cost, _ = exact_plan(weights_K, squared_distances_KN(stored_KD, features_ND))
-    found = _as_found(stored_KD, weights_K, [cost], converged)
-    return replace(found, cost_history=tuple(history), num_iters=len(history))
+    barycenter = _as_found(stored_KD, weights_K, [cost], converged)
+    return replace(barycenter, cost_history=tuple(history), num_iters=len(history))
 
 
 def _as_found(

@@ -53,7 +53,7 @@ def read_checkpoint(content: bytes, name: str) -> dict[str, Tensor]:
     try:
         _refuse_zip_bomb(content)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            found: Any = (
+            stored: Any = (
                 safetensors.torch.load(content)
                 if is_safetensors
                 else torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -68,18 +68,21 @@ def read_checkpoint(content: bytes, name: str) -> dict[str, Tensor]:
         ) from error
     # A pickled dictionary may hold itself.
     for _ in range(_MOST_NESTS):
-        if isinstance(found, Mapping):
-            found = next((found[k] for k in _NESTS if isinstance(found.get(k), Mapping)), found)
+        if isinstance(stored, Mapping):
+            stored = next(
+                (stored[k] for k in _NESTS if isinstance(stored.get(k), Mapping)),
+                stored,
+            )
     if (
-        not isinstance(found, Mapping)
-        or not found
-        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items())
+        not isinstance(stored, Mapping)
+        or not stored
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in stored.items())
     ):
         raise DataError(
             f"checkpoint {name}: expected a mapping from names to tensors, at the top or under one of {_NESTS}, "
-            f"got {_kind(found)}; save the model's state_dict()"
+            f"got {_kind(stored)}; save the model's state_dict()"
         )
-    state = {str(k): v for k, v in found.items() if k.rpartition(".")[2] not in _COUNTERS}
+    state = {str(k): v for k, v in stored.items() if k.rpartition(".")[2] not in _COUNTERS}
     return dict(zip(unwrapped(list(state)), state.values(), strict=True))
 
 
@@ -109,8 +112,8 @@ def _refuse_zip_bomb(content: bytes) -> None:
         raise ValueError(f"its records unpack to {unpacked_bytes} bytes")
 
 
-def _kind(found: object) -> str:
-    if not isinstance(found, Mapping):
-        return type(found).__name__
-    others = [f"{k!r}: {type(v).__name__}" for k, v in found.items() if not isinstance(v, Tensor)]
+def _kind(value: object) -> str:
+    if not isinstance(value, Mapping):
+        return type(value).__name__
+    others = [f"{k!r}: {type(v).__name__}" for k, v in value.items() if not isinstance(v, Tensor)]
     return f"a mapping with {first_names(others)}" if others else "an empty mapping"

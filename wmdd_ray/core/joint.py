@@ -68,7 +68,7 @@ def solve_joint(
         return tuple(alone)
     with one_thread():
         price_YY = label_costs(features, embedding_YE, config.label_weight)
-        atoms_YKD = np.stack([found.atoms_KD for found in alone]).astype(np.float64)
+        atoms_YKD = np.stack([one.atoms_KD for one in alone]).astype(np.float64)
         history: list[float] = []
         converged = False
         for _ in range(config.max_iters):

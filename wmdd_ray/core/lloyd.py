@@ -45,9 +45,9 @@ def solve_lloyd(
         atoms, history, converged = descend(
             cloud, plus_plus(cloud, ipc, rng), config.max_iters, config.tol
         )
-        found = _with_voronoi_weights(cloud, atoms, history, converged)
-        if best is None or found.cost < best.cost:
-            best = found
+        barycenter = _with_voronoi_weights(cloud, atoms, history, converged)
+        if best is None or barycenter.cost < best.cost:
+            best = barycenter
     assert best is not None
     return best
 

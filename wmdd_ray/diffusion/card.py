@@ -149,8 +149,8 @@ def _download(uri: str, key: str, target: Path) -> None:
     try:
         filesystem, root = arrow_filesystem(uri)
         target.parent.mkdir(exist_ok=True)
-        with filesystem.open_input_stream(f"{root}/{key}") as found, open(target, "wb") as file:
-            shutil.copyfileobj(found, file, 1 << 22)
+        with filesystem.open_input_stream(f"{root}/{key}") as remote, open(target, "wb") as file:
+            shutil.copyfileobj(remote, file, 1 << 22)
     except (OSError, pa.ArrowException) as error:
         raise ArtifactError(
             f"cannot read {uri}/{key}: {error}; check the connection and the permissions, then run the same command again: "
@@ -239,8 +239,8 @@ def card_of(uri: str, folder: Path, identity: str, keys: frozenset[str]) -> Mode
         image_size, channels = int(model["sample_size"]), int(model["in_channels"])
         num_classes = model.get("num_class_embeds")
     if CLASSES_KEY in keys:
-        told = unseal((folder / CLASSES_KEY).read_bytes(), f"{uri}/{CLASSES_KEY}")
-        names, ordered = tuple(told["class_names"]), True
+        about = unseal((folder / CLASSES_KEY).read_bytes(), f"{uri}/{CLASSES_KEY}")
+        names, ordered = tuple(about["class_names"]), True
         num_classes = null = len(names)
     return ModelCard(
         uri=uri,
@@ -281,10 +281,10 @@ def read_json(folder: Path, key: str, uri: str) -> dict[str, Any]:
         content = (folder / key).read_bytes()
     except FileNotFoundError as error:
         raise _not_found(uri, f"there is no {key} in it") from error
-    found = load_json(content, f"{uri}/{key}")
-    if not isinstance(found, dict):
+    document = load_json(content, f"{uri}/{key}")
+    if not isinstance(document, dict):
         raise ArtifactError(f"{uri}/{key}: expected a JSON object, found {content[:40]!r}")
-    return found
+    return document
 
 
 def class_ids_of(
@@ -326,9 +326,9 @@ def class_ids_of(
         for i, names in enumerate(card.class_names)
         for word in names.split(",")
     }
-    found = [by_name.get(name.strip().lower(), -1) for name in class_names]
-    if min(found) >= 0 and len(set(found)) == count:
-        return tuple(found)
+    ids = [by_name.get(name.strip().lower(), -1) for name in class_names]
+    if min(ids) >= 0 and len(set(ids)) == count:
+        return tuple(ids)
     if card.num_classes == count:
         logger.info("%s: class i of the data is taken for the model's class i", card.uri)
         return tuple(range(count))

@@ -259,12 +259,12 @@ def save_model(
 
 
 def _check_weights(folder: Path, uri: str) -> None:
-    told = json.loads((folder / CLASSES_KEY).read_bytes())["weights_sha256"]
+    expected = json.loads((folder / CLASSES_KEY).read_bytes())["weights_sha256"]
     with open(folder / f"unet/{WEIGHTS}", "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != told:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != expected:
         raise ArtifactError(
-            f"{OPTION} {uri}: expected weights with SHA-256 {told[:12]}..., found {found[:12]}...; train the model again"
+            f"{OPTION} {uri}: expected weights with SHA-256 {expected[:12]}..., found {actual[:12]}...; train the model again"
         )
 
 

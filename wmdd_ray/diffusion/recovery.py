@@ -110,7 +110,7 @@ def sampled(
         mixed_precision=recover.mixed_precision,
     )
     with deterministic_convolutions():
-        found = sample_group(
+        samples = sample_group(
             predict,
             model.scheduler,
             targets,
@@ -124,7 +124,7 @@ def sampled(
         )
     side = tile_side(teacher.image_size, recover.tiles)
     made = []
-    for one in found:
+    for one in samples:
         whole_KHWC = fit_pictures(
             model.decode(one.latents_KCHW), resize=teacher.resize, image_size=teacher.image_size
         )

@@ -136,9 +136,9 @@ class _Pool:
             self._lose(actor, error)
             return
         except RayError as error:
-            told = _told(error, f"unit {unit}")
-            self._stage.event("unit_failed", **about, reason=str(told))
-            raise told from error
+            cause = _told(error, f"unit {unit}")
+            self._stage.event("unit_failed", **about, reason=str(cause))
+            raise cause from error
         self._lost = 0
         self._stage.event("unit_done", **about, seconds=round(time.monotonic() - began, 3))
         self._on_done(unit, result)

@@ -24,8 +24,8 @@ def root_cause(error: BaseException) -> BaseException:
         pending += [inner.__cause__, inner.__context__, getattr(inner, "cause", None)]
         pending += list(getattr(inner, "worker_failures", {}).values())
     # Ray Data hands on what a worker raised as text only.
-    told = re.findall(r"wmdd_ray\.errors\.(\w+): (.+)", str(error))
-    return getattr(errors, told[-1][0])(told[-1][1]) if told else error
+    quoted = re.findall(r"wmdd_ray\.errors\.(\w+): (.+)", str(error))
+    return getattr(errors, quoted[-1][0])(quoted[-1][1]) if quoted else error
 
 
 def last_line(error: BaseException) -> str:

@@ -104,11 +104,11 @@ def _own_folder() -> str:
     base = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
     folder = base / f"wmdd_ray-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o777 != 0o700:
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o777 != 0o700:
         raise ConfigError(
-            f"{folder}: expected a folder of this user that nobody else may enter, found mode {found.st_mode & 0o777:o} of user "
-            f"{found.st_uid}; remove it, or set RAY_TMPDIR to a folder of your own"
+            f"{folder}: expected a folder of this user that nobody else may enter, found mode {status.st_mode & 0o777:o} of user "
+            f"{status.st_uid}; remove it, or set RAY_TMPDIR to a folder of your own"
         )
     return str(folder / "ray")
 
@@ -139,9 +139,9 @@ def _start_local(level: int, verbose: bool) -> None:
             # On a busy machine a part of Ray comes too late for the others.
             ray.shutdown()
             if is_last:
-                told = str(error).strip().splitlines()[0]
+                reason = str(error).strip().splitlines()[0]
                 raise WmddError(
-                    f"Ray did not start on this machine, twice: {told}; it may be busy or short of memory: run the same command "
+                    f"Ray did not start on this machine, twice: {reason}; it may be busy or short of memory: run the same command "
                     "again, or pass --executor here, which starts no Ray"
                 ) from error
     # Before the handler of Ray's node, which ends the raylet under a connected driver: the last one registered is called first.
@@ -215,13 +215,13 @@ def _refuse_more_than_here(
     num_workers: int, cpus: int, gpus: float, here: Mapping[str, float]
 ) -> None:
     """Refuse workers that this machine has no room for: without a cluster that could grow, Ray would wait for ever."""
-    for option, asked, kind in (
+    for option, each, kind in (
         ("cpus-per-worker", cpus, "CPU"),
         ("gpus-per-worker", gpus, "GPU"),
     ):
-        if num_workers * asked > (has := here.get(kind, 0)):
+        if num_workers * each > (has := here.get(kind, 0)):
             raise ConfigError(
-                f"--num-workers {num_workers} of --{option} {asked:g}: this machine has {has:g} {kind}s; lower them, or join a "
+                f"--num-workers {num_workers} of --{option} {each:g}: this machine has {has:g} {kind}s; lower them, or join a "
                 "cluster that has more (RAY_ADDRESS, or ray job submit)"
             )
 
@@ -234,7 +234,7 @@ def await_room(stage: StageRun, wide: Width, num_needed: int = 1) -> None:
         WmddError: An autoscaler has added none of that kind in `--worker-timeout-s`.
     """
     began = time.monotonic()
-    told = began - _TELL_EVERY_S
+    warned = began - _TELL_EVERY_S
     asked_for: list[ray.ObjectRef[None]] = []
     grows = False
     try:
@@ -259,9 +259,9 @@ def await_room(stage: StageRun, wide: Width, num_needed: int = 1) -> None:
                 raise kind(
                     f"{text} after {limit_s:g} s; lower --num-workers, --cpus-per-worker or --gpus-per-worker, or add nodes"
                 )
-            if now - told >= _TELL_EVERY_S:
+            if now - warned >= _TELL_EVERY_S:
                 logger.warning("%s; waiting for up to %.0f s", text, limit_s - (now - began))
-                told = now
+                warned = now
             time.sleep(0.5)
     finally:
         for task in asked_for:

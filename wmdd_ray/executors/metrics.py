@@ -42,8 +42,8 @@ class RayMetrics(Tracker):
     def open(self) -> None:
         keys = ("run", "stage", "part")
         self._gauges = {
-            name: Gauge(f"wmdd_{name}", description=told, tag_keys=keys)
-            for name, told in DESCRIPTIONS.items()
+            name: Gauge(f"wmdd_{name}", description=text, tag_keys=keys)
+            for name, text in DESCRIPTIONS.items()
         }
 
     def log(self, numbers: Sequence[Number]) -> None:

@@ -52,7 +52,7 @@ class RemoteQueue:
 
 
 @contextlib.contextmanager
-def queue_actor(stage: StageRun, left: Sequence[str], found: int) -> Iterator[ActorHandle]:
+def queue_actor(stage: StageRun, left: Sequence[str], num_done: int) -> Iterator[ActorHandle]:
     """Yield a queue in an actor beside the driver, whose progress and events the driver follows.
 
     Beside the driver, because a queue that is lost with a worker's node would end the stage.
@@ -70,7 +70,7 @@ def queue_actor(stage: StageRun, left: Sequence[str], found: int) -> Iterator[Ac
         (done, note), events = ray.get([actor.progress.remote(), actor.drain.remote()])
         for about in events:
             stage.event(about.pop("event"), **about)
-        stage.progress.update(found + done, note)
+        stage.progress.update(num_done + done, note)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

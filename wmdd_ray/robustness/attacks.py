@@ -142,10 +142,10 @@ def attack(
     labels = torch.from_numpy(labels_N.astype(np.int64)).to(device)
     clean_N = _right(model, pixels, labels)
     robust_N, change_N = clean_N.copy(), np.zeros(len(labels_N))
-    found = np.flatnonzero(clean_N)
+    row_R = np.flatnonzero(clean_N)
     notes: list[str] = []
-    if len(found):
-        index = torch.from_numpy(found).to(device)
+    if len(row_R):
+        index = torch.from_numpy(row_R).to(device)
         chosen, classes = pixels[index], labels[index]
         with _seeded(seed, device), _heard(notes):
             if name in ("square", "autoattack"):
@@ -154,9 +154,9 @@ def attack(
                 attacked = _by_art(name, model, chosen, classes, eps)
         attacked = attacked.detach().to(device)
         _check(name, chosen, attacked, None if name == "cw" else eps)
-        robust_N[found] = _right(model, attacked, classes)
+        robust_N[row_R] = _right(model, attacked, classes)
         change = torch.linalg.vector_norm((attacked - chosen).flatten(1).double(), dim=1)
-        change_N[found] = change.cpu().numpy()
+        change_N[row_R] = change.cpu().numpy()
     return Attacked(
         clean_N=clean_N,
         robust_N=robust_N,
@@ -195,32 +195,32 @@ def _by_art(
         clip_values=(0.0, 1.0),
         device_type="gpu" if pixels.device.type == "cuda" else "cpu",
     )
-    told, common = SETTINGS[name], {"batch_size": _BATCH_IMAGES, "verbose": False}
+    settings, common = SETTINGS[name], {"batch_size": _BATCH_IMAGES, "verbose": False}
     if name == "pgd":
         method = ProjectedGradientDescentPyTorch(
             classifier,
             eps=eps,
-            eps_step=told["step_in_eps"] * eps,
-            max_iter=told["steps"],
-            num_random_init=int(told["random_start"]),
+            eps_step=settings["step_in_eps"] * eps,
+            max_iter=settings["steps"],
+            num_random_init=int(settings["random_start"]),
             **common,
         )
     elif name == "mim":
         method = MomentumIterativeMethod(
             classifier,
             eps=eps,
-            eps_step=told["step_in_eps"] * eps,
-            decay=told["decay"],
-            max_iter=told["steps"],
+            eps_step=settings["step_in_eps"] * eps,
+            decay=settings["decay"],
+            max_iter=settings["steps"],
             **common,
         )
     else:
         method = CarliniL2Method(
             classifier,
-            binary_search_steps=told["binary_search_steps"],
-            initial_const=told["initial_const"],
-            learning_rate=told["learning_rate"],
-            max_iter=told["steps"],
+            binary_search_steps=settings["binary_search_steps"],
+            initial_const=settings["initial_const"],
+            learning_rate=settings["learning_rate"],
+            max_iter=settings["steps"],
             **common,
         )
     return torch.from_numpy(method.generate(pixels.cpu().numpy(), labels.cpu().numpy()))
@@ -231,12 +231,12 @@ def _by_pyautoattack(
 ) -> Tensor:
     from pyautoattack import AutoAttack  # type: ignore[import-untyped]
 
-    told: dict[str, Any] = (
+    settings: dict[str, Any] = (
         {"version": "standard"}
         if name == "autoattack"
         else {"version": "custom", "attacks": ["square"]}
     )
-    method = AutoAttack(model, eps=eps, norm="Linf", device=pixels.device, seed=seed, **told)
+    method = AutoAttack(model, eps=eps, norm="Linf", device=pixels.device, seed=seed, **settings)
     with torch.inference_mode():
         others = model(pixels[:1]).shape[1] - 1
     for part in (method.apgd_targeted, method.fab):
@@ -296,10 +296,10 @@ Key = tuple[AttackName, float]
 """An attack and its eps."""
 
 
-def robust_to_cw(found: Attacked, eps: float, floats: int) -> np.ndarray:
+def robust_to_cw(attacked: Attacked, eps: float, floats: int) -> np.ndarray:
     """Return which images need a change longer than that of all `floats` numbers by eps."""
-    within_N = found.change_N <= eps * math.sqrt(floats)
-    return found.clean_N & (found.robust_N | ~within_N)
+    within_N = attacked.change_N <= eps * math.sqrt(floats)
+    return attacked.clean_N & (attacked.robust_N | ~within_N)
 
 
 def worst_case(robust: Mapping[Key, np.ndarray], eps: float) -> np.ndarray:
@@ -321,18 +321,18 @@ def contradictions(clean_N: np.ndarray, robust: Mapping[Key, np.ndarray]) -> lis
         clean_N: which images are right without an attack.
         robust: (attack, eps) -> which are right after it.
     """
-    found: list[tuple[str, float, np.ndarray]] = []
+    pairs: list[tuple[str, float, np.ndarray]] = []
     for (name, eps), robust_N in robust.items():
-        found.append((f"{NAMES[name]} exceeds clean accuracy", eps, robust_N & ~clean_N))
+        pairs.append((f"{NAMES[name]} exceeds clean accuracy", eps, robust_N & ~clean_N))
         if name == "autoattack":
             for weaker in _WEAKER:
                 if (weaker, eps) in robust:
                     beyond = robust_N & ~robust[weaker, eps]
-                    found.append((f"AutoAttack exceeds {NAMES[weaker]}", eps, beyond))
+                    pairs.append((f"AutoAttack exceeds {NAMES[weaker]}", eps, beyond))
         smaller = [e for n, e in robust if n == name and e < eps]
         if smaller:
             beyond = robust_N & ~robust[name, max(smaller)]
-            found.append((f"{NAMES[name]} rises with eps", eps, beyond))
+            pairs.append((f"{NAMES[name]} rises with eps", eps, beyond))
     return [
         {
             "what": what,
@@ -340,6 +340,6 @@ def contradictions(clean_N: np.ndarray, robust: Mapping[Key, np.ndarray]) -> lis
             "images": int(beyond_N.sum()),
             "share": float(beyond_N.mean()),
         }
-        for what, eps, beyond_N in found
+        for what, eps, beyond_N in pairs
         if beyond_N.any()
     ]

@@ -31,15 +31,15 @@ SAMPLE_UNIT, SAMPLE_KEY = "images", "images.safetensors"
 _SLICE_IMAGES, _SLICE_PIXELS, _SLICE_LEAST = 250, 250 * 32 * 32, 25
 
 
-def budgets(name: AttackName, asked: AttackConfig) -> tuple[Fraction | None, ...]:
+def budgets(name: AttackName, attack: AttackConfig) -> tuple[Fraction | None, ...]:
     """Return the budgets that an attack is run with, ascending; CW has none."""
-    return (None,) if name == "cw" else tuple(sorted(map(Fraction, asked.eps)))
+    return (None,) if name == "cw" else tuple(sorted(map(Fraction, attack.eps)))
 
 
 def room_of(student: str, name: AttackName, eps: Fraction | None) -> str:
     """Return the room of an attack."""
-    told = "" if eps is None else f"-{eps.numerator}of{eps.denominator}"
-    return f"{student}-{name}{told}"
+    budget = "" if eps is None else f"-{eps.numerator}of{eps.denominator}"
+    return f"{student}-{name}{budget}"
 
 
 def draw_sample(val: Listed, count: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -71,7 +71,7 @@ def slices_of(num_images: int, config: DistillConfig) -> list[slice]:
     return [slice(first, first + step) for first in range(0, num_images, step)]
 
 
-def open_worker(
+def open_attacker(
     device: torch.device,
     *,
     room: Room,

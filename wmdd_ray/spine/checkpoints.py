@@ -50,16 +50,16 @@ class Checkpoints:
 
     def load(self) -> State | None:
         """Return the newest state that is whole, or None."""
-        found: list[State] = []
+        states: list[State] = []
         for slot in range(_SLOTS):
             with contextlib.suppress(FileNotFoundError):
                 try:
-                    found.append(codecs.decode_state(self._store.get(self._key(slot))))
+                    states.append(codecs.decode_state(self._store.get(self._key(slot))))
                 except ArtifactError as error:
                     logger.warning("%s is left aside: %s", self._store.url(self._key(slot)), error)
-        if not found:
+        if not states:
             return None
-        newest = max(found, key=lambda state: int(state[_NUMBER]))
+        newest = max(states, key=lambda state: int(state[_NUMBER]))
         self._number = int(newest.pop(_NUMBER))
         self._before_s = float(newest.pop(_SECONDS, 0.0))
         return newest

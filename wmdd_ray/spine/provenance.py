@@ -17,13 +17,13 @@ _PACKAGES = ("ray", "torch", "torchvision", "POT", "numpy", "pyarrow")
 @cache
 def versions() -> dict[str, Any]:
     """Return the versions of Python and the main packages, and the revision of this code as far as it is known."""
-    found: dict[str, Any] = {"python": platform.python_version()}
+    by_package: dict[str, Any] = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            by_package[name] = version(name)
         except PackageNotFoundError:
             continue
-    return {"versions": found, "git_revision": _revision()}
+    return {"versions": by_package, "git_revision": _revision()}
 
 
 def _revision() -> str | None:
@@ -32,9 +32,9 @@ def _revision() -> str | None:
     An image holds a file REVISION instead of the history (cluster/Dockerfile). None where there is neither.
     """
     root = _PACKAGE.parent
-    told = root / "REVISION"
-    if told.is_file():
-        return told.read_text().strip() or None
+    written = root / "REVISION"
+    if written.is_file():
+        return written.read_text().strip() or None
     project = root / "pyproject.toml"
     if not project.is_file() or 'name = "wmdd_ray"' not in project.read_text(encoding="utf-8"):
         try:

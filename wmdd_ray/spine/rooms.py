@@ -249,12 +249,12 @@ class Room:
     def read_commit(self) -> StageCommit | None:
         """Return what `stage.json` says, or None when the room is not committed."""
         try:
-            found = read_sealed(self.store, "stage.json")
+            commit = read_sealed(self.store, "stage.json")
         except FileNotFoundError:
             return None
-        check(found, "the commit of a stage", self.store.url("stage.json"))
-        units = {unit: marker_of(marker) for unit, marker in found.pop("units").items()}
-        return StageCommit(units=units, **found)
+        check(commit, "the commit of a stage", self.store.url("stage.json"))
+        units = {unit: marker_of(marker) for unit, marker in commit.pop("units").items()}
+        return StageCommit(units=units, **commit)
 
     def committed(self) -> StageCommit:
         """Return what `stage.json` says; an ArtifactError when the room is not committed."""
@@ -300,11 +300,11 @@ def unit_given_up(unit: str, cause: str) -> WmddError:
     )
 
 
-def marker_of(found: Any) -> UnitMarker:
+def marker_of(marker: Any) -> UnitMarker:
     """Return the marker that was written as JSON; an ArtifactError when it is another document."""
-    check(found, "the marker of a unit", "units")
-    files = tuple(FileEntry(**entry) for entry in found["files"])
-    return UnitMarker(**{**found, "files": files})
+    check(marker, "the marker of a unit", "units")
+    files = tuple(FileEntry(**entry) for entry in marker["files"])
+    return UnitMarker(**{**marker, "files": files})
 
 
 def _now() -> str:

@@ -19,7 +19,7 @@ from wmdd_ray.robustness.units import (
     SAMPLE_UNIT,
     budgets,
     draw_sample,
-    open_worker,
+    open_attacker,
     room_of,
     slices_of,
 )
@@ -29,27 +29,27 @@ from wmdd_ray.units.held_out import Listed
 from wmdd_ray.units.students import unit_ids
 
 
-def stages(config: DistillConfig, student: Arch, asked: AttackConfig) -> tuple[Stage, ...]:
+def stages(config: DistillConfig, student: Arch, attack: AttackConfig) -> tuple[Stage, ...]:
     """Return a stage an attack and eps on the students of an architecture; `sample_stage` comes before them.
 
     Args:
         config: the students' configuration, of this architecture.
         student: its room.
-        asked: attacks, budgets, and how many images.
+        attack: attacks, budgets, and how many images.
     """
     return tuple(
         attack_stage(config, student, name, eps)
-        for name in asked.names
-        for eps in budgets(name, asked)
+        for name in attack.names
+        for eps in budgets(name, attack)
     )
 
 
-def sample_stage(config: DistillConfig, asked: AttackConfig) -> Stage:
+def sample_stage(config: DistillConfig, attack: AttackConfig) -> Stage:
     """Return the stage that draws the held-out images which all students are attacked on."""
 
     def options(_: DistillConfig) -> dict[str, Any]:
         source = fingerprint_options(config.source)
-        return {"images": asked.images, "seed": config.seed, "source": source}
+        return {"images": attack.images, "seed": config.seed, "source": source}
 
     def work(stage: StageRun) -> dict[str, Any]:
         if SAMPLE_UNIT not in stage.room.finished():
@@ -58,7 +58,7 @@ def sample_stage(config: DistillConfig, asked: AttackConfig) -> Stage:
             attempt = stage.room.begin_unit(SAMPLE_UNIT)
             assert attempt is not None, "the driver alone draws"
             val = Listed.of(stage.run.source("val"), config.source)
-            images_NHWC, labels_N = draw_sample(val, asked.images, seed=config.seed)
+            images_NHWC, labels_N = draw_sample(val, attack.images, seed=config.seed)
             content = safetensors.numpy.save({"images_NHWC": images_NHWC, "labels_N": labels_N})
             stage.room.commit_unit(
                 SAMPLE_UNIT,
@@ -79,7 +79,7 @@ def sample_stage(config: DistillConfig, asked: AttackConfig) -> Stage:
         options=options,
         plan=lambda _: Work(
             units=(SAMPLE_UNIT,),
-            estimated_bytes=asked.images * config.source.image_size**2 * config.source.channels,
+            estimated_bytes=attack.images * config.source.image_size**2 * config.source.channels,
         ),
         work=work,
     )
@@ -91,8 +91,8 @@ def attack_stage(
     """Return the stage of one attack and eps on the students in the room `student`."""
 
     def options(_: DistillConfig) -> dict[str, Any]:
-        told = None if eps is None else str(eps)
-        return {"attack": name, "eps": told, "settings": SETTINGS[name], "seed": config.seed}
+        budget = None if eps is None else str(eps)
+        return {"attack": name, "eps": budget, "settings": SETTINGS[name], "seed": config.seed}
 
     def work(stage: StageRun) -> dict[str, Any]:
         students = unit_ids(config)
@@ -103,7 +103,7 @@ def attack_stage(
             stage,
             units,
             partial(
-                open_worker,
+                open_attacker,
                 room=stage.room,
                 students=stage.run.room(student),
                 sample=stage.run.room(SAMPLE),

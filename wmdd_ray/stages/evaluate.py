@@ -23,7 +23,7 @@ from wmdd_ray.spine.rooms import UnitMarker
 from wmdd_ray.spine.run import StageRun, Work
 from wmdd_ray.store import documents
 from wmdd_ray.units.held_out import Listed
-from wmdd_ray.units.students import longest_first, open_worker, rows, unit_ids
+from wmdd_ray.units.students import longest_first, open_student_trainer, rows, unit_ids
 from wmdd_ray.units.training_sets import OpenSets, open_sets
 
 
@@ -77,7 +77,9 @@ def train_students(
     """
     units = unit_ids(config, of)
     val = Listed.of(stage.run.source("val"), config.source)
-    opened = partial(open_worker, room=stage.room, sets=sets, val=val, config=config, kept=keep)
+    opened = partial(
+        open_student_trainer, room=stage.room, sets=sets, val=val, config=config, kept=keep
+    )
     do_units(stage, longest_first(units), opened)
     markers = stage.room.read_units(units)
     results = {
@@ -86,20 +88,20 @@ def train_students(
     }
     table = []
     for row, labels in product(of, config.evaluate.labels):
-        found = [r for r in results.values() if (r["row"], r["labels"]) == (row, labels)]
-        top1 = np.array([r["top1"] for r in found])
-        recall_SY = np.array([r["recall_per_class"] for r in found])
+        of_row = [r for r in results.values() if (r["row"], r["labels"]) == (row, labels)]
+        top1 = np.array([r["top1"] for r in of_row])
+        recall_SY = np.array([r["recall_per_class"] for r in of_row])
         table.append(
             {
                 "row": row,
-                "num_images": found[0]["num_images"],
-                "epochs": found[0]["epochs"],
+                "num_images": of_row[0]["num_images"],
+                "epochs": of_row[0]["epochs"],
                 "labels": labels,
                 "top1_mean": float(top1.mean()),
                 "top1_std": float(top1.std(ddof=1)) if len(top1) > 1 else 0.0,
                 "top1": top1.tolist(),
-                "num_seeds": len(found),
-                "seconds_per_student": float(np.mean([r["seconds"] for r in found])),
+                "num_seeds": len(of_row),
+                "seconds_per_student": float(np.mean([r["seconds"] for r in of_row])),
                 "recall_per_class": recall_SY.mean(axis=0).round(4).tolist(),
             }
         )

@@ -197,13 +197,13 @@ def _read_indexes(room: Room, stage: StageRun) -> tuple[list[FileEntry], np.ndar
 
 def _summary(markers: Sequence[UnitMarker], num_classes: int) -> dict[str, Any]:
     """Return what all files hold together. Every training image counts alike in mean and std, whatever its size."""
-    found: dict[str, Any] = {}
+    by_split: dict[str, Any] = {}
     for split in SPLITS:
         counts: Counter[int] = Counter()
         for marker in markers:
             if marker.metrics["split"] == split:
                 counts.update({int(y): n for y, n in marker.metrics["label_counts"].items()})
-        found[split] = {
+        by_split[split] = {
             "num_images": counts.total(),
             "num_files": sum(marker.metrics["split"] == split for marker in markers),
             "size_bytes": sum(
@@ -214,7 +214,7 @@ def _summary(markers: Sequence[UnitMarker], num_classes: int) -> dict[str, Any]:
     train = [marker.metrics for marker in markers if marker.metrics["split"] == "train"]
     if not train:
         raise DataError("expected training images, found none; lower --val-fraction")
-    total = found["train"]["num_images"]
+    total = by_split["train"]["num_images"]
     mean_C = [math.fsum(m["mean_sums"][c] for m in train) / total for c in range(3)]
     square_C = [math.fsum(m["square_sums"][c] for m in train) / total for c in range(3)]
     std_C = [math.sqrt(max(0.0, s - m * m)) for m, s in zip(mean_C, square_C, strict=True)]
@@ -224,7 +224,7 @@ def _summary(markers: Sequence[UnitMarker], num_classes: int) -> dict[str, Any]:
         # Files of an earlier version did not count them.
         sides.update({int(side): n for side, n in m.get("shorter_sides", {}).items()})
     return {
-        **found,
+        **by_split,
         "shorter_side": median(sorted(sides.elements())) if sides else None,
         "channels": channels,
         "mean": [round(value, 6) for value in mean_C[:channels]],

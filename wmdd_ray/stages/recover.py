@@ -20,7 +20,7 @@ from wmdd_ray.spine.numbers import Number, StageNumbers
 from wmdd_ray.spine.rooms import UnitMarker
 from wmdd_ray.spine.run import StageRun, Work
 from wmdd_ray.store import codecs
-from wmdd_ray.units.images import groups, open_worker
+from wmdd_ray.units.images import groups, open_image_maker
 
 
 def options(config: DistillConfig) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def work(stage: StageRun) -> dict[str, Any]:
     units = groups(config, len(stage.inputs["features"].metrics["class_counts"]))
     identity = check_model(config, stage.run.source("train").class_names)
     worker = partial(
-        open_worker,
+        open_image_maker,
         room=stage.room,
         teacher_room=stage.run.room("teacher"),
         features_room=stage.run.room("features"),

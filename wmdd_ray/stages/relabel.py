@@ -18,7 +18,7 @@ from wmdd_ray.options import fingerprint_options
 from wmdd_ray.spine.numbers import StageNumbers
 from wmdd_ray.spine.rooms import UnitMarker
 from wmdd_ray.spine.run import StageRun, Work
-from wmdd_ray.units.labels import blocks, by_seed, open_worker
+from wmdd_ray.units.labels import blocks, by_seed, open_labeler
 
 # Bytes of a stored view besides its logits: two boxes, a mix box, indices, flips, share.
 _VIEW_BYTES = 54
@@ -55,7 +55,7 @@ def work(stage: StageRun) -> dict[str, Any]:
     num_classes = len(stage.inputs["features"].metrics["class_counts"])
     units = blocks(stage.config, num_classes)
     worker = partial(
-        open_worker,
+        open_labeler,
         room=stage.room,
         teacher_room=stage.run.room("teacher"),
         images_room=stage.run.room("images"),

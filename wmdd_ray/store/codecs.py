@@ -148,10 +148,10 @@ def decode_class_features(content: bytes) -> ClassFeatures:
 
 def encode_class_barycenter(record: ClassBarycenter) -> bytes:
     """Return one class's atoms, weights, moments and evidence."""
-    found = record.barycenter
+    barycenter = record.barycenter
     arrays = {
-        "atoms_KD": found.atoms_KD,
-        "weights_K": found.weights_K,
+        "atoms_KD": barycenter.atoms_KD,
+        "weights_K": barycenter.weights_K,
         **_moments_arrays(record.moments),
     }
     return pack(
@@ -162,10 +162,10 @@ def encode_class_barycenter(record: ClassBarycenter) -> bytes:
         whole_keys=record.whole_keys,
         random_keys=record.random_keys,
         channels_L=record.moments.channels_L,
-        cost=found.cost,
-        cost_history=found.cost_history,
-        num_iters=found.num_iters,
-        converged=found.converged,
+        cost=barycenter.cost,
+        cost_history=barycenter.cost_history,
+        num_iters=barycenter.num_iters,
+        converged=barycenter.converged,
     )
 
 

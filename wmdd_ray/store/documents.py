@@ -54,10 +54,10 @@ def entry_of(key: str, content: bytes) -> FileEntry:
     return FileEntry(key=key, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
-def entries_of(found: Any, where: str) -> list[FileEntry]:
+def entries_of(entries: Any, where: str) -> list[FileEntry]:
     """Return the entries that a document lists; an ArtifactError names it when they are something else."""
-    check(found, "the files of a set", where)
-    return [FileEntry(**entry) for entry in found]
+    check(entries, "the files of a set", where)
+    return [FileEntry(**entry) for entry in entries]
 
 
 def read_verified(store: Store, entry: FileEntry) -> bytes:
@@ -67,20 +67,20 @@ def read_verified(store: Store, entry: FileEntry) -> bytes:
         ArtifactError: The object is missing, cut, or holds other bytes than were committed. One second read is
             made first, because a connection can corrupt what the disk holds right.
     """
-    found = ""
+    fault = ""
     for _ in range(2):
         try:
             content = store.get(entry.at or entry.key)
         except FileNotFoundError:
-            found = "no object"
+            fault = "no object"
             continue
         here = entry_of(entry.key, content)
         if (here.size_bytes, here.sha256) == (entry.size_bytes, entry.sha256):
             return content
-        found = f"{len(content)} bytes with another checksum"
+        fault = f"{len(content)} bytes with another checksum"
     raise ArtifactError(
         f"{store.url(entry.at or entry.key)}: expected {entry.size_bytes} bytes with SHA-256 {entry.sha256[:12]}..., found "
-        f"{found}; restore the object, or delete the room that holds it and run the stage again"
+        f"{fault}; restore the object, or delete the room that holds it and run the stage again"
     )
 
 

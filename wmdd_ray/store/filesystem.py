@@ -155,12 +155,12 @@ class Store:
         key = f"probe-{uuid.uuid4().hex}"
         first, second = b"the first writer", b"the second writer"
         won = [self.create(key, content) for content in (first, second)]
-        found = self.get(key)
+        kept = self.get(key)
         self.delete(key)
-        if won != [True, False] or found != first:
+        if won != [True, False] or kept != first:
             raise ArtifactError(
                 f"{self.uri} does not keep conditional writes: two writers created {self.url(key)} with different content, "
-                f"and it held {found.decode(errors='replace')!r} after the second. Two drivers on this output could both "
+                f"and it held {kept.decode(errors='replace')!r} after the second. Two drivers on this output could both "
                 "publish, and mix their results. Use a store with If-None-Match (AWS S3, GCS and most others have it), or, when "
                 "you are sure that only one driver ever writes here, pass --allow-unsafe-commits"
             )
@@ -184,19 +184,19 @@ class Store:
             if self._path is not None:
                 base = self._path / prefix
                 files = (p for p in base.rglob("*") if p.is_file() and not p.name.endswith(".part"))
-                found = {p.relative_to(self._path).as_posix(): p.stat().st_size for p in files}
+                sizes = {p.relative_to(self._path).as_posix(): p.stat().st_size for p in files}
             else:
                 fs, root = self._fs()
                 fs.invalidate_cache()
                 under = self._ask("find", self._inside(prefix).rstrip("/"), detail=True)
                 # Object stores name keys without the leading slash that a root such as memory's has.
-                found = {
+                sizes = {
                     name.lstrip("/").removeprefix(root.lstrip("/") + "/"): int(info["size"] or 0)
                     for name, info in under.items()
                     # Arrow and web consoles leave empty objects named like folders.
                     if info["type"] == "file" and not name.endswith("/")
                 }
-        return dict(sorted(found.items()))
+        return dict(sorted(sizes.items()))
 
     def delete(self, prefix: str) -> None:
         """Remove the object `prefix`, or every object under the folder of that name; removing nothing is fine."""

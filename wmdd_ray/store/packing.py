@@ -64,12 +64,12 @@ def check_budget(decoded_bytes: float, stored_bytes: int, what: str) -> None:
 
 def digest(arrays: dict[str, np.ndarray]) -> str:
     """Return the SHA-256 of arrays: names, types, shapes, contents."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
-        found.update(f"{name} {array.dtype.str} {arrays[name].shape}".encode())
-        found.update(array.tobytes())
-    return found.hexdigest()
+        sha256.update(f"{name} {array.dtype.str} {arrays[name].shape}".encode())
+        sha256.update(array.tobytes())
+    return sha256.hexdigest()
 
 
 def checked(decode: Callable[P, R]) -> Callable[P, R]:

@@ -92,8 +92,10 @@ def encode_part(
 def decode_index(content: bytes, where: str) -> PartIndex:
     """Return the index of a part; an ArtifactError names `where` of anything else."""
     try:
-        found = load(content)
-        index = PartIndex(labels_N=found["labels"], sizes_N=found["sizes"], ranks_N=found["ranks"])
+        columns = load(content)
+        index = PartIndex(
+            labels_N=columns["labels"], sizes_N=columns["sizes"], ranks_N=columns["ranks"]
+        )
     except (SafetensorError, KeyError, ValueError) as error:
         raise ArtifactError(f"{where}: expected the index of a part ({error})") from error
     kinds = [(array.dtype, array.shape) for array in (index.labels_N, index.sizes_N, index.ranks_N)]

@@ -155,7 +155,7 @@ def fsspec_filesystem(
 
 def _s3_options(repeats: bool, access: BucketAccess) -> dict[str, Any]:
     """Return what s3fs is made with."""
-    told = {
+    options = {
         "anon": access.anonymous,
         "requester_pays": access.requester_pays,
         "endpoint_url": access.endpoint,
@@ -175,4 +175,4 @@ def _s3_options(repeats: bool, access: BucketAccess) -> dict[str, Any]:
         # a short one leaves zeros.
         "max_concurrency": 1,
         "use_listings_cache": False,
-    } | {name: value for name, value in told.items() if value}
+    } | {name: value for name, value in options.items() if value}

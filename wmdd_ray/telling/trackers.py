@@ -135,11 +135,11 @@ class MLflow(Tracker):
     def open(self) -> None:
         self._client = self._client_of(tracking_uri=self._uri)
         experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "wmdd_ray"))
-        found = self._client.search_runs(
+        runs = self._client.search_runs(
             [experiment], f"tags.`wmdd_ray.key` = '{self._run.key}'", max_results=1
         )
-        if found:
-            self._id = found[0].info.run_id
+        if runs:
+            self._id = runs[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
             return
         made = self._client.create_run(
@@ -165,15 +165,15 @@ class MLflow(Tracker):
         self._client.set_terminated(self._id, status)
 
     def _experiment(self, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
             try:
                 return self._client.create_experiment(name)
             except Exception:  # another run has made it since; where not, the next line says so
-                found = self._client.get_experiment_by_name(name)
-                if found is None:
+                experiment = self._client.get_experiment_by_name(name)
+                if experiment is None:
                     raise
-        return found.experiment_id
+        return experiment.experiment_id
 
 
 class WandB(Tracker):
@@ -274,11 +274,11 @@ class Told:
             self._tracker.close(exit_code)
         except Exception as error:
             logger.info("%s", self._tracker.title, exc_info=True)
-            told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             logger.warning(
                 "%s failed (%s) and is told nothing more; the run goes on",
                 self._tracker.title,
-                told,
+                reason,
             )
 
     def _take(self) -> tuple[list[Number], int | None]:

@@ -85,10 +85,10 @@ class LiveWatch(Watch):
         self._waiting.put(None)
         self._thread.join(max(0.0, until - time.monotonic()))
         everybody = [*self._gauges, *self._others]
-        for told in everybody:
-            told.end(exit_code)
-        for told in everybody:
-            told.join(until - time.monotonic())
+        for audience in everybody:
+            audience.end(exit_code)
+        for audience in everybody:
+            audience.join(until - time.monotonic())
 
     def _work(self) -> None:
         warned = False
@@ -174,10 +174,10 @@ class LiveWatch(Watch):
         self._tell_others(numbers)
 
     def _tell_gauges(self, numbers: Sequence[Number]) -> None:
-        for told in self._gauges:
-            told.tell(numbers)
+        for audience in self._gauges:
+            audience.tell(numbers)
 
     def _tell_others(self, numbers: Iterable[Number]) -> None:
         numbers = list(numbers)
-        for told in self._others:
-            told.tell(numbers)
+        for audience in self._others:
+            audience.tell(numbers)

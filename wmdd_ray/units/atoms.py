@@ -23,7 +23,7 @@ def unit_of(label: int) -> str:
     return f"{label:05d}"
 
 
-def key_of(label: int) -> str:
+def barycenter_key(label: int) -> str:
     """Return the key of a class's barycenter."""
     return f"classes/{label:05d}.safetensors"
 
@@ -32,7 +32,7 @@ def read_barycenter(
     room: Room, commit_files: dict[str, documents.FileEntry], label: int
 ) -> ClassBarycenter:
     """Return one class's barycenter, verified."""
-    return codecs.decode_class_barycenter(room.read(commit_files[key_of(label)]))
+    return codecs.decode_class_barycenter(room.read(commit_files[barycenter_key(label)]))
 
 
 class ClassSolver:
@@ -69,8 +69,8 @@ class ClassSolver:
             return 0.0
         real = self._features.read(int(unit))
         in_core = time.perf_counter()
-        found = self._solve(real, self._config.num_atoms)
-        self._commit(real, found, attempt, started, in_core)
+        barycenter = self._solve(real, self._config.num_atoms)
+        self._commit(real, barycenter, attempt, started, in_core)
         return time.perf_counter() - started
 
     def _work_all(self) -> None:
@@ -88,11 +88,11 @@ class ClassSolver:
             where=[self._where(real.label) for real in classes],
         )
         share = (time.perf_counter() - began) / len(classes)
-        for real, found in zip(classes, solved, strict=True):
+        for real, barycenter in zip(classes, solved, strict=True):
             attempt = self._room.begin_unit(unit_of(real.label))
             if attempt is not None:
                 now = time.perf_counter()
-                self._commit(real, found, attempt, now - share, now - share)
+                self._commit(real, barycenter, attempt, now - share, now - share)
 
     def _solve(self, real: ClassFeatures, num_atoms: int) -> Barycenter:
         from wmdd_ray.core.selection import margin_of, solve_with_margin
@@ -111,13 +111,18 @@ class ClassSolver:
         )
 
     def _commit(
-        self, real: ClassFeatures, found: Barycenter, attempt: int, started: float, in_core: float
+        self,
+        real: ClassFeatures,
+        barycenter: Barycenter,
+        attempt: int,
+        started: float,
+        in_core: float,
     ) -> None:
         """Commit a class with the real images that recover and the baselines start from."""
         from wmdd_ray.core.barycenter import nearest_images
 
         config, unit, count = self._config, unit_of(real.label), len(real.keys)
-        nearest = whole = nearest_images(found.atoms_KD, real.features_ND)
+        nearest = whole = nearest_images(barycenter.atoms_KD, real.features_ND)
         if config.num_atoms > config.ipc:
             whole = nearest_images(self._solve(real, config.ipc).atoms_KD, real.features_ND)
         rng = np.random.Generator(np.random.Philox(key=unit_seed(config.seed, "random_real", unit)))
@@ -126,7 +131,7 @@ class ClassSolver:
         record = ClassBarycenter(
             label=real.label,
             num_images=count,
-            barycenter=found,
+            barycenter=barycenter,
             nearest_keys=tuple(real.keys[i] for i in nearest),
             whole_keys=tuple(real.keys[i] for i in whole),
             random_keys=tuple(real.keys[i] for i in drawn),
@@ -135,11 +140,11 @@ class ClassSolver:
         now = time.perf_counter()
         self._room.commit_unit(
             unit,
-            {key_of(real.label): codecs.encode_class_barycenter(record)},
+            {barycenter_key(real.label): codecs.encode_class_barycenter(record)},
             metrics={
-                "cost": found.cost,
-                "num_iters": found.num_iters,
-                "converged": found.converged,
+                "cost": barycenter.cost,
+                "num_iters": barycenter.num_iters,
+                "converged": barycenter.converged,
                 "num_images": count,
                 "seconds_in_core": round(now - in_core, 4),
             },

@@ -15,7 +15,7 @@ from wmdd_ray.spine.rooms import Room
 from wmdd_ray.store import codecs
 from wmdd_ray.units.images import read_images
 from wmdd_ray.units.pictures import preview
-from wmdd_ray.units.teacher import key_of
+from wmdd_ray.units.teacher import teacher_key
 
 # Images of one Parquet file: some 10 to 100 MB.
 _FILE_IMAGES = 1000
@@ -96,7 +96,7 @@ class FileWriter:
         return entry.key, self._labels_room.read(entry)
 
     def _copy_teacher(self, unit: str) -> tuple[str, bytes]:
-        return key_of(unit), self._teacher_room.read(self._teacher.file(key_of(unit)))
+        return teacher_key(unit), self._teacher_room.read(self._teacher.file(teacher_key(unit)))
 
     def _preview(self, unit: str) -> tuple[str, bytes]:
         shown = min(len(self._class_names), self._config.assemble.preview_classes)

@@ -18,7 +18,7 @@ from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source
 from wmdd_ray.units.held_out import Listed
-from wmdd_ray.units.teacher import UNIT, commit_teacher, key_of, measure
+from wmdd_ray.units.teacher import UNIT, commit_teacher, measure, teacher_key
 
 
 def import_teacher(stage: StageRun, spec: str, unit: str = UNIT) -> None:
@@ -86,7 +86,7 @@ def given_weights(
             continue
         if unit not in commit.units:
             _require_first(config, spec, unit, f"a run with {len(commit.units)}")
-        teacher = codecs.decode_teacher(room.read(commit.file(key_of(unit))))
+        teacher = codecs.decode_teacher(room.read(commit.file(teacher_key(unit))))
         check_names(teacher.class_names, class_names, spec)
         network = NetworkConfig(
             arch=teacher.arch, width=teacher.width, small_stem=teacher.small_stem
@@ -104,11 +104,11 @@ def given_weights(
     return config.squeeze.network, read_checkpoint(content, spec)
 
 
-def _require_first(config: DistillConfig, spec: str, unit: str, found: str) -> None:
+def _require_first(config: DistillConfig, spec: str, unit: str, what: str) -> None:
     if unit != UNIT:
         raise ConfigError(
             f"--teacher {spec}: expected a run with the {config.num_teachers} teachers that --relabel.teachers or its schedule "
-            f"asks for at ipc {config.ipc}, found {found}; give such a run, lower the number, or leave --teacher out to train them"
+            f"asks for at ipc {config.ipc}, found {what}; give such a run, lower the number, or leave --teacher out to train them"
         )
 
 

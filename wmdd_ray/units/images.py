@@ -59,13 +59,13 @@ def groups(config: DistillConfig, num_classes: int) -> dict[str, Group]:
     return {f"g{i:05d}": group for i, group in enumerate(planned)}
 
 
-def key_of(label: int, first: int = 0) -> str:
+def images_key(label: int, first: int = 0) -> str:
     """Return the key of a class's images, or of those from position `first` on, where several units make them."""
     part = f"-{first:05d}" if first else ""
     return f"classes/{label:05d}{part}.safetensors"
 
 
-def open_worker(
+def open_image_maker(
     device: torch.device,
     *,
     room: Room,
@@ -114,7 +114,7 @@ def open_worker(
         room.commit_unit(
             unit,
             {
-                key_of(record.label, group.positions.start): codecs.encode_class_images(record)
+                images_key(record.label, group.positions.start): codecs.encode_class_images(record)
                 for record in images
             },
             metrics={
@@ -334,5 +334,5 @@ def read_images(room: Room, labels: range | list[int]) -> list[ClassImages]:
 
 def files_of(files: Mapping[str, FileEntry], label: int) -> list[FileEntry]:
     """Return the files of a class's images among those of some units, in the order of the images."""
-    stem = key_of(label).removesuffix(".safetensors")
+    stem = images_key(label).removesuffix(".safetensors")
     return [files[key] for key in sorted(files) if key.startswith((f"{stem}.", f"{stem}-"))]

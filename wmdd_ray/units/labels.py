@@ -46,7 +46,7 @@ def blocks(config: DistillConfig, num_classes: int) -> dict[str, tuple[range, np
     return units
 
 
-def key_of(unit: str) -> str:
+def labels_key(unit: str) -> str:
     """Return the key of a unit's labels."""
     return f"labels/{unit}.parquet"
 
@@ -56,7 +56,7 @@ def by_seed(config: DistillConfig) -> bool:
     return config.relabel.stored_views == "seed"
 
 
-def open_worker(
+def open_labeler(
     device: torch.device,
     *,
     room: Room,
@@ -113,7 +113,7 @@ def open_worker(
             block = replace(block, draw=draw)
         room.commit_unit(
             unit,
-            {key_of(unit): codecs.encode_soft_labels(block)},
+            {labels_key(unit): codecs.encode_soft_labels(block)},
             metrics={"epochs": [epochs.start, epochs.stop], "seconds_in_core": round(in_core, 4)},
             attempt=attempt,
             seconds=time.perf_counter() - started,

@@ -55,9 +55,11 @@ class Measured:
     held_out: int | None
 
     @staticmethod
-    def read(found: Mapping[str, Any]) -> Measured:
+    def read(document: Mapping[str, Any]) -> Measured:
         """Return what was written as a dictionary."""
-        return Measured(**{**found, "mean": tuple(found["mean"]), "std": tuple(found["std"])})
+        return Measured(
+            **{**document, "mean": tuple(document["mean"]), "std": tuple(document["std"])}
+        )
 
 
 def class_counts(source: Source, shards: Sequence[Shard]) -> Counter[int] | None:
@@ -161,21 +163,21 @@ def _moments(
     return tuple(np.round(mean_C, 4).tolist()), tuple(np.round(std_C, 4).tolist())
 
 
-def of_prepared(found: Mapping[str, Any]) -> Measured | None:
+def of_prepared(manifest: Mapping[str, Any]) -> Measured | None:
     """Return what the manifest of `jobs/prepare.py` says; None when it is of a version that did not measure sizes."""
-    if not found.get("shorter_side"):
+    if not manifest.get("shorter_side"):
         return None
-    counts = found["train"]["class_counts"]
+    counts = manifest["train"]["class_counts"]
     return Measured(
-        shorter_side=found["shorter_side"],
-        channels=found["channels"],
-        mean=tuple(round(value, 4) for value in found["mean"]),
-        std=tuple(max(round(value, 4), 1e-4) for value in found["std"]),
+        shorter_side=manifest["shorter_side"],
+        channels=manifest["channels"],
+        mean=tuple(round(value, 4) for value in manifest["mean"]),
+        std=tuple(max(round(value, 4), 1e-4) for value in manifest["std"]),
         sampled=0,
         num_classes=len(counts),
         num_images=sum(counts),
         smallest_class=min(counts),
-        held_out=found["validation"]["num_images"] or None,
+        held_out=manifest["validation"]["num_images"] or None,
     )
 
 
@@ -211,18 +213,18 @@ def doubts(shapes: Sequence[tuple[int, bool]], config: SourceConfig) -> list[tup
     """
     side = median([side for side, _ in shapes])
     wanted = snapped(side)
-    found = []
+    pairs = []
     better = f"leave --recipe out, or set --source.image-size {wanted} --source.resize {wanted}"
     if side >= _SHRUNK * config.resize:
-        told = f"images of {side} px shrink to {config.resize} px, 1/{side // config.resize}"
+        what = f"images of {side} px shrink to {config.resize} px, 1/{side // config.resize}"
         larger = "a larger --source.image-size and --source.resize keeps more of them"
-        found.append((told, better if wanted > config.image_size else larger))
+        pairs.append((what, better if wanted > config.image_size else larger))
     elif config.image_size not in (wanted, side):
-        told = f"images of {side} px are made {config.image_size} px"
-        found.append((told, better))
+        what = f"images of {side} px are made {config.image_size} px"
+        pairs.append((what, better))
     if config.channels == 1 and any(color for _, color in shapes):
-        found.append(("colors are dropped", "set --source.channels 3"))
-    return found
+        pairs.append(("colors are dropped", "set --source.channels 3"))
+    return pairs
 
 
 def doubts_of(source: Source, config: SourceConfig) -> list[tuple[str, str]]:

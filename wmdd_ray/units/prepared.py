@@ -47,10 +47,10 @@ def part_unit(split: str, shard: Shard, number: int) -> str:
 
 def parts_of(markers: dict[str, UnitMarker], split: str, shard: Shard) -> list[UnitMarker]:
     """Return the finished parts of a shard: they are made one after the other."""
-    found: list[UnitMarker] = []
-    while (marker := markers.get(part_unit(split, shard, len(found)))) is not None:
-        found.append(marker)
-    return found
+    parts: list[UnitMarker] = []
+    while (marker := markers.get(part_unit(split, shard, len(parts)))) is not None:
+        parts.append(marker)
+    return parts
 
 
 @dataclass

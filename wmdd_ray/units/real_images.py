@@ -65,8 +65,8 @@ def _drawn_keys(real: Listed, wanted: Mapping[int, int], seed: int) -> dict[int,
         keys.setdefault(shard.labels[0], []).extend(shard.keys)
     chosen: dict[int, list[np.ndarray]] = {}
     for label, count in wanted.items():
-        found = keys.get(label, [])
-        order = [found[i] for i in _rng(seed, label).permutation(len(found))]
+        of_class = keys.get(label, [])
+        order = [of_class[i] for i in _rng(seed, label).permutation(len(of_class))]
         good = chosen.setdefault(label, [])
         for image in _readable(real, order):
             if len(good) == count:

@@ -61,7 +61,7 @@ def longest_first(units: Sequence[str]) -> list[str]:
     return sorted(units, key=rank)
 
 
-def key_of(unit: str) -> str:
+def result_key(unit: str) -> str:
     """Return the key of a student's result."""
     return f"results/{unit}.json"
 
@@ -71,7 +71,7 @@ def student_key(unit: str) -> str:
     return f"students/{unit}.safetensors"
 
 
-def open_worker(
+def open_student_trainer(
     device: torch.device,
     *,
     room: Room,
@@ -112,7 +112,7 @@ def open_worker(
             versions=versions()["versions"],
         )
         content = documents.dump_json({**asdict(result), "recall_per_class": per_class})
-        payloads = {key_of(unit): content}
+        payloads = {result_key(unit): content}
         if kept:
             payloads[student_key(unit)] = codecs.encode_state(weights_of(network))
         room.commit_unit(

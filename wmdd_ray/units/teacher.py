@@ -42,14 +42,14 @@ def units_of(config: DistillConfig) -> tuple[str, ...]:
     return (UNIT, *(f"{UNIT}-{number}" for number in range(1, config.num_teachers)))
 
 
-def key_of(unit: str) -> str:
+def teacher_key(unit: str) -> str:
     """Return the key of a teacher."""
     return f"{unit}.safetensors"
 
 
 def read_teacher(room: Room, unit: str = UNIT) -> Teacher:
     """Return a teacher of a committed room, verified."""
-    return codecs.decode_teacher(room.read(room.committed().file(key_of(unit))))
+    return codecs.decode_teacher(room.read(room.committed().file(teacher_key(unit))))
 
 
 def feature_width(config: DistillConfig, num_classes: int) -> int:
@@ -139,7 +139,7 @@ def commit_teacher(
     seconds = time.perf_counter() - started
     room.commit_unit(
         unit,
-        {key_of(unit): codecs.encode_teacher(teacher)},
+        {teacher_key(unit): codecs.encode_teacher(teacher)},
         metrics={
             "top1": top1,
             "arch": network_config.arch,

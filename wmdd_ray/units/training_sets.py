@@ -198,12 +198,12 @@ def _baseline_images(
     files = {f.key: f for m in room.committed().units.values() for f in m.files}
     chosen = []
     for label in range(num_classes):
-        found = atoms.read_barycenter(room, files, label)
+        barycenter = atoms.read_barycenter(room, files, label)
         keys = {
-            "random_real": found.random_keys[: config.ipc],
-            "nearest_real": found.whole_keys,
-            "random_tiles": found.random_keys[: config.num_atoms],
-            "nearest_tiles": found.nearest_keys,
+            "random_real": barycenter.random_keys[: config.ipc],
+            "nearest_real": barycenter.whole_keys,
+            "random_tiles": barycenter.random_keys[: config.num_atoms],
+            "nearest_tiles": barycenter.nearest_keys,
         }[row]
         chosen.append(read_real(source, keys, config))
     return shrink(np.concatenate(chosen), tile_side(config.source.image_size, config.recover.tiles))
@@ -278,9 +278,9 @@ def _stored_labels(
             parts.append(renamed(drawn, index_N.astype(np.int32)))
         views = concatenate_views(parts)
         logits_VY = logits_of(network, images, views, teacher, config)
-        found = views, decompress(compress(logits_VY, config.relabel))
+        labelled = views, decompress(compress(logits_VY, config.relabel))
         if keep:
-            kept[epoch] = found
-        return found
+            kept[epoch] = labelled
+        return labelled
 
     return label_epoch

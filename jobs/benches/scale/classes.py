@@ -168,8 +168,8 @@ def cost_model(options: Classes, rows: Sequence[Row]) -> list[Row]:
     """Say what the stage takes on a cluster: one actor a core, starts side by side, units shared out evenly."""
 
     def measured(what: str, actors: int | None = None) -> float:
-        found = [r["value"] for r in rows if r["what"] == what and actors in (None, r["actors"])]
-        return float(found[-1]["median"] if isinstance(found[-1], dict) else found[-1])
+        values = [r["value"] for r in rows if r["what"] == what and actors in (None, r["actors"])]
+        return float(values[-1]["median"] if isinstance(values[-1], dict) else values[-1])
 
     few, most = min(options.actors), max(options.actors)
     actors, cores = options.cluster_actors, options.cluster_cores

@@ -69,15 +69,15 @@ def descendants(pid: int) -> dict[int, str]:
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 parents[int(entry.name)] = int(_after_name(entry).split()[1])
-    found: dict[int, str] = {}
+    titles: dict[int, str] = {}
     below = {pid}
     while below:
         below = {child for child, parent in parents.items() if parent in below}
         for child in below:
             with contextlib.suppress(OSError):
                 title = Path(f"/proc/{child}/cmdline").read_bytes()
-                found[child] = title.replace(b"\0", b" ").decode(errors="replace").strip()
-    return found
+                titles[child] = title.replace(b"\0", b" ").decode(errors="replace").strip()
+    return titles
 
 
 def _after_name(process: Path) -> str:

@@ -57,8 +57,8 @@ class Workers:
 def lose_workers(options: Workers, executor: Executor, folder: str) -> dict[str, Any]:
     """Run sleeping units on two workers, kill one of them, and return what that cost; several times."""
     with local_ray(num_cpus=4):
-        found = [lose_one(options, executor, f"{folder}/{i}") for i in range(options.kills)]
-    return {name: spread([one[name] for one in found]) for name in found[0]}
+        losses = [lose_one(options, executor, f"{folder}/{i}") for i in range(options.kills)]
+    return {name: spread([one[name] for one in losses]) for name in losses[0]}
 
 
 def lose_one(options: Workers, executor: Executor, folder: str) -> dict[str, float]:

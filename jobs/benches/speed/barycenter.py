@@ -39,8 +39,8 @@ def barycenter(
             with one_thread():
                 return references[solver](features_ND, k, np.random.default_rng(seed))
         config = BarycenterConfig(solver=cast(Solver, solver), num_starts=1)
-        found = solve_barycenter(features_ND, k, config, seed=seed)
-        return found.atoms_KD, found.weights_K
+        solved = solve_barycenter(features_ND, k, config, seed=seed)
+        return solved.atoms_KD, solved.weights_K
 
     references = {"reference": reference_uniform, "reference_weighted": reference_alternation}
     solve("uniform", synthetic_class(0)[:100], 5, 0)
@@ -48,16 +48,16 @@ def barycenter(
     classes = [synthetic_class(seed) for seed in range(repeats)]
     rows: list[Row] = []
     for k in ipc:
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+        measured: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
         for seed, features_ND in enumerate(classes):
             for name in names:
                 started = time.process_time()
                 atoms_KD, weights_K = solve(name, features_ND, k, seed)
                 spent = time.process_time() - started
-                found[name].append((spent, exact_cost(atoms_KD, weights_K, features_ND)))
-        base_s, base_cost = np.median(found[names[0]], axis=0).tolist()
+                measured[name].append((spent, exact_cost(atoms_KD, weights_K, features_ND)))
+        base_s, base_cost = np.median(measured[names[0]], axis=0).tolist()
         for name in names:
-            seconds, costs = np.array(found[name]).T.tolist()
+            seconds, costs = np.array(measured[name]).T.tolist()
             row = {"ipc": k, "solver": name, "cpu_s": spread(seconds), "w2_squared": spread(costs)}
             row[f"times_faster_than_{names[0]}"] = base_s / statistics.median(seconds)
             row["cost_ratio"] = statistics.median(costs) / base_cost

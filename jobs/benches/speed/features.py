@@ -51,8 +51,8 @@ def features(data: str, bare_chunks: int = 20, out: str | None = None) -> None:
     }
     base = statistics.median(bare_rates["bare loop: decode + network"])
     rows = [
-        {"what": name, "images_per_s": spread(found), "of_bare": statistics.median(found) / base}
-        for name, found in rates.items()
+        {"what": name, "images_per_s": spread(values), "of_bare": statistics.median(values) / base}
+        for name, values in rates.items()
     ]
     report(rows, {"num_images": sum(images), "threads": 1}, out)
 

@@ -120,22 +120,22 @@ def images_of(row: Row) -> tuple[Any, ...]:
 
 def _students_of_paper(paper: DistillConfig, best: DistillConfig) -> dict[str, DistillConfig]:
     """Return `best` by title, with one of its differences from `paper` in labels or student taken back in each."""
-    found = {}
+    students = {}
     for part in ("relabel", "evaluate"):
         for name, value in differences(getattr(best, part), getattr(paper, part)).items():
             if name in _NO_CHOICE:
                 continue
-            told = value
+            text = value
             if name == "views":
-                told = ", ".join(
+                text = ", ".join(
                     f"{_words(each)} {one}"
                     for each, one in differences(getattr(best, part).views, value).items()
                 )
             changed = replace(best, **{part: replace(getattr(best, part), **{name: value})})
-            found[f"{_words(name)} {told}"] = changed
+            students[f"{_words(name)} {text}"] = changed
     if best.evaluate.epochs != paper.evaluate.epochs:
-        found[f"{paper.evaluate.epochs} epochs"] = _with_epochs(best, paper.evaluate.epochs)
-    return found
+        students[f"{paper.evaluate.epochs} epochs"] = _with_epochs(best, paper.evaluate.epochs)
+    return students
 
 
 def _students_of_neither(best: DistillConfig) -> dict[str, DistillConfig]:
@@ -150,8 +150,8 @@ def _students_of_neither(best: DistillConfig) -> dict[str, DistillConfig]:
     changed["smaller crops by hard labels"] = _with_hard_views(best, crop_scale_min=_SMALLER_CROPS)
     changed[f"mix {mix} by hard labels"] = _with_hard_views(best, mix=mix)
     epochs = _MORE_EPOCHS * best.evaluate.epochs
-    found = {**changed, f"{epochs} epochs": _with_epochs(best, epochs)}
-    return {title: config for title, config in found.items() if config != best}
+    students = {**changed, f"{epochs} epochs": _with_epochs(best, epochs)}
+    return {title: config for title, config in students.items() if config != best}
 
 
 def _with_hard_views(config: DistillConfig, **changes: Any) -> DistillConfig:

@@ -51,9 +51,9 @@ def check_result(result: dict[str, Any], where: str) -> None:
     def refuse(what: str) -> ArtifactError:
         return ArtifactError(f"{where}: {what}; run the table again: it is not rendered without")
 
-    def need(kind: str, found: Any, name: str) -> None:
+    def need(kind: str, value: Any, name: str) -> None:
         for key in _NEEDED[kind].split():
-            if not isinstance(found, dict) or key not in found or found[key] in ("", [], {}):
+            if not isinstance(value, dict) or key not in value or value[key] in ("", [], {}):
                 raise refuse(f"{kind} ({name}) has no {key}")
 
     need("a result", result, str(result.get("table")))
@@ -83,8 +83,8 @@ def _check_group(group: dict[str, Any], result: dict[str, Any], need: Any, refus
     need("a student recipe", student, group["title"])
     need("a network", student["network"], group["title"])
     need("a hard-label recipe", student["hard"], group["title"])
-    for labels, found in (("soft", group["relabel"]), ("hard", student["hard"])):
-        views = found.get("views")
+    for labels, options in (("soft", group["relabel"]), ("hard", student["hard"])):
+        views = options.get("views")
         need("the views of a student", views, f"{group['title']}, {labels} labels")
     if group["labeled_by"] not in result["teachers"]:
         raise refuse(f"group {group['title']} is labeled by an unknown teacher")
@@ -120,23 +120,23 @@ def _check_row(row: dict[str, Any], group: dict[str, Any], need: Any, refuse: An
     if row["kind"] == "recover":
         need("the optimization of a row", row["recover"], f"{row['name']}, {group['title']}")
     for kind in ("soft", "hard"):
-        found = row[kind]
-        need("the students of a row", found, f"{row['name']}, {kind} labels")
-        if not len(found["top1"]) == len(found["seeds"]) == len(found["weights"]):
+        stated = row[kind]
+        need("the students of a row", stated, f"{row['name']}, {kind} labels")
+        if not len(stated["top1"]) == len(stated["seeds"]) == len(stated["weights"]):
             raise refuse(f"row {row['name']} has students without seeds or weights")
-        told = {name: found[name] for name in ("mean", "std")}
-        if not _same(told, spread(found["top1"])):
+        both = {name: stated[name] for name in ("mean", "std")}
+        if not _same(both, spread(stated["top1"])):
             raise refuse(f"row {row['name']}: mean and std are not those of its students")
-        if len(set(zip(found["weights"], found["top1"], strict=True))) != len(
-            set(found["weights"])
+        if len(set(zip(stated["weights"], stated["top1"], strict=True))) != len(
+            set(stated["weights"])
         ):
             raise refuse(f"row {row['name']} has students of the same weights and other top-1")
         # Then the mean of all, which LRS is made of, is that of the different ones.
-        if len(set(Counter(found["weights"]).values())) > 1:
+        if len(set(Counter(stated["weights"]).values())) > 1:
             raise refuse(f"row {row['name']} has students that are there more often than others")
 
 
-def _same(found: dict[str, float], expected: dict[str, float]) -> bool:
-    return found.keys() == expected.keys() and all(
-        math.isclose(found[k], expected[k], rel_tol=0, abs_tol=1e-12) for k in expected
+def _same(stated: dict[str, float], expected: dict[str, float]) -> bool:
+    return stated.keys() == expected.keys() and all(
+        math.isclose(stated[k], expected[k], rel_tol=0, abs_tol=1e-12) for k in expected
     )

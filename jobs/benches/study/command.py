@@ -62,17 +62,17 @@ def accuracy(
     if split == "test":
         refuse_second_opening(defined, trained, study)
     study.bring(jobs_of(trained), processes)
-    found = score(defined, trained, study, uri, split, processes)
+    scores = score(defined, trained, study, uri, split, processes)
     path = Path(result or Path(out) / f"accuracy-{table}{'' if split == 'test' else '-val'}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(sealed(found))
-    for group in found["groups"]:
+    path.write_bytes(sealed(scores))
+    for group in scores["groups"]:
         print(f"{group['title']}, {split}")
         for row in group["rows"]:
             soft, hard = (
                 f"{100 * row[k]['mean']:5.1f} ± {100 * row[k]['std']:.1f}" for k in ("soft", "hard")
             )
             print(f"  {row['name']:18} soft {soft}   hard {hard}")
-    if before := before_text(found["opened_before"] or []):
+    if before := before_text(scores["opened_before"] or []):
         print(before)
     print(f"written: {path}")

@@ -162,15 +162,15 @@ def require_equal_budgets(group: Group, num_classes: int = 10) -> None:
     names = {row.name for row in group.rows}
     if group.ipc and RANDOM not in names:
         raise ConfigError(f"group {group.title}: a table without the row {RANDOM} proves nothing")
-    found = {
+    budgets = {
         (budget.views, budget.steps, budget.views // budget.epochs * budget.label_epochs)
         for row in group.rows
         if row.kind != "full"
         for budget in [budget_of(group, row, num_classes * group.ipc * row.tiles**2)]
     }
-    if len(found) > 1:
+    if len(budgets) > 1:
         raise ConfigError(
-            f"group {group.title}: rows differ in (views, steps, labels): {sorted(found)}; give the student a batch size "
+            f"group {group.title}: rows differ in (views, steps, labels): {sorted(budgets)}; give the student a batch size "
             f"that divides {num_classes * group.ipc} images"
         )
 

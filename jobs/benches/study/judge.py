@@ -68,11 +68,11 @@ def open_test(table: Table, rows: Sequence[Trained], study: Study, uri: str) -> 
     store = study.place.store.child("opened")
     store.create(_key(table), seal(record))
     # Read after the own record is made: of two tables that open at a time at least one knows the other.
-    found = {key: read_sealed(store, key) for key in store.list()}
-    opened = found.pop(_key(table))["opened"]
+    openings = {key: read_sealed(store, key) for key in store.list()}
+    opened = openings.pop(_key(table))["opened"]
     before = [
         {"table": each["table"], "opened": each["opened"]}
-        for each in sorted(found.values(), key=lambda each: each["opened"])
+        for each in sorted(openings.values(), key=lambda each: each["opened"])
         if each["dataset"] == table.dataset and each["opened"] <= opened
     ]
     return Opened(
@@ -104,8 +104,8 @@ def refuse_second_opening(table: Table, rows: Sequence[Trained], study: Study) -
 
 def before_text(before: Sequence[dict[str, str]]) -> str:
     """Return earlier openings in words, or nothing where there were none."""
-    found = ", ".join(f"{each['table']} on {each['opened'][:10]}" for each in before)
-    return f"the test images had been opened before: {found}" if found else ""
+    tables = ", ".join(f"{each['table']} on {each['opened'][:10]}" for each in before)
+    return f"the test images had been opened before: {tables}" if tables else ""
 
 
 def _now() -> str:

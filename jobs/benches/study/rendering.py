@@ -51,12 +51,14 @@ def rendered(content: bytes, where: str) -> str:
     spreads = "mean ± standard deviation over all students"
     one = "sets of the same images had the same students, which count once"
     shared = _shared([_recipe(group) for group in groups])
-    recipe = [f"{part}: {', '.join(told.values())}." for part, told in shared.items() if told]
+    recipe = [
+        f"{part}: {', '.join(options.values())}." for part, options in shared.items() if options
+    ]
     lines = [
         f"Teachers, students and every choice saw {counts['train']:,} training images ({counts['val']:,} more held out for "
         f"choices); {'; '.join(filter(None, (opening, before)))}. Last epoch, "
         f"{'; '.join((spreads, one) if repeats else (spreads,))}.",
-        *[_teacher_line(name, found) for name, found in result["teachers"].items()],
+        *[_teacher_line(name, teacher) for name, teacher in result["teachers"].items()],
         *_precision_lines(rows),
         *([" ".join(recipe)] if recipe else []),
         f"({result['hardware']}; torch {versions['torch']}, Python {versions['python']}, revision {result['git_revision']}.)",
@@ -66,11 +68,11 @@ def rendered(content: bytes, where: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _teacher_line(name: str, found: dict[str, Any]) -> str:
-    origin = "given" if found["given"] else f"{found['squeeze']['epochs']} epochs"
-    if found["squeeze"]["mixed_precision"] and not found["given"]:
+def _teacher_line(name: str, teacher: dict[str, Any]) -> str:
+    origin = "given" if teacher["given"] else f"{teacher['squeeze']['epochs']} epochs"
+    if teacher["squeeze"]["mixed_precision"] and not teacher["given"]:
         origin += f", {_HALF}"
-    return f"Teacher {name} ({origin}): top-1 {100 * found['top1']:.1f} %."
+    return f"Teacher {name} ({origin}): top-1 {100 * teacher['top1']:.1f} %."
 
 
 def _precision_lines(rows: list[dict[str, Any]]) -> list[str]:
@@ -134,10 +136,10 @@ def _shared(recipes: list[_Recipe]) -> _Recipe:
     return {
         part: {
             name: text
-            for name, text in told.items()
+            for name, text in options.items()
             if all(recipe[part].get(name) == text for recipe in recipes)
         }
-        for part, told in usual.items()
+        for part, options in usual.items()
     }
 
 
@@ -156,10 +158,16 @@ def _without(recipe: _Recipe, said: _Recipe) -> _Recipe:
     """Return what of a recipe is not said yet, and of what is said what the recipe has not."""
     return {
         part: {
-            **{name: text for name, text in told.items() if said.get(part, {}).get(name) != text},
-            **{name: f"no {text}" for name, text in said.get(part, {}).items() if name not in told},
+            **{
+                name: text for name, text in options.items() if said.get(part, {}).get(name) != text
+            },
+            **{
+                name: f"no {text}"
+                for name, text in said.get(part, {}).items()
+                if name not in options
+            },
         }
-        for part, told in recipe.items()
+        for part, options in recipe.items()
     }
 
 
@@ -177,9 +185,9 @@ def _told(group: dict[str, Any]) -> _Recipe:
 def _text(recipe: _Recipe) -> str:
     every = ", ".join([*recipe[_BUDGET].values(), *recipe[_PARTS[0]].values()])
     kinds = [
-        f"{part.lower()}: {', '.join(told.values())}"
+        f"{part.lower()}: {', '.join(options.values())}"
         for part in _PARTS[1:]
-        if (told := recipe[part])
+        if (options := recipe[part])
     ]
     return "; ".join(filter(None, (every, *kinds, *recipe[_REST].values())))
 
@@ -196,8 +204,8 @@ def _runs(groups: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def _run_lines(groups: list[dict[str, Any]], shared: _Recipe) -> list[str]:
     """Return one table of groups with the same rows; what one does unlike the most stands beside its rows."""
     alone = len(groups) == 1
-    told = [_told(group) for group in groups]
-    usual = _usual(told)
+    texts = [_told(group) for group in groups]
+    usual = _usual(texts)
     ending = f", ipc {groups[0]['ipc']}"
     title = groups[0]["title"] if alone else ending.removeprefix(", ")
     exceptions = "" if alone else "; except where said"
@@ -209,7 +217,7 @@ def _run_lines(groups: list[dict[str, Any]], shared: _Recipe) -> list[str]:
     rule = "|---" + "|---:" * (len(titles) - 1) + "|"
     lines = [line_of(*titles if alone else ["labels and student", *titles])]
     lines += [rule if alone else f"|---{rule}"]
-    for group, recipe in zip(groups, told, strict=True):
+    for group, recipe in zip(groups, texts, strict=True):
         own = _text(_without(recipe, usual))
         name = group["title"].removesuffix(ending) + (f" ({own})" if own else "")
         for row in group["rows"]:
@@ -222,7 +230,8 @@ def _run_lines(groups: list[dict[str, Any]], shared: _Recipe) -> list[str]:
 def _row_cells(row: dict[str, Any], has_scores: bool) -> list[str]:
     top1 = [different(row[kind]) for kind in LABELS]
     soft, hard = (
-        f"{100 * told['mean']:.1f} ± {100 * told['std']:.1f}" for told in map(spread, top1)
+        f"{100 * measured['mean']:.1f} ± {100 * measured['std']:.1f}"
+        for measured in map(spread, top1)
     )
     students = " and ".join(dict.fromkeys(str(len(values)) for values in top1))
     images, labels = (size_text(statistics.fmean(row[k])) for k in ("image_bytes", "label_bytes"))
@@ -245,18 +254,18 @@ def size_text(size_bytes: float) -> str:
 
 def published_lines() -> list[str]:
     """Return the published numbers with label kind and source; those that store more floats apart."""
-    found = json.loads((Path(__file__).parent / "published.json").read_text())
+    anchors = json.loads((Path(__file__).parent / "published.json").read_text())
     parts = (
         ("same_budget", "Published, images of the same number (ConvNet-3 of width 128 except where said)"),
         ("more_floats", "Published, methods that store more floats or decode more images of the stored ones (as `best` at ipc 1)"),
     )  # fmt: skip
     lines = []
     for key, title in parts:
-        lines += [f"| {title} | labels | {' | '.join(found['columns'])} | source |"]
+        lines += [f"| {title} | labels | {' | '.join(anchors['columns'])} | source |"]
         lines += ["|---|---|---:|---:|---:|---|"]
         lines += [
             f"| {name} | {labels} | {' | '.join(values)} | {source} |"
-            for name, labels, values, source in found[key]
+            for name, labels, values, source in anchors[key]
         ]
         lines += [""]
     return lines[:-1]

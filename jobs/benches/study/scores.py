@@ -64,9 +64,9 @@ def score(
         print(f"{len(reached)} students scored", flush=True)
     with one_thread():
         teachers = _teachers(rows, images, study)
-    found = [_row(trained, reached, study) for trained in rows]
+    scored = [_row(trained, reached, study) for trained in rows]
     groups: dict[str, dict[str, Any]] = {}
-    for trained, row in zip(rows, found, strict=True):
+    for trained, row in zip(rows, scored, strict=True):
         group = trained.group
         about = {
             "ipc": group.ipc,

@@ -64,8 +64,8 @@ def table_of(name: TableName, options: Options) -> Table:
         unknown = sorted(set(options.rows) - there)
         if unknown:
             raise ConfigError(f"--rows: expected some of {', '.join(sorted(there))}, got {unknown}")
-        asked = {*options.rows, RANDOM}
-        groups = [replace(g, rows=tuple(r for r in g.rows if r.name in asked)) for g in groups]
+        wanted = {*options.rows, RANDOM}
+        groups = [replace(g, rows=tuple(r for r in g.rows if r.name in wanted)) for g in groups]
         groups = [g for g in groups if g.rows]
     if options.groups:
         titles = [group.title for group in groups]

@@ -15,7 +15,7 @@ from wmdd_ray.product.pages.thumbnails import fit, thumbnail
 from wmdd_ray.records import ClassBarycenter, ClassFeatures, ClassImages, Teacher
 from wmdd_ray.store import codecs
 from wmdd_ray.store.sources import Source
-from wmdd_ray.units.atoms import key_of as barycenter_key
+from wmdd_ray.units.atoms import barycenter_key
 from wmdd_ray.units.class_features import ClassFeaturesReader
 from wmdd_ray.units.images import files_of, read_real, start_images
 from wmdd_ray.units.teacher import read_teacher
@@ -66,7 +66,7 @@ def shown_classes(
     side, most = reader.picture_size(labels)
     share = PICTURE_BYTES // max(1, len(labels))
     shown = [reader.class_of(label, side, most, share) for label in labels]
-    return [found for found in shown if found], list(dict.fromkeys(reader.missing))
+    return [one for one in shown if one], list(dict.fromkeys(reader.missing))
 
 
 class _Reader:
@@ -90,31 +90,31 @@ class _Reader:
 
     def read(self, label: int) -> ShownClass | None:
         """Return a class, None when nothing of it is there."""
-        found = ShownClass(label=label)
+        shown = ShownClass(label=label)
         stages = self._facts.stages
         room, files = stages["recover"].room, files_of(self._files["recover"], label)
         if files:
             parts = [codecs.decode_class_images(room.read(file)) for file in files]
-            found.images = join_positions(parts)
+            shown.images = join_positions(parts)
         key = barycenter_key(label)
         if key in self._files["barycenters"]:
             content = stages["barycenters"].room.read(self._files["barycenters"][key])
-            found.barycenter = codecs.decode_class_barycenter(content)
-        return found if found.images or found.barycenter else None
+            shown.barycenter = codecs.decode_class_barycenter(content)
+        return shown if shown.images or shown.barycenter else None
 
-    def pictures(self, found: ShownClass, atoms: list[int]) -> list[dict[str, np.ndarray]]:
+    def pictures(self, shown: ShownClass, atoms: list[int]) -> list[dict[str, np.ndarray]]:
         """Return `distilled`, `start` and `real` of some atoms, as far as they are there."""
         parts: dict[str, np.ndarray] = {}
-        if found.images is not None:
-            parts["distilled"] = found.images.images_KHWC[atoms]
-        if found.barycenter is not None:
-            keys = tuple(found.barycenter.nearest_keys[j] for j in atoms)
+        if shown.images is not None:
+            parts["distilled"] = shown.images.images_KHWC[atoms]
+        if shown.barycenter is not None:
+            keys = tuple(shown.barycenter.nearest_keys[j] for j in atoms)
             try:
                 if self._source is not None:
                     parts["real"] = read_real(self._source, keys, self._config)
-                if found.images is not None and self._shows_start and self._teacher is not None:
+                if shown.images is not None and self._shows_start and self._teacher is not None:
                     start_KHWC = start_images(
-                        found.barycenter, self._source, self._teacher, self._config
+                        shown.barycenter, self._source, self._teacher, self._config
                     )
                     parts["start"] = start_KHWC[atoms]
             except WmddError as error:
@@ -139,54 +139,54 @@ class _Reader:
         sample: list[np.ndarray] = []
         most = 1
         for label in labels[:: max(1, len(labels) // _SAMPLED)][:_SAMPLED]:
-            found = self.read(label)
-            if found is None:
+            shown = self.read(label)
+            if shown is None:
                 continue
-            most = max(most, min(_MOST_IMAGES, len(found.order)))
-            trio = list(self.pictures(found, found.order[:1])[0].values())
+            most = max(most, min(_MOST_IMAGES, len(shown.order)))
+            trio = list(self.pictures(shown, shown.order[:1])[0].values())
             sample = max(sample, trio, key=_bytes_of)
         return fit(sample, len(labels), most, PICTURE_BYTES)
 
     def class_of(self, label: int, side: int, most: int, share_bytes: int) -> dict[str, Any] | None:
         """Return what the page shows of a class; None when nothing of it is there."""
-        found = self.read(label)
-        if found is None:
+        shown = self.read(label)
+        if shown is None:
             return None
         if self._features is not None:
-            found.features = self._features.read(label)
-        atoms = found.order[:most]
-        distances = _distances(found)
+            shown.features = self._features.read(label)
+        atoms = shown.order[:most]
+        distances = _distances(shown)
         images: list[dict[str, Any]] = []
         used = 0
-        for j, parts in zip(atoms, self.pictures(found, atoms), strict=True):
+        for j, parts in zip(atoms, self.pictures(shown, atoms), strict=True):
             uris = {kind: thumbnail(image, side) for kind, image in parts.items()}
             used += sum(map(len, uris.values()))
             if images and used > share_bytes:
                 break
             images.append({"atom": j, **uris, **{name: d[j] for name, d in distances.items()}})
-        known = found.barycenter.barycenter if found.barycenter else found.images
+        known = shown.barycenter.barycenter if shown.barycenter else shown.images
         assert known is not None
         return {
             "label": label,
             "weights": [float(f"{w:.4g}") for w in known.weights_K],
             "images": images,
-            "curves": self._curves(found),
-            "projection": self._projection(found),
+            "curves": self._curves(shown),
+            "projection": self._projection(shown),
         }
 
-    def _projection(self, found: ShownClass) -> dict[str, Any] | None:
-        if found.features is None or found.barycenter is None:
+    def _projection(self, shown: ShownClass) -> dict[str, Any] | None:
+        if shown.features is None or shown.barycenter is None:
             return None
-        atoms_KD = found.barycenter.barycenter.atoms_KD
-        reached_KD = found.images.features_KD if found.images else None
-        if found.images and reached_KD is None:
+        atoms_KD = shown.barycenter.barycenter.atoms_KD
+        reached_KD = shown.images.features_KD if shown.images else None
+        if shown.images and reached_KD is None:
             self.missing.append(
                 "The features that the images reach were not kept by the version that made them."
             )
-        return project(found.features.features_ND, atoms_KD, reached_KD)
+        return project(shown.features.features_ND, atoms_KD, reached_KD)
 
-    def _curves(self, found: ShownClass) -> dict[str, Any] | None:
-        images = found.images
+    def _curves(self, shown: ShownClass) -> dict[str, Any] | None:
+        images = shown.images
         if images is None:
             return None
         if images.curve_at_P is None:
@@ -198,20 +198,20 @@ class _Reader:
         return {"at": images.curve_at_P.tolist(), "terms": terms}
 
 
-def _distances(found: ShownClass) -> dict[str, list[float]]:
+def _distances(shown: ShownClass) -> dict[str, list[float]]:
     """Return the squared distance of every image, and of its real image, to its atom, in feature units."""
     distances: dict[str, np.ndarray] = {}
-    if found.barycenter is None:
+    if shown.barycenter is None:
         return {}
-    atoms_KD = found.barycenter.barycenter.atoms_KD
-    if found.images is not None and found.images.features_KD is not None:
-        difference_KD = found.images.features_KD - atoms_KD
+    atoms_KD = shown.barycenter.barycenter.atoms_KD
+    if shown.images is not None and shown.images.features_KD is not None:
+        difference_KD = shown.images.features_KD - atoms_KD
         distances["image_distance"] = np.square(difference_KD).sum(axis=1)
-    if found.features is not None:
+    if shown.features is not None:
         # Keys of one room are found in the other unless features/ was replaced since.
-        row = {key: i for i, key in enumerate(found.features.keys)}
-        rows = [row.get(key, -1) for key in found.barycenter.nearest_keys]
-        difference_KD = found.features.features_ND[rows] - atoms_KD
+        row = {key: i for i, key in enumerate(shown.features.keys)}
+        rows = [row.get(key, -1) for key in shown.barycenter.nearest_keys]
+        difference_KD = shown.features.features_ND[rows] - atoms_KD
         if min(rows) >= 0:
             distances["real_distance"] = np.square(difference_KD).sum(axis=1)
     return {name: [float(f"{v:.4g}") for v in values] for name, values in distances.items()}

@@ -83,8 +83,8 @@ def read_run(store: Store, stages: tuple[Stage, ...], config: DistillConfig | No
         record = load_json(store.get("run.json"), store.url("run.json"))
     except FileNotFoundError:
         record = {}
-    found = {stage.name: _read_stage(store, stage) for stage in stages}
-    if not record and not any(facts.commit or facts.units for facts in found.values()):
+    by_stage = {stage.name: _read_stage(store, stage) for stage in stages}
+    if not record and not any(facts.commit or facts.units for facts in by_stage.values()):
         raise ConfigError(
             f"{store.uri}: expected the --out of a run (with run.json and a folder a stage), found neither; pass the folder or "
             "URI that `python jobs/distill.py` names, not the dataset/ inside it"
@@ -93,12 +93,12 @@ def read_run(store: Store, stages: tuple[Stage, ...], config: DistillConfig | No
         uri=store.uri,
         record=record,
         config=config or config_of(record.get("config", {}), store.url("run.json")),
-        stages=found,
-        timeline=timeline_of(read_events(store), {n: f.units for n, f in found.items()}),
+        stages=by_stage,
+        timeline=timeline_of(read_events(store), {n: f.units for n, f in by_stage.items()}),
     )
     if not record:
         facts.missing.append("run.json is absent: options are shown as far as the stages recorded.")
-    facts.missing += _stale(found)
+    facts.missing += _stale(by_stage)
     facts.class_names = _class_names(facts)
     return facts
 
@@ -121,27 +121,27 @@ def _read_stage(store: Store, stage: Stage) -> StageFacts:
     return StageFacts(name=stage.name, room=room, commit=commit, units=units)
 
 
-def config_of(found: Mapping[str, Any], where: str) -> DistillConfig:
+def config_of(options: Mapping[str, Any], where: str) -> DistillConfig:
     """Return the configuration that a run has recorded; options that this version does not know are left out.
 
     Raises:
         ArtifactError: A value is none that the option takes.
     """
     try:
-        return _made(DistillConfig, found)
+        return _made(DistillConfig, options)
     except (TypeError, ValueError) as error:
         raise ArtifactError(
             f"{where}: expected the options of a run, found others ({error}); it was made by another version of wmdd_ray"
         ) from error
 
 
-def _made(kind: type[T], found: Mapping[str, Any]) -> T:
+def _made(kind: type[T], options: Mapping[str, Any]) -> T:
     hints = get_type_hints(kind)
     values: dict[str, Any] = {}
     for option in fields(kind):  # type: ignore[arg-type]
-        if option.name not in found:
+        if option.name not in options:
             continue
-        value, hint = found[option.name], hints[option.name]
+        value, hint = options[option.name], hints[option.name]
         if isinstance(hint, type) and is_dataclass(hint):
             value = _made(hint, value)
         values[option.name] = tuple(value) if isinstance(value, list) else value
@@ -164,10 +164,10 @@ def accuracy(facts: RunFacts) -> list[dict[str, Any]]:
     if facts.stages["evaluate"].commit is not None:
         table: list[dict[str, Any]] = facts.metrics("evaluate")["table"]
         return table
-    found: dict[tuple[str, str], list[float]] = {}
+    by_row: dict[tuple[str, str], list[float]] = {}
     for unit, marker in facts.stages["evaluate"].units.items():
         row, labels, _ = unit.rsplit("-", 2)
-        found.setdefault((row, labels), []).append(float(marker.metrics["top1"]))
+        by_row.setdefault((row, labels), []).append(float(marker.metrics["top1"]))
     return [
         {
             "row": row,
@@ -177,7 +177,7 @@ def accuracy(facts: RunFacts) -> list[dict[str, Any]]:
             "top1_std": float(np.std(top1, ddof=1)) if len(top1) > 1 else 0.0,
             "num_seeds": len(top1),
         }
-        for (row, labels), top1 in found.items()
+        for (row, labels), top1 in by_row.items()
     ]
 
 
@@ -185,14 +185,14 @@ def recall_per_class(facts: RunFacts) -> dict[str, list[float]]:
     """Return row -> the mean share of each class's held-out images that students tell right, with the first kind of labels."""
     stage = facts.stages["evaluate"]
     kinds = facts.config.evaluate.labels
-    found: dict[str, list[list[float]]] = {}
+    by_row: dict[str, list[list[float]]] = {}
     for unit, marker in stage.units.items():
         row, labels, _ = unit.rsplit("-", 2)
         if row in ("distilled", "all_real") and labels == kinds[0]:
             entry = marker.files[0]
             result = load_json(stage.room.read(entry), entry.key)
-            found.setdefault(row, []).append(result["recall_per_class"])
-    return {row: np.mean(values, axis=0).tolist() for row, values in found.items()}
+            by_row.setdefault(row, []).append(result["recall_per_class"])
+    return {row: np.mean(values, axis=0).tolist() for row, values in by_row.items()}
 
 
 def classes(facts: RunFacts) -> list[dict[str, Any]]:

@@ -174,14 +174,14 @@ def _bar(event: Mapping[str, Any], begin: float) -> Bar:
 
 def _unlogged(bars: list[Bar], markers: Mapping[str, Mapping[str, UnitMarker]]) -> list[Bar]:
     """Return the bars of finished units that no event tells of."""
-    told = {(bar.stage, bar.unit) for bar in bars if bar.state == "done"}
-    found = []
+    logged = {(bar.stage, bar.unit) for bar in bars if bar.state == "done"}
+    bars_left = []
     for stage, units in markers.items():
         for unit, marker in units.items():
             end = _seconds(marker.finished)
-            if (stage, unit) in told or end is None:
+            if (stage, unit) in logged or end is None:
                 continue
-            found.append(
+            bars_left.append(
                 Bar(
                     stage=stage,
                     unit=unit,
@@ -193,7 +193,7 @@ def _unlogged(bars: list[Bar], markers: Mapping[str, Mapping[str, UnitMarker]]) 
                     reason="told by its marker, not by an event",
                 )
             )
-    return found
+    return bars_left
 
 
 def _mark_slow(bars: list[Bar]) -> None:

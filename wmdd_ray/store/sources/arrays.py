@@ -163,13 +163,13 @@ def is_idx(name: str) -> bool:
 
 def open_idx(listing: Listing) -> IdxSource:
     """Return the IDX pair of the split, as MNIST names it (`train-...`, `t10k-...`)."""
-    found = {name: match[1] for name in listing.files if (match := _IDX_NAME.fullmatch(name))}
+    kinds = {name: match[1] for name in listing.files if (match := _IDX_NAME.fullmatch(name))}
     for split in _IDX_SPLITS[listing.split]:
-        images_files = [name for name, found_split in found.items() if found_split == split]
+        images_files = [name for name, found_split in kinds.items() if found_split == split]
         if images_files:
             break
     else:
-        raise no_such_split(listing, list(found))
+        raise no_such_split(listing, list(kinds))
     if len(images_files) > 1:
         raise DataError(
             f"{listing.root}: expected one file of {split} images, found {', '.join(images_files)}"
@@ -230,9 +230,9 @@ def _read_idx(source: IdxSource, file: str, expected_dims: tuple[int, ...]) -> n
             f"{where}: expected {what}, found cut or malformed content ({error})"
         ) from error
     if len(content) != size_bytes:
-        found = "more" if len(content) > size_bytes else "fewer"
+        amount = "more" if len(content) > size_bytes else "fewer"
         raise DataError(
-            f"{where}: expected {size_bytes} bytes after the header {shape}, found {found}; "
+            f"{where}: expected {size_bytes} bytes after the header {shape}, found {amount}; "
             "restore the file"
         )
     return np.frombuffer(content, dtype=np.uint8).reshape(shape)

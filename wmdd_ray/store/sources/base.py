@@ -55,10 +55,10 @@ class Shard:
     @staticmethod
     def read(text: str) -> Shard:
         """Return the shard that was `written`."""
-        found = json.loads(text)
-        labels = found.pop("labels")
-        found |= {name: tuple(found[name]) for name in ("keys", "sizes")}
-        return Shard(labels=None if labels is None else tuple(labels), **found)
+        fields = json.loads(text)
+        labels = fields.pop("labels")
+        fields |= {name: tuple(fields[name]) for name in ("keys", "sizes")}
+        return Shard(labels=None if labels is None else tuple(labels), **fields)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -301,10 +301,10 @@ def told_counts(
         inside: Members of archives that were passed over.
     """
     read, passed = len(source.files), total(source.passed_over)
-    told = (
+    account = (
         f"{read + passed:,} files seen = {read:,} read + {passed:,} passed over{shown_groups(source.passed_over)}; in those that "
         f"were read: {num_images:,} images + {num_bad:,} bad"
     )
-    return told + (
+    return account + (
         f" + {total(inside):,} members passed over{shown_groups(inside)}" if inside else ""
     )

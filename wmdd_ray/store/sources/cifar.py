@@ -98,15 +98,15 @@ class CifarSource(ArraySource):
 
     def _batches(self, most_bytes: int) -> list[tuple[str, bytes]]:
         """Return the batches of the split by name, all together of at most that size."""
-        found: dict[str, bytes] = {}
+        contents: dict[str, bytes] = {}
         for name, content in self.contents(self._is_batch):
-            if name in found or sum(map(len, found.values())) + len(content) > most_bytes:
+            if name in contents or sum(map(len, contents.values())) + len(content) > most_bytes:
                 raise DataError(
                     f"{self.url(next(iter(self.sizes)))}: expected each batch of CIFAR once, {most_bytes} bytes of images at most, "
                     f"found more at {name}; restore the file from its origin"
                 )
-            found[name] = content
-        return sorted(found.items())
+            contents[name] = content
+        return sorted(contents.items())
 
     def _is_batch(self, name: str) -> bool:
         batch = _BATCH.fullmatch(name)

@@ -19,23 +19,23 @@ _MAX_LINE = 200
 
 
 def match_classes(
-    found: Sequence[str], wanted: Sequence[str], where: str
+    names: Sequence[str], wanted: Sequence[str], where: str
 ) -> tuple[int, ...] | None:
     """Return, for each found class, its place among the wanted names; None when both are equal.
 
     Raises:
         DataError: A found name is not wanted, or a wanted name is there twice.
     """
-    found, wanted = tuple(map(plain, found)), tuple(map(plain, wanted))
-    if found == wanted:
+    names, wanted = tuple(map(plain, names)), tuple(map(plain, wanted))
+    if names == wanted:
         return None
     place = {name: label for label, name in enumerate(wanted)}
     if len(place) < len(wanted):
         raise DataError(
             f"{where}: two training classes have one name, so these cannot be matched by name"
         )
-    unknown = [name for name in found if name not in place]
-    missing = [name for name in wanted if name not in set(found)]
+    unknown = [name for name in names if name not in place]
+    missing = [name for name in wanted if name not in set(names)]
     if unknown:
         raise DataError(
             f"{where}: expected the {len(wanted)} training classes, found {len(unknown)} others: "
@@ -47,7 +47,7 @@ def match_classes(
         logger.warning(
             "%s: no images of %d training classes: %s", where, len(missing), shown(missing)
         )
-    return tuple(place[name] for name in found)
+    return tuple(place[name] for name in names)
 
 
 def plain(name: str) -> str:
@@ -68,12 +68,12 @@ def shown(names: Sequence[str]) -> str:
 
 def exact(names: Sequence[str]) -> str:
     """Return the first few names so that no two of them look the same: beyond ASCII with their code points."""
-    told = [repr(n) if n.isascii() else f"{n!r} ({ascii(n)[1:-1]})" for n in names[:SHOWN]]
-    return _listed(told, len(names))
+    texts = [repr(n) if n.isascii() else f"{n!r} ({ascii(n)[1:-1]})" for n in names[:SHOWN]]
+    return _listed(texts, len(names))
 
 
-def _listed(told: Sequence[str], count: int) -> str:
-    return ", ".join(told) + (f", and {count - SHOWN} more" if count > SHOWN else "")
+def _listed(texts: Sequence[str], count: int) -> str:
+    return ", ".join(texts) + (f", and {count - SHOWN} more" if count > SHOWN else "")
 
 
 def one_line(name: str) -> str:

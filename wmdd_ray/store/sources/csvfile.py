@@ -281,11 +281,11 @@ def _image_files(listing: Listing, rows: Sequence[_Row]) -> dict[str, int]:
     where = f"{listing.root}/{common}".rstrip("/")
     if not listing.config.follow_links:
         refuse_outside(listing.root, [common])
-    root, found = list_files(
+    root, sizes = list_files(
         where, follow_links=listing.config.follow_links, access=listing.config.bucket
     )
     prefix = f"{common}/" if common else ""
-    return {prefix + name: size for name, size in found.items()}
+    return {prefix + name: size for name, size in sizes.items()}
 
 
 def _relative(path: str, root: str) -> str:
@@ -327,13 +327,13 @@ def _classes(
     Raises:
         DataError: A label is none of the classes.
     """
-    found = {row.label: row.path for row in reversed(rows) if not row.problem}
-    if not found:
+    examples = {row.label: row.path for row in reversed(rows) if not row.problem}
+    if not examples:
         raise DataError(f"{source.root}: expected rows with paths and labels, found no good one")
     numbers = listing.config.numbers
     labels = {
         text: label
-        for text in found
+        for text in examples
         if (label := label_of(text, numbers, is_text=True)) is not None
     }
     names, places = beside_classes(
@@ -341,7 +341,7 @@ def _classes(
     )
     if names is None:
         names, places = found_classes(
-            {label: found[text] for text, label in labels.items()}, numbers, source.root
+            {label: examples[text] for text, label in labels.items()}, numbers, source.root
         )
     source.name_classes(names, places)
-    return names, {text: source.class_of(label, found[text]) for text, label in labels.items()}
+    return names, {text: source.class_of(label, examples[text]) for text, label in labels.items()}

@@ -220,8 +220,8 @@ def walk_local(root: str, *, follow_links: bool) -> tuple[dict[str, int], list[s
             logger.warning("%s: leads to a folder that is read already, and is left out", folder)
             continue
         seen.add((stat.st_dev, stat.st_ino))
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda e: e.name)
+        with os.scandir(folder) as listed:
+            entries = sorted(listed, key=lambda e: e.name)
         visible = 0
         for entry in entries:
             name = prefix + entry.name

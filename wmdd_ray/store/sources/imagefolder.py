@@ -108,13 +108,13 @@ def open_imagefolder(listing: Listing) -> Source:
             raise DataError(
                 f"{listing.root}: expected images, found none among {len(listing.files)} files"
             )
-        found = find_classes(listing)
-        if isinstance(found, Flat):
-            return flat.open_flat(listing, found)
-        layout = join(found, "{class}")
-        pattern = re.compile(re.escape(join(found, "")) + "(?P<class>[^/]+)/.+", re.DOTALL)
+        parent = find_classes(listing)
+        if isinstance(parent, Flat):
+            return flat.open_flat(listing, parent)
+        layout = join(parent, "{class}")
+        pattern = re.compile(re.escape(join(parent, "")) + "(?P<class>[^/]+)/.+", re.DOTALL)
         files = _matching(listing, pattern)
-        table = flat.table_in(listing, found)
+        table = flat.table_in(listing, parent)
         if table and listing.config.format != "imagefolder":
             raise doubt(
                 listing,

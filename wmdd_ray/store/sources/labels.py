@@ -61,30 +61,30 @@ def label_of(value: object, numbers: Numbers, *, is_text: bool = False) -> Label
 
 
 def found_classes(
-    found: Mapping[Label, str], numbers: Numbers, where: str
+    examples: Mapping[Label, str], numbers: Numbers, where: str
 ) -> tuple[tuple[str, ...], Places]:
     """Return the classes of images whose files name none, by the labels that are there, and the class of each number.
 
     Numbers are in the order of their values, names in that of their code points.
 
     Args:
-        found: Each label, and one image or file that has it.
+        examples: Each label, and one image or file that has it.
         numbers: What the user says of numbers.
         where: The files, for messages.
 
     Raises:
         DataError: There is no label, numbers stand beside names, or a number is below 0.
     """
-    values = sorted(label for label in found if isinstance(label, int))
-    texts = sorted(label for label in found if isinstance(label, str))
-    if not found:
+    values = sorted(label for label in examples if isinstance(label, int))
+    texts = sorted(label for label in examples if isinstance(label, str))
+    if not examples:
         raise DataError(
             f"{where}: expected images with labels, found no label; pass --source.label-column if they have another name"
         )
     if values and texts:
         raise DataError(
-            f"{where}: expected numbers or names as labels, found both, such as {values[0]} ({found[values[0]]}) and "
-            f"{texts[0]!r} ({found[texts[0]]}); pass --source.numbers name if the numbers are names of classes too, "
+            f"{where}: expected numbers or names as labels, found both, such as {values[0]} ({examples[values[0]]}) and "
+            f"{texts[0]!r} ({examples[texts[0]]}); pass --source.numbers name if the numbers are names of classes too, "
             "or correct the labels"
         )
     if texts:
@@ -93,7 +93,7 @@ def found_classes(
         return tuple(names[name] for name in order), {}
     if values[0] < 0:
         raise DataError(
-            f"{where}: expected labels from 0, found {values[0]} ({found[values[0]]})"
+            f"{where}: expected labels from 0, found {values[0]} ({examples[values[0]]})"
             + (", counted from 1" if numbers == "index-from-1" else "")
             + "; correct the labels (-1 alone marks an image without one)"
         )

@@ -178,12 +178,12 @@ def _refuse_doubts(listing: Listing, tree: Tree, folder: str, classes: list[str]
     same = sorted(set.intersection(*(set(names) for names in below.values())))
     uneven = [name for name in classes if name not in direct and len(below[name]) > 1]
     if direct and (same or uneven):
-        told = (
+        doubtful = (
             f"every class holds a folder {shown(same)} beside its images"
             if same
             else f"some folders hold images and others folders of images: {shown(uneven)}"
         )
-        raise doubt(listing, told, join(folder, "{class}"), join(folder, "{class}/*"))
+        raise doubt(listing, doubtful, join(folder, "{class}"), join(folder, "{class}/*"))
 
 
 def _refuse_unread_lists(listing: Listing, folder: str, classes: list[str]) -> None:
@@ -201,12 +201,12 @@ def _refuse_unread_lists(listing: Listing, folder: str, classes: list[str]) -> N
         )
 
 
-def doubt(listing: Listing, told: str, *layouts: str, otherwise: str = "") -> DataError:
+def doubt(listing: Listing, why: str, *layouts: str, otherwise: str = "") -> DataError:
     """Return the error that a layout is in doubt, with the layouts that would settle it."""
     options = [f"--source.layout '{layout}'" for layout in layouts]
     if otherwise:
         options.append(otherwise)
     return DataError(
-        f"{listing.root}: the layout is in doubt: {told}; say what is meant by {', or by '.join(options[:2])}"
+        f"{listing.root}: the layout is in doubt: {why}; say what is meant by {', or by '.join(options[:2])}"
         + "".join(f", or {option}" for option in options[2:])
     )

@@ -138,14 +138,14 @@ def list_all(
 
 def _remote_files(filesystem: pafs.FileSystem, base: str) -> tuple[dict[str, int], list[str]]:
     try:
-        found = filesystem.get_file_info(pafs.FileSelector(base, recursive=True))
+        entries = filesystem.get_file_info(pafs.FileSelector(base, recursive=True))
     except FileNotFoundError:
         return {}, []
     # Object stores name keys without the leading slash that a root such as memory's has.
     prefix = base.strip("/") + "/"
     files = {
         entry.path.lstrip("/").removeprefix(prefix): entry.size
-        for entry in found
+        for entry in entries
         if entry.type == pafs.FileType.File
     }
     hidden = [name for name in files if any(map(is_system_name, name.split("/")))]
@@ -240,11 +240,11 @@ def _place(name: str) -> str:
 @lru_cache(1 << 16)
 def split_word(name: str) -> str:
     """Return the last word of a path that names a split: files count more than their folders."""
-    found = [word for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLIT_WORDS]
-    return found[-1] if found else ""
+    words = [word for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLIT_WORDS]
+    return words[-1] if words else ""
 
 
-def no_such_split(listing: Listing, found: list[str]) -> NoSuchSplitError:
+def no_such_split(listing: Listing, names: list[str]) -> NoSuchSplitError:
     """Return the error that nothing in a listing belongs to the asked split."""
     expected = ", ".join(sorted(frozenset().union(*SPLIT_NAMES[listing.split])))
     if listing.split == "train":
@@ -253,5 +253,5 @@ def no_such_split(listing: Listing, found: list[str]) -> NoSuchSplitError:
         kind, advice = "held-out", "pass held-out images as --val-data"
     return NoSuchSplitError(
         f"{listing.root}: expected {kind} images in folders or files named {expected}, found "
-        f"{shown(found)}; {advice}"
+        f"{shown(names)}; {advice}"
     )

@@ -120,10 +120,10 @@ class ParquetSource(Source):
                 values = batch.column(columns.label)
                 if pa.types.is_dictionary(values.type):
                     values = values.dictionary_decode()
-                for found in values.value_counts().to_pylist():
-                    label = label_of(found["values"], self.config.numbers)
+                for pair in values.value_counts().to_pylist():
+                    label = label_of(pair["values"], self.config.numbers)
                     if label is not None:
-                        counts[label] += found["counts"]
+                        counts[label] += pair["counts"]
                 if len(counts) > MAX_CLASSES:
                     raise DataError(
                         f"{self.url(file)}: expected labels of at most {MAX_CLASSES} classes in {columns.label}, found more; "
@@ -187,19 +187,19 @@ class ParquetSource(Source):
             if not (file and re.fullmatch("[0-9]{1,18}", row)) or ".." in file.split("/"):
                 raise DataError(f"{self.root}: no image {key!r}, expected FILE#ROW")
             rows_by_file.setdefault(file, set()).add(int(row))
-        found = {
+        records = {
             (file, row): record
             for file, rows in rows_by_file.items()
             for row, record in self._read_rows(file, sorted(rows))
         }
         places = [(file, int(row)) for file, _, row in (key.rpartition("#") for key in keys)]
         for place in places:
-            if place not in found:
+            if place not in records:
                 raise DataError(
                     f"{self.url(place[0])}: no row {place[1]}, its row groups hold fewer rows than its footer says; restore the "
                     "file from its origin"
                 )
-        return [found[place] for place in places]
+        return [records[place] for place in places]
 
     def _read_rows(self, file: str, rows: list[int]) -> Iterator[tuple[int, RawImage]]:
         """Yield some rows, given in ascending order, reading only the row groups that hold them."""
@@ -285,7 +285,9 @@ def open_parquet(listing: Listing) -> ParquetSource:
             )
         source.name_classes(names, number_places(names, numbers))
     else:
-        found = {y: file for file, size in files.items() for y in source.label_counts(file, size)}
+        examples = {
+            y: file for file, size in files.items() for y in source.label_counts(file, size)
+        }
         where = listing.root if len(files) > 1 else source.url(next(iter(files)))
-        source.name_classes(*found_classes(found, numbers, where))
+        source.name_classes(*found_classes(examples, numbers, where))
     return source

@@ -78,24 +78,24 @@ def _choose(
     fitting = [field.name for field in schema if fits(field.type)]
     usual = [name for name in usual_names if name in schema.names]
     if named is not None:
-        found = [named] if named in schema.names else []
+        columns = [named] if named in schema.names else []
     elif declared:
         others = [name for name in usual[:1] if name in fitting and name not in declared]
-        found = [*declared, *(others if what == "label" else [])]
+        columns = [*declared, *(others if what == "label" else [])]
     else:
-        found = usual[:1]
+        columns = usual[:1]
         # A picture can be told by decoding it.
-        if what == "image" and not found and len(fitting) == 1:
-            found = fitting
-    if len(found) == 1 and found[0] in fitting and schema.names.count(found[0]) == 1:
-        return found[0]
-    if len(found) > 1:
+        if what == "image" and not columns and len(fitting) == 1:
+            columns = fitting
+    if len(columns) == 1 and columns[0] in fitting and schema.names.count(columns[0]) == 1:
+        return columns[0]
+    if len(columns) > 1:
         raise DataError(
-            f"{where}: expected one {what} column, found {len(found)}: {shown(found)}; name one by --source.{what}-column"
+            f"{where}: expected one {what} column, found {len(columns)}: {shown(columns)}; name one by --source.{what}-column"
         )
     there = ", ".join(f"{field.name}: {field.type}" for field in schema) or "no columns"
     raise DataError(
-        f"{where}: expected {expected} named {' or '.join(found or usual_names[:4])}; found {there}; name the right one by "
+        f"{where}: expected {expected} named {' or '.join(columns or usual_names[:4])}; found {there}; name the right one by "
         f"--source.{what}-column"
     )
 

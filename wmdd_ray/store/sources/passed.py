@@ -71,11 +71,11 @@ class Tally:
 
     def groups(self) -> tuple[PassedOver, ...]:
         """Return the groups, the largest first."""
-        found = [
+        passed = [
             PassedOver(reason=reason, ending=ending, folder=folder, count=count, example=example)
             for (reason, ending, folder), (count, example) in self._groups.items()
         ]
-        return tuple(sorted(found, key=lambda one: (-one.count, one.reason, one.example)))
+        return tuple(sorted(passed, key=lambda one: (-one.count, one.reason, one.example)))
 
 
 def total(groups: Iterable[PassedOver]) -> int:

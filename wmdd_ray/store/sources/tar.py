@@ -158,9 +158,9 @@ class _Reader:
         while size_bytes > 0:
             size_bytes -= len(self._take(min(size_bytes, _SKIP_BYTES)))
 
-    def _cut(self, found: str) -> DataError:
+    def _cut(self, what: str) -> DataError:
         return DataError(
-            f"{self._where}: expected a whole tar archive, found {found}: cut or damaged; restore "
+            f"{self._where}: expected a whole tar archive, found {what}: cut or damaged; restore "
             "the file from its origin"
         )
 

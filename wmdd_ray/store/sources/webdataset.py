@@ -115,7 +115,7 @@ class WebDatasetSource(Source):
         places = [self._place(key) for key in keys]
         for position, (file, _, _, _) in enumerate(places):
             by_file.setdefault(file, []).append(position)
-        found: dict[int, RawImage] = {}
+        images: dict[int, RawImage] = {}
         for file, positions in by_file.items():
             with reading(self.url(file), "a tar archive"), self.open_random(file) as handle:
                 for position in positions:
@@ -126,8 +126,8 @@ class WebDatasetSource(Source):
                             f"{self.url(file)}: expected {size_bytes} bytes at {offset}, found "
                             f"{len(content)}; the file was changed since the key was made"
                         )
-                    found[position] = RawImage(key=keys[position], label=label, content=content)
-        return [found[position] for position in range(len(keys))]
+                    images[position] = RawImage(key=keys[position], label=label, content=content)
+        return [images[position] for position in range(len(keys))]
 
     def _place(self, key: str) -> tuple[str, int, int, int]:
         match = _KEY.fullmatch(key)
@@ -176,15 +176,15 @@ def _found_labels(source: WebDatasetSource) -> dict[Label, str]:
         source.root,
         len(source.files),
     )
-    found: dict[Label, str] = {}
+    examples: dict[Label, str] = {}
     for file, size_bytes in source.files.items():
         where = source.url(file)
         with reading(where, "a tar archive"), source.open_stream(file, size_bytes) as stream:
             for sample in samples(stream, where, 0, source.config):
                 if sample.label is not None:
-                    found.setdefault(sample.label, f"{file}#{sample.stem}")
-                    if len(found) > MAX_CLASSES:
+                    examples.setdefault(sample.label, f"{file}#{sample.stem}")
+                    if len(examples) > MAX_CLASSES:
                         raise DataError(
                             f"{where}: expected at most {MAX_CLASSES} classes, found more"
                         )
-    return found
+    return examples

@@ -62,14 +62,14 @@ def read_counts(source: Source, listed: Mapping[str, int]) -> dict[str, int]:
     for name, content in _beside(source, ("_info.json", "sizes.json")):
         folder = name.rpartition("/")[0]
         try:
-            found = _parse_counts(json.loads(content), name)
+            by_file = _parse_counts(json.loads(content), name)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             logger.warning(
                 "%s: is no index of shards, so samples are not counted against it (%r)",
                 source.url(name), error,
             )  # fmt: skip
             continue
-        named = {f"{folder}/{file}".lstrip("/"): count for file, count in found.items()}
+        named = {f"{folder}/{file}".lstrip("/"): count for file, count in by_file.items()}
         missing = sorted(named.keys() - listed.keys()) if name in listed else []
         if missing:
             raise DataError(
