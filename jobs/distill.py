@@ -84,13 +84,7 @@ class Job:
 
 def main(arguments: list[str]) -> int:
     """Run the job and return its exit code."""
-
-    def work() -> int:
-        job = parse(arguments)
-        endings.log_above_the_bar(verbose=job.verbose)
-        return distill(job)
-
-    return endings.exit_code_of(arguments, work)
+    return endings.exit_code_of(arguments, parse, distill)
 
 
 def parse(arguments: list[str]) -> Job:

@@ -12,9 +12,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from wmdd_ray.config import Resources
 from wmdd_ray.errors import ConfigError, WmddError
@@ -31,18 +32,25 @@ class Terminated(BaseException):
 
 
 def exit_code_of(
-    arguments: Sequence[str], work: Callable[[], int], *, told: Callable[[str], str] = str
+    arguments: list[str],
+    parse: Callable[[list[str]], Any],
+    work: Callable[[Any], int],
+    *,
+    reworded: Callable[[str], str] = str,
 ) -> int:
-    """Do `work`, and return its exit code or, after a line on standard error, that of its end.
+    """Do the job, and return its exit code or, after a line on standard error, that of its end.
 
     Args:
-        arguments: Command line; with `--verbose` the traceback of an error is logged.
-        work: Parses and does the job.
-        told: Puts the line into the job's own words.
+        arguments: Command line; with `--verbose` log lines are shown, and the traceback of an error is logged.
+        parse: Makes the job of them.
+        work: Does it.
+        reworded: Puts the line into the job's own words.
     """
     _heed_requests_to_terminate()
     try:
-        return work()
+        job = parse(arguments)
+        _log_above_the_bar(verbose="--verbose" in arguments)
+        return work(job)
     except BaseException as error:
         if isinstance(error, Exception) and "--verbose" in arguments:
             logging.exception("the job ends here")
@@ -50,11 +58,11 @@ def exit_code_of(
         if ending is None:
             raise
         code, text = ending
-        print(f"\n{told(text)}", file=sys.stderr)
+        print(f"\n{reworded(text)}", file=sys.stderr)
         return code
 
 
-def log_above_the_bar(*, verbose: bool) -> None:
+def _log_above_the_bar(*, verbose: bool) -> None:
     """Write log lines where the bar of a stage may stand; with `verbose` all of them."""
     shown = AboveTheBar()
     shown.setFormatter(PlainFormatter("%(name)s: %(message)s"))

@@ -38,13 +38,7 @@ from .evaluation.results import print_summary, write_results
 
 def main(arguments: list[str]) -> int:
     """Run the job and return its exit code."""
-
-    def work() -> int:
-        asked = parse(arguments, __doc__)
-        endings.log_above_the_bar(verbose=asked.job.verbose)
-        return evaluate(asked)
-
-    return endings.exit_code_of(arguments, work)
+    return endings.exit_code_of(arguments, lambda words: parse(words, __doc__), evaluate)
 
 
 def evaluate(asked: Asked) -> int:

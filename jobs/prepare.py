@@ -84,14 +84,11 @@ class Job:
 
 def main(arguments: list[str]) -> int:
     """Run the job and return its exit code."""
-
-    def work() -> int:
-        job = command_line.parse(Job, arguments, description=__doc__, first=_FIRST)
-        endings.log_above_the_bar(verbose=job.verbose)
-        return prepare(job)
-
     return endings.exit_code_of(
-        arguments, work, told=lambda text: _in_our_words(text, "--classes" in arguments)
+        arguments,
+        lambda words: command_line.parse(Job, words, description=__doc__, first=_FIRST),
+        prepare,
+        reworded=lambda text: _in_our_words(text, "--classes" in arguments),
     )
 
 

@@ -14,6 +14,7 @@ from wmdd_ray.core.tiles import tile
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.store import codecs
 from wmdd_ray.store.documents import unseal
+from wmdd_ray.store.images import decode_png
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
 
@@ -44,8 +45,9 @@ def test_a_student_sees_the_tiles_and_the_store_holds_their_grids(out: Path) -> 
     assert len(dataset) == 80 * 6 and view.shape == (1, 16, 16) and logits.shape == (10,)
 
     (file,) = (out / "dataset" / "data").glob("*.parquet")
-    stored, labels, weights = codecs.decode_images(file.read_bytes())
-    assert stored.shape == (20, 16, 16, 1) and weights.shape == (20, 4) and len(labels) == 20
+    pngs, labels, weights = codecs.decode_png_rows(file.read_bytes())
+    stored = np.stack([decode_png(png, (16, 16, 1)) for png in pngs])
+    assert len(stored) == len(labels) == 20 and weights.shape == (20, 4)
     np.testing.assert_array_equal(stored, tile(dataset.images, 2, 16))
 
 

@@ -19,7 +19,7 @@ from tests.conftest import S3Uri, free_port
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.store import filesystem, retries
 from wmdd_ray.store.filesystem import Store
-from wmdd_ray.store.uris import arrow_filesystem, is_local
+from wmdd_ray.store.uris import arrow_filesystem
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
@@ -249,20 +249,6 @@ def test_a_store_that_does_not_answer_is_given_up_in_bounded_time(
 def test_an_unknown_scheme_is_refused() -> None:
     with pytest.raises(ArtifactError, match="nonsense://x"):
         Store("nonsense://x/y").get("key")
-
-
-@pytest.mark.parametrize(
-    ("uri", "local"),
-    [
-        ("runs/x", True),
-        ("/tmp/x", True),
-        ("file:///x", True),
-        ("s3://b/x", False),
-        ("gs://b/x", False),
-    ],
-)
-def test_local_uris_are_known(uri: str, local: bool) -> None:
-    assert is_local(uri) == local
 
 
 def test_arrow_reads_what_the_store_wrote(store: Store) -> None:

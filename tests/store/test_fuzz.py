@@ -46,7 +46,7 @@ from wmdd_ray.errors import BadImageError, DataError, WmddError
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.store import codecs, documents
 from wmdd_ray.store.filesystem import Store
-from wmdd_ray.store.images import decode_image
+from wmdd_ray.store.images import decode_image, decode_png
 from wmdd_ray.store.sources import load_images, open_source
 
 COUNT = int(os.environ.get("WMDD_FUZZ_MUTANTS", 300))
@@ -196,7 +196,9 @@ def records() -> tuple[Target, list[bytes]]:
         np.zeros((3, 8, 8, 3), np.uint8), np.arange(3), np.ones((3, 1)), NAMES
     )
     kinds = [(encode(value), read) for encode, read, value in PAIRS.values()]
-    kinds.append((pixels, codecs.decode_images))
+    kinds.append(
+        (pixels, lambda c: [decode_png(p, (8, 8, 3)) for p in codecs.decode_png_rows(c)[0]])
+    )
     kinds.append((codecs.encode_state({"a": np.arange(9.0)}), codecs.decode_state))
 
     def target(content: bytes) -> str:

@@ -35,7 +35,7 @@ def sinkhorn_distance(
 
     `iterations` of Sinkhorn's algorithm find g, without a graph; the returned value has one. By the envelope theorem its
     gradient in C is the plan, so nothing has to be unrolled. What the iterations leave undone makes the value a lower bound,
-    whose gradient is exactly the plan of that g: rows sum to 1/B always, columns to 1/M up to `column_error`. All of it is
+    whose gradient is exactly the plan of that g: rows sum to 1/B always, columns to about 1/M. All of it is
     in the log domain and in float32, so that no regularization over- or underflows.
 
     Like every entropic cost it is not zero between equal batches, and smaller than the exact cost plus reg log min(B, M).
@@ -54,11 +54,6 @@ def entropic_plan(costs_BM: Tensor, *, regularization: float | Tensor, iteration
     """Return the plan of `sinkhorn_distance`, which is its gradient: (B, M), row sums 1/B."""
     g_M = _potential(costs_BM.detach(), regularization, iterations)
     return torch.softmax((g_M - costs_BM.detach()) / regularization, dim=1) / len(costs_BM)
-
-
-def column_error(plan_BM: Tensor) -> float:
-    """Return the mass that is in a wrong column, in [0, 1]: half of sum_j |column sum - 1/M|."""
-    return float((plan_BM.sum(dim=0) - 1 / plan_BM.shape[1]).abs().sum()) / 2
 
 
 def _potential(costs_BM: Tensor, regularization: float | Tensor, iterations: int) -> Tensor:

@@ -22,11 +22,10 @@ from wmdd_ray.records import (
     Moments,
     Teacher,
 )
-from wmdd_ray.store.images import decode_png, encode_png, png_shape
+from wmdd_ray.store.images import encode_png
 from wmdd_ray.store.label_files import decode_soft_labels as decode_soft_labels
 from wmdd_ray.store.label_files import encode_soft_labels as encode_soft_labels
 from wmdd_ray.store.packing import (
-    check_budget,
     check_columns,
     check_range,
     checked,
@@ -278,15 +277,6 @@ def encode_images(
     }
     meta = {_HUGGINGFACE: json.dumps({"info": {"features": features}}).encode()}
     return write_parquet(table.replace_schema_metadata(meta))
-
-
-@checked
-def decode_images(content: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (images_NHWC uint8, labels_N int64, weights_NT float64) of an `encode_images` table."""
-    pngs, labels_N, weights_NT = decode_png_rows(content)
-    shape_HWC = png_shape(pngs[0])
-    check_budget(len(pngs) * np.prod(shape_HWC, dtype=float), len(content), "a file of images")
-    return np.stack([decode_png(png, shape_HWC) for png in pngs]), labels_N, weights_NT
 
 
 @checked

@@ -50,11 +50,6 @@ def check_named(uri: str, where: str) -> None:
         )
 
 
-def is_local(uri: str) -> bool:
-    """Return whether only this machine sees `uri` (a path, `file://` or `memory://`)."""
-    return "://" not in uri or uri.startswith(("file://", "local://", "memory://"))
-
-
 def local_path(uri: str) -> Path | None:
     """Return the path of a URI on the local disk, or None for any other URI."""
     if "://" not in uri:

@@ -54,7 +54,7 @@ class CutSource(Source):
             files={name: size for name, size in whole.files.items() if name not in other},
             config=whole.config,
             class_names=whole.class_names,
-            relabel=whole.relabel,
+            places=whole.places,
         )
         self._whole = whole
         self._cut = (whole.fingerprint(), split, fraction)

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,7 +19,7 @@ from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources import labels
 from wmdd_ray.store.sources.classes import MAX_CLASSES, plain
-from wmdd_ray.store.sources.files import open_whole, reading, refuse_outside, streamed
+from wmdd_ray.store.sources.files import open_whole, read_ahead, reading, refuse_outside, streamed
 from wmdd_ray.store.sources.labels import Label, Places
 from wmdd_ray.store.sources.passed import PassedOver, shown_groups, total
 from wmdd_ray.store.uris import arrow_filesystem
@@ -78,7 +79,7 @@ class Source(abc.ABC):
         root: Absolute URI that file names are relative to.
         config: How the images are read.
         class_names: Name of class `label`, in label order.
-        relabel: Class of each number that the files hold as a label, where it is not that number itself.
+        places: Class of each number that the files hold as a label, where it is not that number itself.
         titles: What the classes are called in words, in label order, where a file of the data says so; else empty.
         passed_over: Files under the URI that are not read, in groups. Driver only.
         read_beside: Files that were read for what they say of the images. Driver only.
@@ -99,11 +100,11 @@ class Source(abc.ABC):
         files: dict[str, int],
         config: SourceConfig,
         class_names: tuple[str, ...],
-        relabel: Places = None,
+        places: Places = None,
     ) -> None:
         self.root = root
         self.config = config
-        self.name_classes(class_names, relabel)
+        self.name_classes(class_names, places)
         self.titles: tuple[str, ...] = ()
         self.passed_over: tuple[PassedOver, ...] = ()
         self.read_beside: set[str] = set()
@@ -111,7 +112,7 @@ class Source(abc.ABC):
         self._files: dict[str, int] | None = files
         self._filesystem: tuple[pafs.FileSystem, str] | None = None
 
-    def name_classes(self, class_names: tuple[str, ...], relabel: Places) -> None:
+    def name_classes(self, class_names: tuple[str, ...], places: Places) -> None:
         """Say what the classes are, and which of them the numbers in the files mean.
 
         Raises:
@@ -122,7 +123,7 @@ class Source(abc.ABC):
                 f"{self.root}: expected 1 to {MAX_CLASSES} classes, found {len(class_names)}"
             )
         self.class_names = class_names
-        self.relabel = relabel
+        self.places = places
         # Stay what they are when somebody calls the classes otherwise.
         self._label_names = class_names
         self._by_name: dict[str, int] | None = None
@@ -186,7 +187,7 @@ class Source(abc.ABC):
         return digest.hexdigest()
 
     def _numbering(self) -> object:
-        return self.relabel
+        return self.places
 
     def url(self, file: str) -> str:
         """Return the full URI of a file."""
@@ -232,7 +233,7 @@ class Source(abc.ABC):
         Raises:
             DataError: The label is none of the classes.
         """
-        return self._class_of(label, key, self.relabel)
+        return self._class_of(label, key, self.places)
 
     def _class_of(self, label: Label, key: str, places: Places) -> int:
         if self._by_name is None:
@@ -256,6 +257,22 @@ class Source(abc.ABC):
             f"{size_bytes} bytes, more than {self.max_content_bytes} (8 bytes a pixel of "
             "--source.max-image-pixels)"
         )
+
+
+class FileSource(Source):
+    """A source that has a file an image: read with a few files under way ahead of the consumer."""
+
+    @abc.abstractmethod
+    def _read_one(self, named: tuple[str, int | None]) -> RawImage:
+        """Return the record of a key, whose file must have the size that was listed, if given."""
+
+    def read_shard(self, shard: Shard) -> Iterator[RawImage]:
+        self._connected()  # once, and not in every thread
+        yield from read_ahead(self._read_one, zip_longest(shard.keys, shard.sizes))
+
+    def read_keys(self, keys: Sequence[str]) -> list[RawImage]:
+        self._connected()
+        return list(read_ahead(self._read_one, ((key, None) for key in keys)))
 
 
 def class_shards(

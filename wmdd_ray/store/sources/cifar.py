@@ -51,7 +51,7 @@ class CifarSource(ArraySource):
 
     def _numbering(self) -> object:
         # One archive holds both splits, and both kinds of label.
-        return [self.relabel, self.split, self.column]
+        return [self.places, self.split, self.column]
 
     def contents(self, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
         """Yield (name, content) of the files that are wanted by their names, in the archive or beside each other."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
-from wmdd_ray.store.sources.base import RawImage, Shard, Source, class_shards
+from wmdd_ray.store.sources.base import FileSource, RawImage, Shard, class_shards
 from wmdd_ray.store.sources.classes import (
     MAX_CLASSES,
     SHOWN,
@@ -23,7 +23,7 @@ from wmdd_ray.store.sources.classes import (
     shown,
 )
 from wmdd_ray.store.sources.endings import is_image_name
-from wmdd_ray.store.sources.files import read_ahead, reading, refuse_outside
+from wmdd_ray.store.sources.files import reading, refuse_outside
 from wmdd_ray.store.sources.labels import beside_classes, found_classes, label_of
 from wmdd_ray.store.sources.listing import (
     SPLIT_NAMES,
@@ -59,14 +59,14 @@ class _NoSuchColumnsError(DataError):
     """A table has no column of paths, or none of labels."""
 
 
-class CsvSource(Source):
+class CsvSource(FileSource):
     """Image files that a table names, with their labels. The key of an image is `PATH#LABEL`.
 
     Rows that are no image are bad images under the name of their line, such as `labels.csv:17`.
     """
 
     format = "csv"
-    _transient = (*Source._transient, "_keys")
+    _transient = (*FileSource._transient, "_keys")
 
     def __init__(
         self,
@@ -95,19 +95,9 @@ class CsvSource(Source):
         }
         return class_shards(sorted(self._keys.items()), chunk_images, sizes)
 
-    def read_shard(self, shard: Shard) -> Iterator[RawImage]:
-        yield from self._read(shard.keys, shard.sizes)
-
-    def read_keys(self, keys: Sequence[str]) -> list[RawImage]:
-        return list(self._read(keys, ()))
-
     def fingerprint(self) -> str:
         """Return a SHA-256 over what the tables say, beside names and sizes of all files. Driver only."""
         return hashlib.sha256(f"{super().fingerprint()} {self._tables}".encode()).hexdigest()
-
-    def _read(self, keys: Sequence[str], sizes: Sequence[int]) -> Iterator[RawImage]:
-        self._connected()  # once, and not in every thread
-        yield from read_ahead(self._read_one, itertools.zip_longest(keys, sizes))
 
     def _read_one(self, named: tuple[str, int | None]) -> RawImage:
         key, size_bytes = named

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import re
-from collections.abc import Iterator, Sequence
 
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.store.sources import flat
-from wmdd_ray.store.sources.base import RawImage, Shard, Source, class_shards
+from wmdd_ray.store.sources.base import FileSource, RawImage, Shard, Source, class_shards
 from wmdd_ray.store.sources.classes import match_classes, plain, shown
 from wmdd_ray.store.sources.endings import is_image_name
-from wmdd_ray.store.sources.files import read_ahead, reading
+from wmdd_ray.store.sources.files import reading
 from wmdd_ray.store.sources.layout import Flat, doubt, find_classes, join
 from wmdd_ray.store.sources.listing import SPLIT_NAMES, Listing, no_such_split, split_word
 from wmdd_ray.store.sources.patterns import layout_pattern
@@ -20,7 +18,7 @@ from wmdd_ray.store.sources.patterns import layout_pattern
 logger = logging.getLogger(__name__)
 
 
-class ImageFolderSource(Source):
+class ImageFolderSource(FileSource):
     """Image files whose path names their class. The key of an image is its path relative to the root.
 
     Attributes:
@@ -61,23 +59,12 @@ class ImageFolderSource(Source):
             by_label.setdefault(self._label(key), []).append(key)
         return class_shards(sorted(by_label.items()), chunk_images, self.files)
 
-    def read_shard(self, shard: Shard) -> Iterator[RawImage]:
-        yield from self._read(shard.keys, shard.sizes)
-
-    def read_keys(self, keys: Sequence[str]) -> list[RawImage]:
-        return list(self._read(keys, ()))
-
     def _label(self, key: str) -> int:
         match = None if ".." in key.split("/") else self.pattern.fullmatch(key)
         label = None if match is None else self._label_of.get(plain(match["class"]))
         if label is None:
             raise DataError(f"{self.root}: no image {key!r}, expected a path {self.layout}/FILE")
         return label
-
-    def _read(self, keys: Sequence[str], sizes: Sequence[int]) -> Iterator[RawImage]:
-        """Yield the files in order, with a few reads under way ahead of the consumer."""
-        self._connected()  # once, and not in every thread
-        yield from read_ahead(self._read_one, itertools.zip_longest(keys, sizes))
 
     def _read_one(self, named: tuple[str, int | None]) -> RawImage:
         key, size_bytes = named

@@ -143,7 +143,7 @@ class ParquetSource(Source):
     def _places(self, names: Names | None) -> Places:
         """Return the class of each number in a file that declares these names."""
         if names is None:
-            return self.relabel
+            return self.places
         if [*map(plain, names)] == [*map(plain, self._label_names)]:
             return None
         return tuple(self.class_of(name, "any") for name in names)
