@@ -206,7 +206,7 @@ def _found(run: Run, plans: dict[str, Any], *, overwrite: bool) -> dict[str, Any
     listed = store.list()
     begun = {f"{PARTS_ROOM}/plan.json", f"{DATA_ROOM}/plan.json"} & listed.keys()
     ours = (f"{PARTS_ROOM}/", "events/", "probe-", BAD_KEY, *([f"{DATA_ROOM}/"] if begun else []))
-    manifest = read_claim(store, PREPARED_KEY, "one of this job", lambda key: key.startswith(ours))
+    manifest = read_claim(store, PREPARED_KEY, "one of this job", ours)
     if manifest is None:
         return None
     made = manifest["plans"]

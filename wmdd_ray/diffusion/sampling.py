@@ -194,24 +194,52 @@ class _Course:
         _refuse_lost(self._targets, self._x_GCHW)
         self.done_KGCHW.append(self._x_GCHW)
         samples_GKD = torch.stack(self.done_KGCHW, dim=1).flatten(2)
-        self.transport_KG.append(
-            [
-                _share(samples_KD, real_MD, self._config, spacing)
-                for samples_KD, real_MD, spacing in zip(
-                    samples_GKD, self._real, self._spacing, strict=True
-                )
-            ]
-        )
+        self.transport_KG.append([self._share(g, x_KD) for g, x_KD in enumerate(samples_GKD)])
         self.at, self._noise_GSCHW = 0, None
 
+    def _share(self, g: int, samples_KD: Tensor) -> float:
+        """Return the transport distance of samples of a class to its real latents, a share of the spacing of the latter."""
+        distance = transport_distance(
+            samples_KD,
+            self._real[g],
+            regularization=self._config.regularization * self._spacing[g],
+            iterations=self._config.sinkhorn_iterations,
+        )
+        return float(distance) / self._spacing[g]
+
     def _move(self, g: int, end_D: Tensor) -> Tensor:
-        """Return what a guided step takes from the sample of a class, which is led by the images of it that are done."""
+        """Return what a guided step takes from the sample of a class, which is led by the images of it that are done, (D,)."""
+        config = self._config
         earlier_nD = end_D.new_empty((0, len(end_D)))
         if self.done_KGCHW:
             earlier_nD = torch.stack([x_GCHW[g].flatten() for x_GCHW in self.done_KGCHW])
-        target, image = self._targets[g], len(self.done_KGCHW)
-        real_MD = _batch(self._real[g], target.label, self._config, self._seed, image, self.at)
-        return _move(end_D, earlier_nD, real_MD, self._config, self._spacing[g], target.influence)
+        move_D = torch.zeros_like(end_D, dtype=torch.float32)
+        if config.ot_weight > 0:
+            direction_D = transport_direction(
+                end_D,
+                earlier_nD,
+                self._batch(g),
+                regularization=config.regularization * self._spacing[g],
+                iterations=config.sinkhorn_iterations,
+            )
+            move_D += config.ot_weight * direction_D
+        if config.diversity_weight > 0:
+            move_D += config.diversity_weight * deviation_direction(end_D, earlier_nD)
+        if config.influence_weight > 0:
+            influence = self._targets[g].influence
+            assert influence is not None, "an influence weight needs a surrogate"
+            move_D -= config.influence_weight * influence_direction(end_D, influence)
+        return move_D
+
+    def _batch(self, g: int) -> Tensor:
+        """Return the real latents of a class for this step, drawn without repetition."""
+        real_MD, count = self._real[g], self._config.real_per_step
+        if count >= len(real_MD):
+            return real_MD
+        step = len(self.done_KGCHW) * self._config.steps + self.at
+        rng = class_generator(self._seed, self._targets[g].label, _REAL, step)
+        rows = rng.choice(len(real_MD), count, replace=False)
+        return real_MD[torch.from_numpy(rows).to(real_MD.device)]
 
 
 def _guided_steps(config: DiffusionConfig, num_steps: int) -> frozenset[int]:
@@ -220,44 +248,6 @@ def _guided_steps(config: DiffusionConfig, num_steps: int) -> frozenset[int]:
         return frozenset()
     begin, end = (round(part * num_steps) for part in config.window)
     return frozenset(range(begin, max(end, begin + 1)))
-
-
-def _move(
-    end_D: Tensor,
-    earlier_nD: Tensor,
-    real_MD: Tensor,
-    config: DiffusionConfig,
-    spacing: float,
-    influence: ClassInfluence | None,
-) -> Tensor:
-    """Return what a guided step takes from the sample, float32 (D,)."""
-    move_D = torch.zeros_like(end_D, dtype=torch.float32)
-    if config.ot_weight > 0:
-        direction_D = transport_direction(
-            end_D,
-            earlier_nD,
-            real_MD,
-            regularization=config.regularization * spacing,
-            iterations=config.sinkhorn_iterations,
-        )
-        move_D += config.ot_weight * direction_D
-    if config.diversity_weight > 0:
-        move_D += config.diversity_weight * deviation_direction(end_D, earlier_nD)
-    if config.influence_weight > 0:
-        assert influence is not None, "an influence weight needs a surrogate"
-        move_D -= config.influence_weight * influence_direction(end_D, influence)
-    return move_D
-
-
-def _share(samples_nD: Tensor, real_MD: Tensor, config: DiffusionConfig, spacing: float) -> float:
-    """Return the transport distance of samples to real latents, a share of the spacing of the latter."""
-    distance = transport_distance(
-        samples_nD,
-        real_MD,
-        regularization=config.regularization * spacing,
-        iterations=config.sinkhorn_iterations,
-    )
-    return float(distance) / spacing
 
 
 def _noise(
@@ -270,17 +260,6 @@ def _noise(
             for t in targets
         ]
     )
-
-
-def _batch(
-    real_MD: Tensor, label: int, config: DiffusionConfig, seed: int, image: int, step: int
-) -> Tensor:
-    """Return the real latents of one guided step, drawn without repetition."""
-    if config.real_per_step >= len(real_MD):
-        return real_MD
-    rng = class_generator(seed, label, _REAL, image * config.steps + step)
-    rows = rng.choice(len(real_MD), config.real_per_step, replace=False)
-    return real_MD[torch.from_numpy(rows).to(real_MD.device)]
 
 
 def _refuse_lost(targets: Sequence[SampleTarget], x_GCHW: Tensor) -> None:

@@ -19,6 +19,9 @@ from wmdd_ray.store.documents import read_sealed, seal
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources.classes import shown
 
+Plan = dict[str, Any]
+"""What a folder is made by: `version`, `options`, `inputs`, and the `fingerprint` over them."""
+
 
 def fingerprint(value: Any) -> str:
     """Return the SHA-256 of canonical JSON, first 16 hex digits."""
@@ -26,24 +29,22 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def plan_of(head: dict[str, Any]) -> dict[str, Any]:
+def plan_of(head: Plan) -> Plan:
     """Return a plan: `version`, `options` and `inputs` as they will be read again (tuples become lists), and their fingerprint."""
     plain = json.loads(json.dumps(head))
     return {**plain, "fingerprint": fingerprint(plain)}
 
 
-def read_claim(
-    store: Store, key: str, mine: str, is_ours: Callable[[str], bool] = lambda _: False
-) -> dict[str, Any] | None:
+def read_claim(store: Store, key: str, mine: str, ours: tuple[str, ...] = ()) -> Plan | None:
     """Return the document `key` that claims a folder, or None when the folder is free.
 
     Raises:
-        ConfigError: It holds neither, but files that are not `is_ours`; `mine` says what would be right.
+        ConfigError: It holds neither, but files that do not begin as `ours`; `mine` says what would be right.
     """
     try:
         return read_sealed(store, key)
     except FileNotFoundError:
-        foreign = [name for name in store.list() if not is_ours(name)]
+        foreign = [name for name in store.list() if not name.startswith(ours)]
     if foreign:
         raise ConfigError(
             f"--out {store.uri}: expected an empty or new folder, or {mine}, found {len(foreign)} other files: {shown(foreign)}; "
@@ -52,14 +53,7 @@ def read_claim(
     return None
 
 
-def is_of(
-    uri: str,
-    there: dict[str, Any],
-    plan: dict[str, Any],
-    *,
-    overwrite: bool | None,
-    what: str = "it",
-) -> bool:
+def is_of(uri: str, there: Plan, plan: Plan, *, overwrite: bool | None, what: str = "it") -> bool:
     """Return whether what is `there` is made by `plan`; False where it is not and is to be replaced.
 
     Raises:
@@ -75,16 +69,10 @@ def is_of(
 
 
 def claim_room(
-    room: Room,
-    plan: dict[str, Any],
-    *,
-    overwrite: bool,
-    began: float,
-    begin_writing: Callable[[], None],
-) -> dict[str, Any]:
+    room: Room, plan: Plan, begin_writing: Callable[[], None], *, overwrite: bool
+) -> Plan:
     """Write the room's plan, or check that the one which lies there is the same; return it with its space."""
     there = room.read_plan()
-    room.store.sweep(began)
     if there is None:
         begin_writing()
         if room.store.create("plan.json", seal({**plan, "space": ""})):
@@ -107,7 +95,7 @@ def claim_room(
 
 
 def leave_room(
-    room: Room, plan: dict[str, Any], error: BaseException, open_room: Callable[[str], Room]
+    room: Room, plan: Plan, error: BaseException, open_room: Callable[[str], Room]
 ) -> None:
     """Find out, when a stage fails, whether another run took its room or an input; else make way where nothing was done.
 
@@ -130,7 +118,7 @@ def leave_room(
         pass  # the store is what fails
 
 
-def check_ours(room: Room, plan: dict[str, Any]) -> None:
+def check_ours(room: Room, plan: Plan) -> None:
     """Raise a LostRaceError when another run has taken over the room by `--overwrite` in the meantime."""
     there = room.read_plan() or {}
     if (there.get("fingerprint"), there.get("space", "")) != (plan["fingerprint"], plan["space"]):
@@ -144,20 +132,17 @@ def _replaced(room: Room) -> LostRaceError:
     )
 
 
-def difference(there: dict[str, Any], plan: dict[str, Any]) -> str:
+def difference(there: Plan, plan: Plan) -> str:
     """Return the differing options in words: name, value there, value asked for."""
     old, new = (flatten(p["options"]) for p in (there, plan))
-    changed = [
-        f"{name}={old.get(name)!r} (this run asks for {new.get(name)!r})"
-        for name in sorted(old.keys() & new.keys())
-        if old[name] != new[name]
-    ]
-    changed += [
-        f"no {name} (this run has {new[name]!r})" for name in sorted(new.keys() - old.keys())
-    ]
-    changed += [
-        f"{name}={old[name]!r} (this run has none)" for name in sorted(old.keys() - new.keys())
-    ]
+    changed = []
+    for name in sorted(old.keys() | new.keys(), key=lambda n: (n not in new, n not in old, n)):
+        if name not in old:
+            changed.append(f"no {name} (this run has {new[name]!r})")
+        elif name not in new:
+            changed.append(f"{name}={old[name]!r} (this run has none)")
+        elif old[name] != new[name]:
+            changed.append(f"{name}={old[name]!r} (this run asks for {new[name]!r})")
     for name in sorted(there["inputs"].keys() | plan["inputs"].keys()):
         if there["inputs"].get(name) != plan["inputs"].get(name):
             changed.append(f"another version of its input {name}")

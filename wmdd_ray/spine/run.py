@@ -317,13 +317,9 @@ def _committed_as(run: Run, stage: Stage, plan: dict[str, Any]) -> StageCommit |
 def _build(run: Run, stage: Stage, plan: dict[str, Any], *, overwrite: bool) -> StageCommit:
     """Do a stage's unfinished units and commit its room."""
     started = time.monotonic()
-    plan = claim_room(
-        run.room(stage.room),
-        plan,
-        overwrite=overwrite,
-        began=run.began,
-        begin_writing=run.begin_writing,
-    )
+    room = run.room(stage.room)
+    room.store.sweep(run.began)
+    plan = claim_room(room, plan, run.begin_writing, overwrite=overwrite)
     room = run.room(stage.room, plan["space"])
     run.begin_work()
     progress = _Watched(run.progress(stage.name), run.watch, stage.name)
