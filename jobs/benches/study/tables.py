@@ -26,6 +26,14 @@ from .definitions import (
 from .rows import group_of, main_rows, recovered, several_teachers, teacher_of
 from .splits import held_out_of
 
+# What a table is of, unless it is of Fashion-MNIST.
+_DATASETS: dict[TableName, str] = {
+    "digits": "digits",
+    "cifar10": "cifar10",
+    "longtail": "digits",
+    "alignment_digits": "digits",
+}
+
 _Maker = Callable[[str, tuple[int, ...], Options], list[Group]]
 
 # The smallest class of the long-tailed digits keeps 11 images to train on.
@@ -46,11 +54,11 @@ def table_of(name: TableName, options: Options) -> Table:
     Raises:
         ConfigError: Rows of a group would have different budgets, or there is no such row or group.
     """
-    on_digits = name in ("digits", "longtail", "alignment_digits")
-    dataset = "digits" if on_digits else "fashion_mnist"
+    dataset = _DATASETS.get(name, "fashion_mnist")
     makers: dict[TableName, tuple[_Maker, tuple[int, ...]]] = {
         "main": (_main, (1, 10, 50)),
         "digits": (_main, (1, 5, 10)),
+        "cifar10": (_main, (1, 10, 50)),
         "cross": (_cross, (10,)),
         "ablation": (ablation, (10,)),
         "longtail": (_longtail, (1, 5)),
