@@ -342,7 +342,7 @@ class RecoverConfig:
     """Coefficient of the teacher's cross-entropy on top of the feature term (1 in the reference's README, 0 in its late runs)."""
     anchor_weight: float = option(0.0, ge=0, absent_at=0.0)
     """Coefficient of the mean squared difference between middle features of an image and of the real image that it stands for,
-    both under the same crop, flip and roll (after CIM)."""
+    both under the same crop, flip and roll; of small ones (`tiles`) to the real image at its full size (CIM)."""
     anchor_depth: float = option(0.5, ge=0, le=1, only_with="anchor_weight")
     """Which middle features: rectified, after the BatchNorm layer at this share of the depth (0 the first, 1 the last)."""
     start: Literal["noise", "nearest", "random", "mosaic", "herding"] = "nearest"

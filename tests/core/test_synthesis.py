@@ -587,6 +587,16 @@ def test_every_image_is_pulled_to_its_own_anchor(depth: float) -> None:
     assert (after_KK.argmin(axis=1) == [0, 1]).all()
 
 
+def test_small_images_are_pulled_to_their_real_image_at_its_full_size() -> None:
+    whole = replace(make_target(0), anchors_KHWC=smooth_pictures(7)[:2])
+    assert whole.anchors_KHWC is not None
+    small = replace(tiled(whole, 2), anchors_KHWC=whole.anchors_KHWC)
+    small = replace(small, start_KHWC=shrink(whole.anchors_KHWC, SIZE // 2))
+    config = replace(ANCHORED, tiles=2, iterations=60, learning_rate=0.05)
+    first, last = first_and_last_losses(config, small)
+    assert 0 < last < 0.8 * first, "what shrinking took away is made up for"
+
+
 def test_anchors_that_do_not_count_change_no_byte() -> None:
     target = make_target(0)
     (plain,) = recover([target], CONFIG)

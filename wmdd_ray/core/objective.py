@@ -45,8 +45,8 @@ class ClassTarget:
 
     `mean_S` and `var_S` are the class's moments of all BatchNorm inputs; or, (K, S), those of the cell of each atom, which
     its image then matches by itself. `start_KHWC` (uint8, at the side that is optimized) is the first iterate, None for
-    noise; `anchors_KHWC`, alike, the real image that each image stands for; `others` are the targets in the teachers after
-    the first, whose widths may differ.
+    noise; `anchors_KHWC` (uint8, of any side) is the real image that each image stands for; `others` are the targets in the
+    teachers after the first, whose widths may differ.
     """
 
     label: int

@@ -157,14 +157,11 @@ class Inputs:
 
     def start(self, solved: ClassBarycenter) -> np.ndarray | None:
         """Return the start images of a class at the tiles' side, or None for a noise start."""
-        if self.config.recover.start != "herding":
-            return _start(solved, self.source, self.network, self.config)
-        from wmdd_ray.core.selection import herding  # it loads POT, which nothing else here needs
+        return _start(solved, self.source, self.network, self.config, self._features)
 
-        real = self._features.read(solved.label)
-        keys = tuple(real.keys[i] for i in herding(real.features_ND, self.config.num_atoms))
-        side = tile_side(self.config.source.image_size, self.config.recover.tiles)
-        return shrink(read_real(self.source, keys, self.config), side)
+    def stood_for(self, solved: ClassBarycenter) -> np.ndarray:
+        """Return the real images of a class that its images stand for, whole: (K, H, W, C), uint8."""
+        return read_real(self.source, _keys(solved, self.config, self._features), self.config)
 
     def real_at(self, label: int, config: DistillConfig, most: int | None = None) -> np.ndarray:
         """Return up to `most` random real images of a class as `config` reads them."""
@@ -207,26 +204,16 @@ class Inversion:
         solved = self._inputs.barycenter(label)
         counts_S = np.repeat(solved.moments.count_L, solved.moments.channels_L)
         assert (counts_S > 0).all(), f"class {label} has no moments"
-        start_KHWC = self._inputs.start(solved)
+        anchored = self._inputs.config.recover.anchor_weight > 0
         return ClassTarget(
             label=label,
             atoms_KD=solved.barycenter.atoms_KD,
             weights_K=solved.barycenter.weights_K,
             mean_S=solved.moments.mean_S,
             var_S=variance_S(solved.moments),
-            start_KHWC=start_KHWC,
-            anchors_KHWC=self._anchors(solved, start_KHWC),
+            start_KHWC=self._inputs.start(solved),
+            anchors_KHWC=self._inputs.stood_for(solved) if anchored else None,
         )
-
-    def _anchors(self, solved: ClassBarycenter, start_KHWC: np.ndarray | None) -> np.ndarray | None:
-        """Return the real images that the images stand for: those that they start from, else those nearest to the atoms."""
-        inputs, recover = self._inputs, self._inputs.config.recover
-        if recover.anchor_weight == 0:
-            return None
-        if recover.start not in ("noise", "mosaic"):
-            return start_KHWC
-        side = tile_side(inputs.config.source.image_size, recover.tiles)
-        return shrink(read_real(inputs.source, solved.nearest_keys, inputs.config), side)
 
 
 class Selection:
@@ -259,17 +246,35 @@ class Selection:
 
 
 def _start(
-    solved: ClassBarycenter, source: Source, network: torch.nn.Module, config: DistillConfig
+    solved: ClassBarycenter,
+    source: Source,
+    network: torch.nn.Module,
+    config: DistillConfig,
+    features: ClassFeaturesReader | None = None,
 ) -> np.ndarray | None:
-    """Return the start images of a class, or None for a noise start."""
-    kind, k = config.recover.start, config.num_atoms
-    side = tile_side(config.source.image_size, config.recover.tiles)
-    if kind == "noise":
+    """Return the start images of a class, or None for a noise start; herding needs the features."""
+    if config.recover.start == "noise":
         return None
-    if kind == "mosaic":
+    if config.recover.start == "mosaic":
         return _mosaic(solved, source, network, config)
-    keys = solved.nearest_keys if kind == "nearest" else solved.random_keys[:k]
-    return shrink(read_real(source, keys, config), side)
+    real_KHWC = read_real(source, _keys(solved, config, features), config)
+    return shrink(real_KHWC, tile_side(config.source.image_size, config.recover.tiles))
+
+
+def _keys(
+    solved: ClassBarycenter, config: DistillConfig, features: ClassFeaturesReader | None
+) -> tuple[str, ...]:
+    """Return the real images that the images of a class stand for: those that they start from, else the nearest to the atoms."""
+    kind, k = config.recover.start, config.num_atoms
+    if kind == "random":
+        return solved.random_keys[:k]
+    if kind != "herding":
+        return solved.nearest_keys
+    from wmdd_ray.core.selection import herding  # it loads POT, which nothing else here needs
+
+    assert features is not None, "herding chooses by features"
+    real = features.read(solved.label)
+    return tuple(real.keys[i] for i in herding(real.features_ND, k))
 
 
 def _mosaic(
