@@ -18,6 +18,7 @@ from wmdd_ray.core.soft_labels import (
     compress,
     concatenate_labels,
     decompress,
+    label_statistics,
     label_views,
     take_labels,
 )
@@ -311,3 +312,16 @@ def test_a_network_in_training_mode_gives_no_labels() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)).train()
     with pytest.raises(AssertionError, match="eval mode"):
         label_views(network, images, views, 8, 2)
+
+
+def test_statistics_tell_how_sure_labels_are_and_how_they_differ_over_an_image_s_views() -> None:
+    views = draw_views(2, 8, ViewConfig(mix="none"), seed=0, epoch=0)
+    assert views.image_V.tolist() == [0, 1]
+    sure, even = np.array([100.0, 0.0]), np.array([0.0, 0.0])
+    # Image 0 is sure of one class, then of the other; image 1 knows nothing, twice.
+    epochs = [(views, np.stack([sure, even])), (views, np.stack([sure[::-1], even]))]
+    found = label_statistics(epochs, 2)
+    assert found["label_entropy"] == pytest.approx(np.log(2) / 2)
+    assert found["label_diversity"] == pytest.approx(np.log(2) / 2)
+    one = label_statistics(epochs[:1], 2)
+    assert one["label_diversity"] == pytest.approx(0, abs=1e-12)

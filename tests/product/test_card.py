@@ -15,7 +15,14 @@ from huggingface_hub import DatasetCard
 from PIL import Image
 
 from wmdd_ray.config import BucketAccess
-from wmdd_ray.product.card import classes_text, dataset_card, export_card, results_table, size
+from wmdd_ray.product.card import (
+    behind_real,
+    classes_text,
+    dataset_card,
+    export_card,
+    results_table,
+    size,
+)
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.units.pictures import preview
 
@@ -232,6 +239,16 @@ def test_class_names_beyond_the_first_plane_come_through_the_front_matter() -> N
 
 def test_a_table_has_a_line_a_row() -> None:
     assert len(results_table(TABLE).splitlines()) == 2 + len(TABLE) // 2
+
+
+def test_it_is_said_when_as_many_real_images_are_ahead() -> None:
+    rows = [dict(row) for row in TABLE]
+    rows[0]["top1_mean"], rows[2]["top1_mean"], rows[4]["top1_mean"] = 0.6, 0.62, 0.611
+    assert [(row["row"], row["labels"]) for row in rows[:3:2]] == [("distilled", "soft"), ("random_real", "soft")]  # fmt: skip
+    expected = "By soft labels random real images are 2.0 points ahead of the distilled ones."
+    assert behind_real(rows) == [expected]
+    assert results_table(rows).splitlines()[-1] == expected
+    assert behind_real(TABLE) == [], "equal is not ahead, and all real images are more"
 
 
 @pytest.mark.parametrize(

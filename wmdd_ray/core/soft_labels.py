@@ -31,13 +31,13 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import numpy as np
 import torch
-from scipy.special import logsumexp
+from scipy.special import entr, logsumexp
 from torch import nn
 
 from wmdd_ray.config import RelabelConfig
@@ -221,6 +221,41 @@ def concatenate_labels(parts: Sequence[SoftLabels]) -> SoftLabels:
         rest_V=stacked("rest_V"),
         step_V=stacked("step_V"),
     )
+
+
+def label_statistics(
+    epochs: Iterable[tuple[Views, np.ndarray | None]], num_images: int
+) -> dict[str, float]:
+    """Return what labels tell a student at temperature 1, as `label_entropy` and `label_diversity`, nats.
+
+    The first is the mean entropy of a view's label: 0 where the teacher is sure of everything, log Y where it knows nothing. The
+    second is what its labels tell of an image beyond their mean: the entropy of an image's mean label minus the mean entropy of its
+    labels, which is 0 where all its views have the same (the Jensen-Shannon divergence of an image's labels, the mean over images).
+
+    Args:
+        epochs: label epochs: V views, and their logits (V, Y).
+        num_images: N; an image without a view counts as one of equal labels.
+    """
+    count_N, entropy_N = np.zeros(num_images), np.zeros(num_images)
+    sums_NY: np.ndarray | None = None
+    for views, logits_VY in epochs:
+        assert logits_VY is not None, "labels have logits"
+        log_VY = logits_VY.astype(np.float64)
+        log_VY -= logsumexp(log_VY, axis=1, keepdims=True)
+        share_VY = np.exp(log_VY)
+        if sums_NY is None:
+            sums_NY = np.zeros((num_images, log_VY.shape[1]))
+        np.add.at(sums_NY, views.image_V, share_VY)
+        np.add.at(entropy_N, views.image_V, -(share_VY * log_VY).sum(axis=1))
+        np.add.at(count_N, views.image_V, 1)
+    assert sums_NY is not None, "at least one label epoch"
+    mean_NY = sums_NY / np.maximum(count_N, 1)[:, None]
+    of_mean_N = entr(mean_NY).sum(axis=1)
+    diversity_N = of_mean_N - entropy_N / np.maximum(count_N, 1)
+    return {
+        "label_entropy": float(entropy_N.sum() / max(1.0, count_N.sum())),
+        "label_diversity": float(np.maximum(diversity_N, 0).mean()),
+    }
 
 
 def _to_float16(values: np.ndarray) -> np.ndarray:

@@ -92,7 +92,28 @@ def results_table(table: list[dict[str, Any]], *, for_page: bool = True) -> str:
             f"{row['epochs']} | "
             f"{told} | {row['num_seeds']} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"\n{text(sentence)}" for sentence in behind_real(table))])
+
+
+def behind_real(table: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a sentence for each student and kind of labels by which as many real images are ahead of the distilled ones."""
+    sentences = []
+    for own in table:
+        rivals = [
+            row
+            for row in table
+            if (row.get("student"), row["labels"]) == (own.get("student"), own["labels"])
+            and row["row"] not in ("distilled", "all_real")
+        ]
+        best = max(rivals, key=lambda row: float(row["top1_mean"]), default=own)
+        points = 100 * (best["top1_mean"] - own["top1_mean"])
+        if own["row"] == "distilled" and points > 0:
+            by = f"{own['student']}, {own['labels']}" if "student" in own else own["labels"]
+            name = ROW_NAMES.get(best["row"], best["row"]).partition(") ")[2] or best["row"]
+            sentences.append(
+                f"By {by} labels {name} are {points:.1f} points ahead of the distilled ones."
+            )
+    return sentences
 
 
 def classes_text(class_names: Sequence[str], table: list[dict[str, Any]]) -> str:

@@ -26,6 +26,9 @@ from wmdd_ray.units.held_out import Listed
 from wmdd_ray.units.students import longest_first, open_student_trainer, rows, unit_ids
 from wmdd_ray.units.training_sets import OpenSets, open_sets
 
+# Of the labels, which all students of a row share.
+_OF_LABELS = ("label_entropy", "label_diversity")
+
 
 def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that the results depend on."""
@@ -103,6 +106,7 @@ def train_students(
                 "num_seeds": len(of_row),
                 "seconds_per_student": float(np.mean([r["seconds"] for r in of_row])),
                 "recall_per_class": recall_SY.mean(axis=0).round(4).tolist(),
+                **{name: of_row[0][name] for name in _OF_LABELS if name in of_row[0]},
             }
         )
     return {

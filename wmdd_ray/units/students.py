@@ -13,6 +13,7 @@ from wmdd_ray.config import DistillConfig, LabelKind
 from wmdd_ray.core.class_order import confusion
 from wmdd_ray.core.networks import build_network, empty_network, load_weights, weights_of
 from wmdd_ray.core.optimizer import State
+from wmdd_ray.core.soft_labels import label_statistics
 from wmdd_ray.core.training import accuracy, train_student
 from wmdd_ray.records import StudentResult
 from wmdd_ray.spine.checkpoints import Checkpoints
@@ -24,6 +25,8 @@ from wmdd_ray.units.held_out import HeldOut, Listed
 from wmdd_ray.units.training_sets import TILED, Input, OpenSets, TrainingSet
 
 _STATE_EVERY_S = 20.0
+# Label epochs that are looked at to say how much labels tell.
+_MEASURED_EPOCHS = 10
 
 
 def rows(config: DistillConfig) -> tuple[str, ...]:
@@ -111,14 +114,15 @@ def open_student_trainer(
             hardware=hardware(),
             versions=versions()["versions"],
         )
-        content = documents.dump_json({**asdict(result), "recall_per_class": per_class})
+        of_labels = _label_statistics(row, labels, chosen)
+        content = documents.dump_json({**asdict(result), **of_labels, "recall_per_class": per_class})
         payloads = {result_key(unit): content}
         if kept:
             payloads[student_key(unit)] = codecs.encode_state(weights_of(network))
         room.commit_unit(
             unit,
             payloads,
-            metrics={"top1": top1, "seconds_in_core": round(in_core, 4)},
+            metrics={"top1": top1, **of_labels, "seconds_in_core": round(in_core, 4)},
             attempt=attempt,
             seconds=time.perf_counter() - started,
         )
@@ -190,6 +194,15 @@ def read_student(
     state = codecs.decode_state(room.read(room.committed().file(student_key(unit))))
     load_weights(network, {k: torch.tensor(v) for k, v in state.items()}, f"student {unit}")
     return network.eval()
+
+
+def _label_statistics(row: str, labels: LabelKind, chosen: TrainingSet) -> dict[str, float]:
+    """Return how much the soft labels of a stored set tell (`label_statistics`); nothing of others."""
+    if labels != "soft" or row == "all_real":
+        return {}
+    epochs = map(chosen.label_epoch, range(min(_MEASURED_EPOCHS, chosen.epochs)))
+    found = label_statistics(epochs, len(chosen.images))
+    return {name: round(value, 4) for name, value in found.items()}
 
 
 def _recall(network: torch.nn.Module, held_out: HeldOut, num_classes: int) -> list[float]:

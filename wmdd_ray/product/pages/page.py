@@ -19,7 +19,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from wmdd_ray.product.card import ROW_NAMES, size, training_lines
+from wmdd_ray.product.card import ROW_NAMES, behind_real, size, training_lines
 from wmdd_ray.product.pages.facts import RunFacts, accuracy, classes, command_of, options_of
 from wmdd_ray.product.pages.timeline import Axis, lanes
 from wmdd_ray.telling.progress import duration
@@ -182,7 +182,11 @@ def _percent(row: dict[str, Any]) -> str:
 def _accuracy(facts: RunFacts, table: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "student": facts.config.evaluate.network.arch,
-        "head": ["student trained on", "labels", "images", "passes", "top-1 %", "n"],
+        "behind": behind_real(table),
+        "head": [
+            *("student trained on", "labels", "images", "passes", "top-1 %", "n"),
+            *("label entropy, nats", "label diversity, nats"),
+        ],
         "rows": [
             [
                 row["name"],
@@ -191,6 +195,7 @@ def _accuracy(facts: RunFacts, table: list[dict[str, Any]]) -> dict[str, Any]:
                 _number(row.get("epochs")),
                 _percent(row),
                 str(row["num_seeds"]),
+                *(_number(row.get(name)) for name in ("label_entropy", "label_diversity")),
             ]
             for row in table
         ],
