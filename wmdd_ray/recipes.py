@@ -29,6 +29,9 @@ _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+# A fifth of the label epochs, in steps of 1 logit: 45 times smaller than FKD's, for at most 0.2 points (jobs/benches/results).
+_SMALL_LABELS = RelabelConfig(epochs=60, precision="int8", step=1.0)
+
 # For --recover.method diffusion with a model of jobs/train_diffusion.py.
 _SMALL_UNET = DiffusionConfig(steps=25, guidance_scale=2.0)
 
@@ -64,8 +67,11 @@ def digits(ipc: int) -> DistillConfig:
             roll_px=1,
             diffusion=_SMALL_UNET,
         ),
-        relabel=RelabelConfig(
-            epochs=200, epochs_per_unit=25, views=ViewConfig(crop_scale_min=0.5, flip=False)
+        relabel=replace(
+            _SMALL_LABELS,
+            epochs=40,
+            epochs_per_unit=20,
+            views=ViewConfig(crop_scale_min=0.5, flip=False),
         ),
         evaluate=EvaluateConfig(
             network=network,
@@ -112,7 +118,7 @@ def fashion_mnist(ipc: int) -> DistillConfig:
         squeeze=SqueezeConfig(network=network, epochs=8, batch_size=128, crop_scale_min=0.7),
         barycenters=barycenters,
         recover=recover,
-        relabel=RelabelConfig(epochs=300, views=ViewConfig(crop_scale_min=0.25)),
+        relabel=replace(_SMALL_LABELS, views=ViewConfig(crop_scale_min=0.25)),
         evaluate=EvaluateConfig(
             network=network,
             epochs=300,

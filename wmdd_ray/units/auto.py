@@ -10,7 +10,7 @@ import math
 from dataclasses import replace
 
 from wmdd_ray.config import DistillConfig, NetworkConfig
-from wmdd_ray.recipes import imagenette, recipe_of, tiny_imagenet, variant_of
+from wmdd_ray.recipes import imagenette, recipe_of, variant_of
 from wmdd_ray.units.own_data import Measured, input_of, snapped
 
 # Images of the data set that a recipe's epochs are made for, the fewest and the most: its teacher sees epochs x images.
@@ -23,8 +23,6 @@ _MADE_FOR = {
 _MOST_EPOCHS = 200
 _LEAST_STEPS = 8
 _FEW_CLASSES = 100
-# Of the recipes for many classes, whose labels are large.
-_LABEL_STEP = tiny_imagenet(1).relabel.step
 
 
 def choose(
@@ -59,7 +57,6 @@ def choose(
         if few:
             recover = replace(recover, bn_weight=imagenette(ipc).recover.bn_weight)
     network = _network_for(like.squeeze.network, side, has_gpu)
-    relabel = like.relabel if few else replace(like.relabel, precision="int8", step=_LABEL_STEP)
     fitted = _fitted(like, round(measured.num_images * (1 - (fraction or 0))))
     config = replace(
         like,
@@ -69,7 +66,6 @@ def choose(
         source=input_of(side, measured.channels, measured.mean, measured.std),
         squeeze=replace(fitted.squeeze, network=network),
         recover=recover,
-        relabel=relabel,
         evaluate=replace(fitted.evaluate, network=network),
     )
     config = variant_of(config, variant)

@@ -115,7 +115,9 @@ def open_student_trainer(
             versions=versions()["versions"],
         )
         of_labels = _label_statistics(row, labels, chosen)
-        content = documents.dump_json({**asdict(result), **of_labels, "recall_per_class": per_class})
+        content = documents.dump_json(
+            {**asdict(result), **of_labels, "recall_per_class": per_class}
+        )
         payloads = {result_key(unit): content}
         if kept:
             payloads[student_key(unit)] = codecs.encode_state(weights_of(network))
