@@ -21,7 +21,7 @@ from jobs.benches.study.rendering import (
     rendered,
 )
 from jobs.benches.study.scores import label_robust_score, sealed
-from jobs.benches.study.summary import summary_lines
+from jobs.benches.study.summary import published_numbers, summary_lines
 from jobs.benches.study.tables import table_of
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.store.documents import dump_json
@@ -279,7 +279,8 @@ def test_students_that_are_one_by_their_weights_count_once() -> None:
 
 
 def test_published_numbers_have_three_columns_a_label_kind_and_a_source() -> None:
-    rows = [line.split(" | ") for line in published_lines() if line.startswith("| ")]
+    lines = [line for dataset in published_numbers() for line in published_lines(dataset)]
+    rows = [line.split(" | ") for line in lines if line.startswith("| ")]
     assert all(len(cells) == 6 for cells in rows)
     assert all(cells[1].split(",")[0] in ("labels", "soft", "hard") for cells in rows)
     assert all(cells[-1].rstrip(" |") for cells in rows)
@@ -456,12 +457,15 @@ def test_rendering_fills_the_places_between_the_markers_and_nothing_else(tmp_pat
         begin, end = markers(name)
         return text.replace(f"{begin}\nold\n{end}", f"{begin}\n{table}{end}")
 
-    tables, summary = places("main", "published", "main-ipc50"), places("summary")
+    published = {f"published-{dataset}": dataset for dataset in published_numbers()}
+    tables, summary = places("main", *published, "main-ipc50"), places("summary")
     page.write_text(tables)
     readme.write_text(summary)
     for _ in range(2):
         assert render(readme, results) == ["main", "main-ipc50"]
-        text = filled(tables, "published", "\n".join(published_lines()) + "\n")
+        text = tables
+        for name, dataset in published.items():
+            text = filled(text, name, "\n".join(published_lines(dataset)) + "\n")
         for name in ("main", "main-ipc50"):
             text = filled(text, name, rendered(content, "r.json"))
         assert page.read_text() == text
@@ -479,7 +483,9 @@ def shown(page: Path) -> dict[str, str]:
 
 def test_the_pages_show_the_committed_results_and_no_others() -> None:
     tables = shown(RESULTS / "README.md")
-    assert tables.pop("published") == "\n".join(published_lines()) + "\n"
+    for dataset in published_numbers():
+        lines = published_lines(dataset)
+        assert tables.pop(f"published-{dataset}") == "\n".join(lines) + "\n"
     # A table that nobody can check has no place.
     assert tables == {name: rendered(path.read_bytes(), name) for name, path in committed().items()}
     results = [json.loads(path.read_bytes()) for path in committed().values()]

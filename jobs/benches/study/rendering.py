@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import Counter
 from itertools import groupby
@@ -14,7 +13,7 @@ from wmdd_ray.errors import ArtifactError
 from .checks import read_result
 from .judge import before_text
 from .scores import different, spread
-from .summary import line_of, summary_lines
+from .summary import line_of, published_numbers, summary_lines
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "jobs" / "benches" / "results"
@@ -252,9 +251,9 @@ def size_text(size_bytes: float) -> str:
     return f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 1e6 else f"{size_bytes / 1e3:.1f} KB"
 
 
-def published_lines() -> list[str]:
-    """Return the published numbers with label kind and source; those that store more floats apart."""
-    anchors = json.loads((Path(__file__).parent / "published.json").read_text())
+def published_lines(dataset: str) -> list[str]:
+    """Return the published numbers of a data set with label kind and source; those that store more floats apart."""
+    anchors = published_numbers()[dataset]
     parts = (
         ("same_budget", "Published, images of the same number (ConvNet-3 of width 128 except where said)"),
         ("more_floats", "Published, methods that store more floats or decode more images of the stored ones (as `best` at ipc 1)"),
@@ -282,7 +281,11 @@ def render(readme: Path = README, results: Path = RESULTS) -> list[str]:
     """
     contents = {name: path.read_bytes() for name, path in committed(results).items()}
     tables = {name: rendered(content, name) for name, content in contents.items()}
-    _fill(results / "README.md", tables | {_PUBLISHED: "\n".join(published_lines()) + "\n"})
+    others = {
+        f"{_PUBLISHED}-{dataset}": "\n".join(published_lines(dataset)) + "\n"
+        for dataset in published_numbers()
+    }
+    _fill(results / "README.md", tables | others)
     summary = summary_lines(read_result(content, name) for name, content in contents.items())
     _fill(readme, {_SUMMARY: "\n".join(summary) + "\n"})
     return list(tables)

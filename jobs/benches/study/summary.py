@@ -10,8 +10,9 @@ from typing import Any
 from .definitions import FULL, RANDOM
 from .scores import different, spread
 
-TABLES = ("digits", "main")
+TABLES = ("digits", "main", "cifar10")
 """Tables whose rows are summarized; the others change one thing in them."""
+_ORDER = ("digits", "fashion_mnist", "cifar10")
 _ROWS = ("best", RANDOM, "nearest_real")
 _TITLES = ("data, student", "images a class", "WMDD `best`", "random real", "nearest real")
 _PUBLISHED_WIDTH = 128
@@ -20,16 +21,23 @@ _NONE = "–"
 
 
 def summary_lines(results: Iterable[dict[str, Any]]) -> list[str]:
-    """Return a line for each data set, student and number of images a class: top-1 % by soft / by hard labels."""
+    """Return a line for each data set, its widest student, and number of images a class: top-1 % by soft / by hard labels."""
     groups = [
         (result["dataset"], group["student"]["network"], group["ipc"], group["rows"])
         for result in results
         if result["table"] in TABLES
         for group in result["groups"]
     ]
-    groups.sort(key=lambda each: (each[0], each[1]["width"], each[2] or float("inf")))
+    groups.sort(key=lambda each: (_ORDER.index(each[0]), each[2] or float("inf")))
+    widest = {
+        dataset: max(each[1]["width"] for each in groups if each[0] == dataset)
+        for dataset in _ORDER
+        if any(each[0] == dataset for each in groups)
+    }
     lines = []
     for dataset, network, ipc, rows in groups:
+        if network["width"] < widest[dataset]:
+            continue
         by_name = {row["name"]: row for row in rows}
         cells = {name: _cell(row) for name, row in by_name.items()}
         if FULL in cells:
@@ -57,18 +65,26 @@ def _cell(row: dict[str, Any]) -> str:
     )
 
 
+def published_numbers() -> dict[str, Any]:
+    """Return what others published, by data set: rows of (name, kind of labels, values by column, source)."""
+    numbers: dict[str, Any] = json.loads((Path(__file__).parent / "published.json").read_text())
+    return numbers
+
+
 def _published(dataset: str, column: str, budget: str) -> str:
-    """Return the best numbers of distilled images by learned labels and by hard ones, of those whose source was read."""
-    published = json.loads((Path(__file__).parent / "published.json").read_text())
-    if dataset != published["dataset"].lower().replace("-", "_"):
+    """Return the best numbers of distilled images by soft labels and by hard ones, of those whose source was read."""
+    published = published_numbers().get(dataset)
+    if published is None:
         return _NONE
     index = published["columns"].index(column)
     cells = []
-    for kind in ("soft, learned", "hard"):
+    for kind in ("soft", "hard"):
         values = {
             name: float(values[index].split()[0])
             for name, labels, values, source in published[budget]
-            if labels == kind and "real images" not in name and "not verified" not in source
+            if labels.startswith(kind)
+            and "real images" not in name.lower()
+            and "not verified" not in source
             if values[index] not in ("", _NONE)
         }
         name = max(values, key=values.__getitem__, default="")
