@@ -82,7 +82,6 @@ def digits(ipc: int) -> DistillConfig:
                 views=ViewConfig(crop_scale_min=0.7, flip=False, mix="none"),
                 norm="instance",
             ),
-            all_real_epochs=20,
         ),
     )
 
@@ -127,7 +126,6 @@ def fashion_mnist(ipc: int) -> DistillConfig:
             hard=HardLabelConfig(
                 views=ViewConfig(crop_scale_min=0.8, mix="cutmix"), norm="instance"
             ),
-            all_real_epochs=4,
         ),
     )
 
@@ -165,7 +163,7 @@ def _cifar(
             shift_px=4,
             mixed_precision=True,
         ),
-        evaluate=replace(like.evaluate, network=network, mixed_precision=True, all_real_epochs=20),
+        evaluate=replace(like.evaluate, network=network, mixed_precision=True),
     )
 
 
