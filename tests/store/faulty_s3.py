@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
@@ -133,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.server.fault_of(self.command, self.path, dict(self.headers))
         if isinstance(fault, int):
             kind, page = self.server.refusal(fault)
-            self._reply(fault, {"Content-Type": kind}, page)
+            self._reply(fault, {"Content-Type": kind, "Date": formatdate(usegmt=True)}, page)
         elif fault == "503 html":
             page = b"<html><body>Service <b>unavailable</body></html>"
             self._reply(503, {"Content-Type": "text/html"}, page)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import s3fs
 
 from tests.conftest import S3Uri
+from tests.store import faulty_s3
 from tests.store.faulty_s3 import PASSING, FaultyS3
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.store import retries
 from wmdd_ray.store.documents import entry_of, read_verified
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.sources.files import reading
 from wmdd_ray.store.uris import arrow_filesystem
 
 ATTEMPTS = len(retries.WAITS_S) + 1
@@ -133,6 +137,27 @@ def test_wrong_credentials_are_told_at_once(store: Store, faulty: FaultyS3) -> N
         with pytest.raises(ArtifactError, match=rf"{store.uri}.*access denied.*credentials"):
             do(store)
         assert len(faulty.requests) == 1, operation
+
+
+@pytest.mark.parametrize("code", ["RequestTimeTooSkewed", "RequestExpired"])
+def test_a_clock_that_is_wrong_is_told_as_such_by_every_operation(
+    store: Store, faulty: FaultyS3, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    said = rf"{store.uri}.*clock and the store's are too far apart; set the clock"
+    monkeypatch.setitem(faulty_s3.CODES, 403, code)
+    # The reply to a HEAD has no page with the code, but the store's own time.
+    late = SimpleNamespace(
+        time=lambda: time.time() - 3600, monotonic=time.monotonic, sleep=time.sleep
+    )
+    monkeypatch.setattr(retries, "time", late)
+    for operation, do in OPERATIONS.items():
+        faulty.break_down(403, times=1000)
+        with pytest.raises(ArtifactError, match=said):
+            do(store)
+        assert len(faulty.requests) <= 2, operation
+    arrows = "AWS Error " + re.sub("(?<=[a-z])(?=[A-Z])", "_", code).upper()
+    with pytest.raises(ArtifactError, match="set the clock"), reading("s3://b/x", "a tar"):
+        raise OSError(f"When reading information for key 'x': {arrows} during HeadObject operation")
 
 
 def test_expired_credentials_are_read_again_once(store: Store, faulty: FaultyS3) -> None:

@@ -14,7 +14,8 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
 
 from wmdd_ray.store.schemes import is_gcs
 
@@ -38,6 +39,13 @@ _ELSEWHERE = {"AuthorizationHeaderMalformed", "PermanentRedirect"}
 _EXPIRED = {
     "ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired", "authError", "400",
 }  # fmt: skip
+# S3's bound is 15 minutes. Arrow has its own names for S3's.
+_SKEWED = re.compile("RequestTimeTooSkewed|REQUEST_TIME_TOO_SKEWED|RequestExpired|REQUEST_EXPIRED")
+_MOST_SKEW_S = 900
+SET_THE_CLOCK = (
+    "this machine's clock and the store's are too far apart; set the clock (`timedatectl set-ntp true`; of a pod, its node's) and "
+    "run the same command again"
+)
 # What stores answer to x-amz-checksum-* and aws-chunked when they do not know them, in many words.
 _UNKNOWN = {400, 411, 501}
 _CHECKSUMS = re.compile("checksum|chunked|trailer|x-amz-content-sha256", re.IGNORECASE)
@@ -69,13 +77,29 @@ def retried(do: Callable[[float], T], renew: Callable[[], object]) -> T:
     return do(ends - time.monotonic())
 
 
+def is_skewed(error: BaseException) -> bool:
+    """Return whether a request was refused for its time; where only a status came, as for a HEAD, by the time of the reply."""
+    status, code = status_of(error)
+    if _SKEWED.search(f"{code} {error}"):
+        return True
+    headers = _response_of(error).get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    try:
+        told_s = parsedate_to_datetime(headers["date"]).timestamp()
+    except (KeyError, TypeError, ValueError):
+        return False
+    return status == 403 and abs(told_s - time.time()) > _MOST_SKEW_S
+
+
 def status_of(error: BaseException) -> tuple[int, str]:
     """Return the HTTP status and the store's code of the reply behind an error, (0, "") when there was none."""
-    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
-    if not isinstance(response, dict):
-        return 0, ""
+    response = _response_of(error)
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     return int(status), str(response.get("Error", {}).get("Code", ""))
+
+
+def _response_of(error: BaseException) -> dict[str, Any]:
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    return response if isinstance(response, dict) else {}
 
 
 def has_expired(error: BaseException) -> bool:
@@ -92,6 +116,8 @@ def remedy(error: BaseException, uri: str) -> str:
     """Return what came from the object store of `uri`, in words, and what the user can do about it."""
     status, code = status_of(error)
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if is_skewed(error):
+        return f"{SET_THE_CLOCK} ({code or status})"
     if has_expired(error):
         return (
             f"the credentials have expired or are not valid ({code}: {error}); renew what the provider chain reads (a role, or a "

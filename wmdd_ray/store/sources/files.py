@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from wmdd_ray.errors import ArtifactError, DataError
-from wmdd_ray.store.retries import passes, remedy, status_of
+from wmdd_ray.store.retries import SET_THE_CLOCK, is_skewed, passes, remedy, status_of
 from wmdd_ray.store.schemes import is_gcs
 from wmdd_ray.store.sources.classes import shown
 from wmdd_ray.store.sources.endings import is_system_name
@@ -48,15 +48,18 @@ def reading(where: str, what: str) -> Iterator[None]:
         if is_gcs(where) and (status_of(error)[0] or passes(error)):
             raise ArtifactError(f"cannot read {where}: {remedy(error, where)}") from error
         if _is_storage_fault(error):
-            raise ArtifactError(f"cannot read {where}: {error}; {_remedy(str(error))}") from error
+            raise ArtifactError(f"cannot read {where}: {error}; {_remedy(error)}") from error
         raise DataError(
             f"{where}: expected {what}, found cut or malformed content ({type(error).__name__}: "
             f"{error}); restore the file from its origin"
         ) from error
 
 
-def _remedy(said: str) -> str:
+def _remedy(error: Exception) -> str:
     """Return what to do about a failure of a store, by the names that Arrow has for S3's."""
+    said = str(error)
+    if is_skewed(error):
+        return SET_THE_CLOCK
     if "AWS Error NO_SUCH_BUCKET" in said:
         return "create the bucket or correct the URI"
     if "HTTP status 301" in said:
@@ -65,8 +68,9 @@ def _remedy(said: str) -> str:
         return f"the bucket is in another region: pass --source.bucket.region {region} (or set AWS_REGION)"
     if "AWS Error ACCESS_DENIED" in said or "AWS Error INVALID_ACCESS_KEY_ID" in said:
         return (
-            "check the credentials and the permissions on this path; a public bucket is read with --source.bucket.anonymous, one "
-            "whose readers pay with --source.bucket.requester-pays, one of another account with --source.bucket.profile"
+            "check the credentials, the permissions on this path and this machine's clock; a public bucket is read with "
+            "--source.bucket.anonymous, one whose readers pay with --source.bucket.requester-pays, one of another account with "
+            "--source.bucket.profile"
         )
     if "AWS Error" in said:
         return (
