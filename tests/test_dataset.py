@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import pickle
 import subprocess
@@ -469,8 +470,9 @@ def test_held_out_images_are_those_beside_the_source_or_at_a_uri_as_students_see
     tmp_path: Path,
 ) -> None:
     real = real_images(tmp_path / "real")
-    about = {**manifest_of()["source"], "uri": real}
+    about = {**manifest_of()["source"], "uri": "real"}  # a set has no path; its run has
     dataset = DistilledDataset(write_dataset(str(tmp_path / "set"), source=about))
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"data": real}}))
     with pytest.raises(ConfigError, match="which is not read because a set says so"):
         next(dataset.held_out())
     for batches in (dataset.held_out(follow_data=True), dataset.held_out(f"{real}/val")):

@@ -269,6 +269,7 @@ class DistilledDataset(Dataset[Item]):
                     f"{self.uri} says that its real images are at {named}, which is not read because a set says so: pass the "
                     "URI of held-out images, or follow_data=True if this set is yours"
                 )
+            named = documents.real_images_of(self.uri, self.manifest)
             check_named(named, self.uri)
         config = SourceConfig(
             image_size=self.image_size,

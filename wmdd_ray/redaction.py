@@ -1,4 +1,4 @@
-"""What must not be repeated: secrets in URIs, and characters that a terminal takes for commands.
+"""What must not be repeated: secrets in URIs, where paths of this machine lead, and characters that a terminal takes for commands.
 
 Credentials come by a role, AWS_PROFILE or the environment, never in a URI. A URI that may carry a secret is refused; in
 somebody else's text (a client's error, an endpoint of the environment) it is shown without.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from typing import Any
 from urllib.parse import unquote
 
 
@@ -22,6 +23,8 @@ _AT = re.compile(_written("@"), re.I)
 _TAIL = re.compile(
     rf"(?i)({_written('?')}|{_written('#')}(?=[\w.-]+{_written('=')})).*?(?=[\"'>).,:;]*$)"
 )
+# URIs that mean the same to everybody, and names with a prefix as `timm:resnet18`; a drive's is one letter.
+_SHARED = re.compile(r"(?i)(?:s3|gs|gcs|hf|az|abfss?)://|[a-z][\w.+-]+:(?![/\\])")
 _ONE_SLASH = re.compile(r"(?i)(s3|gs|gcs|https?):(?!//)")
 
 
@@ -69,6 +72,20 @@ def printable(text: str) -> str:
 def plain(text: str) -> str:
     """Return a text for people: printable, and without secrets."""
     return printable(redacted(text))
+
+
+def public(value: Any) -> Any:
+    """Return what may be published of places, and of records that hold some: of a path its last part.
+
+    What stands above it names people and machines. URIs of object stores stay whole.
+    """
+    if isinstance(value, dict):
+        return {name: public(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(inner) for inner in value]
+    if isinstance(value, str) and not _SHARED.match(value):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return value
 
 
 class PlainFormatter(logging.Formatter):

@@ -31,6 +31,7 @@ from wmdd_ray.recipes import RECIPES, recipe_of
 from wmdd_ray.records import Teacher
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.store import codecs
+from wmdd_ray.store.documents import real_images_of
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources.listing import NothingThereError, list_files
 from wmdd_ray.store.uris import check_named
@@ -312,6 +313,7 @@ def _named_data(job: Job, own: Any) -> str | None:
     if uri == "digits":
         return uri
     if job.follow_data:
+        uri = real_images_of(own.uri, own.meta)
         check_named(uri, own.uri)
         return uri
     if job.val_data is not None and not (job.baselines or job.evaluate.baselines):

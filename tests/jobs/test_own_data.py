@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,10 @@ def test_help_looks_at_no_images(capsys: Said) -> None:
 
 
 @pytest.mark.slow  # all stages
-def test_the_set_is_evaluated_on_the_images_that_were_cut_off(photos: Path, capsys: Said) -> None:
+def test_the_set_names_no_machine_and_is_evaluated_on_the_images_that_were_cut_off(
+    photos: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "zaphods-machine")
     quick = [
         *TINY[:4], *TINY[6:], "--recover.iterations", "2", "--relabel.epochs", "2", "--evaluate.epochs", "2",
         "--evaluate.num-seeds", "1", "--evaluate.network.width", "4", "--evaluate.labels", "soft",
@@ -109,6 +113,15 @@ def test_the_set_is_evaluated_on_the_images_that_were_cut_off(photos: Path, caps
     assert (run.source("real").num_images, run.source("val").num_images) == (30, 6)
     elsewhere = options.parse(["runs/my-photos-ipc1", "--val-data", str(photos)], None)
     assert elsewhere.config.val_fraction is None
+    # Below the folder of a user, by whose name pytest calls it.
+    made = [path for path in Path("runs/my-photos-ipc1/dataset").rglob("*") if path.is_file()]
+    assert {"stage.json", "manifest.json", "README.md"} <= {path.name for path in made}
+    for path in made:
+        for name in ("zaphods-machine", str(photos.parent), str(Path.home())):
+            assert name.encode() not in path.read_bytes(), (name, path)
+    assert b"zaphods-machine" in Path("runs/my-photos-ipc1/teacher/stage.json").read_bytes()
+    followed = options.parse(["runs/my-photos-ipc1", "--follow-data"], None)
+    assert followed.config.data == str(photos)
 
 
 def test_auto_without_data_is_refused(capsys: Said) -> None:

@@ -162,12 +162,11 @@ def test_bytes_that_are_equal_are_stored_once(open_room: Callable[[str], Room]) 
 
 
 def test_what_people_read_by_its_name_has_no_other(open_room: Callable[[str], Room]) -> None:
-    room = open_room("one")
-    room.commit_unit("g0", {"data/train.parquet": b"mine"}, attempt=1, published=True)
+    store = open_room("").store
+    room, other = (Room(store, "dataset", run) for run in ("one", "two"))
+    room.commit_unit("g0", {"data/train.parquet": b"mine"}, attempt=1)
     with pytest.raises(LostRaceError, match="data/train.parquet holds other bytes.*own --out"):
-        open_room("two").commit_unit(
-            "g0", {"data/train.parquet": b"theirs"}, attempt=2, published=True
-        )
+        other.commit_unit("g0", {"data/train.parquet": b"theirs"}, attempt=2)
     assert room.store.get("data/train.parquet") == b"mine"
 
 

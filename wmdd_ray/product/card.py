@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from wmdd_ray.config import DistillConfig
-from wmdd_ray.redaction import plain
+from wmdd_ray.redaction import plain, public
 
 ROW_NAMES = {
     "distilled": "(a) distilled set",
@@ -224,7 +224,7 @@ cuts them apart."""
         table=table,
         student=config.evaluate.network.arch,
         unmeasured="Not evaluated yet.",
-        options=options_of(config),
+        options=public(options_of(config)),
         teacher_sha256=meta["provenance"].get("teacher_sha256"),
     )
 

@@ -43,6 +43,8 @@ MAX_ATTEMPTS = 3
 """Times that a unit may end the process that works on it, at the same point and in the same run."""
 
 _READERS = 32
+# People read their files by the names, and publish the folder as it is: the assembled set, prepared images.
+_PUBLISHED = ("dataset", "data")
 # Hexadecimal digits of a checksum in the name of a payload.
 _TAG = 16
 _TAGGED = re.compile(rf"\.[0-9a-f]{{{_TAG}}}(\.[^./]*)?$")
@@ -109,6 +111,12 @@ class Room:
         self.run = run
         self.store = store.child(name)
         self._space = space
+        self._is_published = name in _PUBLISHED
+
+    @property
+    def host(self) -> str:
+        """This machine's name, for attempts, markers and the commit; empty in a room that is published."""
+        return "" if self._is_published else socket.gethostname()
 
     @property
     def space(self) -> str:
@@ -159,7 +167,7 @@ class Room:
         # The nonce tells this attempt from another of the same run in the same millisecond: `create` compares contents.
         attempt = {
             "run": self.run,
-            "host": socket.gethostname(),
+            "host": self.host,
             "began": _now(),
             "point": point,
             "nonce": uuid4().hex,
@@ -171,7 +179,7 @@ class Room:
         attempts = read_sealed(self.store, key)["attempts"]
         here = [a for a in attempts if (a["run"], a["point"]) == (self.run, point)]
         if point is not None and len(here) >= MAX_ATTEMPTS:
-            raise unit_given_up(unit, f"on {here[-1]['host']}")
+            raise unit_given_up(unit, f"on {here[-1]['host'] or 'one of the nodes'}")
         self.store.put(key, seal({"attempts": [*attempts, attempt]}))
         return len(attempts) + 1
 
@@ -183,7 +191,6 @@ class Room:
         attempt: int,
         metrics: Mapping[str, Any] | None = None,
         seconds: float = 0.0,
-        published: bool = False,
     ) -> UnitMarker:
         """Store the payloads, then publish the unit, and return the marker that counts: that of who finished it first.
 
@@ -193,18 +200,17 @@ class Room:
             attempt: Number of the attempt.
             metrics: What the marker tells of the unit.
             seconds: The time inside core functions and storage.
-            published: People read the payloads by their keys, so that no other name will do.
 
         Raises:
-            LostRaceError: Somebody else's content is at a published key.
+            LostRaceError: Somebody else's content is at the key of a published file.
         """
-        files = tuple(self._store(*payload, published=published) for payload in payloads.items())
+        files = tuple(self._store(*payload) for payload in payloads.items())
         marker = UnitMarker(
             unit=unit,
             files=files,
             metrics=dict(metrics or {}),
             seconds=round(seconds, 4),
-            host=socket.gethostname(),
+            host=self.host,
             run=self.run,
             attempt=attempt,
             finished=_now(),
@@ -213,12 +219,12 @@ class Room:
             return marker
         return self.read_unit(unit)
 
-    def _store(self, key: str, content: bytes, *, published: bool) -> FileEntry:
+    def _store(self, key: str, content: bytes) -> FileEntry:
         """Store a payload where nothing of somebody else's is, and return where."""
         entry = entry_of(key, content)
         if self.store.create(key, content):
             return entry
-        if published:
+        if self._is_published:
             raise LostRaceError(
                 f"{self.store.url(key)} holds other bytes than this run makes: another run with other options, or on another kind "
                 "of machine, writes here or was killed here; give each run its own --out, or pass --overwrite when no other is at "

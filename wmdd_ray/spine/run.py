@@ -340,7 +340,7 @@ def _build(run: Run, stage: Stage, plan: dict[str, Any], *, overwrite: bool) -> 
         units=room.read_units(sorted(room.finished())),
         metrics=metrics,
         seconds=round(time.monotonic() - started, 3),
-        host=socket.gethostname(),
+        host=room.host,
         run=run.token,
         finished=datetime.now(UTC).isoformat(timespec="milliseconds"),
         space=room.space,
@@ -363,7 +363,7 @@ def _publish(room: Room, plan: dict[str, Any], commit: StageCommit) -> None:
         winner = room.committed()
         same = "the same" if winner.fingerprint == commit.fingerprint else "other"
         raise LostRaceError(
-            f"{room.store.uri} was committed by another run with {same} options (on {winner.host}, at {winner.finished}) "
+            f"{room.store.uri} was committed by another run with {same} options (at {winner.finished}) "
             "while this one worked on it; what it holds is whole. Give each run its own --out, or run the same command again "
             "when the other one has ended"
         )

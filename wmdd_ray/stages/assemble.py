@@ -13,6 +13,7 @@ from wmdd_ray.errors import LostRaceError
 from wmdd_ray.executors.dispatch import do_each
 from wmdd_ray.options import fingerprint_options
 from wmdd_ray.product.card import dataset_card, options_of
+from wmdd_ray.redaction import public
 from wmdd_ray.spine.provenance import versions
 from wmdd_ray.spine.rooms import Room, StageCommit
 from wmdd_ray.spine.run import StageRun, Work
@@ -101,7 +102,7 @@ def _publish(
         "teacher_top1": stage.inputs["teacher"].metrics["top1"],
         **({"teachers_top1": several} if several else {}),
         "source": {
-            "uri": config.data,
+            "uri": public(config.data),
             **({} if config.val_fraction is None else {"val_fraction": config.val_fraction}),
             "num_images": features["num_images"],
             "stored_bytes": source.total_bytes,
@@ -112,7 +113,7 @@ def _publish(
             "seed": config.seed,
             "teacher_sha256": next(f.sha256 for f in files if f.key == TEACHER_KEY),
             # Students come later, and may be trained again by others.
-            "options": {k: v for k, v in options_of(config).items() if k != "evaluate"},
+            "options": public({k: v for k, v in options_of(config).items() if k != "evaluate"}),
             "fingerprints": {name: commit.fingerprint for name, commit in stage.inputs.items()},
             **versions(),
         },

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from wmdd_ray.errors import ArtifactError
+from wmdd_ray.redaction import public
 from wmdd_ray.store.filesystem import Store, check_key
 from wmdd_ray.store.schemas import check
 
@@ -185,3 +186,17 @@ def set_id(entries: Sequence[FileEntry]) -> str:
     for entry in sorted(entries, key=lambda entry: entry.key):
         digest.update(f"{entry.key} {entry.sha256}\n".encode())
     return digest.hexdigest()
+
+
+def real_images_of(uri: str, manifest: dict[str, Any]) -> str:
+    """Return where the real images of a set are, of which its manifest has a folder's name only.
+
+    The path stands in the record of the run that the set lies in, which is not published with it.
+    """
+    named = str(manifest["source"]["uri"])
+    run = Store(uri.rstrip("/").rpartition("/")[0])
+    try:
+        data = str(load_json(run.get("run.json"), run.url("run.json"))["config"]["data"])
+    except (FileNotFoundError, ArtifactError, KeyError, TypeError):
+        return named
+    return data if public(data) == named else named

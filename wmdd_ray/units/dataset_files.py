@@ -71,9 +71,7 @@ class FileWriter:
         }
         key, content = make[kind](unit)
         seconds = time.perf_counter() - started
-        self._room.commit_unit(
-            unit, {key: content}, attempt=attempt, seconds=seconds, published=True
-        )
+        self._room.commit_unit(unit, {key: content}, attempt=attempt, seconds=seconds)
         return seconds
 
     def _images(self, unit: str) -> tuple[str, bytes]:

@@ -181,7 +181,6 @@ class Writer:
             attempt=attempt,
             metrics={"split": row["split"], **metrics},
             seconds=time.perf_counter() - started,
-            published=True,
         )
 
     def _table(self, rows_N: np.ndarray) -> tuple[bytes, dict[str, Any]]:
