@@ -366,7 +366,7 @@ def test_only_the_operators_own_namespace_reaches_the_ports_and_prometheus_its_n
 
 def test_a_job_of_kuberay_ends_and_nothing_that_tidies_up_takes_its_head() -> None:
     job, cluster = kubernetes("rayjob.yaml")["RayJob"]["spec"], ray_cluster("rayjob.yaml")
-    assert job["backoffLimit"] == 1
+    assert job["backoffLimit"] == 0  # KubeRay knows no exit codes; `again` does
     assert job["activeDeadlineSeconds"] > 123 * 3600  # the slowest row of cluster/README.md
     assert cluster["headGroupSpec"]["template"]["metadata"]["annotations"] == {
         "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
@@ -397,7 +397,9 @@ def submitted_commands() -> list[str]:
     typed = re.findall(r"^ray job submit (.*?)(?:  +#.*)?$", readme, re.M)
     assert all(" -- " in command and "--working-dir" not in command for command in typed)
     entrypoint = kubernetes("rayjob.yaml")["RayJob"]["spec"]["entrypoint"]
-    commands = [*(command.partition(" -- ")[2] for command in typed), entrypoint]
+    prefix, _, again = entrypoint.partition(" python ")
+    assert prefix == "sh again" and image_sources()["cluster/again"] == "again"
+    commands = [*(command.partition(" -- ")[2] for command in typed), f"python {again}"]
     return [command.replace("$BUCKET", "bucket") for command in commands]
 
 
@@ -418,6 +420,28 @@ def test_every_submitted_command_is_the_main_one_with_options_that_exist() -> No
         assert job.resources.gpus_per_worker == 1
         assert job.out
         assert "://" in job.out
+
+
+@pytest.mark.parametrize(
+    ("codes", "ends_with"),
+    [("0", 0), ("2", 2), ("3", 3), ("4", 4), ("143", 143), ("1 5 137 0", 0), ("5 5 5 5 0", 5), ("1 2 0", 2)],
+)  # fmt: skip
+def test_only_a_command_that_lost_what_may_come_back_is_run_again(
+    codes: str, ends_with: int, tmp_path: Path
+) -> None:
+    left = tmp_path / "codes"
+    left.write_text("".join(f"{code}\n" for code in codes.split()))
+    ends = f'code=$(head -n 1 "{left}"); sed -i 1d "{left}"; exit $code'
+    command = ["sh", str(CLUSTER / "again"), "sh", "-c", ends]
+    environment = {**os.environ, "AGAIN_AFTER_S": "0"}
+    assert subprocess.run(command, env=environment, check=False).returncode == ends_with
+    assert left.read_text() == {"5 5 5 5 0": "0\n", "1 2 0": "0\n"}.get(codes, "")
+
+
+def test_the_image_is_made_of_a_base_by_digest_that_nobody_invented() -> None:
+    lines = (CLUSTER / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    (base,) = (line for line in lines if line.startswith("FROM "))
+    assert base.endswith("@${DIGEST}") and lines[lines.index(base) - 1] == "ARG DIGEST"
 
 
 def test_pinned_packages_have_one_version_everywhere() -> None:
