@@ -359,6 +359,6 @@ def test_the_versions_below_the_bounds_fail(
     code, report = examine("--out", str(tmp_path / "run"))
     assert (code, failures(report)) == (2, ["versions"])
     assert (
-        "FAIL ray 2.54.0 (needs >=2.55) -> pip install -r requirements-run.txt"
+        "FAIL ray 2.54.0 (needs >=2.56) -> pip install -r requirements-run.txt"
         in report["versions"][0]
     )

@@ -282,7 +282,7 @@ def test_versions_with_known_holes_are_out_of_bounds_and_the_pins_are_within() -
     extras = project["optional-dependencies"]
     run = [text for extra in ("distill", "s3", "gcs", "diffusion") for text in extras[extra]]
     bounds = {found.name: found for found in map(Requirement, [*project["dependencies"], *run])}
-    for name, hole, closed in (("ray", "2.54.1", "2.55.0"), ("pillow", "12.2.0", "12.3.0")):
+    for name, hole, closed in (("ray", "2.55.0", "2.56.0"), ("pillow", "12.3.0", "13.0.0")):
         assert not bounds[name].specifier.contains(hole)
         assert bounds[name].specifier.contains(closed)
     files = [ROOT / f"requirements{part}.txt" for part in ("-run", "")]
