@@ -75,6 +75,10 @@ def test_keys_that_lead_out_of_the_root_are_refused_before_a_byte_is_written(
             write(key, b"overwritten")
     with pytest.raises(ArtifactError, match="expected a relative key below its folder"):
         store.get(key)
+    if key.startswith("/") or ".." in key.split("/") or "\0" in key:
+        for ask in (store.list, store.exists, store.delete):
+            with pytest.raises(ArtifactError, match="expected a relative key below its folder"):
+                ask(key)
     assert [path.name for path in tmp_path.iterdir()] == ["victim"]
     assert (tmp_path / "victim").read_bytes() == b"precious"
     assert store.list() == {}

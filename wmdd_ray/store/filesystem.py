@@ -36,9 +36,19 @@ def check_key(key: str) -> None:
     safe = not ({"", ".", ".."} & {*parts} or any(c in key for c in "\\:\0"))
     # Half a character has no bytes to be stored as.
     if not safe or any("\ud800" <= c <= "\udfff" for c in key):
-        raise ArtifactError(
-            f"{key!r}: expected a relative key below its folder; the data or the document that names it is not of this project"
-        )
+        raise _outside(key)
+
+
+def _check_inside(prefix: str) -> None:
+    """Raise an ArtifactError of a prefix that leads out of its root; what others stored below it may have any name."""
+    if prefix.startswith("/") or ".." in prefix.split("/") or "\0" in prefix:
+        raise _outside(prefix)
+
+
+def _outside(key: str) -> ArtifactError:
+    return ArtifactError(
+        f"{key!r}: expected a relative key below its folder; the data or the document that names it is not of this project"
+    )
 
 
 class Store:
@@ -167,6 +177,7 @@ class Store:
 
     def exists(self, key: str) -> bool:
         """Return whether there is an object at `key`."""
+        _check_inside(key)
         with self._named("look for", key):
             if self._path is not None:
                 return (self._path / key).is_file()
@@ -180,6 +191,7 @@ class Store:
 
     def list(self, prefix: str = "") -> dict[str, int]:
         """Return key -> bytes of every object under the folder `prefix`, sorted by key."""
+        _check_inside(prefix)
         with self._named("list", prefix):
             if self._path is not None:
                 base = self._path / prefix
@@ -200,6 +212,7 @@ class Store:
 
     def delete(self, prefix: str) -> None:
         """Remove the object `prefix`, or every object under the folder of that name; removing nothing is fine."""
+        _check_inside(prefix)
         with self._named("delete", prefix):
             if self._path is not None:
                 if (self._path / prefix).is_file():
