@@ -15,7 +15,7 @@ from typing import Any
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.executors.dispatch import ray_or_here
 from wmdd_ray.options import fingerprint_options
-from wmdd_ray.spine.rooms import UnitMarker
+from wmdd_ray.spine.rooms import Room, UnitMarker
 from wmdd_ray.spine.run import StageRun, Work
 from wmdd_ray.store.sources import Shard, Source, refuse_too_many_bad
 from wmdd_ray.store.sources.base import told_counts
@@ -52,7 +52,7 @@ def work(stage: StageRun) -> dict[str, Any]:
     source: Source = stage.run.source("train")
     config = stage.config.features
     shards = source.shards(config.chunk_images)
-    finished = stage.room.read_units(u for u in stage.room.finished() if not is_class_unit(u))
+    finished = stage.room.read_units(_chunks(stage.room))
     markers = dict(finished)
     bad = [reason for marker in finished.values() for reason in marker.metrics["bad"]]
     units = plan(stage).units
@@ -75,6 +75,10 @@ def work(stage: StageRun) -> dict[str, Any]:
             refuse_too_many_bad(bad, stage.config.source, source.root)
             images += marker.metrics["num_images"]
             stage.progress.update(len(markers), f"{images} images")
+        # The reader passes over what another driver has done meanwhile.
+        markers |= stage.room.read_units(u for u in _chunks(stage.room) if u not in markers)
+    bad = [reason for marker in markers.values() for reason in marker.metrics["bad"]]
+    images = sum(marker.metrics["num_images"] for marker in markers.values())
     refuse_too_many_bad(bad, stage.config.source, source.root)
     counts: Counter[int] = Counter()
     reads = 0
@@ -96,6 +100,11 @@ def work(stage: StageRun) -> dict[str, Any]:
         "regrouped": regroup,
         "seconds_in_core": round(sum(m.metrics["seconds_in_core"] for m in markers.values()), 3),
     }
+
+
+def _chunks(room: Room) -> list[str]:
+    """Return the finished units of a room that are chunks."""
+    return [unit for unit in room.finished() if not is_class_unit(unit)]
 
 
 def _unfinished(
