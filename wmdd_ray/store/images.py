@@ -181,13 +181,21 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; broken EXIF counts as none, as the pixels may well be good."""
+    """Apply the EXIF orientation."""
+    transposition = _TRANSPOSITION.get(orientation_of(picture).get(_ORIENTATION, 1))
+    return picture if transposition is None else picture.transpose(transposition)
+
+
+def orientation_of(picture: Image.Image) -> Image.Exif:
+    """Return the EXIF orientation alone; empty where it turns nothing, or is broken, as the pixels may well be good."""
+    kept = Image.Exif()
     try:
         orientation = picture.getexif().get(_ORIENTATION)
-        transposition = _TRANSPOSITION.get(orientation) if isinstance(orientation, int) else None
     except _DECODE_ERRORS:
-        return picture
-    return picture if transposition is None else picture.transpose(transposition)
+        return kept
+    if isinstance(orientation, int) and orientation in _TRANSPOSITION:
+        kept[_ORIENTATION] = orientation
+    return kept
 
 
 def gray_or_rgb(picture: Image.Image, channels: int) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -33,9 +34,10 @@ def kept_image(
 ) -> KeptImage:
     """Return an image with a shorter side of at most `max_side` pixels; a file that has that is kept byte for byte.
 
-    A larger one is made upright, gray or RGB, and resized as `images.decode_image` resizes (antialiased triangle filter,
-    torchvision's rounding), so that a network that resizes to the same side sees the same pixels. JPEG stays JPEG
-    (quality 95, full chroma), everything else becomes PNG.
+    A larger one is made gray or RGB, and resized as `images.decode_image` resizes (antialiased triangle filter, torchvision's
+    rounding), so that a network that resizes to the same side sees the same pixels. It lies as it lay and keeps its EXIF
+    orientation, so that --source.exif-orientation decides of all images alike when they are read. JPEG stays JPEG (quality 95,
+    full chroma), everything else becomes PNG.
 
     Args:
         content: An image file, or pixels as uint8 HW, HW1 or HW3, which become PNG.
@@ -50,13 +52,14 @@ def kept_image(
         picture = images.loaded(content, max_pixels)
         kind = picture.format
         is_gray = picture.mode in _GRAY_MODES or picture.mode.startswith("I;16")
-        plain = images.gray_or_rgb(images.upright(picture), 1 if is_gray else 3)
+        plain = images.gray_or_rgb(picture, 1 if is_gray else 3)
         size = _smaller(plain.size, max_side)
         if size != plain.size:
             plain = plain.resize(size, Image.Resampling.BILINEAR)
-            content = _encoded(plain, "JPEG" if kind in ("JPEG", "MPO") else "PNG")
+            exif = images.orientation_of(picture)
+            content = _encoded(plain, "JPEG" if kind in ("JPEG", "MPO") else "PNG", exif)
         elif isinstance(content, np.ndarray):
-            content = _encoded(plain, "PNG")
+            content = _encoded(plain, "PNG", Image.Exif())
         pixels_PC = np.asarray(plain).reshape(-1, 1 if is_gray else 3)
     counts_CV = [np.bincount(pixels_PC[:, c], minlength=256) for c in range(pixels_PC.shape[1])]
     values_V, num_pixels = np.arange(256), len(pixels_PC)
@@ -79,10 +82,10 @@ def _smaller(size: tuple[int, int], max_side: int) -> tuple[int, int]:
     return (max_side, scaled) if width <= height else (scaled, max_side)
 
 
-def _encoded(picture: Image.Image, kind: str) -> bytes:
+def _encoded(picture: Image.Image, kind: str, exif: Image.Exif) -> bytes:
     sink = io.BytesIO()
+    options: dict[str, Any] = {"exif": exif} if exif else {}
     if kind == "JPEG":
-        picture.save(sink, format=kind, quality=_JPEG_QUALITY, subsampling=0)
-    else:
-        picture.save(sink, format=kind)
+        options |= {"quality": _JPEG_QUALITY, "subsampling": 0}
+    picture.save(sink, format=kind, **options)
     return sink.getvalue()

@@ -40,7 +40,8 @@ class PrepareConfig:
     where there are held-out images; 0 holds out nothing."""
     max_side: int = option(256, ge=8)
     """Largest shorter side, pixels; larger images are resized to it (antialiased; JPEG stays JPEG at quality 95, others become
-    PNG), all others keep every byte. 256 is what ImageNet's recipes resize to."""
+    PNG; a photograph lies as it lay, and keeps its EXIF orientation), all others keep every byte. 256 is what ImageNet's recipes
+    resize to."""
     shard_mb: int = option(64, ge=1, le=1024)
     """Most bytes of a Parquet file, MiB. A worker holds up to twice as much beside its own 170 MiB (measured at 64, with images
     of 10 KB)."""
