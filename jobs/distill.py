@@ -39,6 +39,7 @@ from wmdd_ray.spine.run import (
 from wmdd_ray.store.documents import dump_json
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source
+from wmdd_ray.store.sources.listing import NoSuchSplitError
 from wmdd_ray.telling.progress import StageLine, duration
 from wmdd_ray.telling.trackers import TrackedRun, trackers_of
 from wmdd_ray.units.cut import open_split
@@ -181,7 +182,15 @@ def open_run(job: Job) -> Run:
     def opened(split: str) -> Source:
         if split == "train":
             return open_split(config, "train")
-        return open_split(config, "val", run.source("train").class_names)
+        names = run.source("train").class_names
+        try:
+            return open_split(config, "val", names)
+        except NoSuchSplitError as error:
+            if config.val_data is not None:
+                raise
+            raise NoSuchSplitError(
+                f"{error}, or --val-fraction 0.1 to hold out a tenth of each class"
+            ) from error
 
     def connect() -> None:
         endings.join_cluster(out, job.resources, verbose=job.verbose)

@@ -25,7 +25,7 @@ from wmdd_ray.config import (
     ViewConfig,
     refuse_secrets,
 )
-from wmdd_ray.errors import ConfigError, DataError
+from wmdd_ray.errors import ArtifactError, ConfigError, DataError
 from wmdd_ray.options import check
 from wmdd_ray.recipes import RECIPES, recipe_of
 from wmdd_ray.records import Teacher
@@ -129,17 +129,12 @@ def parse(arguments: list[str], description: str | None) -> Asked:
         raise ConfigError(
             "expected the URI of a distilled set before all options, as in: jobs/evaluate.py runs/digits-ipc10 --seeds 3"
         )
-    # Imported here: they load torch, which a wrong option should not have to wait for.
-    from wmdd_ray.units.given_set import own_set
-
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--recipe", "--teacher", "--source.image-size", "--evaluate.epochs"):
         first.add_argument(option)
     known, _ = first.parse_known_args(arguments[1:])
     refuse_secrets("uri", arguments[0])
-    own = own_set(arguments[0])
-    if own is None:
-        _require_something(arguments[0])
+    own = _own_set(arguments[0], arguments)
     class_names = None if own is None else own.class_names
     name, ipc = known.recipe, 10
     if own is not None:
@@ -183,19 +178,42 @@ def parse(arguments: list[str], description: str | None) -> Asked:
         evaluate=replace(base.evaluate, network=network, baselines=()),
     )
     job = command_line.parse(Job, arguments, description=description, default=default)
+    if own is None:
+        _require_something(job)
     return _completed(job, own, class_names, source, num_teachers)
 
 
-def _require_something(uri: str) -> None:
+def _own_set(uri: str, arguments: Sequence[str]) -> Any:
+    """Return the set of ours at a URI; None when it is none of ours, or only --source.bucket.* leads to it, as to real images."""
+    # Imported here: it loads torch, which a wrong option should not have to wait for.
+    from wmdd_ray.units.given_set import own_set
+
     try:
-        list_files(uri)
+        return own_set(uri)
+    except ArtifactError:
+        if _answers(uri) or not any(word.startswith("--source.bucket.") for word in arguments):
+            raise
+        return None
+
+
+def _answers(uri: str) -> bool:
+    try:
+        Store(uri).exists("manifest.json")
+    except ArtifactError:
+        return False
+    return True
+
+
+def _require_something(job: Job) -> None:
+    try:
+        list_files(job.uri, follow_links=job.source.follow_links, access=job.source.bucket)
     except NothingThereError as error:
         raise DataError(
-            f"{uri}: expected a distilled set (a run of jobs/distill.py, its dataset/, or images that somebody else distilled), "
-            "found nothing there"
+            f"{job.uri}: expected a distilled set (a run of jobs/distill.py, its dataset/, or images that somebody else "
+            "distilled), found nothing there"
         ) from error
     except DataError:
-        pass  # what is wrong with it is told where it is opened, by its own options
+        pass  # what is wrong with it is told where it is opened
 
 
 def _source_of_ours(own: Any, recipe: SourceConfig) -> SourceConfig:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import fsspec
 import numpy as np
 import pytest
+import s3fs
 import safetensors.numpy
 import torch
 
@@ -21,6 +23,7 @@ from jobs.evaluation import options as asked
 from jobs.evaluation.results import optimizers
 from tests.conftest import S3Uri
 from tests.stages.tiny import FinishedRun
+from tests.store.written_sources import write_parquet
 from wmdd_ray.config import (
     DistillConfig,
     EvaluateConfig,
@@ -29,7 +32,7 @@ from wmdd_ray.config import (
     ViewConfig,
 )
 from wmdd_ray.core.views import draw_views
-from wmdd_ray.errors import DataError
+from wmdd_ray.errors import ArtifactError, DataError
 from wmdd_ray.executors.metrics import RayMetrics
 from wmdd_ray.product.export import export
 from wmdd_ray.robustness import units as attacking
@@ -270,6 +273,29 @@ def test_set_and_results_may_lie_in_object_storage(
     assert typed(uri, f"{uri}/tested", "--seeds", "1", "--labels", "soft") == 0
     expected = of_run(finished_run, "distilled")[:1]
     assert top1(f"{uri}/tested") == {("distilled", "soft"): expected}
+
+
+def test_images_of_others_may_lie_where_only_the_options_of_the_bucket_lead(
+    s3_server: S3Uri, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = s3_server()
+    write_parquet(Store(uri))
+    fs, root = fsspec.core.url_to_fs(uri)
+    for path in fs.find(root):
+        fs.chmod(path, acl="public-read")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    s3fs.S3FileSystem.clear_instance_cache()
+    anonymous = "--source.bucket.anonymous"
+    try:
+        with pytest.raises(ArtifactError, match="no credentials were found"):
+            asked.parse([uri, *HARD], None)
+        job = asked.parse([uri, anonymous, *HARD, "--data", uri], None)
+        assert (job.own, evaluate.open_run(job).source("train").num_images) == (None, 24)
+        with pytest.raises(DataError, match="expected a distilled set .* found nothing there"):
+            asked.parse([f"{uri}/nowhere", anonymous, *HARD], None)
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.mark.slow

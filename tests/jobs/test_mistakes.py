@@ -125,7 +125,7 @@ LOCAL = [
         f"distill --data HERE/images/train {COLOR} {SMALL}",
         4,
         "error: HERE/images/train: expected held-out images in folders or files named dev, test, testing, val, valid, validation, "
-        "found 'ant/', 'bee/', 'cat/'; pass held-out images as --val-data",
+        "found 'ant/', 'bee/', 'cat/'; pass held-out images as --val-data, or --val-fraction 0.1 to hold out a tenth of each class",
     ),
     Mistake(
         "held-out images of other classes",
