@@ -88,8 +88,8 @@ def main(arguments: list[str]) -> int:
     return endings.exit_code_of(arguments, parse, distill)
 
 
-def parse(arguments: list[str]) -> Job:
-    """Return the job of a command line: a recipe's values, changed by the options given."""
+def parse(arguments: list[str], *, ask_cluster: bool = True) -> Job:
+    """Return the job of a command line: a recipe's values, changed by the options given; `auto` may ask a cluster for its GPUs."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("recipe", "variant", "ipc", "teacher", "data", *_MEASURED_FOR):
         first.add_argument(f"--{option}", f"--{option.replace('-', '_')}", dest=option, default="")
@@ -99,7 +99,7 @@ def parse(arguments: list[str]) -> Job:
     with_data = known["data"] not in ("", "digits")
     recipe = known["recipe"] or ("auto" if with_data else "digits")
     if recipe == "auto" and with_data:
-        return _parse_auto(arguments, known, ipc)
+        return _parse_auto(arguments, known, ipc, ask_cluster=ask_cluster)
     config = _for_teacher(recipe_of(recipe, ipc, known["variant"] or "best"), known["teacher"])
     return _parse(arguments, config)
 
@@ -119,7 +119,7 @@ def _for_teacher(config: DistillConfig, teacher: str) -> DistillConfig:
     return replace(config, source=published(teacher).source(config.source))
 
 
-def _parse_auto(arguments: list[str], known: dict[str, str], ipc: int) -> Job:
+def _parse_auto(arguments: list[str], known: dict[str, str], ipc: int, *, ask_cluster: bool) -> Job:
     """Return the job of a command line without a recipe: its data choose, and the options given come over it."""
     size, channels = (
         int(known[name]) if known[name].isdecimal() else None for name in _MEASURED_FOR
@@ -130,7 +130,15 @@ def _parse_auto(arguments: list[str], known: dict[str, str], ipc: int) -> Job:
         size, channels = size or given.image_size, channels or given.channels
     job = _parse(arguments, own_data.placeholder(known["data"], ipc, channels))
     out = None if job.overwrite else Store(job.out or default_out(job.config))
-    auto = own_data.look(job.config, job.resources, out, image_size=size, channels=channels)
+    auto = own_data.look(
+        job.config,
+        job.resources,
+        out,
+        image_size=size,
+        channels=channels,
+        ask_cluster=ask_cluster,
+        verbose=job.verbose,
+    )
     config, reasons = auto.choose(ipc, job.config.variant)
     # What was typed must not be at odds with what was not.
     warmup = min(config.squeeze.warmup_epochs, job.config.squeeze.epochs)

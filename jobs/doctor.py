@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> int:
     if command_line.asks_for_help(arguments):
         print(__doc__)
     try:
-        job = _parsed(arguments)
+        job = _parsed(arguments, ask_cluster=not mine.no_cluster)
         run = open_run(job)
     except WmddError as error:
         show("options", Finding("FAIL", str(error)))
@@ -108,11 +108,14 @@ def main(arguments: list[str]) -> int:
     return worst
 
 
-def _parsed(arguments: list[str]) -> Job:
-    """Return the job; where no images can be measured, that of a recipe, for the check of the data says what is wrong with them."""
+def _parsed(arguments: list[str], *, ask_cluster: bool) -> Job:
+    """Return the job; where images cannot be measured, or the cluster not joined, that of a recipe: their checks say why."""
     try:
-        return parse(arguments)
-    except (DataError, ArtifactError) as error:
+        return parse(arguments, ask_cluster=ask_cluster)
+    except Exception as error:
+        told = isinstance(error, DataError | ArtifactError | ConnectionError)
+        if not told and not type(error).__module__.startswith("ray."):
+            raise
         logger.info("auto", exc_info=error)
         return parse([*arguments, "--recipe", "cifar10"])
 

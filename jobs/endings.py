@@ -92,8 +92,8 @@ def refuse_lost_folder(out: str | None) -> None:
         )
 
 
-def join_cluster(out: str, resources: Resources, *, verbose: bool) -> None:
-    """Join or start the cluster for a run under `out`, and go on hearing requests to terminate."""
+def join_cluster(out: str | None, resources: Resources, *, verbose: bool) -> None:
+    """Join or start the cluster for a run under `out`, if any, and go on hearing requests to terminate."""
     if resources.executor == "here":
         return
     from wmdd_ray.executors.cluster import connect

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +19,8 @@ from wmdd_ray.store.sources.opening import PREPARED_KEY
 from wmdd_ray.store.uris import local_path
 from wmdd_ray.units.auto import choose
 from wmdd_ray.units.own_data import Measured, input_of, measure, of_prepared
+
+from . import endings
 
 RECORD_KEY = "auto"
 """Where run.json has what was measured."""
@@ -87,15 +90,19 @@ def look(
     *,
     image_size: int | None,
     channels: int | None,
+    ask_cluster: bool,
+    verbose: bool,
 ) -> Auto:
     """Return what there is to choose by: out of the record of the run, or of prepared.json, or measured.
 
     Args:
         config: What was typed, over the `placeholder`.
-        resources: Say, or let the machine say, whether there is a GPU.
+        resources: Say, or let the cluster say, whether there is a GPU.
         record: Where the run is, if its record counts.
         image_size: Side that was typed, or that a published teacher needs.
         channels: Likewise.
+        ask_cluster: Join the cluster that RAY_ADDRESS names, where workers would run on it.
+        verbose: Show Ray's log lines then.
 
     Raises:
         DataError: The images cannot be used.
@@ -113,13 +120,25 @@ def look(
     if known is not None and known.get("asked") == _plain(asked):
         measured = Measured.read(known["measured"])
         return Auto(asked=asked, measured=measured, has_gpu=known["has_gpu"])
-    has_gpu = resources.gpus_per_worker > 0
-    if resources.gpus_per_worker < 0:
-        # Imported here: a wrong option should not have to wait for it.
-        import torch
-
-        has_gpu = torch.cuda.is_available()
+    in_driver = resources.executor == "here" or resources.num_workers == 0
+    ask_cluster = ask_cluster and not in_driver and bool(os.environ.get("RAY_ADDRESS"))
+    has_gpu = _has_gpu(resources, ask_cluster=ask_cluster, verbose=verbose)
     return Auto(asked=asked, measured=_prepared(asked) or _measured(asked), has_gpu=has_gpu)
+
+
+def _has_gpu(resources: Resources, *, ask_cluster: bool, verbose: bool) -> bool:
+    """Return whether workers have a GPU: those of the cluster, or of this machine, where they will run."""
+    if resources.gpus_per_worker >= 0:
+        return resources.gpus_per_worker > 0
+    # Imported here: a wrong option should not have to wait for them.
+    if ask_cluster:
+        from wmdd_ray.executors.cluster import has_gpus
+
+        endings.join_cluster(None, resources, verbose=verbose)
+        return has_gpus()
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _plain(asked: Asked) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -31,12 +32,16 @@ from wmdd_ray.recipes import RECIPES, recipe_of
 from wmdd_ray.records import Teacher
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.store import codecs
-from wmdd_ray.store.documents import real_images_of
+from wmdd_ray.store.documents import load_json, real_images_of
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources.listing import NothingThereError, list_files
 from wmdd_ray.store.uris import check_named
+from wmdd_ray.units.auto import choose
+from wmdd_ray.units.own_data import Measured
 
 from .. import command_line, endings
+
+logger = logging.getLogger(__name__)
 
 # Larger images have strided stems, in the literature as in torchvision.
 _SMALL_PIXELS = 64
@@ -82,7 +87,8 @@ class Job:
     attack_images: int | None = None
     """Held-out images that are attacked, equally many of each class, drawn by --seed; all where there are fewer. Absent: 1000."""
     recipe: str | None = None
-    """Recipe of jobs/distill.py whose student, views and input are the defaults. Absent: for a set of ours its own."""
+    """Recipe of jobs/distill.py whose student, views and input are the defaults. Absent: for a set of ours its own; of `auto`
+    what the run chose, which run.json beside dataset/ tells."""
     out: str | None = None
     """Where results go: a path, or a URI that all nodes see. Absent: evaluate-NAME beside the runs of jobs/distill.py."""
     overwrite: bool = False
@@ -136,12 +142,10 @@ def parse(arguments: list[str], description: str | None) -> Asked:
     refuse_secrets("uri", arguments[0])
     own = _own_set(arguments[0], arguments)
     class_names = None if own is None else own.class_names
-    name, ipc = known.recipe, 10
-    if own is not None:
-        ipc = own.meta["ipc"]
-        name = name or (own.meta["provenance"]["recipe"] if own.meta["provenance"]["recipe"] in RECIPES else None)  # fmt: skip
+    base = _recipe_of_ours(own)
+    if known.recipe:
+        base = recipe_of(known.recipe, 10 if own is None else own.meta["ipc"])
     num_teachers = 1
-    base = recipe_of(name, ipc) if name else DistillConfig(evaluate=EvaluateConfig())
     source = base.source
     if own is not None:
         source = _source_of_ours(own, source)
@@ -169,7 +173,9 @@ def parse(arguments: list[str], description: str | None) -> Asked:
         if size is not None and size.isdecimal():
             side = max(8, int(size))
             source = replace(source, image_size=side, resize=max(side, source.resize))
-    network = replace(base.evaluate.network, small_stem=source.image_size <= _SMALL_PIXELS)
+    network = base.evaluate.network
+    if base.recipe != "auto":
+        network = replace(network, small_stem=source.image_size <= _SMALL_PIXELS)
     default = Job(
         uri=arguments[0],
         students=(network.arch,),
@@ -202,6 +208,37 @@ def _answers(uri: str) -> bool:
     except ArtifactError:
         return False
     return True
+
+
+def _recipe_of_ours(own: Any) -> DistillConfig:
+    """Return the recipe that a set of ours was made by, or the general options."""
+    general = DistillConfig(evaluate=EvaluateConfig())
+    if own is None:
+        return general
+    name, ipc = own.meta["provenance"]["recipe"], own.meta["ipc"]
+    if name in RECIPES:
+        return recipe_of(name, ipc)
+    if name == "auto":
+        run = Store(own.uri.removesuffix("/dataset"))
+        try:
+            # What was measured, and not the options beside it: a stranger's could name code to run.
+            auto = load_json(run.get("run.json"), run.url("run.json"))["auto"]
+            measured, size = Measured.read(auto["measured"]), own.meta["image_size"]
+            return choose(measured, auto["has_gpu"], ipc, image_size=size)[0]
+        except (
+            OSError,
+            ArtifactError,
+            LookupError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+        ) as error:
+            logger.warning(
+                "%s: recipe auto chose its students by what run.json beside dataset/ says of the images, which cannot be read "
+                "(%s: %s): the general student is trained; --students, --evaluate.epochs or --recipe NAME say another",
+                own.uri, type(error).__name__, error,
+            )  # fmt: skip
+    return general
 
 
 def _require_something(job: Job) -> None:

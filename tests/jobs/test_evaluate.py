@@ -8,7 +8,8 @@ import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest import mock
 
 import fsspec
@@ -21,9 +22,13 @@ import torch
 from jobs import evaluate
 from jobs.evaluation import options as asked
 from jobs.evaluation.results import optimizers
+from jobs.own_data import Auto
 from tests.conftest import S3Uri
+from tests.manifests import manifest_of
 from tests.stages.tiny import FinishedRun
 from tests.store.written_sources import write_parquet
+from tests.test_dataset import IPC, SIZE, write_dataset
+from tests.units.test_auto import MEASURED
 from wmdd_ray.config import (
     DistillConfig,
     EvaluateConfig,
@@ -43,6 +48,7 @@ from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.images import encode_png
 from wmdd_ray.store.sources import load_images, open_source
 from wmdd_ray.telling.trackers import Number
+from wmdd_ray.units.auto import choose
 from wmdd_ray.units.given_set import Given, GivenSets
 from wmdd_ray.units.held_out import Listed
 from wmdd_ray.units.real_images import random_real
@@ -296,6 +302,35 @@ def test_images_of_others_may_lie_where_only_the_options_of_the_bucket_lead(
             asked.parse([f"{uri}/nowhere", anonymous, *HARD], None)
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_students_of_an_automatic_run_are_those_that_it_chose(
+    has_gpu: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = str(tmp_path / "run")
+    provenance = {**manifest_of()["provenance"], "recipe": "auto"}
+    source = {**manifest_of()["source"], "uri": "digits"}
+    write_dataset(f"{uri}/dataset", provenance=provenance, source=source)
+    record = Auto(asked=cast(Any, SimpleNamespace()), measured=MEASURED, has_gpu=has_gpu).record()
+    told = {"config": {"evaluate": {"network": {"arch": "os:system"}}}, "auto": record}
+    Store(uri).put("run.json", documents.dump_json(told))
+    chosen = choose(MEASURED, has_gpu, IPC, image_size=SIZE)[0].evaluate
+    job = asked.parse([uri], None)
+    assert job.config.evaluate == replace(chosen, baselines=())
+    assert job.students == (chosen.network.arch,) == ("convnet3",)
+    assert asked.parse([uri, "--evaluate.network.width", "9"], None).config.evaluate.network == (
+        replace(chosen.network, width=9)
+    )
+    assert not caplog.records
+    named = asked.parse([uri, "--recipe", "digits"], None).config.evaluate
+    assert named.network.width == 32 != chosen.network.width
+    for broken in (b"{}", b"x", b'{"auto": {"measured": {}, "has_gpu": 1}}', None):
+        Store(uri).delete("run.json") if broken is None else Store(uri).put("run.json", broken)
+        caplog.clear()
+        job = asked.parse([uri], None)
+        assert job.config.evaluate.epochs == EvaluateConfig().epochs
+        assert "recipe auto chose its students by what run.json beside" in caplog.text
 
 
 @pytest.mark.slow

@@ -158,6 +158,33 @@ def test_a_resumed_run_takes_what_was_measured_from_its_record(
     assert other.auto is not None and other.auto.measured.num_images == 37
 
 
+@pytest.mark.parametrize(
+    ("address", "typed", "cluster", "driver", "expected"),
+    [
+        ("head:6379", (), 8.0, False, True),  # a driver without a GPU
+        ("head:6379", (), 0.0, True, False),  # one that has the only GPU, on workers without
+        ("head:6379", ("--num-workers", "0"), 8.0, False, False),
+        ("head:6379", ("--executor", "here"), 0.0, True, True),
+        ("head:6379", ("--gpus-per-worker", "1"), 0.0, False, True),  # nodes that are still to come
+        ("", (), 8.0, False, False),
+        ("", (), 0.0, True, True),
+    ],
+)
+def test_a_gpu_is_one_that_the_workers_have(
+    address: str, typed: tuple[str, ...], cluster: float, driver: bool, expected: bool, photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    joined: list[object] = []
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: driver)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": cluster})
+    monkeypatch.setattr("wmdd_ray.executors.cluster.connect", lambda out, **_: joined.append(out))
+    job = distill.parse(["--data", str(photos), *typed])
+    assert job.auto is not None and job.auto.has_gpu == expected
+    assert ("and a GPU" in job.told[2]) == expected
+    assert joined == ([None] if address and not typed else [])
+
+
 def test_what_prepare_measured_is_not_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said
 ) -> None:

@@ -35,13 +35,13 @@ _FIXED_WAIT_S = 300.0
 _TELL_EVERY_S = 60.0
 
 
-def connect(out: str, *, verbose: bool = False) -> None:
+def connect(out: str | None, *, verbose: bool = False) -> None:
     """Join the cluster that `RAY_ADDRESS` names (as inside `ray job submit`), or start one on this machine.
 
     A local Ray listens on 127.0.0.1 only and asks for a token that is made for this run alone.
 
     Args:
-        out: Root URI of the run.
+        out: Root URI of the run; None where nothing is written.
         verbose: Show Ray's own log lines and those of the workers.
 
     Raises:
@@ -57,6 +57,8 @@ def connect(out: str, *, verbose: bool = False) -> None:
             ray.init(logging_level=level, log_to_driver=verbose)
         else:
             _start_local(level, verbose)
+    if out is None:
+        return
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     # A node without CPUs does nothing itself: those that do are still to come.
     elsewhere = num_nodes > 1 or not has_cpus()
@@ -88,6 +90,11 @@ def require_head(address: str) -> None:
 def has_cpus() -> bool:
     """Return whether the cluster has CPUs now; one that starts with a head alone has not, and grows when it is asked."""
     return bool(ray.cluster_resources().get("CPU", 0))
+
+
+def has_gpus() -> bool:
+    """Return whether the cluster has GPUs now, which workers then take (`width`)."""
+    return bool(ray.cluster_resources().get("GPU", 0))
 
 
 def is_one_machine() -> bool:
@@ -194,7 +201,7 @@ def width(resources: Resources) -> Width:
         return Width(0, cpus, max(0.0, gpus))
     here = ray.cluster_resources()
     if gpus < 0:
-        gpus = 1.0 if here.get("GPU", 0) else 0.0
+        gpus = 1.0 if has_gpus() else 0.0
     if num_workers < 0:
         here_cpus = int(here.get("CPU", 0))
         here_gpus = here.get("GPU", 0.0)
