@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -53,6 +54,12 @@ def lines(truth: Truth, line: str, head: str = "", classes: tuple[str, ...] = NA
         for path, name in truth.items()
     ]
     return "".join(f"{row}\n" for row in [head] * bool(head) + rows).encode()
+
+
+def json_lines(truth: Truth, label: str = "label") -> bytes:
+    """Return Hugging Face's metadata.jsonl beside the images."""
+    rows = [{"file_name": path.rpartition("/")[2], label: name} for path, name in truth.items()]
+    return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
 
 
 def shard(truth: Truth, label: str = "cls", classes: tuple[str, ...] = NAMES) -> bytes:

@@ -1,4 +1,4 @@
-"""A table of image paths and labels beside the images: `labels.csv`, or `train.csv` and `val.csv`."""
+"""A table of image paths and labels beside the images: `labels.csv`, `train.csv` and `val.csv`, or `metadata.jsonl`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import itertools
+import json
 import logging
 import posixpath
 import re
@@ -24,7 +25,7 @@ from wmdd_ray.store.sources.classes import (
 )
 from wmdd_ray.store.sources.endings import is_image_name
 from wmdd_ray.store.sources.files import reading, refuse_outside
-from wmdd_ray.store.sources.labels import beside_classes, found_classes, label_of
+from wmdd_ray.store.sources.labels import Label, beside_classes, found_classes, label_of
 from wmdd_ray.store.sources.listing import (
     SPLIT_NAMES,
     Listing,
@@ -42,6 +43,8 @@ _PATH_NAMES = (
 )
 _LABEL_NAMES = ("label", "labels", "class", "class_name", "category", "target")
 _SPLIT_NAME = "split"
+JSON_TABLE = "metadata.jsonl"
+"""Hugging Face's table: an object a line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ class _Row:
 
     place: str
     path: str
-    label: str
+    label: Label | None
     split: str
     problem: str = ""
 
@@ -117,7 +120,7 @@ class CsvSource(FileSource):
 
 def is_csv(name: str) -> bool:
     """Return whether a file is a table that lies at the root."""
-    return "/" not in name and name.lower().endswith((".csv", ".tsv"))
+    return "/" not in name and (name.lower().endswith((".csv", ".tsv")) or name == JSON_TABLE)
 
 
 def open_csv(listing: Listing) -> CsvSource:
@@ -136,13 +139,13 @@ def open_csv(listing: Listing) -> CsvSource:
     )
     rows, digest = _rows_of_split(source, listing)
     images = _image_files(listing, rows)
-    checked = [_checked(row, images, listing.config) for row in _without_repeats(rows)]
-    names, label_of = _classes(source, listing, checked)
+    checked = [_checked(row, images) for row in _without_repeats(rows)]
+    names, places = _classes(source, listing, checked)
     keys: dict[int, list[str]] = {}
     problems: dict[str, str] = {}
     for row in checked:
         # A row without a label is counted among the first class's, under which it is refused.
-        label = label_of.get(row.label, 0)
+        label = 0 if row.label is None else places.get(row.label, 0)
         if row.problem:
             problems[row.place] = row.problem
             keys.setdefault(label, []).append(row.place)
@@ -208,21 +211,30 @@ def _rows_of_split(source: CsvSource, listing: Listing) -> tuple[list[_Row], str
 
 def _rows(text: str, where: str, table: str, word: str, config: SourceConfig) -> Iterator[_Row]:
     """Yield the rows of one table."""
+    is_json = table == JSON_TABLE
+    for place, (path, label, split) in (_json_cells if is_json else _cells)(text, where, config):
+        named = label_of(label, config.numbers, is_text=not is_json)
+        yield _Row(f"{table}:{place}", path, named, word if split is None else split.lower())
+
+
+def _cells(
+    text: str, where: str, config: SourceConfig
+) -> Iterator[tuple[int, tuple[str, object, str | None]]]:
+    """Yield line, and path, label and split, of the rows of a table with separators."""
     head = text.partition("\n")[0]
     delimiter = max(",;\t", key=head.count)
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         first = next(lines, [])
-        path_at, label_at, split_at = _columns(first, config, where)
+        path_at, label_at, split_at = _columns(first, config, where, by_place=True)
         width = max(path_at, label_at, -1 if split_at is None else split_at) + 1
         has_header = not is_image_name(first[path_at].strip())
         for cells in lines if has_header else itertools.chain([first], lines):
             if not any(cell.strip() for cell in cells):
                 continue
-            place = f"{table}:{lines.line_num}"
             cells = [cell.strip() for cell in cells] + [""] * (width - len(cells))
-            split = word if split_at is None else cells[split_at].lower()
-            yield _Row(place, cells[path_at], cells[label_at], split)
+            split = None if split_at is None else cells[split_at]
+            yield lines.line_num, (cells[path_at], cells[label_at], split)
     except csv.Error as error:
         raise DataError(
             f"{where}: line {lines.line_num} is malformed ({error}); expected cells separated by {delimiter!r}, and "
@@ -230,14 +242,38 @@ def _rows(text: str, where: str, table: str, word: str, config: SourceConfig) ->
         ) from error
 
 
-def _columns(header: list[str], config: SourceConfig, where: str) -> tuple[int, int, int | None]:
-    """Return the places of path, label and split: as asked for, by usual names, else the first two of two columns."""
+def _json_cells(
+    text: str, where: str, config: SourceConfig
+) -> Iterator[tuple[int, tuple[str, object, str | None]]]:
+    """Yield the same of a table with an object a line; the first one has all names."""
+    names: list[str] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = {str(name): value for name, value in json.loads(line).items()}
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise DataError(
+                f"{where}: line {number} is malformed ({error}); expected a JSON object a line, such as "
+                '{"file_name": "0.png", "label": "ant"}'
+            ) from error
+        names = names or list(row)
+        path_at, label_at, split_at = _columns(names, config, where, by_place=False)
+        split = None if split_at is None else str(row.get(names[split_at], ""))
+        yield number, (str(row.get(names[path_at], "")), row.get(names[label_at]), split)
+
+
+def _columns(
+    header: list[str], config: SourceConfig, where: str, *, by_place: bool
+) -> tuple[int, int, int | None]:
+    """Return the places of path, label and split: as asked for, by usual names, else (`by_place`) the first two of two columns."""
     named = [_column_name(cell) for cell in header]
     split = named.index(_SPLIT_NAME) if _SPLIT_NAME in named else None
     path = _place(named, config.image_column, _PATH_NAMES)
     label = _place(named, config.label_column, _LABEL_NAMES)
     others = [i for i in range(len(named)) if i != split]
-    if len(others) == 2 and config.label_column is None and config.image_column is None:
+    by_place = by_place and config.label_column is None and config.image_column is None
+    if len(others) == 2 and by_place:
         first, second = others
         if path is None:
             path = second if label == first else first
@@ -294,13 +330,13 @@ def _without_repeats(rows: Sequence[_Row]) -> Iterator[_Row]:
             yield replace(row, problem=f"{row.path} stands at {before.place} already{other}")
 
 
-def _checked(row: _Row, images: Mapping[str, int], config: SourceConfig) -> _Row:
+def _checked(row: _Row, images: Mapping[str, int]) -> _Row:
     """Return a row with its path as the listing has it, or with the reason why it is no image."""
     if row.problem:
         return row
     if not row.path:
         return replace(row, problem="no path")
-    if label_of(row.label, config.numbers, is_text=True) is None:
+    if row.label is None:
         return replace(row, problem=f"no label for {one_line(row.path)}")
     # Tables that were written on Windows.
     for path in (row.path, row.path.replace("\\", "/")):
@@ -311,27 +347,22 @@ def _checked(row: _Row, images: Mapping[str, int], config: SourceConfig) -> _Row
 
 def _classes(
     source: CsvSource, listing: Listing, rows: Sequence[_Row]
-) -> tuple[tuple[str, ...], dict[str, int]]:
+) -> tuple[tuple[str, ...], dict[Label, int]]:
     """Return the class names, and the class of every label that a good row has.
 
     Raises:
         DataError: A label is none of the classes.
     """
-    examples = {row.label: row.path for row in reversed(rows) if not row.problem}
+    examples = {
+        row.label: row.path for row in reversed(rows) if row.label is not None and not row.problem
+    }
     if not examples:
         raise DataError(f"{source.root}: expected rows with paths and labels, found no good one")
     numbers = listing.config.numbers
-    labels = {
-        text: label
-        for text in examples
-        if (label := label_of(text, numbers, is_text=True)) is not None
-    }
     names, places = beside_classes(
         read_class_names(source), listing.class_names, numbers, source.root
     )
     if names is None:
-        names, places = found_classes(
-            {label: examples[text] for text, label in labels.items()}, numbers, source.root
-        )
+        names, places = found_classes(examples, numbers, source.root)
     source.name_classes(names, places)
-    return names, {text: source.class_of(label, examples[text]) for text, label in labels.items()}
+    return names, {label: source.class_of(label, path) for label, path in examples.items()}

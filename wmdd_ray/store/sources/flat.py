@@ -1,7 +1,7 @@
 """Images of a split in one folder, and what says their classes: a table beside them, or a list of names and classes.
 
 Tiny-ImageNet's `val/val_annotations.txt`, Kaggle's `LOC_val_solution.csv`, `val.txt` with a name and a class a line, ILSVRC's
-`ILSVRC2012_validation_ground_truth.txt` with its `meta.mat`, and Hugging Face's `train/metadata.csv`.
+`ILSVRC2012_validation_ground_truth.txt` with its `meta.mat`, and Hugging Face's `train/metadata.csv` and `metadata.jsonl`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from wmdd_ray.store.sources.listing import SPLIT_NAMES, Listing, no_such_split, 
 from wmdd_ray.store.sources.matfile import read_structs
 from wmdd_ray.store.uris import arrow_filesystem
 
-_TABLES = ("metadata.csv", "labels.csv", "metadata.tsv", "labels.tsv")
-_JSON_TABLE = "metadata.jsonl"
+_TABLES = ("metadata.csv", "labels.csv", "metadata.tsv", "labels.tsv", csvfile.JSON_TABLE)
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 _SYNSET = ("ILSVRC2012_ID", "WNID", "num_children")
 _ORDERS = ("classes.txt", "synsets.txt")
@@ -89,11 +88,7 @@ def open_flat(listing: Listing, flat: Flat) -> Source:
         for name in sorted(listing.images)
         if posixpath.dirname(name) == flat.folder
     }
-    refused = [
-        f"{name} is not read, write what it says as metadata.csv"
-        for name in (join(flat.folder, _JSON_TABLE), join(flat.split_folder, _JSON_TABLE))
-        if name in listing.files
-    ][:1]
+    refused: list[str] = []
     if listing.class_names is not None:
         said = {name: _labels(listing, name, images, refused) for name in _lists(listing, flat)}
         lists = [name for name, label_of in said.items() if label_of]

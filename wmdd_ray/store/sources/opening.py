@@ -188,8 +188,11 @@ def _detect(listing: Listing) -> str:
     matches = [name for name in candidates if any(map(_FORMATS[name][0], listing.files))]
     # Any table may lie beside images. One counts that was itself asked for, or is named as labels are; where it lies beside
     # folders of images, it may be the classes or the folders.
-    is_table = len(listing.files) == 1 or any(map(_names_labels, listing.files))
-    if listing.config.format == "auto" and not (is_table and {*matches} <= {"csv", "imagefolder"}):
+    tables = [name for name in listing.files if _names_labels(name)]
+    # Beside folders of classes it says more of the images: jobs/export.py writes it there.
+    only_json = tables == [csvfile.JSON_TABLE] and _has_class_folders(listing)
+    asked = len(listing.files) == 1 or (bool(tables) and not only_json)
+    if listing.config.format == "auto" and not (asked and {*matches} <= {"csv", "imagefolder"}):
         matches = [name for name in matches if name != "csv"]
     if len(matches) == 2 and "csv" in matches and not _has_class_folders(listing):
         return "csv"
