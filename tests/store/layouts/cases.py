@@ -44,6 +44,7 @@ KAGGLE_FILES = {
 DEVKIT = "ILSVRC2012_devkit_t12/data/"
 # Line k is the id of image k; ids count the classes backwards.
 GROUND_TRUTH = {DEVKIT + "ILSVRC2012_validation_ground_truth.txt": b"3\n3\n2\n2\n1\n1\n"}
+BACKWARDS = {DEVKIT + "ILSVRC2012_validation_ground_truth.txt": b"1\n1\n2\n2\n3\n3\n"}
 META = {DEVKIT + "meta.mat": meta_mat(WNIDS)}
 JUNK = (
     "train/ant/._0.png", "train/@eaDir/x.jpg", "train/ant/@eaDir/0.png/thumb.jpg", "__MACOSX/train/ant/._0.png",
@@ -66,6 +67,11 @@ NAMED = {"classes.txt": b"ant\nbee\ncat\n"}
 BY_CLASS = {name: each(name + "_{i}.JPEG", (name,)) for name in NAMES}
 ALL_OF_CLASS = {path: name for truth in BY_CLASS.values() for path, name in truth.items()}
 CLASS_TARS = {name: shard(truth, label="") for name, truth in BY_CLASS.items()}
+WNID_TRUTH = {name: each(name + "_{i}.JPEG", (name,)) for name in WNIDS}
+ALL_OF_WNID = {path: name for truth in WNID_TRUTH.values() for path, name in truth.items()}
+WNID_TARS = {name: shard(truth, label="") for name, truth in WNID_TRUTH.items()}
+FLAT_VAL = each("ILSVRC2012_val_{n:08d}.JPEG", tuple(reversed(WNIDS)))
+IN_TARS = each("{c}/{i}.png"), each("{c}/v{i}.png")
 HALVES = each("a/{i}{c}.png"), each("b/{i}{c}.png")
 
 
@@ -117,6 +123,22 @@ READ = [
     Case("tars-of-classes", ALL_OF_CLASS, files={f"train/{n}.tar": c for n, c in CLASS_TARS.items()}, packed=True),
     Case("tars-of-classes-in-a-tar", ALL_OF_CLASS, packed=True,
          files={"ILSVRC2012_img_train.tar": tar_of([(f"{n}.tar", c) for n, c in CLASS_TARS.items()])}),
+    Case("ilsvrc-as-downloaded", ALL_OF_WNID, FLAT_VAL, packed=True,
+         files={"ILSVRC2012_img_train.tar": tar_of([(f"{n}.tar", c) for n, c in WNID_TARS.items()]),
+                "ILSVRC2012_img_val.tar": shard(FLAT_VAL, label=""), "ILSVRC2012_devkit_t12.tar.gz": X, **BACKWARDS, **META}),
+    Case("ilsvrc-val-tar-with-its-list", ALL_OF_WNID, FLAT_VAL, packed=True, val_at="val",
+         files={"train.tar": tar_of([(f"{n}.tar", c) for n, c in WNID_TARS.items()]),
+                "val/ILSVRC2012_img_val.tar": shard(FLAT_VAL, label=""), "val/val.txt": lines(FLAT_VAL, "{name} {c}")}),
+    Case("tars-of-folders", *IN_TARS, {"train.tar": shard(IN_TARS[0], label=""), "val.tar": shard(IN_TARS[1], label="")},
+         packed=True),
+    Case("several-tars-of-folders", IN_TARS[0] | IN_TARS[1], "expected held-out images", packed=True,
+         files={f"part-{k}.tar": shard(truth, label="") for k, truth in enumerate(IN_TARS)}),
+    Case("tar-of-a-data-set", TRAIN, VAL, packed=True,
+         files={"set.tar": tar_of([("README", X), ("._x.png", X), *((p, png_of(p)) for p in TRAIN | VAL)])}),
+    Case("tar-of-tiny-imagenet", TINY, TINY_VAL, packed=True, files={"tiny.tar": tar_of(
+        [(f"./tiny/{p}", png_of(p)) for p in TINY | TINY_VAL] + [(f"tiny/{p}", c) for p, c in (TINY_LIST | TINY_TEXTS).items()])}),
+    Case("tar-of-folders-by-layout", TWO_LEVELS, packed=True, options=layout("*/{class}"),
+         files={"set.tar": shard(TWO_LEVELS, label="")}),
     # Tables beside the images.
     Case("metadata-in-train", *HF, HF_TABLES),
     Case("metadata-in-json", *HF, {"train/metadata.jsonl": json_lines(HF[0]), "validation/metadata.jsonl": json_lines(HF[1])}),
@@ -284,6 +306,22 @@ REFUSED = [
          files=NAMED | {"a/0.tar": shard(HALVES[0]), "b/0.tar": shard(HALVES[1])}),
     Case("tar-of-images", "holds images .'000.png'.*nothing says their classes.*unpack it",
          files={"images.tar": shard({"000.png": "ant", "001.png": "ant"}, label="")}),
+    Case("ilsvrc-val-tar-without-the-devkit", ALL_OF_WNID,
+         r"6 held-out images lie in one folder, val/, .* no file says their classes .*devkit_t12.tar.gz, which has it, is not "
+         "read: unpack it by tar -xzf ILSVRC2012_devkit_t12.tar.gz in ", packed=True,
+         files={"ILSVRC2012_img_train.tar": tar_of([(f"{n}.tar", c) for n, c in WNID_TARS.items()]),
+                "ILSVRC2012_img_val.tar": shard(FLAT_VAL, label=""), "ILSVRC2012_devkit_t12.tar.gz": X}),
+    Case("ilsvrc-val-tar-by-itself", ALL_OF_WNID,
+         "lists that lie beside ILSVRC2012_img_val.tar are read where their folder is passed", packed=True,
+         val_at="ILSVRC2012_img_val.tar",
+         files={"ILSVRC2012_img_train.tar": tar_of([(f"{n}.tar", c) for n, c in WNID_TARS.items()]),
+                "ILSVRC2012_img_val.tar": shard(FLAT_VAL, label=""), **BACKWARDS, **META}),
+    Case("tars-with-files-of-one-name", "expected each file once, found 'ant/0.png' in a.tar and in b.tar; unpack them",
+         files={f"{k}.tar": shard(IN_TARS[0], label="") for k in "ab"}),
+    Case("tar-of-two-levels", r"images lie two levels down.*'{class}', or by --source.layout '\*/{class}'",
+         files={"set.tar": shard(TWO_LEVELS, label="")}),
+    Case("tar-with-loose-images", "6 files are no images of a class, beside 6 .*--source.max-passed-over allows 25%",
+         files={"set.tar": shard(IN_TARS[0] | each("{n}.png"), label="")}),
     Case("shards-without-labels", "nothing says their classes",
          files={f"s-{i}.tar": shard({f"{i}.png": "ant"}, label="") for i in range(3)}),
     Case("keys-with-dots", "img_001.05 with its label is a sample if keys end at the last dot.*--source.tar-keys last-dot or",

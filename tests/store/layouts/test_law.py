@@ -5,13 +5,17 @@ from __future__ import annotations
 import uuid
 from collections import Counter
 from dataclasses import replace
+from typing import get_args
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.store.labels.files import cifar
 from tests.store.layouts.trees import Truth, png_of
 from tests.store.written_sources import CONFIG, NAMES, idx_of, parquet_of, tar_of
+from wmdd_ray.config import Format
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, decoded_chunks, open_source
@@ -213,20 +217,118 @@ def test_of_parquet(rows: list[str], extra: set[tuple[str, str]]) -> None:
     check_files(source, [*names, "train.parquet"], sum(names.values()))
 
 
-def test_of_arrays() -> None:
+@MANY
+@given(
+    pictures=pictures,
+    junk=st.sets(st.sampled_from(sorted(BESIDE))),
+    extra=beside,
+    several=st.booleans(),
+)
+def test_of_folders_in_tars(
+    pictures: list[tuple[str, str, bool]],
+    junk: set[str],
+    extra: set[tuple[str, str]],
+    several: bool,
+) -> None:
     store = new_store()
-    names = put_beside(store, {(folder, name) for folder in FOLDERS for name in BESIDE})
-    import numpy as np
+    names = put_beside(store, extra)
+    members = [("ant/0.png", png_of("x")), ("bee/0.png", png_of("y")), ("0.png", GARBAGE)]
+    members += [(f"{folder}{name}", GARBAGE) for folder in ("", "ant/") for name in sorted(junk)]
+    expected = {True: 2, False: 0}
+    passed = 1 + 2 * len(junk)
+    for i, (name, ending, good) in enumerate(pictures):
+        path = f"./{name}/img_{i}{ending}"
+        members.append((path, png_of(path) if good else GARBAGE))
+        # In tars nobody looks into files.
+        expected[good] += ending in NAMED
+        passed += ending not in NAMED
+    parts = (members[::2], members[1::2]) if several else (members,)
+    files = {f"train-{k}.tar": tar_of(part) for k, part in enumerate(parts)}
+    for name, content in files.items():
+        store.put(name, content)
+    config = replace(ALL_IN, layout="train/{class}", format="webdataset")
+    source = open_source(store.uri, config, split="train")
+    images, bad, inside = counted(source)
+    assert (images, bad, total(inside)) == (expected[True], expected[False], passed)
+    assert len(members) == images + bad + total(inside)
+    check_files(source, [*names, *files], sum(names.values()))
+    key = next(raw.key for shard in source.shards(9) for raw in source.read_shard(shard))
+    assert source.read_keys([key])[0].content == png_of("x")
 
+
+@MANY
+@given(named=st.lists(st.booleans(), min_size=1, max_size=8), packed=st.booleans(), extra=beside)
+def test_of_one_folder_with_a_list(
+    named: list[bool], packed: bool, extra: set[tuple[str, str]]
+) -> None:
+    store = new_store()
+    names = put_beside(store, {one for one in extra if not one[0].startswith("val/")})
+    images = {f"{i}.png": png_of(f"{i}") for i in range(len(named) + 1)}
+    said = {
+        "0.png": "ant",
+        **{f"{i}.png": "bee" for i, is_named in enumerate(named, 1) if is_named},
+    }
+    store.put("val.txt", "".join(f"{name} {label}\n" for name, label in said.items()).encode())
+    files = {"val.tar": tar_of([*images.items()])} if packed else {}
+    for name, content in (files or {f"val/{name}": png for name, png in images.items()}).items():
+        store.put(name, content)
+        names[name] = False
+    config = replace(ALL_IN, layout="", format="webdataset" if packed else "imagefolder")
+    source = open_source(store.uri, config, split="val", class_names=("ant", "bee"))
+    assert counted(source) == (len(said), named.count(False), ())
+    check_files(source, [*names, "val.txt"], sum(names.values()))
+
+
+@MANY
+@given(count=st.integers(1, 9), extra=beside)
+def test_of_arrays(count: int, extra: set[tuple[str, str]]) -> None:
+    store = new_store()
+    names = put_beside(store, extra)
     files = {
-        "train-images-idx3-ubyte": np.zeros((4, 8, 8)),
-        "train-labels-idx1-ubyte": np.arange(4) % 2,
+        "train-images-idx3-ubyte": np.zeros((count, 8, 8)),
+        "train-labels-idx1-ubyte": np.arange(count) % 2,
     }
     for name, array in files.items():
         store.put(name, idx_of(array))
-    source = open_source(store.uri, CONFIG, split="train")
-    assert counted(source)[:2] == (4, 0)
+    source = open_source(store.uri, replace(ALL_IN, layout="", format="idx"), split="train")
+    assert counted(source) == (count, 0, ())
     check_files(source, [*names, *files], sum(names.values()))
+
+
+@MANY
+@given(counts=st.lists(st.integers(1, 4), min_size=1, max_size=3), extra=beside)
+def test_of_cifar(counts: list[int], extra: set[tuple[str, str]]) -> None:
+    store = new_store()
+    names = put_beside(store, extra)
+    files = {f"data_batch_{i}.bin": count for i, count in enumerate(counts, 1)} | {
+        "test_batch.bin": 2
+    }
+    for name, count in files.items():
+        store.put(name, cifar([[i % 2] for i in range(count)]))
+    config = replace(ALL_IN, layout="", format="cifar")
+    source = open_source(store.uri, config, split="train")
+    assert counted(source) == (sum(counts), 0, ())
+    check_files(source, [*names, *files], sum(names.values()))
+
+
+def test_of_the_embedded_digits() -> None:
+    source = open_source("digits", CONFIG, split="train")
+    assert (counted(source), source.passed_over) == ((1437, 0, ()), ())
+
+
+LAWS = {
+    "imagefolder": (test_of_folders, test_of_one_folder_with_a_list),
+    "webdataset": (test_of_archives, test_of_tars_of_classes, test_of_folders_in_tars),
+    "csv": (test_of_tables,),
+    "parquet": (test_of_parquet,),
+    "idx": (test_of_arrays,),
+    "cifar": (test_of_cifar,),
+    "digits": (test_of_the_embedded_digits,),
+}
+
+
+def test_every_format_keeps_the_law() -> None:
+    assert LAWS.keys() | {"auto"} == {*get_args(Format)}
 
 
 def test_an_account_names_every_kind_with_an_example_and_stays_a_line() -> None:

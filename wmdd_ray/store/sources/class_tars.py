@@ -14,10 +14,11 @@ from wmdd_ray.store.sources.files import reading, streamed
 from wmdd_ray.store.sources.listing import Listing, files_of_split
 from wmdd_ray.store.sources.passed import NO_IMAGE, SYSTEM, Tally
 from wmdd_ray.store.sources.tar import Readable, tar_members
+from wmdd_ray.store.sources.tar_folders import open_folders, tars_of_split
 from wmdd_ray.store.sources.webdataset import WebDatasetSource, is_tar, open_webdataset
 from wmdd_ray.store.sources.webdataset_index import read_class_names
 
-_LOOKED_AT = 4
+_LOOKED_AT = 16
 
 
 class _ClassTar(NamedTuple):
@@ -99,25 +100,33 @@ class _Window:
 
 
 def open_tars(listing: Listing) -> Source:
-    """Return the tar files of the split: tars of classes, or shards of samples that bring their labels.
+    """Return the tar files of the split: tars of classes, of folders of classes, or shards of samples that bring their labels.
 
     Raises:
         DataError: Tars of images that bring no labels, and are not named as their images are.
     """
-    files = files_of_split(listing, {n: s for n, s in listing.files.items() if is_tar(n)})
+    tars = {name: size for name, size in listing.files.items() if is_tar(name)}
+    if "{class}" in listing.config.layout:
+        return open_folders(listing, tars)
     probe = WebDatasetSource(
-        root=listing.root, files=files, config=listing.config, class_names=integer_names(1)
+        root=listing.root, files=tars, config=listing.config, class_names=integer_names(1)
     )
-    first, size_bytes = next(iter(files.items()))
+    some = tars_of_split(listing, tars) or tars
+    first, size_bytes = next(iter(some.items()))
     names = [] if read_class_names(probe) else _first_names(probe, first, 0, size_bytes)
+    images = [name.removeprefix("./") for name in names if is_image_name(name)]
     if names and all(map(is_tar, names)):
-        tars = [tar for file, size in files.items() for tar in _inner_tars(probe, file, size)]
-        names = _first_names(probe, *tars[0][1])
-    elif names and all(map(is_image_name, names)):
-        tars = [(_class_of(file), _ClassTar(file, 0, size)) for file, size in files.items()]
-    else:
+        files = files_of_split(listing, tars)
+        inner = [tar for file, size in files.items() for tar in _inner_tars(probe, file, size)]
+        return _open_class_tars(listing, files, inner, _first_names(probe, *inner[0][1]))
+    if not images or any(name.lower().endswith((".cls", ".json")) for name in names):
         return open_webdataset(listing)
-    return _open_class_tars(listing, files, tars, names)
+    of_class = len(some) > 1 and all(_class_of(first) in name for name in images)
+    if of_class or (listing.split == "train" and not any("/" in name for name in images)):
+        files = files_of_split(listing, tars)
+        whole = [(_class_of(file), _ClassTar(file, 0, size)) for file, size in files.items()]
+        return _open_class_tars(listing, files, whole, images)
+    return open_folders(listing, tars)
 
 
 def _open_class_tars(

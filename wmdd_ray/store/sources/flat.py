@@ -17,15 +17,14 @@ from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources import csvfile
 from wmdd_ray.store.sources.base import Source
 from wmdd_ray.store.sources.classes import SHOWN, shown
-from wmdd_ray.store.sources.files import open_whole, reading
 from wmdd_ray.store.sources.layout import Flat, doubt, is_unlabeled, join
 from wmdd_ray.store.sources.listing import SPLIT_NAMES, Listing, no_such_split, split_word
 from wmdd_ray.store.sources.matfile import read_structs
-from wmdd_ray.store.uris import arrow_filesystem
 
 _TABLES = ("metadata.csv", "labels.csv", "metadata.tsv", "labels.tsv", csvfile.JSON_TABLE)
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 _SYNSET = ("ILSVRC2012_ID", "WNID", "num_children")
+_DEVKIT = re.compile(r"(?:.*/)?ILSVRC2012_devkit.*\.(?:tar\.gz|tgz)")
 _ORDERS = ("classes.txt", "synsets.txt")
 # 50,000 images of ILSVRC have lists of 1.5 MB; meta.mat has a tenth of a megabyte.
 _MAX_LIST_BYTES = 256 << 20
@@ -88,7 +87,11 @@ def open_flat(listing: Listing, flat: Flat) -> Source:
         for name in sorted(listing.images)
         if posixpath.dirname(name) == flat.folder
     }
-    refused: list[str] = []
+    refused = [
+        f"{name}, which has it, is not read: unpack it by tar -xzf {name} in {listing.root}"
+        for name in listing.files
+        if _DEVKIT.fullmatch(name)
+    ]
     if listing.class_names is not None:
         said = {name: _labels(listing, name, images, refused) for name in _lists(listing, flat)}
         lists = [name for name, label_of in said.items() if label_of]
@@ -136,20 +139,6 @@ def _lists(listing: Listing, flat: Flat) -> list[str]:
     ]
 
 
-def _read(listing: Listing, name: str, max_bytes: int = _MAX_LIST_BYTES) -> bytes:
-    filesystem, base = arrow_filesystem(listing.root, listing.config.bucket)
-    where = f"{listing.root}/{name}"
-    if listing.files[name] > max_bytes:
-        raise DataError(
-            f"{where}: expected at most {max_bytes} bytes of what says the classes, found {listing.files[name]}"
-        )
-    with (
-        reading(where, "a list of classes"),
-        open_whole(filesystem, f"{base}/{name}", where, listing.files[name]) as file,
-    ):
-        return bytes(file.read())
-
-
 def _labels(
     listing: Listing, name: str, images: Mapping[str, str], refused: list[str]
 ) -> dict[str, str]:
@@ -158,7 +147,7 @@ def _labels(
     Raises:
         DataError: It names an image twice, with two classes.
     """
-    text = _read(listing, name).decode("utf-8-sig", "replace")
+    text = listing.read(name, _MAX_LIST_BYTES).decode("utf-8-sig", "replace")
     if posixpath.basename(name) == _GROUND_TRUTH:
         return _ground_truth(listing, name, text, images, refused)
     stems: dict[str, str | None] = {}
@@ -211,7 +200,7 @@ def _order(listing: Listing) -> list[str]:
     """Return the classes in the order of a file with a name a line, if it has the training classes and no others."""
     for name in _ORDERS:
         if name in listing.files:
-            lines = _read(listing, name).decode("utf-8-sig", "replace").splitlines()
+            lines = listing.read(name, _MAX_LIST_BYTES).decode("utf-8-sig", "replace").splitlines()
             names = [line.strip() for line in lines if line.strip()]
             if sorted(names) == sorted(listing.class_names or ()):
                 return names
@@ -229,7 +218,7 @@ def _ground_truth(
         )
         return {}
     try:
-        synsets = read_structs(_read(listing, meta, _MAX_META_BYTES), "synsets", _SYNSET)
+        synsets = read_structs(listing.read(meta, _MAX_META_BYTES), "synsets", _SYNSET)
         class_of = {
             one["ILSVRC2012_ID"]: str(one["WNID"]) for one in synsets if not one["num_children"]
         }

@@ -76,6 +76,20 @@ class Listing:
         """Names of the files that are images: by their ending, or where it tells nothing by their first bytes."""
         return frozenset(filter(is_image_name, self.files)).union(self._images_by_content())
 
+    def read(self, name: str, max_bytes: int) -> bytes:
+        """Return the content of a file that says what the images are; a DataError when it is larger."""
+        where = f"{self.root}/{name}"
+        if self.files[name] > max_bytes:
+            raise DataError(
+                f"{where}: expected at most {max_bytes} bytes of what says the classes, found {self.files[name]}"
+            )
+        filesystem, base = arrow_filesystem(self.root, self.config.bucket)
+        with (
+            reading(where, "a list of classes"),
+            open_whole(filesystem, f"{base}/{name}", where, self.files[name]) as file,
+        ):
+            return bytes(file.read())
+
     def _images_by_content(self) -> Iterator[str]:
         unknown = [name for name, size in self.files.items() if size and tells_nothing(name)]
         filesystem, base = arrow_filesystem(self.root, self.config.bucket)

@@ -1,0 +1,66 @@
+"""What the source of a split does not read of what lies there, and whether that is too much."""
+
+from __future__ import annotations
+
+from wmdd_ray.errors import DataError
+from wmdd_ray.store.sources.base import Source
+from wmdd_ray.store.sources.classes import SHOWN
+from wmdd_ray.store.sources.endings import is_image_name
+from wmdd_ray.store.sources.layout import is_unlabeled, join
+from wmdd_ray.store.sources.listing import Listing, split_word
+from wmdd_ray.store.sources.passed import (
+    LABELS,
+    NO_CLASS,
+    NO_IMAGE,
+    NOT_NAMED,
+    OTHER_SPLIT,
+    SYSTEM,
+    UNLABELED,
+    PassedOver,
+    Tally,
+    lost,
+    total,
+)
+
+
+def passed_over(source: Source, listing: Listing) -> tuple[PassedOver, ...]:
+    """Return the files of a listing that the source of a split does not read, by reason, ending and folder."""
+    prefix = source.root.removeprefix(listing.root).lstrip("/")
+    read = {join(prefix, name) for name in source.files}
+    beside = {join(prefix, name) for name in source.read_beside}
+    own = {_split_of(name) for name in read}
+    tally = Tally()
+    for name in listing.hidden:
+        tally.add(SYSTEM, name)
+    for name in listing.files:
+        if name in read:
+            continue
+        word = _split_of(name)
+        if word and word not in own:
+            tally.add(OTHER_SPLIT, name)
+        elif name in beside:
+            tally.add(LABELS, name)
+        elif not is_image_name(name):
+            tally.add(NO_IMAGE, name)
+        elif source.format == "csv":
+            tally.add(NOT_NAMED, name)
+        else:
+            tally.add(UNLABELED if is_unlabeled(name) else NO_CLASS, name)
+    return tally.groups()
+
+
+def _split_of(name: str) -> str:
+    """Return the word of a split that a file belongs to: for files that are images, by their folders alone."""
+    return split_word(name.rpartition("/")[0] if is_image_name(name) else name)
+
+
+def refuse_much_passed_over(source: Source) -> None:
+    """Raise a DataError when more than --source.max-passed-over of the files leave a doubt whether images were lost."""
+    missed = lost(source.passed_over)
+    share = total(missed) / (total(missed) + len(source.files))
+    if share > source.config.max_passed_over:
+        raise DataError(
+            f"{source.root}: {total(missed)} files are no images of a class, beside {len(source.files)} that are read: "
+            f"{', '.join(group.told for group in missed[:SHOWN])}; that is {share:.0%}, and --source.max-passed-over allows "
+            f"{source.config.max_passed_over:.0%}. Raise it if they may be left out, or say by --source.layout where the images lie"
+        )
