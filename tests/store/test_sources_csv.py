@@ -206,6 +206,11 @@ def test_rows_that_are_no_image_are_bad_images_by_line_and_reason(store: Store) 
     }
 
 
+def test_a_table_without_a_good_row_says_what_is_wrong_with_the_first(store: Store) -> None:
+    with pytest.raises(DataError, match="no good one; the first is labels.csv:2: no file x/0.png"):
+        opened(write(store, "x/0.png,ant", "1.png,bee"))
+
+
 def test_more_bad_rows_than_allowed_stop_at_once(store: Store) -> None:
     rows = [f"gone/{i}.png,ant" for i in range(11)]
     with pytest.raises(

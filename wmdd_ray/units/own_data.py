@@ -116,15 +116,13 @@ def measure(
     records = sample(source, shards, _SHARDS, _SAMPLE)
     shapes = [shape for record in records if (shape := shape_of(record)) is not None]
     if not shapes:
-        reason = next((record.problem for record in records if record.problem), "none decodes")
-        raise DataError(
-            f"{source.root}: expected images, found no good one among the first {len(records)} ({reason})"
-        )
+        raise _no_good_one(source.root, records, source.config)
     side = median([side for side, _ in shapes])
     color = channels == 3 or (channels is None and any(color for _, color in shapes))
     seen = input_of(image_size or snapped(side), 3 if color else 1, (0.5,) * 3, (0.5,) * 3)
     seen = replace(seen, exif_orientation=source.config.exif_orientation)
-    mean, std = _moments(records, replace(seen, max_image_pixels=source.config.max_image_pixels))
+    seen = replace(seen, max_image_pixels=source.config.max_image_pixels)
+    mean, std = _moments(source.root, records, seen)
     num_images = sum(counts.values()) if counts else source.num_images
     if num_images is None:
         stored = sum(len(record.content) for record in records) / len(records)
@@ -142,8 +140,21 @@ def measure(
     )
 
 
+def _no_good_one(where: str, records: Sequence[RawImage], config: SourceConfig) -> DataError:
+    """Return the error that no sampled image is good, with the reason of the first."""
+    reason = f"{records[0].key}: {records[0].problem}" if records else "there is none"
+    if records and not records[0].problem:
+        try:
+            decode_image(records[0].content, config, records[0].key)
+        except BadImageError as error:
+            reason = str(error)
+    return DataError(
+        f"{where}: expected images, found no good one among the first {len(records)} ({reason})"
+    )
+
+
 def _moments(
-    records: Sequence[RawImage], config: SourceConfig
+    where: str, records: Sequence[RawImage], config: SourceConfig
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation of each channel, as the network will see the images, four digits."""
     sums_2C = np.zeros((2, config.channels))
@@ -156,7 +167,7 @@ def _moments(
         sums_2C += image_HWC.mean((0, 1)), (image_HWC**2).mean((0, 1))
         good += 1
     if not good:
-        raise DataError(f"expected images, found no good one among the {len(records)} sampled")
+        raise _no_good_one(where, records, config)
     mean_C, square_C = sums_2C / good
     # A constant channel cannot be divided by its deviation.
     std_C = np.maximum(np.sqrt(np.maximum(square_C - mean_C**2, 0)), 1e-4)

@@ -67,6 +67,10 @@ def test_classes_keep_their_ids_and_have_their_words_beside_them(tmp_path: Path)
         assert source.titles == tuple(f"word of {wnid}" for wnid in source.class_names)
 
 
+def test_the_table_has_as_many_layouts_as_it_says() -> None:
+    assert len({case.name for case in [*READ, *REFUSED]}) == len(READ) + len(REFUSED) >= 120
+
+
 @pytest.mark.parametrize("case", [*READ, *REFUSED], ids=lambda case: case.name)
 def test_layout(case: Case, tmp_path: Path) -> None:
     case.write(tmp_path)

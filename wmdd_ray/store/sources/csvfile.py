@@ -357,7 +357,10 @@ def _classes(
         row.label: row.path for row in reversed(rows) if row.label is not None and not row.problem
     }
     if not examples:
-        raise DataError(f"{source.root}: expected rows with paths and labels, found no good one")
+        first = f"{rows[0].place}: {rows[0].problem}"
+        raise DataError(
+            f"{source.root}: expected rows with paths and labels, found no good one; the first is {first}"
+        )
     numbers = listing.config.numbers
     names, places = beside_classes(
         read_class_names(source), listing.class_names, numbers, source.root

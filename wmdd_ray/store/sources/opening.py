@@ -35,6 +35,7 @@ PREPARED_KEY = "prepared.json"
 """What `jobs/prepare.py` writes last beside its Parquet files; a folder that holds it needs no format."""
 
 _WITH_LAYOUT = ("imagefolder", "webdataset", "parquet")
+_PACKED = (".zip", ".tgz", ".gz", ".xz", ".bz2", ".zst", ".7z", ".rar")
 _WNID = re.compile("n[0-9]{8}")
 _WORDS = ("words.txt", "LOC_synset_mapping.txt")
 
@@ -155,9 +156,11 @@ def _detect(listing: Listing) -> str:
         )
     endings = Counter(ending_of(name) or "none" for name in listing.files)
     counts = ", ".join(f"{count} x {ending}" for ending, count in endings.most_common(5))
+    packed = [name for name in listing.files if ending_of(name) in _PACKED]
+    advice = f"unpack {packed[0]} and pass the folder of its images; or " if packed else ""
     raise DataError(
         f"{listing.root}: expected {expected}, found {len(listing.files)} other files ({counts}): "
-        f"{shown(list(listing.files))}; check --data, --val-data and --source.format"
+        f"{shown(list(listing.files))}; {advice}check --data, --val-data and --source.format"
     )
 
 
