@@ -141,16 +141,17 @@ def test_too_few_open_files_are_told_before_ray_starts(monkeypatch: pytest.Monke
         cluster._start_local(40, verbose=True)
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, Exception])
 @pytest.mark.parametrize("failures", [1, 2])
 def test_a_ray_that_did_not_start_is_started_once_more(
-    failures: int, monkeypatch: pytest.MonkeyPatch
+    failures: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries = []
 
     def init(level: int, verbose: bool) -> None:
         tries.append(level)
         if len(tries) <= failures:
-            raise RuntimeError("Failed to start GCS. Last 0 lines of error files:\n\n.")
+            raise kind("Failed to start GCS. Last 0 lines of error files:\n\n.")
 
     monkeypatch.setattr(cluster, "_init_local", init)
     monkeypatch.setattr(cluster, "ray", SimpleNamespace(shutdown=lambda: None))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from jobs import distill, doctor, evaluate, own_data
 from jobs.evaluation import options
-from tests.store.written_sources import write_parquet
+from tests.store.written_sources import write_parquet, write_webdataset
 from wmdd_ray.product.pages.facts import command_of, read_run
 from wmdd_ray.stages.pipeline import PIPELINE
 from wmdd_ray.store.documents import seal
@@ -206,7 +206,7 @@ def test_what_prepare_measured_is_not_measured_again(
 
 
 def test_data_from_which_nothing_can_be_cut_says_what_to_type(tmp_path: Path, capsys: Said) -> None:
-    write_parquet(Store(str(tmp_path / "rows")))
+    write_webdataset(Store(str(tmp_path / "rows")))
     assert distill.main(["--data", str(tmp_path / "rows"), "--ipc", "1", "--dry-run"]) == 4
     said = capsys.readouterr().err
     assert f"python jobs/prepare.py {tmp_path}/rows --out" in said

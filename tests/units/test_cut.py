@@ -5,17 +5,29 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 
-from tests.store.written_sources import CONFIG, NAMES, WRITERS, write_imagefolder
+from tests.store.written_sources import (
+    CONFIG,
+    LABELS_N,
+    NAMES,
+    PNGS,
+    WRITERS,
+    parquet_of,
+    tar_of,
+    write_imagefolder,
+)
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.parts import rank_of
 from wmdd_ray.store.sources import Source, decoded_chunks
 from wmdd_ray.store.sources.base import told_counts
+from wmdd_ray.store.sources.listing import Split
+from wmdd_ray.store.sources.passed import total
 from wmdd_ray.units.cut import CutSource, open_split
 from wmdd_ray.units.splitting import held_out
 
@@ -28,10 +40,14 @@ def keys_of(source: Source) -> set[str]:
     return {key for shard in source.shards(5) for key in shard.keys}
 
 
-@pytest.mark.parametrize("format", ["imagefolder", "idx"])
+@pytest.mark.parametrize("format", ["imagefolder", "idx", "tar"])
 def test_both_parts_hold_every_image_once_with_its_class(format: str, tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    WRITERS[format](store)
+    if format == "tar":
+        members = [(f"{NAMES[y]}/{i}.png", PNGS[i]) for i, y in enumerate(LABELS_N)]
+        store.put("set.tar", tar_of(members))
+    else:
+        WRITERS[format](store)
     whole = open_split(asked(store, None), "train")
     config = asked(store)
     parts = {split: open_split(config, split, whole.class_names) for split in ("train", "val")}
@@ -97,12 +113,35 @@ def test_the_account_of_files_has_the_other_part_as_passed_over(tmp_path: Path) 
     assert "of another split" in told
 
 
-@pytest.mark.parametrize("format", ["webdataset", "parquet"])
-def test_formats_without_names_of_images_say_the_command_that_holds_some_out(
-    format: str, tmp_path: Path
+def test_rows_of_parquet_are_cut_with_those_that_have_no_label_among_the_training_images(
+    tmp_path: Path,
 ) -> None:
     store = Store(str(tmp_path))
-    WRITERS[format](store)
+    labels = [None, *LABELS_N[1:12].tolist()]
+    store.put("a.parquet", parquet_of(PNGS[:12], labels, NAMES))
+    store.put("b.parquet", parquet_of(PNGS[12:], LABELS_N[12:].tolist(), NAMES))
+    read: dict[str, int] = {}
+    for split, expected, bad in (("train", 17, 1), ("val", 6, 0)):
+        part = open_split(asked(store), cast(Split, split), NAMES)
+        worker = pickle.loads(pickle.dumps(part))
+        shards = part.shards(4)
+        chunks = [c for shard in shards for c in decoded_chunks(worker, shard, CONFIG, 4)]
+        of_part = {k: y for c in chunks for k, y in zip(c.keys, c.labels_N.tolist(), strict=True)}
+        assert (len(of_part), sum(len(c.bad) for c in chunks)) == (expected, bad)
+        assert part.num_images == expected + bad == sum(s.num_images or 0 for s in shards)
+        # The rows of both files = images + bad + those of the other part.
+        assert expected + bad + total(group for c in chunks for group in c.passed) == 24
+        assert read.keys().isdisjoint(of_part)
+        read |= of_part
+    rows = {f"a.parquet#{i}": LABELS_N[i] for i in range(1, 12)}
+    assert read == rows | {f"b.parquet#{i}": LABELS_N[12 + i] for i in range(12)}
+
+
+def test_formats_without_names_of_images_say_the_command_that_holds_some_out(
+    tmp_path: Path,
+) -> None:
+    store = Store(str(tmp_path))
+    WRITERS["webdataset"](store)
     with pytest.raises(
         DataError, match=r"pass held-out images as --val-data, or .*jobs/prepare.py"
     ):

@@ -142,8 +142,10 @@ def _start_local(level: int, verbose: bool) -> None:
             with contextlib.nullcontext() if verbose else hushed():
                 _init_local(level, verbose)
             break
-        except (RuntimeError, TimeoutError) as error:
-            # On a busy machine a part of Ray comes too late for the others.
+        except ConfigError:
+            raise
+        except Exception as error:
+            # On a busy machine a part of Ray comes too late for the others, which Ray may tell by a bare Exception.
             ray.shutdown()
             if is_last:
                 reason = str(error).strip().splitlines()[0]
