@@ -114,15 +114,15 @@ class ParquetSource(Source):
     def label_counts(self, file: str, size_bytes: int | None = None) -> Counter[Label]:
         """Return label -> rows of a file, reading its label column alone; rows without a label are left out."""
         counts = Counter[Label]()
-        for values in self._label_columns(file, size_bytes):
+        for column, values in self._label_columns(file, size_bytes):
             for found in values.value_counts().to_pylist():
                 label = label_of(found["values"], self.config.numbers)
                 if label is not None:
                     counts[label] += found["counts"]
             if len(counts) > MAX_CLASSES:
                 raise DataError(
-                    f"{self.url(file)}: expected labels of at most {MAX_CLASSES} classes, found more; name another column by "
-                    "--source.label-column"
+                    f"{self.url(file)}: expected labels of at most {MAX_CLASSES} classes in {column}, found more; name another "
+                    "column by --source.label-column"
                 )
         return counts
 
@@ -131,7 +131,7 @@ class ParquetSource(Source):
         with self.open_parquet(file) as (_, columns):
             places = self._places(columns.class_names)
         parts = [np.empty(0, dtype=np.int64)]
-        for values in self._label_columns(file, None):
+        for _, values in self._label_columns(file, None):
             encoded = values.dictionary_encode()
             classes = [
                 -1 if label is None else self._class_of(label, file, places)
@@ -142,15 +142,15 @@ class ParquetSource(Source):
             parts.append(np.array([*classes, -1], dtype=np.int64)[rows_N])
         return np.concatenate(parts)
 
-    def _label_columns(self, file: str, size_bytes: int | None) -> Iterator[pa.Array]:
-        """Yield the label column of a file in parts, its dictionaries decoded."""
+    def _label_columns(self, file: str, size_bytes: int | None) -> Iterator[tuple[str, pa.Array]]:
+        """Yield the name of the label column of a file and its values in parts, dictionaries decoded."""
         with self.open_parquet(file, size_bytes) as (parquet, columns):
             is_fixed = pa.types.is_primitive(parquet.schema_arrow.field(columns.label).type)
             rows = _LABEL_ROWS if is_fixed else batch_rows(columns.label_bytes, _LABEL_ROWS)
             for batch in parquet.iter_batches(rows, columns=[columns.label], use_threads=False):
                 values = batch.column(columns.label)
                 is_dictionary = pa.types.is_dictionary(values.type)
-                yield values.dictionary_decode() if is_dictionary else values
+                yield columns.label, values.dictionary_decode() if is_dictionary else values
 
     def class_counts(self, file: str) -> Counter[int]:
         """Return class -> rows of a file, reading no images."""
