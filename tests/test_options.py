@@ -57,6 +57,10 @@ def test_an_absent_option_leaves_the_fingerprint_with_those_that_count_only_with
         **{"steps": 3, "kinds": ("a",), "limit": 0.0, "weight": 0.5, "form": "y"},
         "inner": {"share": 0.5, "shares": (0.5,)},
     }
+    assert fingerprint_options(Outer(threads=4), with_absent=True) == {
+        **{"steps": 3, "kinds": ("a",), "limit": None, "weight": 0.0, "form": "x"},
+        "inner": {"share": 0.5, "shares": (0.5,)},
+    }
 
 
 def test_what_counts_only_with_an_option_names_one_that_can_be_absent() -> None:

@@ -84,10 +84,10 @@ def check(config: Any, prefix: str = "") -> None:
             require(ok, typed, expected, value)
 
 
-def fingerprint_options(config: Any) -> dict[str, Any]:
+def fingerprint_options(config: Any, *, with_absent: bool = False) -> dict[str, Any]:
     """Return the options of a dataclass that results depend on, those of dataclasses in it as dicts.
 
-    What is absent is left out, so that results from before there was such an option are the same.
+    What is absent is left out unless `with_absent`, so that results from before there was such an option are the same.
     """
     metadata = {declared.name: declared.metadata for declared in fields(config)}
 
@@ -96,9 +96,14 @@ def fingerprint_options(config: Any) -> dict[str, Any]:
 
     options = {}
     for name, about in metadata.items():
-        if about.get("in_fingerprint", True) and not is_absent(about.get("only_with") or name):
+        absent = not with_absent and is_absent(about.get("only_with") or name)
+        if about.get("in_fingerprint", True) and not absent:
             value = getattr(config, name)
-            options[name] = fingerprint_options(value) if is_dataclass(value) else value
+            options[name] = (
+                fingerprint_options(value, with_absent=with_absent)
+                if is_dataclass(value)
+                else value
+            )
     return options
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from wmdd_ray.config import DistillConfig
+from wmdd_ray.options import fingerprint_options
 from wmdd_ray.redaction import plain, public
 
 ROW_NAMES = {
@@ -224,7 +224,7 @@ cuts them apart."""
         table=table,
         student=config.evaluate.network.arch,
         unmeasured="Not evaluated yet.",
-        options=public(options_of(config)),
+        options=public(fingerprint_options(config, with_absent=True)),
         teacher_sha256=meta["provenance"].get("teacher_sha256"),
     )
 
@@ -239,18 +239,6 @@ loader = DataLoader(dataset, batch_sampler=dataset.batches(25))
 for epoch in range(dataset.epochs):  # one pass over the images each, with views and labels of its own
     for view, soft_label, weight in loader:
         ..."""
-
-
-def options_of(config: DistillConfig) -> dict[str, Any]:
-    """Return every option but those that change no byte: a run that went on with other ones of these has the same card.
-
-    By whose account a bucket was read is nobody's business.
-    """
-    options = asdict(config)
-    del options["source"]["bucket"]
-    del options["recover"]["checkpoint_s"], options["squeeze"]["memory_limit_gib"]
-    del options["squeeze"]["check_class_order"]
-    return options
 
 
 def export_card(

@@ -12,7 +12,7 @@ from wmdd_ray.config import DistillConfig
 from wmdd_ray.errors import LostRaceError
 from wmdd_ray.executors.dispatch import do_each
 from wmdd_ray.options import fingerprint_options
-from wmdd_ray.product.card import dataset_card, options_of
+from wmdd_ray.product.card import dataset_card
 from wmdd_ray.redaction import public
 from wmdd_ray.spine.provenance import versions
 from wmdd_ray.spine.rooms import Room, StageCommit
@@ -113,7 +113,13 @@ def _publish(
             "seed": config.seed,
             "teacher_sha256": next(f.sha256 for f in files if f.key == TEACHER_KEY),
             # Students come later, and may be trained again by others.
-            "options": public({k: v for k, v in options_of(config).items() if k != "evaluate"}),
+            "options": public(
+                {
+                    name: value
+                    for name, value in fingerprint_options(config, with_absent=True).items()
+                    if name != "evaluate"
+                }
+            ),
             "fingerprints": {name: commit.fingerprint for name, commit in stage.inputs.items()},
             **versions(),
         },
