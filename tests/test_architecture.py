@@ -15,7 +15,7 @@ SOURCES = sorted([*ROOT.glob("wmdd_ray/**/*.py"), *ROOT.glob("jobs/**/*.py")])
 
 # From the bottom up: a room may import what stands before its own row, its own files, and nothing else of the project.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("wmdd_ray.redaction",),
+    ("wmdd_ray.__version__", "wmdd_ray.redaction"),
     ("wmdd_ray.errors",),
     ("wmdd_ray.options",),
     ("wmdd_ray.config", "wmdd_ray.records"),

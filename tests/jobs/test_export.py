@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import socket
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from PIL import Image
 from jobs import export as job
 from tests.conftest import S3Uri
 from tests.manifests import manifest_of
+from tests.stages.tiny import FinishedRun
 from wmdd_ray.config import NetworkConfig, SourceConfig
 from wmdd_ray.core.networks import build_network, network_of, weights_of
 from wmdd_ray.core.tiles import untile
@@ -70,7 +72,7 @@ def quick_png(image_HWC: np.ndarray) -> bytes:
     return sink.getvalue()
 
 
-def write_set(uri: str, tiles: int = 1) -> str:
+def write_set(uri: str, tiles: int = 1, **entries: Any) -> str:
     """Write a small distilled set in two Parquet files, without label epochs: nobody trains on it here."""
     images, weights = arrays(tiles)
     files = {
@@ -92,7 +94,8 @@ def write_set(uri: str, tiles: int = 1) -> str:
         "std": STD,
         "ipc": IPC,
     }
-    meta = manifest_of(**about, num_images=len(LABELS), tiles=tiles, label_epochs=7)
+    about |= {"num_images": len(LABELS), "tiles": tiles, "label_epochs": 7}
+    meta = manifest_of(**about, **entries)
     entries = [documents.entry_of(key, content) for key, content in files.items()]
     store.put(documents.MANIFEST_KEY, documents.encode_manifest(meta, entries))
     return uri
@@ -393,6 +396,26 @@ def test_object_storage_gets_the_bytes_of_a_disk(
             assert found.get(key) == content, key
     assert not done.found and export(copy, f"{uri}/exported", layout).found
     assert [replace(e) for e in done.files] == sorted(done.files, key=lambda e: e.key)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_export_names_no_user_no_host_and_no_folder_of_this_machine(
+    layout: exports.Format, finished_run: FinishedRun, tmp_path: Path
+) -> None:
+    home = "/home/zaphod/secret"
+    place = {"uri": f"{home}/photos", "num_images": 9, "stored_bytes": 9, "bad_images": 0}
+    options = {"data": f"{home}/photos", "recover": {"diffusion": {"model": f"{home}/dit"}}}
+    told = {**manifest_of()["provenance"], "options": options}
+    planted = write_set(str(tmp_path / "set"), source=place, provenance=told)
+    for number, uri in enumerate((planted, f"{finished_run.out}/dataset")):
+        export(uri, str(tmp_path / str(number)), layout, labels="soft")
+        above = str(finished_run.out.parent.parent)  # pytest's, with the user's name
+        names = ("zaphod", "secret", above, str(tmp_path), socket.gethostname())
+        for key, (content, _) in everything(tmp_path / str(number)).items():
+            assert [name for name in names if name.encode() in content] == [], key
+    told = documents.read_sealed(Store(str(tmp_path / "0")), "export.json")
+    assert told["manifest"]["source"]["uri"] == told["manifest"]["provenance"]["options"]["data"]
+    assert (told["source"], told["manifest"]["source"]["uri"]) == ("set", "photos")
 
 
 def test_provenance_travels_along(stored: str, tmp_path: Path) -> None:

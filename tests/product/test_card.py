@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import DatasetCard
 from PIL import Image
 
+from wmdd_ray import __version__
 from wmdd_ray.config import BucketAccess
 from wmdd_ray.product.card import (
     behind_real,
@@ -91,11 +92,34 @@ def test_a_card_begins_with_what_the_hub_reads_and_ends_with_provenance() -> Non
     assert "1437 images, 1 unreadable ones left out" in body
 
 
-@pytest.mark.parametrize("uri", ["flowers", "/home/me/flowers/", "s3://bucket/flowers"])
-def test_the_name_of_a_card_holds_no_path(uri: str) -> None:
+@pytest.mark.parametrize(
+    "uri", ["flowers", "/home/me/flowers/", "file:/home/me/flowers", "C:\\me\\flowers"]
+)
+def test_of_a_path_a_card_says_the_last_part(uri: str) -> None:
     meta = {**META, "source": {**META["source"], "uri": uri}}
-    head = yaml.safe_load(dataset_card(meta, recipe_of("digits", 10), None).split("---\n", 2)[1])
+    config = replace(recipe_of("digits", 10), data=uri, teacher="/home/me/run/teacher")
+    card = dataset_card(meta, config, None)
+    head = yaml.safe_load(card.split("---\n", 2)[1])
     assert head["pretty_name"] == "Distilled flowers, 10 images per class"
+    assert "# Distilled `flowers`: 10" in card and "- Source: `flowers`, 1437" in card
+    assert '"data": "flowers"' in card and '"teacher": "teacher"' in card
+    assert "me/" not in card and "me\\" not in card
+
+
+def test_a_card_names_a_bucket_that_all_can_see() -> None:
+    meta = {**META, "source": {**META["source"], "uri": "s3://bucket/flowers"}}
+    config = replace(recipe_of("digits", 10), teacher="timm:hf-hub:a/b")
+    card = dataset_card(meta, config, None)
+    assert "pretty_name: Distilled flowers, 10" in card and "Source: `s3://bucket/flowers`" in card
+    assert '"teacher": "timm:hf-hub:a/b"' in card
+
+
+def test_a_card_says_how_to_install_and_whom_to_cite() -> None:
+    card = dataset_card(META, recipe_of("digits", 10), None)
+    assert f"pip install .  # in a checkout of wmdd_ray, version {__version__}\n" in card
+    assert "@inproceedings{liu2025wmdd,\n  title     = {Dataset Distillation via the" in card
+    assert "@misc{wmdd_ray,\n  title = {wmdd_ray: Dataset distillation by" in card
+    assert f"{{Version {__version__}}}" in card
 
 
 def test_a_card_without_an_evaluation_says_so() -> None:
@@ -226,7 +250,7 @@ def test_names_are_text_in_the_card_whatever_they_hold() -> None:
 def test_options_of_another_shape_are_left_out(options: dict[str, Any]) -> None:
     meta = {**META, "provenance": {**META["provenance"], "options": options}}
     card = export_card(meta, table=None, layout="huggingface", labels="hard", teacher_sha256=None)
-    assert 'license: "other"' in card
+    assert "license: other" in card
 
 
 def test_class_names_beyond_the_first_plane_come_through_the_front_matter() -> None:

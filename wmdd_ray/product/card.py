@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from wmdd_ray import __version__
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.options import fingerprint_options
 from wmdd_ray.redaction import plain, public
@@ -30,19 +31,34 @@ _LOST_POINTS = 10
 # The size categories of Hugging Face, by their upper ends.
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))  # fmt: skip
 _LOADERS = {
-    "imagefolder": """from torchvision.datasets import ImageFolder
+    "imagefolder": """from torchvision.datasets import ImageFolder  # pip install torchvision
 
 dataset = ImageFolder("THIS FOLDER")  # classes are numbered as in classes.json; weights are in metadata.jsonl""",
-    "webdataset": """import webdataset
+    "webdataset": """import webdataset  # pip install webdataset
 
 dataset = webdataset.WebDataset("THIS FOLDER/train-{000000..LAST}.tar", shardshuffle=False).decode("pil")
 for sample in dataset:
     sample["png"], sample["cls"], sample["json"]["weight"]  # class names are in classes.json""",
-    "huggingface": """from datasets import load_dataset
+    "huggingface": """from datasets import load_dataset  # pip install datasets
 
 dataset = load_dataset("THIS FOLDER OR REPOSITORY", split="train")
 dataset.features["label"].names  # the class names""",
 }
+_CITATION = f"""```bibtex
+@inproceedings{{liu2025wmdd,
+  title     = {{Dataset Distillation via the Wasserstein Metric}},
+  author    = {{Liu, Haoyang and Li, Yijiang and Xing, Tiancheng and Wang, Peiran and Dalal, Vibhu and Li, Luwei and He, Jingrui and
+               Wang, Haohan}},
+  booktitle = {{IEEE/CVF International Conference on Computer Vision (ICCV)}},
+  pages     = {{1205--1215}},
+  year      = {{2025}}
+}}
+@misc{{wmdd_ray,
+  title = {{wmdd_ray: Dataset distillation by Wasserstein barycenters on Ray}},
+  note  = {{Version {__version__}}},
+  year  = {{2026}}
+}}
+```"""
 
 
 def size(num_bytes: float) -> str:
@@ -204,10 +220,15 @@ def dataset_card(
         config: the run's configuration.
         table: accuracy rows, or None before an evaluation.
     """
+    meta = published(meta)
     parquet = [
         {"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}
     ]
-    use = f"""```python
+    use = f"""```bash
+pip install .  # in a checkout of wmdd_ray, version {__version__}
+```
+
+```python
 {training_lines('"THIS FOLDER OR URI"')}
 ```
 
@@ -260,6 +281,7 @@ def export_card(
         teacher_sha256: of the teacher's file.
         license_name: license identifier; None is what the set says.
     """
+    meta = published(meta)
     options = meta["provenance"].get("options") or {}
     known = _entry(options, "assemble", "license") or "other"
     side, tiles = meta["image_size"] // meta["tiles"], meta["tiles"]
@@ -308,20 +330,30 @@ def export_card(
     )
 
 
+def published(meta: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest's metadata without the paths of the machine that the set was made on."""
+    source, provenance = dict(meta["source"]), dict(meta["provenance"])
+    source["uri"] = public(source["uri"])
+    if "options" in provenance:
+        provenance["options"] = public(provenance["options"])
+    return {**meta, "source": source, "provenance": provenance}
+
+
 def _front(meta: dict[str, Any], license_name: str, extra: dict[str, Any]) -> str:
-    """Return the block that Hugging Face reads: YAML, of which JSON is a part."""
+    """Return the block that Hugging Face reads."""
+    from huggingface_hub import DatasetCardData  # here: who makes no card does not wait for it
+
     num_images = meta["num_images"] * meta["tiles"] ** 2
-    head = {
-        # Without the folders above it: a path names people and machines.
-        "pretty_name": f"Distilled {meta['source']['uri'].rstrip('/').rpartition('/')[2]}, {meta['ipc']} images per class",
-        "license": license_name,
-        "task_categories": ["image-classification"],
-        "size_categories": [next((name for most, name in _SIZES if num_images < most), "n>1T")],
-        "tags": ["dataset-distillation", "synthetic"],
+    name = meta["source"]["uri"].rstrip("/").rpartition("/")[2]
+    data = DatasetCardData(
+        pretty_name=f"Distilled {name}, {meta['ipc']} images per class",
+        license=license_name,
+        task_categories=["image-classification"],
+        size_categories=[next((name for most, name in _SIZES if num_images < most), "n>1T")],
+        tags=["dataset-distillation", "synthetic"],
         **extra,
-    }
-    lines = (f"{key}: {_yaml(value)}" for key, value in head.items())
-    return "---\n{}\n---".format("\n".join(lines))
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _card(
@@ -401,6 +433,12 @@ other tasks than this classification gain less, and have to be measured. Synthet
 and the personal content of the images that they are made from, and make the rare rarer. Distillation is no anonymization:
 images that start from real ones can look like them.
 
+## Citation
+
+The method, and the software that made this set:
+
+{_CITATION}
+
 ## Provenance
 
 - Source: {_code(real["uri"])}, {real["num_images"]} images, {real["bad_images"]} unreadable ones left out.
@@ -446,13 +484,6 @@ def _code(text: object) -> str:
     fence = "`" * (1 + max(map(len, re.findall("`+", plain)), default=0))
     pad = " " if len(fence) > 1 else ""
     return f"{fence}{pad}{plain}{pad}{fence}"
-
-
-def _yaml(value: Any) -> str:
-    """Return a value as YAML in one line: JSON, but for characters beyond the first 65,536, of which JSON's escapes are halves."""
-    return "".join(
-        c if c.isprintable() else f"\\U{ord(c):08x}" for c in json.dumps(value, ensure_ascii=False)
-    )
 
 
 def _entry(options: Any, *path: str) -> str | None:

@@ -28,8 +28,9 @@ from wmdd_ray.core.networks import labeler_of
 from wmdd_ray.core.tiles import untile
 from wmdd_ray.core.views import crop, to_input
 from wmdd_ray.errors import ArtifactError, ConfigError
-from wmdd_ray.product.card import export_card
+from wmdd_ray.product.card import export_card, published
 from wmdd_ray.records import Teacher
+from wmdd_ray.redaction import public
 from wmdd_ray.spine.claims import is_of, plan_of, read_claim
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.store import codecs
@@ -146,8 +147,8 @@ def export(
         "num_images": num_images,
         "image_side": side,
         "tiles": tiles,
-        "source": source.uri,
-        "manifest": meta,
+        "source": public(source.uri),
+        "manifest": published(meta),
     }
     found = committed is not None and not _differing(target, committed, documents)
     written = committed or []
