@@ -2,6 +2,7 @@
 
 Writes image folders (torchvision), WebDataset tar shards, or a Hugging Face data set, with the PNG files as they are, weights,
 class names, provenance and a card. The same command again finds its work done; a folder with anything else in it is refused.
+`--push-to-hub USER/NAME` then publishes the folder on the Hugging Face hub, and with `--dry-run` says what it would.
 Exit codes: 0 done, 2 an option is wrong or the output holds something else, 5 storage, 130 interrupted.
 """
 
@@ -21,6 +22,8 @@ import tyro
 
 from wmdd_ray.config import LabelKind, refuse_secrets
 from wmdd_ray.errors import WmddError
+from wmdd_ray.options import require
+from wmdd_ray.product import hub
 from wmdd_ray.product.card import size
 from wmdd_ray.product.export import Export, Format, export
 
@@ -43,11 +46,26 @@ class Job:
     license: str | None = None
     """License identifier for the card as Hugging Face lists them; absent: what the set says, else `other`."""
 
+    push_to_hub: str | None = None
+    """Upload what lies in --out, a folder, to this repository of data sets (NAME or USER/NAME) of the Hugging Face hub. It is made
+    where there is none; the token is that of HF_TOKEN or `hf auth login`."""
+    private: bool = False
+    """Keep a repository that --push-to-hub makes to its owner."""
+    dry_run: bool = False
+    """Write --out, and only say what --push-to-hub would upload where."""
+
     def __post_init__(self) -> None:
         refuse_secrets("uri", self.uri)
         refuse_secrets("out", self.out)
+        if self.push_to_hub is not None:
+            hub.check_target(self.push_to_hub, self.out)
+        expected = "off without --push-to-hub USER/NAME; give that too, or leave it out"
+        for option in ("private", "dry_run"):
+            ok = self.push_to_hub is not None or not getattr(self, option)
+            require(ok, option.replace("_", "-"), expected, True)
 
 
+_SHOWN_FILES = 20
 _OPENED_BY = {
     "imagefolder": 'torchvision.datasets.ImageFolder("{uri}")',
     "webdataset": 'webdataset.WebDataset("{uri}/{shards}", shardshuffle=False).decode("pil")',
@@ -60,13 +78,15 @@ def main(arguments: list[str]) -> int:
     try:
         job = command_line.parse(Job, arguments, description=__doc__)
         done = export(job.uri, job.out, job.layout, labels=job.labels, license_name=job.license)
+        show(job, done)
+        if job.push_to_hub is not None:
+            publish(job, done, job.push_to_hub)
     except WmddError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; run the same command again to finish", file=sys.stderr)
         return 130
-    show(job, done)
     return 0
 
 
@@ -87,6 +107,19 @@ def show(job: Job, done: Export) -> None:
     if len(shards) > 1:
         names = f"train-{{{shards[0][6:-4]}..{shards[-1][6:-4]}}}.tar"
     print(f"{'opened by':<16}{_OPENED_BY[job.layout].format(uri=done.uri, shards=names)}")
+
+
+def publish(job: Job, done: Export, name: str) -> None:
+    """Upload an export, or print what would be."""
+    files, private = hub.files_of(done), " (private)" if job.private else ""
+    where = hub.address(name) if job.dry_run else hub.push(done, name, private=job.private)
+    print(
+        f"{'would upload' if job.dry_run else 'uploaded':<16}{len(files)} files, {size(sum(files.values()))}, to {where}{private}"
+    )
+    for key in sorted(files)[: _SHOWN_FILES if job.dry_run else 0]:
+        print(f"{'':<16}{key}  {size(files[key])}")
+    if job.dry_run and len(files) > _SHOWN_FILES:
+        print(f"{'':<16}and {len(files) - _SHOWN_FILES} more")
 
 
 if __name__ == "__main__":

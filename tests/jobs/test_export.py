@@ -250,6 +250,7 @@ def test_the_card_of_a_hugging_face_folder_has_valid_front_matter(
     sha = documents.entry_of("t", codecs.encode_teacher(teacher())).sha256
     assert f"SHA-256 of its file `{sha}`" in text
     assert "No evaluation of this set lies beside it." in text
+    assert "12 synthetic images of 3 classes in place of 999 real images." in text
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

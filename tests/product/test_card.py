@@ -90,6 +90,10 @@ def test_a_card_begins_with_what_the_hub_reads_and_ends_with_provenance() -> Non
     assert "variant `best`" in body
     assert body.index("## Intended use and limits") < body.index("## Provenance")
     assert "1437 images, 1 unreadable ones left out" in body
+    assert (
+        "20 synthetic images of 2 classes with 200 epochs of soft labels in place of 1437 real"
+        in body
+    )
 
 
 @pytest.mark.parametrize(

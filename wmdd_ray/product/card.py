@@ -327,6 +327,7 @@ def export_card(
         teacher_sha256=teacher_sha256,
         # Beside class folders a loose picture is an image without a class.
         preview=layout != "imagefolder",
+        is_whole=False,
     )
 
 
@@ -346,7 +347,7 @@ def _front(meta: dict[str, Any], license_name: str, extra: dict[str, Any]) -> st
     num_images = meta["num_images"] * meta["tiles"] ** 2
     name = meta["source"]["uri"].rstrip("/").rpartition("/")[2]
     data = DatasetCardData(
-        pretty_name=f"Distilled {name}, {meta['ipc']} images per class",
+        pretty_name=f"Distilled {name}, {_per_class(meta)}",
         license=license_name,
         task_categories=["image-classification"],
         size_categories=[next((name for most, name in _SIZES if num_images < most), "n>1T")],
@@ -367,6 +368,7 @@ def _card(
     options: dict[str, Any],
     teacher_sha256: str | None,
     preview: bool = True,
+    is_whole: bool = True,
 ) -> str:
     real, provenance = meta["source"], meta["provenance"]
     packages = ", ".join(f"{_text(name)} {_text(v)}" for name, v in provenance["versions"].items())
@@ -380,19 +382,10 @@ def _card(
         )
         classes = classes_text(meta["class_names"], table)
     classes = f"## Classes\n\n{classes}\n\n" if classes else ""
-    stored = {
-        "images": meta["image_bytes"],
-        "soft labels": meta["label_bytes"],
-        "teacher": meta["teacher_bytes"],
-        "real images as stored": real["stored_bytes"],
-    }
-    sizes = "\n".join(
-        f"| {name} | {size(num)} | {_share(num, real['stored_bytes'])} |"
-        for name, num in stored.items()
-    )
     # Older sets do not say; all of them store their labels.
     is_online = meta.get("labels", {}).get("labels") == "online"
-    online = ", which the teacher gives while one trains" if is_online else ""
+    given = f" with {meta['label_epochs']} epochs of soft labels" if is_whole else ""
+    given += ", which the teacher gives while one trains," if is_whole and is_online else ""
     variant = f", variant {_code(options['variant'])}" if "variant" in options else ""
     told = ""
     if options:
@@ -403,10 +396,9 @@ def _card(
     sha = f", SHA-256 of its file {_code(teacher_sha256)}" if teacher_sha256 else ""
     return f"""{front}
 
-# Distilled {_code(real["uri"])}: {meta["ipc"]} images per class
+# Distilled {_code(real["uri"])}: {_per_class(meta)}
 
-{meta["num_images"]} synthetic images of {len(meta["class_names"])} classes with {meta["label_epochs"]} epochs of
-soft labels{online}, in place of {real["num_images"]} real images.
+{meta["num_images"]} synthetic images of {len(meta["class_names"])} classes{given} in place of {real["num_images"]} real images.
 Made by wmdd_ray (dataset distillation by Wasserstein barycenters).
 
 {"![preview](preview.png)" if preview else ""}
@@ -421,9 +413,9 @@ Made by wmdd_ray (dataset distillation by Wasserstein barycenters).
 
 {classes}## Sizes
 
-| | bytes | of the real images |
-|---|---:|---:|
-{sizes}
+{"" if is_whole else "Of the set that this was exported from:"}
+
+{_sizes(meta)}
 
 ## Intended use and limits
 
@@ -446,6 +438,25 @@ The method, and the software that made this set:
 - Recipe {_code(provenance["recipe"])}{variant}, seed {provenance["seed"]}, wmdd_ray revision {_text(provenance["git_revision"])}.
 - {packages}.{told}
 """
+
+
+def _sizes(meta: dict[str, Any]) -> str:
+    """Return the table of what is stored, against the real images."""
+    real_bytes = meta["source"]["stored_bytes"]
+    stored = {
+        "images": meta["image_bytes"],
+        "soft labels": meta["label_bytes"],
+        "teacher": meta["teacher_bytes"],
+        "real images as stored": real_bytes,
+    }
+    lines = (
+        f"| {name} | {size(num)} | {_share(num, real_bytes)} |" for name, num in stored.items()
+    )
+    return "\n".join(["| | bytes | of the real images |", "|---|---:|---:|", *lines])
+
+
+def _per_class(meta: dict[str, Any]) -> str:
+    return f"{meta['ipc']} image{'s' * (meta['ipc'] > 1)} per class"
 
 
 def _labelers(meta: dict[str, Any]) -> str:
