@@ -262,6 +262,7 @@ def test_a_worker_hands_on_what_its_unit_tells() -> None:
     queue.take(0)
     report = reporter(queue, "a")
     time.sleep(0.6)  # twice a second at most
+    report(0.4, "step 3/4")
     report(0.5, "half", epoch=2, loss=0.25)
     told = [event for event in queue.drain() if event["event"] == "unit_told"]
     assert [(event["unit"], event["values"]) for event in told] == [

@@ -156,13 +156,16 @@ def work_through(queue: Queue, do_unit: DoUnit, *, rank: int = 0, world: int = 1
 
 
 def reporter(queue: Queue, unit: str) -> Report:
-    """Return a report function that speaks at most twice a second: units may step thousands of times a second."""
-    last = time.monotonic()
+    """Return a report function that speaks at most twice a second: units may step thousands of times a second.
+
+    Values at the end of an epoch are not dropped because of a note just before.
+    """
+    last = {True: time.monotonic(), False: time.monotonic()}
 
     def report(fraction: float, note: str = "", **values: float) -> None:
-        nonlocal last
-        if time.monotonic() - last >= 0.5:
-            last = time.monotonic()
+        has_values = bool(values)
+        if time.monotonic() - last[has_values] >= 0.5:
+            last[has_values] = time.monotonic()
             queue.report(unit, min(fraction, 0.999), note, values)
 
     return report

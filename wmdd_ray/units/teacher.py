@@ -215,16 +215,17 @@ def train_teacher(
         if rank == 0:
             report(
                 (epoch + 1) / (squeeze.epochs + 1),
-                f"{'' if unit == UNIT else f'{unit}, '}epoch {epoch + 1}/{squeeze.epochs}, {course}",
+                f"{_epoch_of(training, epoch)}, {course}",
                 epoch=epoch + 1,
                 loss=loss,
             )
             keep.maybe(lambda: course.state(epoch + 1))
 
+    batches = streamed or _in_memory(training, squeeze.batch_size, rank, world)
     train_classifier(
         parallel(network),
         optimizer,
-        streamed or _in_memory(training, squeeze.batch_size, rank, world),
+        _told(batches, training, course, report) if rank == 0 else batches,
         squeeze,
         steps_per_epoch=steps_of(training.num_images, squeeze.batch_size),
         mean_C=config.source.mean,
@@ -309,6 +310,28 @@ class _Course:
         self.curvatures = state.pop("curvatures", np.zeros(0)).tolist()
         load_training_state(self._network, self._optimizer, state, self._average)
         return epoch
+
+
+def _epoch_of(training: Training, epoch: int) -> str:
+    prefix = "" if training.unit == UNIT else f"{training.unit}, "
+    return f"{prefix}epoch {epoch + 1}/{training.config.squeeze.epochs}"
+
+
+def _told(
+    batches: EpochBatches, training: Training, course: _Course, report: Report
+) -> EpochBatches:
+    """Return the batches, and tell at each how far the training is: an epoch may take an hour."""
+    squeeze = training.config.squeeze
+    steps = steps_of(training.num_images, squeeze.batch_size)
+
+    def told(epoch: int) -> Iterator[Batch]:
+        for step, batch in enumerate(batches(epoch)):
+            note = f"{_epoch_of(training, epoch)}, step {step}/{steps}"
+            note += f", {course}" if course.losses else ""
+            report((epoch + step / steps) / (squeeze.epochs + 1), note)
+            yield batch
+
+    return told
 
 
 def _in_memory(training: Training, batch_size: int, rank: int, world: int) -> EpochBatches:
