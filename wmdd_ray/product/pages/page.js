@@ -69,6 +69,7 @@
   function drawSheet() {
     const sheet = byId("sheet");
     if (!sheet) return;
+    sheet.classList.toggle("few", facts.shown.every((one) => one.images.length < 4));
     sheet.replaceChildren(...facts.shown.map((one) => {
       const strip = make("span", { className: "strip" });
       for (const image of one.images.slice(0, 10)) {
@@ -198,7 +199,7 @@
     }], {
       height: 320, bargap: few ? 0.3 : 0.05,
       xaxis: { tickvals: few ? known.map((_, i) => i) : [], ticktext: known.map((one) => one.name.length > 16 ? one.name.slice(0, 15) + "…" : one.name),
-        title: { text: few ? "" : `${known.length} classes, largest cost first` }, tickangle: known.length > 6 ? -40 : 0, fixedrange: true },
+        title: { text: few ? "" : `${known.length} classes, largest cost first` }, tickangle: known.length > 6 && known.some((one) => one.name.length > 3) ? -40 : 0, fixedrange: true },
       yaxis: { title: { text: markup`W<sub>2</sub>² cost` }, rangemode: "tozero", fixedrange: true },
     });
     const where = byId("chart-cost");
@@ -283,7 +284,7 @@
       marker: { color: color("accent") }, hovertemplate: markup`atom %{customdata}: %{y:.4g}<extra></extra>`,
     }], {
       height: 220, bargap: 0.2,
-      xaxis: { title: { text: "atoms, heaviest first" }, fixedrange: true, nticks: 8 },
+      xaxis: { title: { text: "atoms, heaviest first" }, fixedrange: true, tick0: 1, dtick: Math.ceil(sorted.length / 8) },
       yaxis: { title: { text: "weight" }, fixedrange: true, rangemode: "tozero", nticks: 5 },
       shapes: [{ type: "line", x0: 0, x1: 1, xref: "paper", y0: even, y1: even, line: { color: color("faint"), dash: "dot", width: 1.5 } }],
     });
