@@ -15,7 +15,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 if __spec__ is None:  # a file, which goes on as the module that its imports are relative to
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,7 +25,7 @@ import tyro
 
 from wmdd_ray.config import DistillConfig, Reporting, Resources, StageName, refuse_secrets
 from wmdd_ray.product.card import results_table, size
-from wmdd_ray.recipes import recipe_of
+from wmdd_ray.recipes import full_table, recipe_of
 from wmdd_ray.spine.claims import fingerprint, flatten
 from wmdd_ray.spine.provenance import hardware, versions
 from wmdd_ray.spine.rooms import StageCommit
@@ -45,10 +45,12 @@ from wmdd_ray.telling.trackers import TrackedRun, trackers_of
 from wmdd_ray.units.cut import open_split
 from wmdd_ray.units.own_data import doubts_of
 
-from . import command_line, endings, own_data
+from . import command_line, endings, forecast, own_data
 
 _MEASURED_FOR = ("source.image-size", "source.channels")
-_FIRST = "recipe variant ipc data val-data teacher out from overwrite dry-run num-workers"
+_FIRST = (
+    "recipe variant ipc data val-data teacher out from overwrite dry-run evaluate.full num-workers"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +67,11 @@ class Job:
     overwrite: bool = False
     """Replace rooms that were made with other options; with --from, that room and those after in any case."""
     dry_run: bool = False
-    """Print the plan (stages, units, what is committed, estimated sizes) and stop."""
+    """Print the plan (stages, units, bytes) and stop."""
     allow_unsafe_commits: bool = False
     """Work on a store that ignores conditional writes; two runs with one --out can then overwrite each other unnoticed."""
+    full: Annotated[bool, tyro.conf.arg(name="evaluate.full")] = False
+    """18 students where the recipe has 2: the full table."""
     verbose: bool = False
     """Show Ray's and the workers' log lines, and whole tracebacks."""
     config: Annotated[DistillConfig, tyro.conf.arg(name="")] = field(default_factory=DistillConfig)
@@ -93,6 +97,7 @@ def parse(arguments: list[str], *, ask_cluster: bool = True) -> Job:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("recipe", "variant", "ipc", "teacher", "data", *_MEASURED_FOR):
         first.add_argument(f"--{option}", f"--{option.replace('-', '_')}", dest=option, default="")
+    first.add_argument("--evaluate.full", action="store_true", dest="full")
     known = vars(first.parse_known_args(arguments)[0])
     # tyro says what is wrong with others
     ipc = int(known["ipc"]) if known["ipc"].isdecimal() else 10
@@ -101,7 +106,7 @@ def parse(arguments: list[str], *, ask_cluster: bool = True) -> Job:
     if recipe == "auto" and with_data:
         return _parse_auto(arguments, known, ipc, ask_cluster=ask_cluster)
     config = _for_teacher(recipe_of(recipe, ipc, known["variant"] or "best"), known["teacher"])
-    return _parse(arguments, config)
+    return _parse(arguments, full_table(config) if known["full"] else config)
 
 
 def _parse(arguments: list[str], config: DistillConfig) -> Job:
@@ -119,7 +124,7 @@ def _for_teacher(config: DistillConfig, teacher: str) -> DistillConfig:
     return replace(config, source=published(teacher).source(config.source))
 
 
-def _parse_auto(arguments: list[str], known: dict[str, str], ipc: int, *, ask_cluster: bool) -> Job:
+def _parse_auto(arguments: list[str], known: dict[str, Any], ipc: int, *, ask_cluster: bool) -> Job:
     """Return the job of a command line without a recipe: its data choose, and the options given come over it."""
     size, channels = (
         int(known[name]) if known[name].isdecimal() else None for name in _MEASURED_FOR
@@ -143,6 +148,7 @@ def _parse_auto(arguments: list[str], known: dict[str, str], ipc: int, *, ask_cl
     # What was typed must not be at odds with what was not.
     warmup = min(config.squeeze.warmup_epochs, job.config.squeeze.epochs)
     config = replace(config, squeeze=replace(config.squeeze, warmup_epochs=warmup))
+    config = full_table(config) if known["full"] else config
     job = _parse(arguments, _for_teacher(config, teacher))
     choices = own_data.told(job.config, reasons, arguments)
     return replace(job, auto=auto, told=tuple(choices))
@@ -205,6 +211,8 @@ def open_run(job: Job) -> Run:
         # Only now: a run that was refused, or had nothing to do, is not what made the rooms.
         write_run_record(run, job.auto)
         print(f"writing to {run.store.uri}", file=sys.stderr)
+        if (prices := forecast.told(run)) is not None and job.last in (None, "evaluate"):
+            print(prices, file=sys.stderr)
 
     run = Run(
         store=Store(out),
@@ -269,6 +277,8 @@ def print_plan(run: Run, pipeline: tuple[Stage, ...]) -> None:
         print(
             f"{stage.name:<12} {stage.room + '/':<13} {state:<34} {units:>12} {size(work.estimated_bytes):>9}"
         )
+    if (prices := forecast.told(run)) is not None:
+        print(prices)
     if run.config.data != "digits":
         for doubt, advice in doubts_of(run.source("train"), run.config.source):
             print(f"warning: {doubt}; {advice}")

@@ -28,7 +28,7 @@ from wmdd_ray.config import (
 )
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError
 from wmdd_ray.options import check
-from wmdd_ray.recipes import RECIPES, recipe_of
+from wmdd_ray.recipes import RECIPES, full_table, recipe_of
 from wmdd_ray.records import Teacher
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.store import codecs
@@ -146,6 +146,7 @@ def parse(arguments: list[str], description: str | None) -> Asked:
     if known.recipe:
         base = recipe_of(known.recipe, 10 if own is None else own.meta["ipc"])
     num_teachers = 1
+    base = full_table(base)
     source = base.source
     if own is not None:
         source = _source_of_ours(own, source)
