@@ -1,6 +1,6 @@
 """Measure this machine: `python jobs/bench.py NAME [--out FILE.json]`.
 
-NAME is barycenter, recover, features, labels, loader, orchestration, prepare, scale, accuracy, robustness, otg or otm. Each
+NAME is barycenter, recover, features, labels, loader, orchestration, scale, accuracy, robustness or otg. Each
 benchmark prints a table and writes the same numbers with hardware, versions, settings, n, min, median and max. What is compared is
 measured in the same run, taking turns. With one computing thread processor seconds are counted, which other work on the
 machine changes least; otherwise wall-clock seconds.
@@ -30,12 +30,10 @@ BENCHES = {
     "labels": "study.labels",
     "loader": "speed.loader",
     "orchestration": "speed.orchestration",
-    "prepare": "speed.prepare",
-    "scale": "scale.command",
+    "scale": "scale.pipeline",
     "accuracy": "study.command",
     "robustness": "study.robustness",
     "otg": "study.otg",
-    "otm": "speed.otm",
 }
 """Benchmark -> the module with the function of its name; only what is asked for is imported."""
 

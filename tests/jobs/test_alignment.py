@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from jobs.benches.speed.otm import otm
 from jobs.benches.study import work
 from jobs.benches.study.command import accuracy
 from jobs.benches.study.definitions import Options, TableName
@@ -78,14 +77,3 @@ def test_the_table_says_of_each_group_who_labels_and_by_what_loss(tmp_path: Path
     assert named["LIA: 4 teachers"] == "labels by convnet3 and 3 more"
     loss = "by soft labels: MSE to logits, ce_weight 0.025"
     assert named["OTM: CE + MSE + Sinkhorn"] == f"{loss}, Sinkhorn distance 0.1"
-
-
-@pytest.mark.slow
-def test_the_bench_of_the_term_tells_its_share_of_a_step(tmp_path: Path) -> None:
-    path = tmp_path / "otm.json"
-    otm(batch_sizes=(4,), image_size=16, small_stem=False, steps=2, out=str(path))
-    (row,) = json.loads(path.read_text())["rows"]
-    assert row["share_of_step"] == pytest.approx(
-        row["term_ms"]["median"] / row["without_ms"]["median"], rel=1e-3
-    )
-    assert row["with_ms"]["n"] == 2 and 0 < row["term_ms"]["median"] < row["with_ms"]["median"]

@@ -25,8 +25,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jobs import distill, prepare
-from jobs.benches.speed.prepare import prepare as prepare_bench
 from tests.conftest import S3Uri
+from tests.stages.memory import prepare_peaks
+from tests.stages.processes import in_a_process
 from tests.stages.tiny import FinishedRun
 from tests.store.written_sources import (
     CONFIG,
@@ -616,10 +617,9 @@ def test_a_changed_frame_is_noticed() -> None:
 
 
 @pytest.mark.slow
-def test_memory_is_flat_when_the_data_grows_eightfold(tmp_path: Path) -> None:
-    # By the bench, in a process and a Ray of its own: workers of the session's Ray come with the memory of other tests.
-    prepare_bench(shard_images=150, shard_mb=1, out=str(tmp_path / "peaks.json"))
-    once, eight = json.loads((tmp_path / "peaks.json").read_text())["rows"]
+def test_memory_is_flat_when_the_data_grows_eightfold() -> None:
+    # In a process and a Ray of its own: workers of the session's Ray come with the memory of other tests.
+    once, eight = in_a_process(prepare_peaks, 2, 1, (150, 1200))
     assert eight["mib"] > 6 * once["mib"] > 15
     assert eight["driver_grew"] < once["driver_grew"] + 0.3 * eight["mib"]
     assert eight["worker"] < once["worker"] + 0.3 * eight["mib"]

@@ -6,21 +6,25 @@ images room for relabel.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import os
+import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from jobs.benches.scale.classes import class_record
-from jobs.benches.scale.processes import Peaks, descendants, watched
-from jobs.benches.speed.prepare import write_shards
+from jobs.prepare import Job as PrepareJob
+from jobs.prepare import prepare
+from tests.stages.processes import Peaks, descendants, local_ray, watched
 from wmdd_ray.config import (
     DistillConfig,
     FeaturesConfig,
@@ -30,17 +34,21 @@ from wmdd_ray.config import (
     SourceConfig,
     SqueezeConfig,
 )
-from wmdd_ray.records import ClassImages
+from wmdd_ray.records import ClassFeatures, ClassImages, Moments
 from wmdd_ray.spine.run import Progress, Run, Stage, StageRun, run_pipeline
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import open_source
+from wmdd_ray.units.splitting import PrepareConfig
 
 _NUM_CLASSES = 10
 _IPC = 10
 _NETWORK = NetworkConfig(arch="convnet3", width=8)
 _ACTORS = ("ray::MapWorker", "ray::BarycenterActor")
 """Titles of what holds a stage's data."""
+_PICTURES = 20
+# The BatchNorm inputs of a ResNet-18.
+_CHANNELS_L = (64,) * 5 + (128,) * 5 + (256,) * 5 + (512,) * 5
 _CONFIG = DistillConfig(
     ipc=_IPC,
     source=SourceConfig(format="webdataset", image_size=64, resize=64),
@@ -167,3 +175,57 @@ def commit_untrained(stage: StageRun) -> dict[str, Any]:
         stage.room, stage.config, _NETWORK, network, names, 1.0, time.perf_counter(), {}, attempt=1
     )
     return {"top1": 1.0}
+
+
+def prepare_peaks(num_shards: int, shard_mb: int, sizes: Sequence[int]) -> list[dict[str, float]]:
+    """Watch jobs/prepare.py at every size; once before unwatched, so that imports do not count. Runs in its own process."""
+    with local_ray(num_cpus=2):
+        return [watch_job(num_shards, shard_mb, size) for size in (sizes[0], *sizes)][1:]
+
+
+def watch_job(num_shards: int, shard_mb: int, shard_images: int) -> dict[str, float]:
+    """Return the peaks of the job on so many images, with the MiB that were written and the seconds that it took."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        data, made = Path(folder) / "data", Path(folder) / "out"
+        write_shards(data, num_shards, shard_images)
+        job = PrepareJob(source=str(data), out=str(made), config=PrepareConfig(shard_mb=shard_mb))
+        started = time.perf_counter()
+        with watched() as peaks:
+            prepare(job)
+        seconds = time.perf_counter() - started
+        stored = sum(file.stat().st_size for file in made.glob("data/*.parquet"))
+    images = num_shards * shard_images
+    return {"images": images, **asdict(peaks), "mib": stored / 2**20, "seconds": seconds}
+
+
+def class_record(label: int, features_ND: np.ndarray) -> ClassFeatures:
+    """Return a class's features with moments of a ResNet-18's shape."""
+    total = sum(_CHANNELS_L)
+    count_L = np.full(len(_CHANNELS_L), len(features_ND) * 49)
+    moments = Moments(
+        channels_L=_CHANNELS_L, count_L=count_L, mean_S=np.zeros(total), m2_S=np.ones(total)
+    )
+    keys = tuple(f"{label:05d}/{i:05d}.jpg" for i in range(len(features_ND)))
+    return ClassFeatures(label=label, keys=keys, features_ND=features_ND, moments=moments)
+
+
+def write_shards(folder: Path, num_shards: int, shard_images: int, side: int = 128) -> None:
+    """Write WebDataset shards of JPEGs that mix all classes; a few different pictures, over and over."""
+    folder.mkdir()
+    (folder / "classes.txt").write_text(
+        "".join(f"class {label}\n" for label in range(_NUM_CLASSES))
+    )
+    rng = np.random.default_rng(0)
+    pictures = []
+    for _ in range(_PICTURES):
+        encoded = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(encoded, "JPEG")
+        pictures.append(encoded.getvalue())
+    for shard in range(num_shards):
+        with tarfile.open(folder / f"train-{shard:05d}.tar", "w") as tar:
+            for i in range(shard_images):
+                members = {"jpg": pictures[i % _PICTURES], "cls": str(i % _NUM_CLASSES).encode()}
+                for kind, content in members.items():
+                    member = tarfile.TarInfo(f"{shard:05d}-{i:06d}.{kind}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))

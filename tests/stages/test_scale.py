@@ -2,8 +2,8 @@
 
 import pytest
 
-from jobs.benches.scale.processes import Peaks
 from tests.stages.memory import barycenter_peaks, features_peaks, relabel_peaks
+from tests.stages.processes import Peaks
 
 # What metadata, fragmentation and other work of the same process may add, MiB; each large case holds twice as much data.
 # A worker of the session's Ray gives back what it frees, so its peaks differ by 5 MiB from run to run.

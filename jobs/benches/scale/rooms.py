@@ -1,66 +1,17 @@
-"""Listing, reading and committing the units of a room, on a disk and on an S3 server."""
+"""An S3 server on this machine."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import socket
-import time
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from unittest import mock
 
 import fsspec
-
-from wmdd_ray.spine.rooms import Room, StageCommit
-from wmdd_ray.store.filesystem import Store
-
-from ..reporting import Row
-
-
-def store_rows(uri: str, name: str, num_units: int) -> list[Row]:
-    """Say how long a room of so many units takes: markers written side by side as by actors, the rest as the driver does."""
-    room = Room(Store(uri), "barycenters", "bench")
-    units = [f"{label:05d}" for label in range(num_units)]
-    metrics = {"cost": 1.0, "num_iters": 10, "converged": True, "num_images": 1300}
-    rows: list[Row] = []
-
-    @contextlib.contextmanager
-    def clocked(what: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - started
-        rows.append({"what": f"{name}: {what}", "actors": "-", "value": seconds, "unit": "s"})
-
-    def commit_unit(unit: str) -> None:
-        key = f"classes/{unit}.safetensors"
-        room.commit_unit(unit, {key: b"x" * 100_000}, metrics=metrics, attempt=1)
-
-    with ThreadPoolExecutor(32) as actors:
-        list(actors.map(commit_unit, units))
-    with clocked("list"):
-        assert room.finished() == set(units)
-    with clocked("read markers"):
-        markers = room.read_units(units)
-    commit = StageCommit(
-        stage="barycenters",
-        version=1,
-        fingerprint="bench",
-        options={},
-        inputs={},
-        units=markers,
-        metrics={},
-        seconds=0.0,
-        host=socket.gethostname(),
-        run="bench",
-        finished="",
-    )
-    with clocked("commit"):
-        assert room.commit(commit)
-    return rows
 
 
 @contextlib.contextmanager

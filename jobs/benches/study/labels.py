@@ -1,7 +1,4 @@
-"""The study `labels`: bytes of soft labels against student accuracy, and the bytes for 1000 synthetic classes.
-
-Legend: V views, Y classes.
-"""
+"""The study `labels`: bytes of soft labels against student accuracy."""
 
 from __future__ import annotations
 
@@ -11,24 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
-import numpy as np
-
-from wmdd_ray.config import DistillConfig, RecoverConfig, RelabelConfig, ViewConfig
-from wmdd_ray.core.soft_labels import compress
-from wmdd_ray.core.views import draw_block
+from wmdd_ray.config import DistillConfig, RecoverConfig, RelabelConfig
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.recipes import recipe_of
-from wmdd_ray.records import SoftLabelBlock, ViewDraw
-from wmdd_ray.store import codecs
 
 from ..reporting import Row, report
 from .engine import Job, Study, chain, students
 from .scores import top1_of_students
 from .splits import Labeled, load_split, make_place
-
-# Logits of the synthetic set: spread of the others, and how far the true class and the mixed-in one stand out.
-_SPREAD, _PEAK = 2.5, 8.0
-_SYNTHETIC_CLASSES, _SYNTHETIC_VIEWS, _SYNTHETIC_EPOCHS = 1000, 8192, 300
 
 
 @dataclass(frozen=True)
@@ -85,7 +72,7 @@ def labels(
     processes: int = 1,
     out: str | None = None,
 ) -> None:
-    """Bytes of soft labels against student accuracy on Fashion-MNIST, and the bytes for 1000 synthetic classes. Resumable.
+    """Bytes of soft labels against student accuracy on Fashion-MNIST. Resumable.
 
     Every option stores the labels of the same views of the same images, the real ones nearest to the recipe's atoms; students
     learn from the files, by the recipe of `fashion_mnist`. Views by seed read back to FKD's labels, so they share its students;
@@ -135,7 +122,7 @@ def labels(
     images = study.place.load("val")
     if split == "test":
         images = load_split(data, source, "val", study.place.class_names)
-    rows = synthetic_rows(steps[0], shared[0])
+    rows: list[Row] = []
     for one in ipc:
         rows += _rows(one, stored[one], learned[one], epochs, images, study)
     first = next(iter(stored[ipc[0]].values()))
@@ -218,60 +205,5 @@ def _rows(
             paired = [a - b for a, b in zip(percent, fkd, strict=True)] if fkd else []
             row["difference"] = round(statistics.mean(paired), 2) if paired else None
             row["students"] = [round(value, 2) for value in percent]
-        rows.append(row)
-    return rows
-
-
-def synthetic_rows(step: float, shared: int) -> list[Row]:
-    """Return the bytes of labels of 1000 classes at 10 images a class and 300 epochs, from a sample of the views.
-
-    The logits are not a network's: normal, with a peak for the view's class and up to as high a one for its partner's.
-    """
-    classes, num_views = _SYNTHETIC_CLASSES, _SYNTHETIC_VIEWS
-    rng = np.random.default_rng(0)
-    logits_VY = (_SPREAD * rng.standard_normal((num_views, classes))).astype(np.float32)
-    view_V = np.arange(num_views)
-    views = ViewConfig()
-    draw = ViewDraw(
-        seed=0,
-        image_size=224,
-        index_N=view_V.astype(np.int32),
-        crop_scale_min=views.crop_scale_min,
-        flip=views.flip,
-        mix=views.mix,
-    )
-    drawn = draw_block(draw, range(1))
-    logits_VY[view_V, view_V % classes] += _PEAK * drawn.share_V
-    logits_VY[view_V, drawn.partner_V % classes] += _PEAK * (1 - drawn.share_V)
-    full = RelabelConfig(stored_views="rows")
-    top = replace(full, compression="top_k", top_k=10, stored_views="seed")
-    stepped = replace(top, precision="int8", step=step)
-    name = f"top 10, int8, steps of {step:g}"
-    options = [
-        *options_of(full, (step,), (), 1)[:4],
-        Option("top 10, fp16", top, "fkd"),
-        Option(name, stepped, "coarse"),
-        Option(f"{name}, 1/{shared} of the epochs", stepped, "shared", shared),
-    ]
-    rows: list[Row] = []
-    for option in options:
-        block = SoftLabelBlock(
-            first_epoch=0,
-            num_epochs=1,
-            views=drawn,
-            labels=compress(logits_VY, option.relabel),
-            draw=draw if option.relabel.stored_views == "seed" else None,
-        )
-        bytes_a_view = len(codecs.encode_soft_labels(block)) / num_views
-        label_epochs = _SYNTHETIC_EPOCHS // option.shared
-        row: Row = {
-            "ipc": 10,
-            "images": "1000 synthetic classes",
-            "labels": option.name,
-            "label_epochs": label_epochs,
-            "bytes": round(bytes_a_view * 10 * classes * label_epochs),
-            "bytes_a_view": round(bytes_a_view, 1),
-        }
-        row["times_smaller"] = round((rows[0] if rows else row)["bytes"] / row["bytes"], 1)
         rows.append(row)
     return rows

@@ -1,4 +1,4 @@
-"""A Ray of this process, and the memory and processor time of processes, out of /proc (Linux)."""
+"""The memory of a process and of Ray's workers below it while they work, out of /proc (Linux)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
+
+from jobs.benches.scale.pipeline import memory_mib as own_mib
 
 T = TypeVar("T")
 
@@ -46,29 +48,15 @@ def in_a_process(function: Callable[..., T], *arguments: Any) -> T:
         return process.submit(function, *arguments).result()
 
 
-def own_mib(pid: int) -> float:
-    """Return the memory of a process that is neither a file's nor shared, 0 when it has ended."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) / 1024
-    return 0.0
-
-
-def shares_mib(pid: int) -> dict[str, float]:
-    """Return PSS (shared pages divided by their users) and USS (pages of its own) of a process."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
-    return {"pss": kib["Pss"] / 1024, "uss": (kib["Private_Clean"] + kib["Private_Dirty"]) / 1024}
-
-
 def descendants(pid: int) -> dict[int, str]:
     """Return the processes below one, with their titles (Ray names a worker's process after its actor)."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                parents[int(entry.name)] = int(_after_name(entry).split()[1])
+                # The name stands in parentheses and may hold anything.
+                after_name = (entry / "stat").read_text().rpartition(")")[2]
+                parents[int(entry.name)] = int(after_name.split()[1])
     titles: dict[int, str] = {}
     below = {pid}
     while below:
@@ -78,19 +66,6 @@ def descendants(pid: int) -> dict[int, str]:
                 title = Path(f"/proc/{child}/cmdline").read_bytes()
                 titles[child] = title.replace(b"\0", b" ").decode(errors="replace").strip()
     return titles
-
-
-def _after_name(process: Path) -> str:
-    # The name stands in parentheses and may hold anything.
-    return (process / "stat").read_text().rpartition(")")[2]
-
-
-def cpu_s(pid: int) -> float:
-    """Return the processor seconds of a process, 0 when it has ended."""
-    with contextlib.suppress(OSError):
-        fields = _after_name(Path(f"/proc/{pid}")).split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return 0.0
 
 
 # How often new workers are looked for: it takes some milliseconds.
