@@ -16,8 +16,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
-import tyro
-
 from wmdd_ray.errors import ConfigError
 
 T = TypeVar("T")
@@ -66,6 +64,8 @@ def parse(
         ConfigError: There is no such option, or no such section of them.
         SystemExit: Help was shown, or a value does not parse, which is then told.
     """
+    import tyro  # here: the benchmark of a GPU runs where it is not installed
+
     keywords: dict[str, Any] = {"description": description}
     if default is not None:
         keywords["default"] = default
@@ -84,6 +84,8 @@ def parse(
 
 def _help(job_type: type, keywords: dict[str, Any]) -> str:
     """Return the help text with all options."""
+    import tyro
+
     columns = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = str(min(shutil.get_terminal_size().columns, _MOST_COLUMNS))
     try:

@@ -12,7 +12,7 @@ def test_barycenter_and_recover_run_without_ray(tmp_path: Path) -> None:
         "import sys; sys.modules['ray'] = None\n"
         "from jobs import bench\n"
         "bench.main('barycenter --ipc 2 --solvers lloyd --repeats 1 --no-reference --out b.json'.split())\n"
-        "bench.main('recover --archs convnet3 --width 4 --num-images 4 --iterations 2 --out r.json'.split())\n"
+        "bench.main('recover --archs convnet3 --width 4 --num-images 4 --iterations 2 --seconds 0 --out r.json'.split())\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", script]
