@@ -131,7 +131,7 @@ def price(config: DistillConfig, num_classes: int, num_images: int, times: UnitT
 
 
 def told(run: Run) -> str | None:
-    """Return a line with both prices where a run trains fewer students than the full table has, None where it trains all."""
+    """Return a line with both prices where a run trains fewer students than the full table has, if that takes over a minute."""
     full, source = full_table(run.config), run.source("train")
     if full.evaluate == run.config.evaluate:
         return None
@@ -140,13 +140,11 @@ def told(run: Run) -> str | None:
         price(config, len(source.class_names), num_images or 0, times)
         for config in (run.config, full)
     )
-    without = (
-        ""
-        if num_images is not None
-        else " without passes over the real images, which are not counted yet"
-    )
+    if all_of_it.students_h < 1 / 60:
+        return None
+    least = "" if num_images is not None else "at least "  # nobody has counted the real images
     return (
-        f"price: {here.making_h:.3g} GPU hours to the set{without}, {here.students_h:.3g} for {here.num_students} students; "
+        f"price: {least}{here.making_h:.3g} GPU hours to the set, {here.students_h:.3g} for {here.num_students} students; "
         f"{all_of_it.students_h:.3g} for the {all_of_it.num_students} of --evaluate.full ({times.chip}, unit times {times.known})"
     )
 

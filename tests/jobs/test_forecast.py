@@ -100,6 +100,8 @@ def test_the_plan_tells_both_prices(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert " for 2 students; " in line and not (tmp_path / "out").exists()
     assert distill.main(["--recipe", "tiny_imagenet", "--evaluate.full", *words]) == 0
     assert distill.main(["--dry-run", "--out", f"{tmp_path}/digits"]) == 0
+    cheap = ["--evaluate.labels", "soft", "--evaluate.epochs", "1", "--relabel.epochs", "1"]
+    assert distill.main(["--dry-run", "--out", f"{tmp_path}/digits", *cheap]) == 0
     assert "price: " not in capsys.readouterr().out
 
 
