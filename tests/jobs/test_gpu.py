@@ -21,11 +21,22 @@ from tests.conftest import ROOT
 # What such a machine may lack: it is told in the file, and the rest is done.
 MISSING = """
 import sys
-for name in ("ray", "ot", "pyarrow", "tyro", "jsonschema"):
+for name in sys.argv[1].split():
     sys.modules[name] = None
 from jobs import bench
-bench.main(sys.argv[1:])
 """
+STAGES_ALONE = """
+from jobs.benches.gpu import checks, speeds
+checks.all_checks, speeds.MADE = lambda *_: {}, {}
+"""
+
+
+def run_without(missing: str, change: str, options: list[str], folder: Path) -> None:
+    script = f"{MISSING}{change}bench.main(sys.argv[2:])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script, missing, *options]
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def rows_of(path: Path, part: str) -> dict[str, dict[str, Any]]:
@@ -34,9 +45,8 @@ def rows_of(path: Path, part: str) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.slow
 def test_core_and_speeds_need_neither_ray_nor_pot_nor_arrow(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", MISSING, "gpu", "--device", "cpu", "--quick", "--data", "none"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    options = ["gpu", "--device", "cpu", "--quick", "--data", "none"]
+    run_without("ray ot pyarrow tyro jsonschema", "", options, tmp_path)
     file = tmp_path / "gpu.json"
     core, speed = rows_of(file, "core"), rows_of(file, "speed")
     assert len(core) == 7 and all(row["ok"] for row in core.values()), core
@@ -60,7 +70,7 @@ def test_core_and_speeds_need_neither_ray_nor_pot_nor_arrow(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_what_fits_of_a_data_set_is_packed_and_distilled(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rng = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 4)):
@@ -73,10 +83,18 @@ def test_what_fits_of_a_data_set_is_packed_and_distilled(
     most = 2.5 * sum(f.stat().st_size for f in (tmp_path / "images").rglob("*0/*.png")) / 2**20
     gpu(pack=str(tmp_path / "images"), data=str(tmp_path / "pack"), pack_mib=most)
     assert "2 of 3 classes" in capsys.readouterr().out
-    monkeypatch.setattr("jobs.benches.gpu.checks.all_checks", lambda *_: {})
-    monkeypatch.setattr("jobs.benches.gpu.speeds.MADE", {})
     out = tmp_path / "gpu.json"
-    gpu(device="cpu", quick=True, data=str(tmp_path / "pack"), out=str(out))
+    options = [
+        "gpu",
+        "--device",
+        "cpu",
+        "--quick",
+        "--data",
+        str(tmp_path / "pack"),
+        "--out",
+        str(out),
+    ]
+    run_without("ray tyro sklearn", STAGES_ALONE, options, tmp_path)
     stages = rows_of(out, "tiny_imagenet")
     assert not any("error" in row for row in stages.values()), stages
     assert list(stages) == [

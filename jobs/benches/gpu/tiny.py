@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from wmdd_ray.config import DistillConfig, NetworkConfig, Resources
 from wmdd_ray.recipes import recipe_of
@@ -16,7 +21,6 @@ from wmdd_ray.store.sources import RawImage, Source, open_source
 from wmdd_ray.units.cut import open_split
 
 from ..reporting import Row
-from ..scale.pipeline import write_parquet
 
 _RECIPE = recipe_of("tiny_imagenet", 10)
 
@@ -53,6 +57,19 @@ def write_pack(folder: str, out: Path, most_mib: float) -> str:
         f"{len(kept)} of {len(train.class_names)} classes, {size_mib:.1f} MiB, in {out}; as pixels {pixels[0]} would fit at 64 px "
         f"and {pixels[1]} at 32"
     )
+
+
+def write_parquet(
+    folder: Path, split: str, rows: Sequence[tuple[int, str, Any]], class_names: list[str]
+) -> None:
+    """Write images (label, key, content) as a Parquet file that names its classes."""
+    features = {"image": {"_type": "Image"}, "label": {"names": class_names, "_type": "ClassLabel"}}
+    images = [{"bytes": content, "path": key} for _, key, content in rows]
+    table = pa.table({"image": images, "label": [label for label, _, _ in rows]})
+    about = {"huggingface": json.dumps({"info": {"features": features}})}
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{split}-00000-of-00001.parquet"
+    pq.write_table(table.replace_schema_metadata(about), file, compression="none")
 
 
 def config_of(data: str, quick: bool) -> DistillConfig:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import tyro
 from PIL import Image
 
+from ..gpu.tiny import write_parquet
 from ..reporting import Row, report
 from ..speed.orchestration import ROOMS, ROOT, read_stage
 
@@ -100,16 +97,3 @@ def write_images(folder: Path, num_classes: int, num_images: int, side: int) -> 
             Image.fromarray(noise.astype(np.uint8)).save(encoded, "JPEG")
             rows.append((label, f"{split}-{len(rows):07d}.jpg", encoded.getvalue()))
         write_parquet(folder, split, rows, names)
-
-
-def write_parquet(
-    folder: Path, split: str, rows: Sequence[tuple[int, str, Any]], class_names: list[str]
-) -> None:
-    """Write images (label, key, content) as a Parquet file that names its classes."""
-    features = {"image": {"_type": "Image"}, "label": {"names": class_names, "_type": "ClassLabel"}}
-    images = [{"bytes": content, "path": key} for _, key, content in rows]
-    table = pa.table({"image": images, "label": [label for label, _, _ in rows]})
-    about = {"huggingface": json.dumps({"info": {"features": features}})}
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{split}-00000-of-00001.parquet"
-    pq.write_table(table.replace_schema_metadata(about), file, compression="none")
