@@ -151,7 +151,10 @@ class SqueezeConfig:
     epochs: int = option(50, ge=1)
     """Passes over the real images (50 in WMDD's reference)."""
     batch_size: int = option(128, ge=2)
-    """Images of one optimizer step, summed over the workers."""
+    """Images of one optimizer step."""
+    batch_parts: int = option(1, ge=1, absent_at=1)
+    """Equal parts of a batch, each with BatchNorm statistics and random numbers of its own; gradients are summed in their order. As
+    many workers as divide it share a training. Another number makes another teacher; who computes a part changes no bit."""
     optimizer: OptimizerName = option("sgd", absent_at="sgd")
     """`sgd` has Nesterov momentum; `muon` orthogonalizes the steps of the hidden layers, as in `--evaluate.optimizer`."""
     learning_rate: float = option(0.05, gt=0)
@@ -189,12 +192,16 @@ class SqueezeConfig:
     check_class_order: bool = option(True, in_fingerprint=False)
     """Refuse a given teacher whose classes are shown to be in another order than the data's; one in order is refused by mistake
     once in a thousand times at most. Off, such a teacher is taken as it is, if its top-1 allows."""
-    memory_limit_gib: float = option(4.0, in_fingerprint=False)
-    """Training images are held decoded in memory up to this size per worker; above it they are streamed every epoch."""
+    memory_limit_gib: float = option(4.0, absent_at=4.0)
+    """Training images are held decoded in memory up to this size per worker; above it they are streamed every epoch, in another
+    order, which makes another teacher."""
 
     def __post_init__(self) -> None:
         check(self, "squeeze.")
         network, power = self.network, self.curvature_ipc_power
+        expected = f"at most half of the {self.batch_size} images of a batch (--squeeze.batch-size)"
+        ok = self.batch_parts == 1 or 2 * self.batch_parts <= self.batch_size
+        require(ok, "squeeze.batch-parts", expected, self.batch_parts)
         expected = "batch, whose inputs the images are matched by"
         require(network.norm == "batch", "squeeze.network.norm", expected, network.norm)
         expected = "0 without --squeeze.curvature-weight; give that too, or leave this out"
@@ -643,11 +650,13 @@ class Resources:
     """Where and how wide a run is executed. Changes the time, never the result."""
 
     num_workers: int = option(-1, ge=-1)
-    """Workers of the training, recover, relabel and student stages; 0 runs them in the driver; -1 decides by the cluster."""
+    """Workers of the training (at most --squeeze.batch-parts), recover, relabel and student stages; 0 runs them in the driver; -1
+    decides by the cluster."""
     gpus_per_worker: float = -1.0
     """GPUs of one worker; -1 takes one when the cluster has GPUs, else none."""
     cpus_per_worker: int = option(1, ge=1)
-    """CPUs, and with them computing threads, of one worker (one: on shared cores two threads ran 4 to 7 times slower)."""
+    """CPUs, and with them computing threads, of one worker (one: on shared cores two threads ran 4 to 7 times slower). The
+    training computes on one, for more of them round in another way."""
     executor: Literal["auto", "train", "actors", "here"] = "auto"
     """Where units run: `here`, in this process without Ray; `train`, one Ray Train group, which a lost worker starts again as a
     whole; `actors`, of which a lost one costs its own unit; `auto` takes a group up to 8 workers with 4 units each."""

@@ -229,8 +229,8 @@ def train(
     train_classifier(
         network,
         optimizer,
-        lambda epoch: in_memory_batches(
-            *DATA, batch_size=32, seed=0, epoch=epoch, rank=rank, world=world
+        lambda epoch, part: in_memory_batches(
+            *DATA, batch_size=32, seed=0, epoch=epoch, part=part, num_parts=config.batch_parts
         ),
         config,
         steps_per_epoch=3,
@@ -238,6 +238,7 @@ def train(
         std_C=(0.25,),
         seed=0,
         rank=rank,
+        world=world,
         start_epoch=first,
         on_epoch=on_epoch,
         on_curvature=lambda epoch, term: terms.append(term),
@@ -290,36 +291,47 @@ def test_a_weight_at_which_the_loss_is_not_finite_is_named() -> None:
         train(convnet(), config)
 
 
-def _rank(rank: int, folder: str, form: Form) -> None:
+def in_parts(num_parts: int, *, plain: bool = False) -> SqueezeConfig:
+    """Return options for batches of parts; `plain` ones augment nothing, so that without BatchNorm no part differs from a batch."""
+    return SqueezeConfig(
+        epochs=2, batch_size=32, curvature_weight=2.0, curvature_step=1.0, batch_parts=num_parts,
+        crop_scale_min=1.0 if plain else 0.5, flip=not plain,
+    )  # fmt: skip
+
+
+def test_the_parts_of_a_batch_take_the_steps_of_the_whole_with_the_term_in_each() -> None:
+    whole, cut, without = (convnet(norm=False) for _ in range(3))
+    losses, terms, _ = train(whole, in_parts(1, plain=True))
+    assert train(cut, in_parts(4, plain=True))[:2] == (
+        pytest.approx(losses, rel=1e-4),
+        pytest.approx(terms, rel=1e-4),
+    )
+    torch.testing.assert_close(cut.state_dict(), whole.state_dict(), rtol=1e-4, atol=1e-6)
+    train(without, replace(in_parts(1, plain=True), curvature_weight=0.0))
+    assert not torch.allclose(whole[3].weight, without[3].weight, atol=1e-4)  # type: ignore[arg-type]
+
+
+def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     try:
-        wrapped = nn.parallel.DistributedDataParallel(convnet(norm=False))
-        train(wrapped, two_workers(form), rank=rank, world=2)
-        torch.save(wrapped.module.state_dict(), f"{folder}/{rank}.pt")
+        network = convnet()
+        numbers = train(network, in_parts(4), rank=rank, world=2)[:2]
+        torch.save((numbers, network.state_dict()), f"{folder}/{rank}.pt")
     finally:
         distributed.destroy_process_group()
 
 
-def two_workers(form: Form) -> SqueezeConfig:
-    """Without crops, flips and BatchNorm two workers see what one sees."""
-    return SqueezeConfig(
-        epochs=2, batch_size=32, curvature_weight=2.0, curvature_form=form, curvature_step=1.0,
-        crop_scale_min=1.0, flip=False,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
-def test_two_workers_take_the_steps_of_one_with_the_term_in_both(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path), "gradient"), nprocs=2)
-    alone, without = convnet(norm=False), convnet(norm=False)
-    train(alone, two_workers("gradient"))
-    train(without, SqueezeConfig(epochs=2, batch_size=32, crop_scale_min=1.0, flip=False))
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
-    torch.testing.assert_close(found[0], dict(alone.state_dict()), rtol=1e-4, atol=1e-6)
-    assert not torch.allclose(found[0]["3.weight"], without.state_dict()["3.weight"], atol=1e-4)
+def test_two_workers_make_the_bits_of_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    alone = convnet()
+    numbers = train(alone, in_parts(4))[:2]
+    for rank in (0, 1):
+        found_numbers, found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert found_numbers == numbers
+        torch.testing.assert_close(found, dict(alone.state_dict()), rtol=0, atol=0)
 
 
 # Options

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from torch import distributed, nn
+from torch import nn
 
 from tests.core.test_student_losses import random_logits
 from wmdd_ray.config import EvaluateConfig, NetworkConfig, SqueezeConfig, ViewConfig
@@ -76,8 +75,15 @@ def train_on(
     """Train `network` on all of `data`, and return the optimizer."""
     optimizer = options.pop("optimizer", None) or optimizer_of(network, config)
 
-    def batches(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return in_memory_batches(*data, batch_size=config.batch_size, seed=1, epoch=epoch)
+    def batches(epoch: int, part: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return in_memory_batches(
+            *data,
+            batch_size=config.batch_size,
+            seed=1,
+            epoch=epoch,
+            part=part,
+            num_parts=config.batch_parts,
+        )
 
     steps = steps_of(len(data[0]), config.batch_size)
     train_classifier(
@@ -285,19 +291,20 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
         assert (orders[i] != orders[j]).any()
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_each_batch_without_overlap(digits: Labeled, world: int) -> None:
+@pytest.mark.parametrize("num_parts", [2, 3])
+def test_parts_of_a_batch_do_not_overlap(digits: Labeled, num_parts: int) -> None:
     images, names = digits[0], np.arange(len(digits[0]))
     options: dict[str, Any] = {"batch_size": 50, "seed": 3, "epoch": 2}
     whole = [labels for _, labels in in_memory_batches(images, names, **options)]
-    ranks = [
-        [labels for _, labels in in_memory_batches(images, names, rank=r, world=world, **options)]
-        for r in range(world)
+    parts_of = [
+        in_memory_batches(images, names, part=k, num_parts=num_parts, **options)
+        for k in range(num_parts)
     ]
-    assert {len(batches) for batches in ranks} == {len(whole)}
+    labels_of = [[labels for _, labels in batches] for batches in parts_of]
+    assert {len(batches) for batches in labels_of} == {len(whole)}
     for step, batch in enumerate(whole):
-        parts = [batches[step] for batches in ranks]
-        assert {len(part) for part in parts} == {50 // world}
+        parts = [batches[step] for batches in labels_of]
+        assert {len(part) for part in parts} == {50 // num_parts}
         together = torch.cat(parts)
         torch.testing.assert_close(together, batch[: len(together)], rtol=0, atol=0)
 
@@ -308,9 +315,9 @@ def test_fewer_images_than_a_batch_are_one_batch(digits: Labeled) -> None:
     assert [len(labels) for _, labels in batches] == [7]
 
 
-def test_more_workers_than_images_of_a_batch_are_refused(digits: Labeled) -> None:
-    with pytest.raises(ConfigError, match="got 5 workers for batches of 4 images; lower it"):
-        next(in_memory_batches(*digits, batch_size=4, seed=0, epoch=0, world=5))
+def test_more_parts_than_images_of_a_batch_are_refused(digits: Labeled) -> None:
+    with pytest.raises(ConfigError, match="got 5 parts of batches of 4 images; lower it"):
+        next(in_memory_batches(*digits, batch_size=4, seed=0, epoch=0, num_parts=5))
 
 
 def test_eval_batches_are_all_images_in_order(digits: Labeled) -> None:
@@ -393,18 +400,17 @@ def test_a_classifier_ends_as_the_average_of_its_weights_after_every_step(digits
 
 
 def test_a_shift_moves_whole_pixels_and_repeats_the_border(
-    digits: Labeled, monkeypatch: pytest.MonkeyPatch
+    digits: Labeled,
 ) -> None:
     seen: list[torch.Tensor] = []
     network = small_network()
     network.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     config = SqueezeConfig(epochs=1, batch_size=200, crop_scale_min=1.0, shift_px=2, flip=False)
     images = digits[0][:200]
-    monkeypatch.setattr(training, "take_step", lambda *_: None)
     train_classifier(
         network,
         optimizer_of(network, config),
-        lambda _: [(torch.from_numpy(images), torch.from_numpy(digits[1][:200]))],
+        lambda *_: [(torch.from_numpy(images), torch.from_numpy(digits[1][:200]))],
         config,
         steps_per_epoch=1,
         mean_C=MEAN,
@@ -467,18 +473,28 @@ def test_training_draws_nothing_from_global_generators(digits: Labeled) -> None:
     torch.testing.assert_close(torch.get_rng_state(), state)
 
 
-def test_ranks_augment_differently_and_seeds_matter(digits: Labeled) -> None:
-    data, config = (digits[0][:100], digits[1][:100]), SqueezeConfig(epochs=1, batch_size=50)
-    first, second = small_network(), small_network()
-    train_on(first, data, config)
-    train_on(second, data, config, rank=1)
-    assert (first[0].weight != second[0].weight).any()  # type: ignore[index]
+def test_each_part_of_a_batch_has_an_augmentation_of_its_own_and_the_first_ones_moments(
+    digits: Labeled,
+) -> None:
+    seen: list[torch.Tensor] = []
+    network = small_network()
+    norm = next(layer for layer in network if isinstance(layer, nn.BatchNorm2d))
+    network[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    inputs: list[torch.Tensor] = []
+    norm.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().clone()))
+    config = SqueezeConfig(epochs=1, batch_size=20, batch_parts=2)
+    twice = np.concatenate([digits[0][:1]] * 20), np.concatenate([digits[1][:1]] * 20)
+    train_on(network, twice, config)
+    assert len(seen) == 2 and (seen[0] != seen[1]).any()
+    torch.testing.assert_close(norm.running_mean, 0.1 * inputs[0].mean((0, 2, 3)))
+    assert norm.num_batches_tracked == 1
 
 
 def test_the_rate_falls_over_all_epochs_and_not_over_each(
     digits: Labeled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = []
+    monkeypatch.setattr(training, "descend", lambda *args: steps.append(args[1:]))
     monkeypatch.setattr(training, "take_step", lambda *args: steps.append(args[2:]))
     config = SqueezeConfig(epochs=3, batch_size=50, learning_rate=0.3)
     train_on(small_network(), (digits[0][:100], digits[1][:100]), config)
@@ -496,7 +512,7 @@ def test_the_rate_falls_over_all_epochs_and_not_over_each(
 def test_only_the_announced_steps_of_an_epoch_are_taken(digits: Labeled) -> None:
     taken = []
 
-    def endless(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def endless(epoch: int, part: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         while True:
             taken.append(epoch)
             yield torch.from_numpy(digits[0][:8]), torch.from_numpy(digits[1][:8])
@@ -519,23 +535,6 @@ def test_a_loss_that_is_not_finite_names_the_learning_rate(digits: Labeled) -> N
     config = SqueezeConfig(epochs=1, batch_size=50, learning_rate=1e30)
     with pytest.raises(ConfigError, match=r"--squeeze.learning-rate: .*finite.*epoch 0.*lower it"):
         train_on(small_network(), (digits[0][:200], digits[1][:200]), config)
-
-
-def test_a_network_in_distributed_data_parallel_trains_to_the_same_weights(
-    digits: Labeled, tmp_path: Path
-) -> None:
-    data, config = (digits[0][:200], digits[1][:200]), SqueezeConfig(epochs=2, batch_size=50)
-    plain = small_network()
-    train_on(plain, data, config)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
-    )
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(small_network())
-        train_on(wrapped, data, config)
-    finally:
-        distributed.destroy_process_group()
-    torch.testing.assert_close(wrapped.module.state_dict(), plain.state_dict())
 
 
 # The student

@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from sklearn.datasets import load_digits
 
 from tests.stages import tiny
 from tests.stages.tiny import FinishedRun
+from tests.store.written_sources import tar_of
 from wmdd_ray.core.networks import build_network
 from wmdd_ray.errors import WmddError
 from wmdd_ray.records import Teacher
 from wmdd_ray.spine.run import Room
 from wmdd_ray.stages import squeeze
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.images import encode_png
 from wmdd_ray.units import teacher as training
 from wmdd_ray.units.teacher import read_teacher
 
@@ -225,17 +228,46 @@ def test_teachers_of_one_effective_weight_are_one_teacher() -> None:
 
 
 @slow
-def test_images_beyond_the_memory_limit_are_streamed_and_teach_as_well(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    assert tiny.job(out, *UNTIL, "--squeeze.memory-limit-gib", "1e-4") == 0
-    assert read_teacher(Room(Store(str(out)), "teacher")).top1 > 0.6
+def test_shards_that_are_streamed_teach_one_teacher_on_any_workers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    digits = load_digits()
+    source = Store(str(tmp_path / "digits"))
+    for number, (split, rows) in enumerate(
+        [*(("train", range(k, 900, 3)) for k in range(3)), ("val", range(900, 1300))]
+    ):
+        members = [
+            (f"{row:04d}.{ending}", content)
+            for row in rows
+            for ending, content in (
+                ("cls", b"%d" % digits.target[row]),
+                ("png", encode_png(np.uint8(digits.images[row] * 15)[:, :, None])),
+            )
+        ]
+        source.put(f"{split}-{number:03d}.tar", tar_of(members))
+    source.put("classes.txt", b"0\n1\n2\n3\n4\n5\n6\n7\n8\n9\n")
+    options = (*UNTIL, "--data", source.uri, "--squeeze.memory-limit-gib", "1e-5")
+    whole, parts = options, (*options, "--squeeze.batch-parts", "2")
+
+    def made(name: str, *options: str) -> bytes:
+        assert tiny.job(tmp_path / name, *options) == 0
+        return (tmp_path / name / "teacher/teacher.safetensors").read_bytes()
+
+    one = made("here", *whole, "--executor", "here")
+    # Decoded by tasks, on the CPU that is left; then by the workers, which have both.
+    assert made("one", *whole, "--num-workers", "2") == one
+    assert "1 of 2 workers train: --squeeze.batch-parts 2 lets all of them" in caplog.text
+    two = made("here-parts", *parts, "--executor", "here", "--cpus-per-worker", "2")
+    assert made("two", *parts, "--num-workers", "2") == two
+    assert one != two and read_teacher(Room(Store(str(tmp_path / "two")), "teacher")).top1 > 0.5
+    assert tiny.job(tmp_path / "two", *options) == 2, "another number of parts is another plan"
+    assert tiny.job(tmp_path / "four", *options, "--squeeze.batch-parts", "4") == 2
 
 
-@slow
-def test_two_workers_train_one_teacher_together(teacher: Teacher, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    assert tiny.job(out, *UNTIL, "--num-workers", "2") == 0
-    found = read_teacher(Room(Store(str(out)), "teacher"))
-    assert found.top1 > 0.6
-    # The same seed and the same batches, only summed in two halves: near the teacher of one worker.
-    assert abs(found.top1 - teacher.top1) < 0.1
+def test_a_teacher_of_whole_batches_is_the_one_of_before_there_were_parts() -> None:
+    whole, parts = (
+        squeeze.options(tiny.config("--squeeze.batch-parts", n))["squeeze"] for n in "12"
+    )
+    assert parts == whole | {"batch_parts": 2} and "batch_parts" not in whole
+    assert "memory_limit_gib" not in whole
+    assert squeeze.options(tiny.config("--squeeze.memory-limit-gib", "1"))["squeeze"] != whole

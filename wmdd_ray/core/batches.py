@@ -37,41 +37,40 @@ def in_memory_batches(
     batch_size: int,
     seed: int,
     epoch: int,
-    rank: int = 0,
-    world: int = 1,
+    part: int = 0,
+    num_parts: int = 1,
 ) -> Iterator[Batch]:
-    """Yield one rank's share of the batches of one shuffled epoch.
+    """Yield one part of each batch of one shuffled epoch.
 
-    The order is drawn from (seed, epoch). Every rank yields `steps_of(N, batch_size)` batches of
-    the same size, and the shares of a step are disjoint parts of the batch that a single rank
-    would see.
+    The order is drawn from (seed, epoch). Every part has `steps_of(N, batch_size)` batches of
+    the same size, and those of a step are disjoint.
 
     Args:
-        images_NHWC: uint8 images, all of them on every rank.
+        images_NHWC: uint8 images.
         labels_N: int64 classes.
-        batch_size: images of one step, summed over the ranks; a remainder of the division by
-            `world` is left out, as is an incomplete last batch.
+        batch_size: images of one step, summed over the parts; a remainder of the division by
+            `num_parts` is left out, as is an incomplete last batch.
         seed: seed of the run.
         epoch: which epoch.
-        rank: this worker.
-        world: number of workers.
+        part: which part.
+        num_parts: number of parts.
 
     Yields:
         (images uint8 NHWC, labels int64).
 
     Raises:
-        ConfigError: A batch has fewer images than there are workers.
+        ConfigError: A batch has fewer images than parts.
     """
     num_images = len(images_NHWC)
-    share = min(batch_size, num_images) // world
+    share = min(batch_size, num_images) // num_parts
     if share < 1:
         raise ConfigError(
-            f"--num-workers: expected at most one worker an image of a batch, got {world} workers "
-            f"for batches of {min(batch_size, num_images)} images; lower it"
+            f"--squeeze.batch-parts: expected at most one part an image of a batch, got {num_parts} parts of batches of "
+            f"{min(batch_size, num_images)} images; lower it"
         )
     order_N = order_of(num_images, seed=seed, epoch=epoch)
     for step in range(steps_of(num_images, batch_size)):
-        start = step * batch_size + rank * share
+        start = step * batch_size + part * share
         index_B = order_N[start : start + share]
         yield torch.from_numpy(images_NHWC[index_B]), torch.from_numpy(labels_N[index_B])
 

@@ -91,7 +91,7 @@ def classifier_curvature(
     term holds until `backward`.
 
     Args:
-        network: classifier; not wrapped in DistributedDataParallel. Its mode is put back.
+        network: classifier. Its mode is put back.
         images_BCHW: normalized images.
         labels_B: int64 classes.
         step: h, in units of the normalized input.

@@ -185,6 +185,13 @@ def take_step(
     """Take one step along the gradient of `loss`, at the rate of `cosine_rate`."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    descend(optimizer, peak, step, num_steps, warmup_steps)
+
+
+def descend(
+    optimizer: torch.optim.Optimizer, peak: float, step: int, num_steps: int, warmup_steps: int = 0
+) -> None:
+    """Take one step along the gradients that are there, at the rate of `cosine_rate`."""
     for group in optimizer.param_groups:
         group["lr"] = cosine_rate(peak, step, num_steps, warmup_steps)
     optimizer.step()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Literal, NamedTuple
 
@@ -19,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from wmdd_ray.config import EvaluateConfig, SqueezeConfig
 from wmdd_ray.core.batches import AUGMENTATION, Batch, order_of
@@ -27,11 +27,13 @@ from wmdd_ray.core.curvature import classifier_curvature
 from wmdd_ray.core.optimizer import (
     State,
     WeightAverage,
+    descend,
     load_training_state,
     make_optimizer,
     take_step,
     training_state,
 )
+from wmdd_ray.core.split_batch import SplitBatch
 from wmdd_ray.core.student_losses import (
     hard_label_loss,
     logit_loss,
@@ -64,7 +66,7 @@ def optimizer_and_average(
 def train_classifier(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
-    epoch_batches: Callable[[int], Iterable[Batch]],
+    epoch_batches: Callable[[int, int], Iterable[Batch]],
     config: SqueezeConfig,
     *,
     steps_per_epoch: int,
@@ -72,6 +74,7 @@ def train_classifier(
     std_C: Sequence[float],
     seed: int,
     rank: int = 0,
+    world: int = 1,
     start_epoch: int = 0,
     average: WeightAverage | None = None,
     on_epoch: Callable[[int, float], None] | None = None,
@@ -87,17 +90,18 @@ def train_classifier(
     pass `start_epoch` = e + 1; the result is the same to the last bit.
 
     Args:
-        network: classifier on its device, wrapped in DistributedDataParallel or not. Channels-last
-            format (set before wrapping) makes 1.5 times the steps per second on CPU.
+        network: classifier on its device, the same on every worker. Channels-last format makes 1.5 times the steps per
+            second on CPU.
         optimizer: of `optimizer_and_average`.
-        epoch_batches: epoch -> batches of this rank, (uint8 NHWC, int64 labels). At most
-            `steps_per_epoch` are used; in distributed training every rank needs equally many.
+        epoch_batches: epoch, part -> a part of each batch, (uint8 NHWC, int64 labels). At most
+            `steps_per_epoch` are used; every part needs equally many.
         config: epochs, rate, augmentation, precision.
         steps_per_epoch: batches of an epoch.
         mean_C: per-channel mean of the input in [0, 1].
         std_C: per-channel standard deviation of the input in [0, 1].
         seed: seed of the augmentation.
-        rank: this worker; each draws its own augmentation.
+        rank: this worker, in torch's process group if there are several.
+        world: number of workers, which divides `config.batch_parts`; it changes no bit.
         start_epoch: first epoch to train.
         average: of `optimizer_and_average`; updated at every step, and put into the network at the end.
         on_epoch: called with (epoch, mean loss) after every epoch.
@@ -107,36 +111,27 @@ def train_classifier(
     Raises:
         ConfigError: The loss is not finite.
     """
-    device = next(network.parameters()).device
     num_steps = config.epochs * steps_per_epoch
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
-    # Its own passes need no exchange: the gradients of all terms are summed over the workers in one backward.
-    bare = network.module if isinstance(network, DistributedDataParallel) else network
+    split = SplitBatch(network, config.batch_parts, rank, world)
     for epoch in range(start_epoch, config.epochs):
         network.train()
-        rng = np.random.default_rng([seed, epoch, AUGMENTATION, rank])
-        total, bent, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
-        batches = islice(epoch_batches(epoch), steps_per_epoch)
-        with _seeded_dropout(seed, epoch, rank, device):
-            for i, (images_BHWC, labels_B) in enumerate(batches):
-                images = to_input(images_BHWC, mean_C, std_C, device)
-                images = _augment(images, rng, config)
-                with torch.autocast(
-                    device.type, dtype=torch.bfloat16, enabled=config.mixed_precision
-                ):
-                    logits_BY = network(images)
-                loss, term = _classifier_loss(bare, logits_BY, images, labels_B.to(device), config)
-                bent += term.detach()
-                step = epoch * steps_per_epoch + i
-                take_step(optimizer, loss, config.learning_rate, step, num_steps, warmup_steps)
-                if average is not None:
-                    average.update()
-                total += loss.detach()
-                count += 1
-        mean_loss = float(total) / max(count, 1)
+        parts = [_Part(network, config, mean_C, std_C, (seed, epoch, k)) for k in split.own]
+        batches = zip(*(epoch_batches(epoch, k) for k in split.own), strict=False)
+        count = 0
+        for batch_k in islice(batches, steps_per_epoch):
+            split.backward([partial(part.loss, *b) for part, b in zip(parts, batch_k, strict=True)])
+            step = epoch * steps_per_epoch + count
+            descend(optimizer, config.learning_rate, step, num_steps, warmup_steps)
+            if average is not None:
+                average.update()
+            count += 1
+        num_losses = max(count, 1) * config.batch_parts
+        mean_loss = sum(split.gathered(torch.stack([part.total for part in parts]))) / num_losses
         _require_finite(mean_loss, "squeeze", epoch, config.learning_rate, config.curvature_weight)
         if on_curvature is not None and config.curvature_weight > 0:
-            on_curvature(epoch, float(bent) / max(count, 1))
+            bent = split.gathered(torch.stack([part.bent for part in parts]))
+            on_curvature(epoch, sum(bent) / num_losses)
         if on_epoch is not None:
             on_epoch(epoch, mean_loss)
     if average is not None:
@@ -295,8 +290,45 @@ def accuracy(network: nn.Module, batches: Iterable[Batch]) -> tuple[float, float
     return hits[0] / count, hits[1] / count
 
 
+class _Part:
+    """A part of each batch of an epoch: its random numbers, and its losses and curvature terms, summed."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: SqueezeConfig,
+        mean_C: Sequence[float],
+        std_C: Sequence[float],
+        seeds: tuple[int, int, int],
+    ) -> None:
+        """Draw from `seeds`: seed, epoch and part."""
+        self._network, self._config = network, config
+        self._mean_C, self._std_C = mean_C, std_C
+        self._device = next(network.parameters()).device
+        seed, epoch, part = seeds
+        self._rng = np.random.default_rng([seed, epoch, AUGMENTATION, part])
+        with _seeded_dropout(*seeds, self._device):
+            self._drawn = _drawn(self._device)
+        self.total, self.bent = torch.zeros(2, device=self._device)
+
+    def loss(self, images_BHWC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+        """Return the loss of the part of a batch."""
+        config, device = self._config, self._device
+        images = to_input(images_BHWC, self._mean_C, self._std_C, device)
+        images = _augment(images, self._rng, config)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            _draw_on(self._drawn, device)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.mixed_precision):
+                logits_BY = self._network(images)
+            self._drawn = _drawn(device)
+        loss, term = _classifier_loss(self._network, logits_BY, images, labels_B.to(device), config)
+        self.total += loss.detach()
+        self.bent += term.detach()
+        return loss
+
+
 def _classifier_loss(
-    bare: nn.Module,
+    network: nn.Module,
     logits_BY: torch.Tensor,
     images_BCHW: torch.Tensor,
     labels_B: torch.Tensor,
@@ -308,7 +340,7 @@ def _classifier_loss(
     if config.curvature_weight == 0:
         return loss, torch.zeros_like(loss)
     term = classifier_curvature(
-        bare,
+        network,
         images_BCHW,
         labels_B,
         step=config.curvature_step,
@@ -391,9 +423,22 @@ def _require_finite(
 
 
 @contextmanager
-def _seeded_dropout(seed: int, epoch: int, rank: int, device: torch.device) -> Iterator[None]:
+def _seeded_dropout(seed: int, epoch: int, part: int, device: torch.device) -> Iterator[None]:
     """Seed the generator that dropout takes, so that a resumed epoch drops the same, and put its state back after."""
-    number = int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
+    number = int(np.random.SeedSequence([seed, epoch, part]).generate_state(1)[0])
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(number)
         yield
+
+
+def _drawn(device: torch.device) -> list[torch.Tensor]:
+    """Return the state of the generators that dropout takes."""
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def _draw_on(drawn: list[torch.Tensor], device: torch.device) -> None:
+    """Put the state of `_drawn` back."""
+    torch.set_rng_state(drawn[0])
+    if len(drawn) > 1:
+        torch.cuda.set_rng_state(drawn[1], device)

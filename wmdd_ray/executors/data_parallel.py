@@ -1,31 +1,29 @@
-"""A teacher trained by a group of Ray Train workers that share each batch, on images in memory or streamed by Ray Data."""
+"""A teacher trained by a group of Ray Train workers that share the parts of each batch, on images in memory or streamed."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
+from itertools import islice
 from typing import Any
 
-import pyarrow as pa
 import ray
-import ray.data
 import ray.train
-import ray.train.torch
-import torch
 import torch.distributed as dist
 from ray.train import RunConfig
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from wmdd_ray.config import SourceConfig
-from wmdd_ray.core.batches import Batch
 from wmdd_ray.errors import WmddError
 from wmdd_ray.executors import here, train_groups
 from wmdd_ray.executors.cluster import await_room, is_one_machine, width
@@ -33,8 +31,16 @@ from wmdd_ray.executors.heap import keep_freed_memory
 from wmdd_ray.executors.queue import reporter
 from wmdd_ray.executors.workers import device_of_worker
 from wmdd_ray.spine.run import StageRun
-from wmdd_ray.store.sources import Shard, Source, decoded_chunks
-from wmdd_ray.units.teacher import CHUNK_IMAGES, SHUFFLED_IMAGES, Training, train_teacher
+from wmdd_ray.store.sources import Shard, Source
+from wmdd_ray.store.sources.chunks import DecodedChunk, decoded_shards
+from wmdd_ray.units.teacher import (
+    CHUNK_IMAGES,
+    Training,
+    shuffled_stream,
+    train_teacher,
+)
+
+logger = logging.getLogger(__name__)
 
 
 def train(stage: StageRun, training: Training, source: Source, num_finished: int) -> None:
@@ -44,9 +50,21 @@ def train(stage: StageRun, training: Training, source: Source, num_finished: int
         keep_freed_memory()
         here.train(stage, training, source, num_finished)
         return
-    await_room(stage, wide, num_needed=wide.num_workers)  # they share each batch
-    streamed = training.train is None
-    datasets = {"train": _stream(source, stage.config.source)} if streamed else {}
+    num_parts = stage.config.squeeze.batch_parts
+    num_workers = max(n for n in range(1, wide.num_workers + 1) if num_parts % n == 0)
+    if num_workers < wide.num_workers:
+        logger.warning(
+            "%d of %d workers train: --squeeze.batch-parts %d lets all of them share each batch, and makes another teacher",
+            num_workers,
+            wide.num_workers,
+            wide.num_workers,
+        )
+    wide = replace(wide, num_workers=num_workers)
+    await_room(stage, wide, num_needed=num_workers)
+    loop: dict[str, Any] = {"training": training}
+    if training.train is None:
+        spare = int(ray.cluster_resources().get("CPU", 0)) - num_workers * wide.cpus
+        loop |= {"source": source, "num_tasks": -(-spare // num_parts)}
     backend = "nccl" if wide.gpus else "gloo"
     with (
         train_groups.queue_actor(stage, [training.unit], num_finished) as queue,
@@ -59,11 +77,10 @@ def train(stage: StageRun, training: Training, source: Source, num_finished: int
         def fit(run_config: RunConfig) -> None:
             TorchTrainer(
                 _worker_loop,
-                train_loop_config={"training": training, "queue": queue, "cpus": wide.cpus},
+                train_loop_config={**loop, "queue": queue},
                 torch_config=torch_config,
-                scaling_config=train_groups.scaling(wide, wide.num_workers, elastic=False),
+                scaling_config=train_groups.scaling(wide, num_workers, elastic=False),
                 run_config=run_config,
-                datasets=datasets,
             ).fit()
 
         train_groups.fit_until_done(stage, queue, fit)
@@ -120,29 +137,31 @@ def _part() -> None:
 
 def _worker_loop(loop: dict[str, Any]) -> None:
     training: Training = loop["training"]
-    unit, config = training.unit, training.config
+    unit = training.unit
     if unit in training.room.finished():
         return  # the group was started again after its last commit
     keep_freed_memory()
-    torch.set_num_threads(loop["cpus"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     queue = train_groups.RemoteQueue(loop["queue"])
-    streamed = None
-    if training.train is None:
-        share = max(1, config.squeeze.batch_size // world)
-        streamed = partial(_streamed_batches, config.source, share, training.seed)
     if rank == 0:
         queue.join(rank, world, socket.gethostname())
         queue.take(rank)
     try:
+        streamed = None
+        if training.train is None:
+            source, num_tasks = loop["source"], loop["num_tasks"]
+            decode = None
+            if num_tasks > 0:
+                config = training.config.source
+                decode = partial(_decoded_by_tasks, ray.put(source), config, num_tasks)
+            streamed = shuffled_stream(training, source, decode)
         train_teacher(
             training,
             reporter(queue, unit),
             device=device_of_worker(),
             rank=rank,
             world=world,
-            parallel=partial(ray.train.torch.prepare_model, move_to_device=False),
             streamed=streamed,
         )
     except WmddError as error:
@@ -152,39 +171,18 @@ def _worker_loop(loop: dict[str, Any]) -> None:
         queue.report(unit, 1.0, "")
 
 
-def _streamed_batches(
-    config: SourceConfig, batch_size: int, seed: int, epoch: int
-) -> Iterator[Batch]:
-    """Yield batches of the worker's part of the stream, shuffled in a buffer."""
-    shape = (config.image_size, config.image_size, config.channels)
-    stream = ray.train.get_dataset_shard("train")
-    assert stream is not None
-    batches = stream.iter_batches(
-        batch_size=batch_size,
-        batch_format="pyarrow",
-        drop_last=True,
-        local_shuffle_buffer_size=max(SHUFFLED_IMAGES, batch_size),
-        local_shuffle_seed=(seed + epoch) % 2**32,
-    )
-    for batch in batches:
-        pixels = b"".join(batch["pixels"].to_pylist())
-        images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).reshape(-1, *shape)
-        yield images, torch.tensor(batch["label"].to_numpy())
-
-
-def _stream(source: Source, config: SourceConfig) -> ray.data.Dataset:
-    """Return a Ray Data stream with an image a row; the shards come in another order every epoch."""
-    shards = [{"shard": shard.written()} for shard in source.shards(CHUNK_IMAGES)]
-    held = ray.put(source)
-
-    def decode(batch: pa.Table) -> Iterator[pa.Table]:
-        shard = Shard.read(batch["shard"][0].as_py())
-        for chunk in decoded_chunks(ray.get(held), shard, config, CHUNK_IMAGES):
-            pixels = [image.tobytes() for image in chunk.images_NHWC]
-            yield pa.table({"pixels": pa.array(pixels, pa.binary()), "label": chunk.labels_N})
-
-    rows = ray.data.from_items(shards, override_num_blocks=len(shards)).randomize_block_order()
-    return rows.map_batches(decode, batch_size=1, batch_format="pyarrow")
+def _decoded_by_tasks(
+    source: ray.ObjectRef[Source], config: SourceConfig, num_tasks: int, shards: Sequence[Shard]
+) -> Iterator[DecodedChunk]:
+    """Yield the images of shards in their order, decoded by some tasks at a time wherever a CPU is free."""
+    decode = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(decoded_shards)
+    decode = decode.options(num_returns="streaming", _generator_backpressure_num_objects=2)
+    tasks = (decode.remote(source, config, CHUNK_IMAGES, [shard]) for shard in shards)
+    under_way = deque(islice(tasks, num_tasks))
+    while under_way:
+        for chunk in under_way.popleft():
+            yield ray.get(chunk)
+        under_way += islice(tasks, 1)
 
 
 def count_images(source: Source) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,14 @@ from wmdd_ray.core.networks import build_network, empty_network, last_linear, we
 from wmdd_ray.core.optimizer import State, WeightAverage, load_training_state, training_state
 from wmdd_ray.core.training import optimizer_and_average, train_classifier
 from wmdd_ray.errors import DataError
+from wmdd_ray.options import require
 from wmdd_ray.records import Teacher
 from wmdd_ray.spine.checkpoints import Checkpoints
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.run import Report, unit_seed
 from wmdd_ray.store import codecs
-from wmdd_ray.store.sources import Source, decoded_chunks
+from wmdd_ray.store.sources import Shard, Source
+from wmdd_ray.store.sources.chunks import DecodedChunk, decoded_shards
 from wmdd_ray.units.held_out import HeldOut, Listed
 
 UNIT = "teacher"
@@ -33,8 +37,11 @@ _STATE_EVERY_S = 20.0
 CHUNK_IMAGES = 256
 SHUFFLED_IMAGES = 4096
 
-EpochBatches = Callable[[int], Iterator[Batch]]
-"""Epoch -> its batches (images uint8 NHWC, labels int64) of this worker."""
+EpochBatches = Callable[[int, int], Iterator[Batch]]
+"""Epoch, part -> a part of each of its batches (images uint8 NHWC, labels int64)."""
+
+Decode = Callable[[Sequence[Shard]], Iterator[DecodedChunk]]
+"""Decodes the images of shards, in their order."""
 
 
 def units_of(config: DistillConfig) -> tuple[str, ...]:
@@ -176,7 +183,6 @@ def train_teacher(
     device: torch.device,
     rank: int = 0,
     world: int = 1,
-    parallel: Callable[[torch.nn.Module], torch.nn.Module] = lambda network: network,
     streamed: EpochBatches | None = None,
 ) -> None:
     """Train a teacher on one of `world` workers. Rank 0 keeps the resumable state, measures the result and commits it.
@@ -186,8 +192,7 @@ def train_teacher(
         report: Told how far the unit is; by rank 0.
         device: Where this worker computes.
         rank: Which worker this is.
-        world: How many there are; they share each batch.
-        parallel: Makes the network average its gradients over the workers.
+        world: How many there are; they share the parts of each batch.
         streamed: The batches, where the images do not fit into memory.
 
     Raises:
@@ -195,6 +200,7 @@ def train_teacher(
     """
     started = time.perf_counter()
     config, unit, room = training.config, training.unit, training.room
+    torch.set_num_threads(1)  # gradients of a convolution are summed in another order on more
     torch.manual_seed(training.seed)
     network = build_network(
         config.squeeze.network,
@@ -221,9 +227,9 @@ def train_teacher(
             )
             keep.maybe(lambda: course.state(epoch + 1))
 
-    batches = streamed or _in_memory(training, squeeze.batch_size, rank, world)
+    batches = streamed or _in_memory(training)
     train_classifier(
-        parallel(network),
+        network,
         optimizer,
         _told(batches, training, course, report) if rank == 0 else batches,
         squeeze,
@@ -232,6 +238,7 @@ def train_teacher(
         std_C=config.source.std,
         seed=training.seed,
         rank=rank,
+        world=world,
         start_epoch=first_epoch,
         average=average,
         on_epoch=on_epoch,
@@ -324,52 +331,81 @@ def _told(
     squeeze = training.config.squeeze
     steps = steps_of(training.num_images, squeeze.batch_size)
 
-    def told(epoch: int) -> Iterator[Batch]:
-        for step, batch in enumerate(batches(epoch)):
-            note = f"{_epoch_of(training, epoch)}, step {step}/{steps}"
-            note += f", {course}" if course.losses else ""
-            report((epoch + step / steps) / (squeeze.epochs + 1), note)
+    def told(epoch: int, part: int) -> Iterator[Batch]:
+        for step, batch in enumerate(batches(epoch, part)):
+            if part == 0:
+                note = f"{_epoch_of(training, epoch)}, step {step}/{steps}"
+                note += f", {course}" if course.losses else ""
+                report((epoch + step / steps) / (squeeze.epochs + 1), note)
             yield batch
 
     return told
 
 
-def _in_memory(training: Training, batch_size: int, rank: int, world: int) -> EpochBatches:
+def _in_memory(training: Training) -> EpochBatches:
     assert training.train is not None, "images that are not streamed are in memory"
     loaded = training.train.load(1 << 62)
     assert loaded is not None
     images_NHWC, labels_N = loaded
-    return lambda epoch: in_memory_batches(
+    return lambda epoch, part: in_memory_batches(
         images_NHWC,
         labels_N,
-        batch_size=batch_size,
+        batch_size=training.config.squeeze.batch_size,
         seed=training.seed,
         epoch=epoch,
-        rank=rank,
-        world=world,
+        part=part,
+        num_parts=training.config.squeeze.batch_parts,
     )
 
 
-def shuffled_stream(training: Training, source: Source) -> EpochBatches:
-    """Return the batches of images that do not fit into memory, for one worker that decodes them itself.
+def shuffled_stream(
+    training: Training, source: Source, decode: Decode | None = None
+) -> EpochBatches:
+    """Return the batches of images that do not fit into memory.
 
-    The order of the shards, and that of the images within a buffer of `SHUFFLED_IMAGES`, are drawn from (seed, epoch).
+    The order of the shards, and that of the images within a buffer of `SHUFFLED_IMAGES`, are drawn from (seed, epoch). Of
+    several parts each reads shards of its own, and those with fewer images again.
+
+    Args:
+        training: The training.
+        source: Its images.
+        decode: Decodes them; absent, one shard after another in this process.
+
+    Raises:
+        ConfigError: There are fewer shards than parts of a batch.
     """
-    config, batch_size = training.config.source, training.config.squeeze.batch_size
-    shards = source.shards(CHUNK_IMAGES)
+    squeeze = training.config.squeeze
+    shards, num_parts = source.shards(CHUNK_IMAGES), squeeze.batch_parts
+    require(
+        num_parts == 1 or num_parts <= len(shards),
+        "squeeze.batch-parts",
+        f"at most the {len(shards)} shards that the images are streamed by",
+        num_parts,
+    )
+    decode = decode or partial(decoded_shards, source, training.config.source, CHUNK_IMAGES)
+    share, shuffled = squeeze.batch_size // num_parts, SHUFFLED_IMAGES // num_parts
 
-    def batches(epoch: int) -> Iterator[Batch]:
+    def batches(epoch: int, part: int) -> Iterator[Batch]:
         rng = np.random.default_rng([training.seed, epoch, ORDER])
+        order = [shards[i] for i in rng.permutation(len(shards))[part::num_parts]]
+        rng = [rng, *rng.spawn(num_parts - 1)][part]
         images: list[np.ndarray] = []
         labels: list[int] = []
-        for position in rng.permutation(len(shards)):
-            for chunk in decoded_chunks(source, shards[position], config, CHUNK_IMAGES):
+        for _ in itertools.count() if num_parts > 1 else range(1):
+            num_read = 0
+            for chunk in decode(order):
                 images += list(chunk.images_NHWC)
                 labels += chunk.labels_N.tolist()
-                while len(images) >= SHUFFLED_IMAGES + batch_size:
-                    yield _draw(images, labels, batch_size, rng)
-        while len(images) >= batch_size:
-            yield _draw(images, labels, batch_size, rng)
+                num_read += len(chunk.labels_N)
+                while len(images) >= shuffled + share:
+                    yield _draw(images, labels, share, rng)
+            if not num_read:
+                raise DataError(
+                    f"part {part} of the batches: expected images in its {len(order)} shards, found none; lower "
+                    "--squeeze.batch-parts"
+                )
+            while len(images) >= share:
+                yield _draw(images, labels, share, rng)
 
     return batches
 

@@ -134,7 +134,9 @@ def teacher(arch: NetworkConfig, device: torch.device) -> Row:
         train_classifier(
             network,
             optimizer,
-            lambda epoch: in_memory_batches(_PIXELS, _LABELS, batch_size=10, seed=0, epoch=epoch),
+            lambda epoch, part: in_memory_batches(
+                _PIXELS, _LABELS, batch_size=10, seed=0, epoch=epoch, part=part
+            ),
             config,
             steps_per_epoch=2,
             **COLOR,

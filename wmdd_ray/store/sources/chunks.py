@@ -37,6 +37,14 @@ class DecodedChunk:
     passed: tuple[PassedOver, ...] = ()
 
 
+def decoded_shards(
+    source: Source, config: SourceConfig, chunk_images: int, shards: Sequence[Shard]
+) -> Iterator[DecodedChunk]:
+    """Yield the chunks of shards, one shard after another."""
+    for shard in shards:
+        yield from decoded_chunks(source, shard, config, chunk_images)
+
+
 def decoded_chunks(
     source: Source,
     shard: Shard,
