@@ -114,7 +114,7 @@ def typed(out: Path | str, *options: str) -> Typed:
 
 
 @functools.cache
-def _forkserver() -> ForkServerContext:
+def forkserver() -> ForkServerContext:
     """Return a server that has imported the job once, so that a killable driver costs no import of torch and Ray."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "wmdd_ray.stages.pipeline"])
@@ -166,7 +166,7 @@ def started(
 ) -> ForkServerProcess:
     """Start the tiny job in a process, and a process group, of its own on the Ray at `ray_address`."""
     arguments = [*OPTIONS, "--out", out, *options]
-    process = _forkserver().Process(target=_driver, args=(arguments, ray_address, str(log), *death))
+    process = forkserver().Process(target=_driver, args=(arguments, ray_address, str(log), *death))
     process.start()
     return process
 
