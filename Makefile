@@ -3,7 +3,7 @@
 #   make test      the tests, two files at a time;  ARGS='-k barycenter' goes to pytest, ARGS='-n 0 --pdb' works in one process
 #   make test-fast what starts no Ray: the mathematics, the options, storage, the data set
 #   make chaos     200 kills of drivers, workers, nodes and heads, about an hour; WMDD_CHAOS_SEED, WMDD_CHAOS_KILLS
-#   make fuzz      45,000 damaged and hostile files and sets, some minutes; WMDD_FUZZ_MUTANTS of each kind
+#   make fuzz      42,000 damaged and hostile files and sets, some minutes; WMDD_FUZZ_MUTANTS of each kind
 #   make lint      ruff and mypy
 #   make bench ARGS=barycenter    measure this machine; also: recover, features, orchestration
 #   make clean     remove the environment and caches, never results

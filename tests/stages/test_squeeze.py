@@ -246,7 +246,9 @@ def test_shards_that_are_streamed_teach_one_teacher_on_any_workers(
         ]
         source.put(f"{split}-{number:03d}.tar", tar_of(members))
     source.put("classes.txt", b"0\n1\n2\n3\n4\n5\n6\n7\n8\n9\n")
-    options = (*UNTIL, "--data", source.uri, "--squeeze.memory-limit-gib", "1e-5")
+    options = (
+        *UNTIL, "--data", source.uri, "--source.format", "auto", "--squeeze.memory-limit-gib", "1e-5",
+    )  # fmt: skip
     whole, parts = options, (*options, "--squeeze.batch-parts", "2")
 
     def made(name: str, *options: str) -> bytes:
