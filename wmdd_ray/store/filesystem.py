@@ -14,6 +14,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from wmdd_ray.store.uris import check_uri, fsspec_filesystem, local_path
 # What a file system without hard links says: exFAT, many network and FUSE mounts.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _PLACINGS = 5
+_DELETERS = 32
 _memory_lock = threading.Lock()
 
 
@@ -223,7 +225,11 @@ class Store:
                 shutil.rmtree(self._path / prefix, ignore_errors=True)
                 return
             keys = [self._inside(key) for key in self.list(prefix)]
-            if keys:
+            if self.uri.startswith("s3://"):
+                # One by one: some stores ask for a Content-MD5 with a list of them, and s3fs drops the errors of such a list.
+                with ThreadPoolExecutor(_DELETERS) as pool:
+                    list(pool.map(lambda key: self._ask("rm_file", key), keys))
+            elif keys:
                 # gcsfs says so when all are gone by now, which a first request whose reply got lost may have done.
                 with contextlib.suppress(FileNotFoundError):
                     self._ask("rm", keys)
