@@ -118,7 +118,7 @@ def open_flat(listing: Listing, flat: Flat) -> Source:
         f"all {len(images)} images lie in one folder, {folder or './'}, which makes one class{why}",
         join(posixpath.dirname(flat.folder), "{class}"),
         join(flat.folder, "{class}.*"),
-        otherwise="a table of paths and labels (labels.csv beside the images), or pass the folder of the class folders as --data",
+        otherwise="write labels.csv beside the images (columns path and label), or pass the folder of the class folders as --data",
     )
 
 

@@ -107,7 +107,7 @@ def open_imagefolder(listing: Listing) -> Source:
                 listing,
                 f"both folders and {table} may say the classes",
                 layout,
-                otherwise="--source.format csv",
+                otherwise="pass --source.format csv",
             )
     matches = (pattern.fullmatch(name) for name in files)
     classes = sorted({match["class"] for match in matches if match})

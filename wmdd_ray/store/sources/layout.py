@@ -203,10 +203,8 @@ def _refuse_unread_lists(listing: Listing, folder: str, classes: list[str]) -> N
 
 def doubt(listing: Listing, why: str, *layouts: str, otherwise: str = "") -> DataError:
     """Return the error that a layout is in doubt, with the layouts that would settle it."""
-    options = [f"--source.layout '{layout}'" for layout in layouts]
-    if otherwise:
-        options.append(otherwise)
+    options = ", or by ".join(f"--source.layout '{layout}'" for layout in layouts)
+    more = f", or {otherwise}" if otherwise else ""
     return DataError(
-        f"{listing.root}: the layout is in doubt: {why}; say what is meant by {', or by '.join(options[:2])}"
-        + "".join(f", or {option}" for option in options[2:])
+        f"{listing.root}: the layout is in doubt: {why}; say what is meant by {options}{more}"
     )
