@@ -207,6 +207,7 @@ def open_run(job: Job) -> Run:
             ) from error
 
     def connect() -> None:
+        endings.refuse_foreign_folder(run.store)
         endings.join_cluster(out, job.resources, verbose=job.verbose)
         # Only now: a run that was refused, or had nothing to do, is not what made the rooms.
         write_run_record(run, job.auto)

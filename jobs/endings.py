@@ -21,6 +21,8 @@ from wmdd_ray.config import Resources
 from wmdd_ray.errors import ConfigError, WmddError
 from wmdd_ray.redaction import PlainFormatter, plain
 from wmdd_ray.spine.run import Run
+from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.uris import local_path
 from wmdd_ray.telling.progress import AboveTheBar
 
 _GRACE_S = 10.0
@@ -89,6 +91,22 @@ def refuse_lost_folder(out: str | None) -> None:
         raise ConfigError(
             f"--out {out}: expected a URI such as s3://bucket/prefix, or an absolute path that lasts: this job was submitted, and "
             "its working folder is thrown away when it ends"
+        )
+
+
+def refuse_foreign_folder(out: Store) -> None:
+    """Refuse a folder of this machine with files of somebody's own and no run: rooms would lie among them. A log may be there."""
+    from wmdd_ray.stages.pipeline import PIPELINE
+
+    folder = local_path(out.uri)
+    if folder is None or not folder.is_dir() or (folder / "run.json").exists():
+        return
+    ours = {"events", "report.html", *(stage.room for stage in PIPELINE)}
+    foreign = sorted({path.name for path in folder.iterdir() if path.suffix != ".log"} - ours)
+    if foreign:
+        raise ConfigError(
+            f"--out {out.uri}: expected an empty folder or an earlier run, found other files, such as {foreign[0]}; give "
+            "another --out"
         )
 
 

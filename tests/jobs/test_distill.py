@@ -21,6 +21,7 @@ from tests.stages import tiny
 from tests.stages.tiny import ROOMS, FinishedRun
 from wmdd_ray.errors import ConfigError, LostRaceError
 from wmdd_ray.executors import cluster
+from wmdd_ray.store.filesystem import Store
 
 slow = pytest.mark.slow
 
@@ -254,3 +255,18 @@ def test_a_submitted_job_writes_into_no_folder_that_is_thrown_away(
     for out in ("s3://bucket/runs/mine", "/mnt/runs/mine"):
         assert job(out=out).out == out
     assert Path(endings.default_out("mine")).is_absolute()
+
+
+def test_a_folder_with_files_of_somebody_else_is_refused_and_one_with_a_run_is_not(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "run.log").write_text("")
+    endings.refuse_foreign_folder(Store(str(tmp_path)))
+    (tmp_path / "photo.jpg").write_text("")
+    with pytest.raises(
+        ConfigError, match="expected an empty folder or an earlier run, found .*photo.jpg"
+    ):
+        endings.refuse_foreign_folder(Store(str(tmp_path)))
+    (tmp_path / "run.json").write_text("{}")
+    endings.refuse_foreign_folder(Store(str(tmp_path)))
+    endings.refuse_foreign_folder(Store("s3://bucket/run"))
