@@ -170,6 +170,7 @@ def distill(job: Job) -> int:
     if job.dry_run:
         print_plan(run, PIPELINE)
         return 0
+    endings.refuse_foreign_folder(run.store)
     run.watch = watch_of(run, tracked, trackers)
     with endings.ended(run):
         if run.config.recover.method == "diffusion":
@@ -207,7 +208,6 @@ def open_run(job: Job) -> Run:
             ) from error
 
     def connect() -> None:
-        endings.refuse_foreign_folder(run.store)
         endings.join_cluster(out, job.resources, verbose=job.verbose)
         # Only now: a run that was refused, or had nothing to do, is not what made the rooms.
         write_run_record(run, job.auto)
