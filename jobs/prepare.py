@@ -239,6 +239,7 @@ def _publish(
     source: Source = run.source("train")
     meta = {
         "kind": "prepared images",
+        "format_version": 1,  # of these; that of distilled sets is another
         "class_names": list(source.class_names),
         **written,
         "bad_images": scanned["bad_images"],

@@ -154,6 +154,15 @@ def assert_is_everything(batches: Any, order: Any = None) -> None:
         torch.testing.assert_close(part, target, rtol=0, atol=0)
 
 
+def test_a_set_of_format_1_gives_the_views_that_its_labels_belong_to(tmp_path: Path) -> None:
+    dataset = DistilledDataset(write_dataset(str(tmp_path), format_version=1))
+    in_float = StoredImages(SOURCE["images"], MEAN, STD, in_float=True)
+    expected = torch.cat([render_views(in_float, v, SIZE) for v in SOURCE["views"]])
+    got = torch.cat([views for views, _, _ in DataLoader(dataset, batch_size=8)])
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert not torch.equal(got, expected_items()[0])
+
+
 def test_opening_tells_what_the_data_set_is(uri: str) -> None:
     dataset = DistilledDataset(uri)
     assert len(dataset) == N * EPOCHS

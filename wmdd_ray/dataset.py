@@ -314,7 +314,7 @@ class DistilledDataset(Dataset[Item]):
         views, labels = self._rows(span, slice(first, first + self.num_images))
         if not self.online:
             return views, decompress(labels)
-        images = StoredImages(self.images, self.mean_C, self.std_C, self._teacher_device)
+        images = self.stored_images(self._teacher_device)
         network, batch_size = self._teacher_network(), self._batch_size
         return views, label_views(network, images, views, self.image_size, batch_size)
 
@@ -367,9 +367,10 @@ class DistilledDataset(Dataset[Item]):
             self._arrays = self._read_images()
         return self._arrays
 
-    def stored_images(self) -> StoredImages:
-        """Return the images as `core.views.render_views` takes them."""
-        return StoredImages(self.images, self.mean_C, self.std_C)
+    def stored_images(self, device: torch.device | str = "cpu") -> StoredImages:
+        """Return the images as `core.views.render_views` takes them, in the arithmetic that the set's labels belong to."""
+        in_float = self.manifest["format_version"] == documents.FLOAT_VIEWS_VERSION
+        return StoredImages(self.images, self.mean_C, self.std_C, device, in_float=in_float)
 
     def _loss_weights(self) -> np.ndarray:
         return self._image_arrays()[3]

@@ -174,9 +174,9 @@ class ClassImages:
 class Views:
     """V self-contained views: each row replays to the same pixels without its neighbors.
 
-    Crops are (top, left, height, width) as fractions of the image. A view is mixed with the view of a partner image:
-    `mix_box_V4` = (top, left, bottom, right) in pixels of the output is taken from the partner (CutMix). `share_V` is the
-    image's own share in [0, 1].
+    Crops are (top, left, height, width) as fractions of the image; rendering rounds them (`core.rendering`). A view is mixed with
+    the view of a partner image: `mix_box_V4` = (top, left, bottom, right) in pixels of the output is taken from the partner
+    (CutMix). `share_V` is the image's own share in [0, 1].
     """
 
     image_V: Array  # int32, index into the data set

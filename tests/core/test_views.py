@@ -35,6 +35,11 @@ def random_images(n: int, size: int = 14, channels: int = 3, seed: int = 0) -> t
     return torch.randn(n, channels, size, size, generator=generator)
 
 
+def stored_images(n: int, size: int) -> StoredImages:
+    pixels = np.random.default_rng(size).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+    return StoredImages(pixels, MEAN, STD)
+
+
 def whole_box(n: int) -> torch.Tensor:
     return torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(n, 4)
 
@@ -230,9 +235,9 @@ def test_no_mix_and_no_flip_are_what_they_say() -> None:
 
 
 @pytest.mark.parametrize("mix", ["cutmix", "none"])
-@pytest.mark.parametrize("size", [11, 16])
+@pytest.mark.parametrize("size", [11, 16, 70])
 def test_any_partition_of_the_rows_renders_the_same_pixels_bit_for_bit(mix: str, size: int) -> None:
-    images = random_images(37, 13)
+    images = stored_images(37, 13 if size < 64 else 64)
     views = draw_views(37, size, ViewConfig(mix=mix), seed=0, epoch=3)  # type: ignore[arg-type]
     whole = render_views(images, views, size)
     for batch in (1, 2, 5, 36):
@@ -247,7 +252,7 @@ def test_any_partition_of_the_rows_renders_the_same_pixels_bit_for_bit(mix: str,
 
 
 def test_views_of_different_kinds_may_share_a_batch() -> None:
-    images = random_images(9, 12)
+    images = stored_images(9, 12)
     kinds = [draw_views(9, 12, ViewConfig(mix=m), seed=0, epoch=0) for m in ("cutmix", "none")]
     together = render_views(images, concatenate_views(kinds), 12)
     apart = torch.cat([render_views(images, views, 12) for views in kinds])
@@ -255,7 +260,7 @@ def test_views_of_different_kinds_may_share_a_batch() -> None:
 
 
 def test_a_stored_view_replays_to_the_same_pixels(tmp_path: Path) -> None:
-    images = random_images(10, 12)
+    images = stored_images(10, 12)
     views = draw_views(10, 12, ViewConfig(), seed=5, epoch=2)
     np.savez(tmp_path / "views.npz", **{f.name: getattr(views, f.name) for f in fields(Views)})
     with np.load(tmp_path / "views.npz") as arrays:
@@ -272,17 +277,14 @@ def test_take_and_concatenate_are_inverse() -> None:
     assert_same_views(concatenate_views(parts), views)
 
 
-def test_stored_images_render_as_their_normalized_tensor() -> None:
-    images = np.random.default_rng(0).integers(0, 256, (8, 9, 9, 3), dtype=np.uint8)
+def test_stored_images_in_float_render_as_their_normalized_tensor() -> None:
+    stored = stored_images(8, 9)
     views = draw_views(8, 9, ViewConfig(), seed=0, epoch=0)
-    stored = StoredImages(images, MEAN, STD)
     assert len(stored) == 8
-    torch.testing.assert_close(
-        render_views(stored, views, 9),
-        render_views(to_input(images, MEAN, STD), views, 9),
-        rtol=0,
-        atol=0,
-    )
+    in_float = StoredImages(stored.images_NHWC, MEAN, STD, in_float=True)
+    expected = render_views(to_input(stored.images_NHWC, MEAN, STD), views, 9)
+    torch.testing.assert_close(render_views(in_float, views, 9), expected, rtol=0, atol=0)
+    assert not torch.equal(render_views(stored, views, 9), expected)
 
 
 def digest(views: Views) -> str:

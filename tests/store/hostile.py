@@ -77,7 +77,7 @@ def write(uri: str, files: dict[str, bytes], manifest: Any = None) -> str:
     listed = [documents.entry_of(key, content).document() for key, content in files.items()]
     about = manifest_of() if manifest is None else manifest
     if isinstance(about, dict):
-        about = {"format_version": 1, "files": listed, **about}
+        about = {"format_version": documents.FORMAT_VERSION, "files": listed, **about}
     store.put(documents.MANIFEST_KEY, sealed(about))
     return store.uri
 

@@ -247,12 +247,12 @@ def test_a_manifest_of_another_format_version_is_refused(tmp_path: Path) -> None
     content = documents.encode_manifest(manifest_of(), [entry])
     store.put(documents.MANIFEST_KEY, content)
     assert documents.read_manifest(store) == (
-        {"format_version": 1, **manifest_of()},
+        {"format_version": 2, **manifest_of()},
         [entry],
     )
     newer = {"format_version": 9, "files": []}
     store.put(documents.MANIFEST_KEY, documents.seal(newer))
-    with pytest.raises(ArtifactError, match="expected format version 1, found 9"):
+    with pytest.raises(ArtifactError, match="expected format version 2 or 1, found 9"):
         documents.read_manifest(store)
 
 

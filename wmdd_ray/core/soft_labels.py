@@ -68,7 +68,7 @@ def label_views(
 
     Args:
         network: classifier in eval mode, on the images' device; or several, of the same classes.
-        images_NCHW: normalized images of any side, or `StoredImages`.
+        images_NCHW: `StoredImages`, or normalized images, of any side.
         views: rows that index into the images.
         image_size: side of a rendered view, pixels.
         batch_size: most views of one pass. It can change the last bit, so a unit of work fixes it.

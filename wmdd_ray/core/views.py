@@ -2,8 +2,8 @@
 
 A view is a resized crop with an optional flip, mixed with such a crop of a partner image (CutMix).
 Each row of a `Views` record is self-contained, so a student may use any batch size, order
-or number of workers. Pixels are computed by gathers and by separate elementwise float32 operations,
-never by a reduction: they do not depend, to the last bit, on what else is in the batch.
+or number of workers. Pixels are resampled in whole numbers and normalized by separate elementwise float32
+operations: they do not depend, to the last bit, on the machine, nor on what else is in the batch.
 
 Views need not be stored, because any machine draws them again (`draw_block`): between the words of
 a counter-based generator and the boxes there is only +, -, *, /, sqrt and rounding, which IEEE 754
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from wmdd_ray.config import ViewConfig
+from wmdd_ray.core.rendering import render_bytes
 from wmdd_ray.core.resample import crop
 from wmdd_ray.records import ViewDraw, Views
 
@@ -51,10 +52,9 @@ _DRAWS_PER_ROW = 16
 
 
 class StoredImages:
-    """uint8 images that are normalized when they are looked up: a quarter of the memory of float32.
+    """uint8 images that are normalized after they are rendered: a quarter of the memory of float32.
 
-    `stored[index]` is float32 NCHW on `device`, so it stands in for a normalized tensor in
-    `render_views`.
+    `stored[index]` is float32 NCHW on `device`.
     """
 
     def __init__(
@@ -63,11 +63,17 @@ class StoredImages:
         mean_C: Sequence[float],
         std_C: Sequence[float],
         device: torch.device | str = "cpu",
+        *,
+        in_float: bool = False,
     ) -> None:
-        """Keep uint8 `images_NHWC` where they are; looked-up images go to `device`."""
+        """Keep uint8 `images_NHWC` where they are; views and looked-up images go to `device`.
+
+        Views are resampled in bytes; with `in_float` in float32, as those of sets of format 1 were.
+        """
         self.images_NHWC = _tensor_of(images_NHWC)
         self.mean_C, self.std_C = tuple(mean_C), tuple(std_C)
         self.device = torch.device(device)
+        self.in_float = in_float
 
     def __len__(self) -> int:
         return len(self.images_NHWC)
@@ -191,28 +197,39 @@ def render_views(images_NCHW: Images, views: Views, image_size: int) -> torch.Te
     A row whose mix box is not empty has the partner's view there; any other row is the view itself.
 
     Args:
-        images_NCHW: normalized images of the data set, or `StoredImages`.
+        images_NCHW: `StoredImages`, which are resampled in whole numbers (`rendering`); or normalized images, in float32.
         views: rows that index into `images_NCHW`.
         image_size: side of the output, pixels: the one that the views were drawn for.
     """
+    if isinstance(images_NCHW, torch.Tensor) or images_NCHW.in_float:
+        return _rendered_in_float(images_NCHW, views, image_size)
+    stored, device = images_NCHW.images_NHWC, images_NCHW.device
+    if stored.device != device:
+        index_B, place_B = np.unique(
+            np.concatenate([views.image_V, views.partner_V]), return_inverse=True
+        )
+        stored = stored[torch.from_numpy(index_B)].to(device)
+        image_V, partner_V = np.split(place_B, 2)
+        views = replace(views, image_V=image_V, partner_V=partner_V)
+    pixels = render_bytes(stored, views, image_size)
+    return to_input(pixels, images_NCHW.mean_C, images_NCHW.std_C, device)
+
+
+def _rendered_in_float(images_NCHW: Images, views: Views, image_size: int) -> torch.Tensor:
     device = images_NCHW.device
 
     def on_device(array: np.ndarray) -> torch.Tensor:
         return torch.tensor(array, device=device)
 
+    def crops(image_V: np.ndarray, crop_V4: np.ndarray, flip_V: np.ndarray) -> torch.Tensor:
+        images = images_NCHW[on_device(image_V.astype(np.int64))]
+        return crop(images, on_device(crop_V4), on_device(flip_V), image_size)
+
+    own = crops(views.image_V, views.crop_V4, views.flip_V)
     top_V, left_V, bottom_V, right_V = views.mix_box_V4.T
-    is_mixed = bool(((bottom_V > top_V) & (right_V > left_V)).any())
-    image_V, crop_V4, flip_V = views.image_V, views.crop_V4, views.flip_V
-    if is_mixed:
-        # Own and partner's crops in one go: of a small batch, most of the time is the operations' overhead.
-        image_V = np.concatenate([image_V, views.partner_V])
-        crop_V4 = np.concatenate([crop_V4, views.partner_crop_V4])
-        flip_V = np.concatenate([flip_V, views.partner_flip_V])
-    images = images_NCHW[on_device(image_V.astype(np.int64))]
-    own = crop(images, on_device(crop_V4), on_device(flip_V), image_size)
-    if not is_mixed:
+    if not ((bottom_V > top_V) & (right_V > left_V)).any():
         return own
-    own, other = own[: len(views)], own[len(views) :]
+    other = crops(views.partner_V, views.partner_crop_V4, views.partner_flip_V)
     pixel_S = np.arange(image_size)
     in_rows_VS = (pixel_S >= top_V[:, None]) & (pixel_S < bottom_V[:, None])
     in_columns_VS = (pixel_S >= left_V[:, None]) & (pixel_S < right_V[:, None])

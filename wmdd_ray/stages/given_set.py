@@ -79,7 +79,7 @@ def _stage_of(student: Arch, config: DistillConfig, real: str | None) -> Stage:
     return Stage(
         name=student,
         room=student,
-        version=2,
+        version=3,
         inputs=("teacher",) if config.teacher is not None else (),
         reads_data=True,
         options=options,

@@ -31,7 +31,7 @@ PIPELINE: tuple[Stage, ...] = (
     _stage(features, "features", "teacher", reads_data=True),
     _stage(barycenters, "barycenters", "features"),
     _stage(recover, "images", "teacher", "features", "barycenters", version=2),
-    _stage(relabel, "labels", "teacher", "features", "images", version=2),
-    _stage(assemble, "dataset", "teacher", "features", "images", "labels", version=2),
-    _stage(evaluate, "evaluation", "teacher", "barycenters", "dataset", reads_data=True),
+    _stage(relabel, "labels", "teacher", "features", "images", version=3),
+    _stage(assemble, "dataset", "teacher", "features", "images", "labels", version=3),
+    _stage(evaluate, "evaluation", "teacher", "barycenters", "dataset", reads_data=True, version=2),
 )

@@ -18,7 +18,9 @@ from wmdd_ray.redaction import public
 from wmdd_ray.store.filesystem import Store, check_key
 from wmdd_ray.store.schemas import check
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FLOAT_VIEWS_VERSION = 1
+"""Of sets whose views are resampled in float32; they are still read."""
 MANIFEST_KEY = "manifest.json"
 _CHECKSUM = "checksum"
 # An escape of one half of a character beyond the first 65,536; both halves together are one.
@@ -163,9 +165,9 @@ def read_manifest(store: Store) -> tuple[dict[str, Any], list[FileEntry]]:
                 else "the dataset/ folder of a finished run"
             )
         ) from None
-    if manifest.get("format_version") != FORMAT_VERSION:
+    if manifest.get("format_version") not in (FORMAT_VERSION, FLOAT_VIEWS_VERSION):
         raise ArtifactError(
-            f"{store.url(MANIFEST_KEY)}: expected format version {FORMAT_VERSION}, found "
+            f"{store.url(MANIFEST_KEY)}: expected format version {FORMAT_VERSION} or {FLOAT_VIEWS_VERSION}, found "
             f"{manifest.get('format_version')!r}; install the wmdd_ray version that wrote it"
         )
     where = store.url(MANIFEST_KEY)

@@ -114,6 +114,7 @@ def open_given(
                 tiles=dataset.tiles,
                 stored=dataset.label_epoch,
                 label_epochs=dataset.label_epochs,
+                in_float=dataset.stored_images().in_float,
             ),
             Input.of(dataset.teacher()),
             dataset.teachers(),
@@ -158,7 +159,10 @@ def open_given(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Given:
-    """A distilled set in memory; `tiles` as in `DistilledDataset`, `stored` its views and labels where it has them."""
+    """A distilled set in memory; `tiles` as in `DistilledDataset`, `stored` its views and labels where it has them.
+
+    Stored views are those of `StoredImages` with `in_float`.
+    """
 
     pixels_NHWC: np.ndarray
     classes_N: np.ndarray
@@ -166,6 +170,7 @@ class Given:
     tiles: int
     stored: LabelEpoch | None
     label_epochs: int
+    in_float: bool = False
 
 
 class GivenSets(Sets):
@@ -215,7 +220,8 @@ class GivenSets(Sets):
                 if row == "all_real"
                 else self._labeled(pixels)
             )
-        images = StoredImages(pixels, shown.mean_C, shown.std_C, self._device)
+        in_float = given.in_float and label_epoch is given.stored
+        images = StoredImages(pixels, shown.mean_C, shown.std_C, self._device, in_float=in_float)
         return TrainingSet(images, classes_N, label_epoch, weights_N, epochs)
 
     def _views(self, epoch: int) -> Views:

@@ -12,11 +12,11 @@ from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.networks import labeler_of
 from wmdd_ray.core.soft_labels import compress, concatenate_labels, label_views
 from wmdd_ray.core.views import (
+    StoredImages,
     concatenate_views,
     draw_block,
     draw_views,
     renamed,
-    to_input,
 )
 from wmdd_ray.records import SoftLabelBlock, SoftLabels, ViewDraw
 from wmdd_ray.spine.rooms import Room
@@ -69,14 +69,16 @@ def open_labeler(
     teachers = [read_teacher(teacher_room, unit) for unit in units_of(config)]
     teacher = teachers[0]
     network = labeler_of(teachers, device, own_code=True)
-    held: dict[bytes, torch.Tensor] = {}
+    held: dict[bytes, StoredImages] = {}
 
-    def images_of(labels: np.ndarray) -> torch.Tensor:
+    def images_of(labels: np.ndarray) -> StoredImages:
         if labels.tobytes() not in held:
             held.clear()
             classes = read_images(images_room, labels.tolist())
-            pixels = np.concatenate([record.images_KHWC for record in classes])
-            held[labels.tobytes()] = to_input(pixels, teacher.mean_C, teacher.std_C, device)
+            pixels = torch.from_numpy(np.concatenate([record.images_KHWC for record in classes]))
+            held[labels.tobytes()] = StoredImages(
+                pixels.to(device), teacher.mean_C, teacher.std_C, device
+            )
         return held[labels.tobytes()]
 
     def do_unit(unit: str, report: Report) -> None:
@@ -96,11 +98,11 @@ def open_labeler(
         if config.relabel.labels == "online":
             block = unlabeled_block(draw, epochs, num_classes=teacher.num_classes)
         else:
-            images_NCHW = images_of(labels)
+            images = images_of(labels)
             in_core = time.perf_counter()
             block = label_block(
                 network,
-                images_NCHW,
+                images,
                 epochs,
                 config,
                 image_size=teacher.image_size,
@@ -148,7 +150,7 @@ def unlabeled_block(draw: ViewDraw, epochs: range, *, num_classes: int) -> SoftL
 
 def label_block(
     network: torch.nn.Module,
-    images_NCHW: torch.Tensor,
+    images: StoredImages,
     epochs: range,
     config: DistillConfig,
     *,
@@ -164,13 +166,11 @@ def label_block(
     seed = unit_seed(config.seed, "relabel", name)
     views, labels = [], []
     for epoch in epochs:
-        drawn = draw_views(
-            len(images_NCHW), image_size, config.relabel.views, seed=seed, epoch=epoch
-        )
+        drawn = draw_views(len(images), image_size, config.relabel.views, seed=seed, epoch=epoch)
         views.append(drawn)
         logits = label_views(
             network,
-            images_NCHW,
+            images,
             drawn,
             image_size,
             batch_size=config.relabel.batch_size,

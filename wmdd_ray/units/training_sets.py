@@ -168,6 +168,8 @@ class TrainingSets(Sets):
         if labels == "hard":
             label_epoch = hard_views(len(pixels), teacher.image_size, config)
         images = StoredImages(pixels, teacher.mean_C, teacher.std_C, device)
+        if row == "distilled" and labels == "soft":
+            images = self._dataset.stored_images(device)
         return TrainingSet(images, classes_N, label_epoch, weights_N, epochs)
 
 
