@@ -1,6 +1,6 @@
 """Measure this machine: `python jobs/bench.py NAME [--out FILE.json]`.
 
-NAME is barycenter, recover, features, gpu, labels, loader, orchestration, scale, accuracy, robustness or otg. Each
+NAME is barycenter, views, recover, features, gpu, labels, loader, orchestration, scale, accuracy, robustness or otg. Each
 benchmark prints a table and writes the same numbers with hardware, versions, settings, n, min, median and max. What is compared is
 measured in the same run, taking turns. With one computing thread processor seconds are counted, which other work on the
 machine changes least; otherwise wall-clock seconds.
@@ -26,6 +26,7 @@ from . import command_line
 
 BENCHES = {
     "barycenter": "speed.barycenter",
+    "views": "speed.views",
     "recover": "speed.recover",
     "features": "speed.features",
     "gpu": "gpu.command",
