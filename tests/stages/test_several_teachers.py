@@ -124,7 +124,7 @@ def test_labels_are_the_mean_logits_of_all_teachers_and_the_data_set_ships_them(
     card = (two / "dataset/README.md").read_text()
     assert f"mean logits of it and 1 more (top-1 {100 * top1[1]:.1f} %)" in card
     views, found_VY = dataset.label_epoch(1)
-    images = to_input(dataset.images, dataset.mean_C, dataset.std_C, torch.device("cpu"))
+    images = dataset.stored_images()
     each = [label_views(network_of(t), images, views, 16, 256) for t in teachers]
 
     def relative(logits_VY: np.ndarray) -> np.ndarray:
