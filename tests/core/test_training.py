@@ -697,7 +697,7 @@ def test_rendering_few_or_many_views_at_a_time_trains_the_same_student(
     monkeypatch.setattr(training, "_RENDER_FLOATS", 1)
     second = train_small(small_network(), images, fixed_epochs(30))
     assert_same_weights(first, second)
-    stored = StoredImages(digits[0][:30], MEAN, STD)
+    stored = StoredImages(digits[0][:30], MEAN, STD, in_float=True)
     assert_same_weights(first, train_small(small_network(), stored, fixed_epochs(30)))
 
 
