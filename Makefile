@@ -5,6 +5,7 @@
 #   make chaos     200 kills of drivers, workers, nodes and heads, about an hour; WMDD_CHAOS_SEED, WMDD_CHAOS_KILLS
 #   make fuzz      42,000 damaged and hostile files and sets, some minutes; WMDD_FUZZ_MUTANTS of each kind
 #   make lint      ruff and mypy
+#   make docs      the pages as a site in build/docs, with the docstrings and the notebook, which it runs
 #   make bench ARGS=barycenter    measure this machine; also: recover, features, orchestration
 #   make clean     remove the environment and caches, never results
 VENV ?= .venv
@@ -16,7 +17,7 @@ FAST := tests/core tests/store tests/spine $(addprefix tests/test_,architecture.
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: distill test test-fast chaos fuzz lint bench clean
+.PHONY: distill test test-fast chaos fuzz lint docs bench clean
 
 distill: $(STAMP)
 	$(BIN)/python jobs/distill.py --ipc 10 $(ARGS)
@@ -39,6 +40,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy wmdd_ray jobs
+
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W -q -c .ci/docs . build/docs
+	@echo "open build/docs/index.html"
 
 bench: $(STAMP)
 	$(BIN)/python jobs/bench.py $(ARGS)

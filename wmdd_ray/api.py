@@ -104,7 +104,7 @@ def evaluate(uri: str, **options: Any) -> dict[str, Any]:
         **options: of `wmdd-ray evaluate`, as `students=("resnet18",)`, `seeds=3`, `labels=("soft", "hard")`.
 
     Returns:
-        What results.json holds: `table` has a row for each student, training set and kind of labels, as `Run.results`.
+        What results.json holds; its `table` has a row for each student, training set and kind of labels, as `Run.results`.
 
     Raises:
         WmddError: A subclass says what is wrong.

@@ -53,7 +53,7 @@ def exact_plan(weights_K: np.ndarray, costs_KN: np.ndarray) -> tuple[np.ndarray,
         costs_KN: float64 cost of moving feature n to atom j.
 
     Returns:
-        (plan_KN, cost, potentials_K): the dual potentials of the rows are a subgradient of the cost in the weights.
+        (plan_KN, cost, potentials_K). The dual potentials of the rows are a subgradient of the cost in the weights.
     """
     num_features = costs_KN.shape[1]
     uniform_N = np.full(num_features, 1.0 / num_features)
