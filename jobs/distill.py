@@ -8,10 +8,10 @@ Exit codes: 0 done, 1 workers lost, 2 configuration, 3 lost a race for --out, 4 
 from __future__ import annotations
 
 import argparse
-import logging
 import runpy
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,28 +24,23 @@ if __spec__ is None:  # a file, which goes on as the module that its imports are
 import tyro
 
 from wmdd_ray.config import DistillConfig, Reporting, Resources, StageName, refuse_secrets
-from wmdd_ray.product.card import results_table, size
+from wmdd_ray.errors import ConfigError
 from wmdd_ray.recipes import full_table, recipe_of
 from wmdd_ray.spine.claims import fingerprint, flatten
 from wmdd_ray.spine.provenance import hardware, versions
 from wmdd_ray.spine.rooms import StageCommit
-from wmdd_ray.spine.run import (
-    Run,
-    Stage,
-    StageRun,
-    expected_plan,
-    run_pipeline,
-)
+from wmdd_ray.spine.run import TAKEN, Run, run_pipeline
+from wmdd_ray.spine.taken import note_runs, origin_of, take
 from wmdd_ray.store.documents import dump_json
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source
 from wmdd_ray.store.sources.listing import NoSuchSplitError
-from wmdd_ray.telling.progress import StageLine, duration
+from wmdd_ray.telling.progress import StageLine
 from wmdd_ray.telling.trackers import TrackedRun, trackers_of
 from wmdd_ray.units.cut import open_split
-from wmdd_ray.units.own_data import doubts_of
 
 from . import command_line, endings, forecast, own_data
+from .summary import print_plan, print_several, print_summary, write_report
 
 _MEASURED_FOR = ("source.image-size", "source.channels")
 _FIRST = (
@@ -60,6 +55,8 @@ class Job:
     out: str | None = None
     """Root of the run: a path, or a URI that all nodes see. Absent: RECIPE-ipcIPC, of `auto` DATA-ipcIPC, in $WMDD_RAY_RUNS (set by
     cluster/), else in runs/ (a submitted job: in the home folder)."""
+    features: str | None = None
+    """Take teacher and features from this run (its --out), which must have been made of the same data with the same options."""
     first: Annotated[StageName | None, tyro.conf.arg(name="from")] = None
     """Begin with this stage; those before it must be committed."""
     last: Annotated[StageName | None, tyro.conf.arg(name="until")] = None
@@ -81,19 +78,78 @@ class Job:
     """What the recipe `auto` saw of the data; not an option."""
     told: Annotated[tuple[str, ...], tyro.conf.Suppress, tyro.conf.Fixed] = ()
     """What it chose, and why; not an option."""
+    ipcs: Annotated[tuple[int, ...], tyro.conf.Suppress, tyro.conf.Fixed] = ()
+    """All of `--ipc`, where it names several; not an option."""
 
     def __post_init__(self) -> None:
         refuse_secrets("out", self.out)
+        refuse_secrets("features", self.features)
         endings.refuse_lost_folder(self.out)
 
 
 def main(arguments: list[str]) -> int:
     """Run the job and return its exit code."""
-    return endings.exit_code_of(arguments, parse, distill)
+    return endings.exit_code_of(arguments, parse_all, distill)
 
 
-def parse(arguments: list[str], *, ask_cluster: bool = True) -> Job:
-    """Return the job of a command line: a recipe's values, changed by the options given; `auto` may ask a cluster for its GPUs."""
+def parse_all(arguments: list[str], *, ask_cluster: bool = True) -> list[Job]:
+    """Return the job of a command line; for `--ipc 1 10` one each, in a folder of its own that takes what they share from above."""
+    words, ipcs = list(arguments), []
+    if "--ipc" in words:
+        at = len(words) - words[::-1].index("--ipc")
+        while at < len(words) and words[at].isdecimal():
+            ipcs.append(words.pop(at))
+        words[at:at] = ipcs[:1]
+    if len(ipcs) < 2:
+        return [parse(arguments, ask_cluster=ask_cluster)]
+    several = tuple(dict.fromkeys(map(int, ipcs)))
+    jobs: list[Job] = []
+    for ipc in several:
+        words[at] = str(ipc)
+        seen = jobs[0].auto if jobs else None
+        jobs.append(parse(words, several, seen, ask_cluster=ask_cluster))
+    root = root_of(jobs[0])
+    _require_one_teacher(jobs)
+    return [
+        replace(job, out=f"{root}/ipc{job.config.ipc}", features=job.features or root, ipcs=several)
+        for job in jobs
+    ]
+
+
+def _require_one_teacher(jobs: Sequence[Job]) -> None:
+    """Raise a ConfigError that names what makes the teacher or the features of one ipc other ones."""
+    from wmdd_ray.stages import features, squeeze
+
+    def told(job: Job) -> dict[str, Any]:
+        return flatten({**squeeze.options(job.config), **features.options(job.config)})
+
+    first = told(jobs[0])
+    for job in jobs[1:]:
+        other = told(job)
+        for name in sorted({*first, *other}):
+            if first.get(name) != other.get(name):
+                raise ConfigError(
+                    f"--ipc {' '.join(str(job.config.ipc) for job in jobs)}: expected one teacher for all, got {name} "
+                    f"{first.get(name)} at {jobs[0].config.ipc} and {other.get(name)} at {job.config.ipc}; give the option that "
+                    "decides it one value, or each ipc a run of its own"
+                )
+
+
+def parse(
+    arguments: list[str],
+    ipcs: tuple[int, ...] = (),
+    auto: own_data.Auto | None = None,
+    *,
+    ask_cluster: bool = True,
+) -> Job:
+    """Return the job of a command line: a recipe's values, changed by the options given.
+
+    Args:
+        arguments: The command line, with one ipc.
+        ipcs: All that there are, where this is one of several.
+        auto: What the recipe `auto` saw for another one of them.
+        ask_cluster: Whether `auto` may ask a cluster for its GPUs.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("recipe", "variant", "ipc", "teacher", "data", *_MEASURED_FOR):
         first.add_argument(f"--{option}", f"--{option.replace('-', '_')}", dest=option, default="")
@@ -104,9 +160,11 @@ def parse(arguments: list[str], *, ask_cluster: bool = True) -> Job:
     with_data = known["data"] not in ("", "digits")
     recipe = known["recipe"] or ("auto" if with_data else "digits")
     if recipe == "auto" and with_data:
-        return _parse_auto(arguments, known, ipc, ask_cluster=ask_cluster)
-    config = _for_teacher(recipe_of(recipe, ipc, known["variant"] or "best"), known["teacher"])
-    return _parse(arguments, full_table(config) if known["full"] else config)
+        job = _parse_auto(arguments, known, ipc, ipcs, auto, ask_cluster=ask_cluster)
+    else:
+        config = _for_teacher(recipe_of(recipe, ipc, known["variant"] or "best"), known["teacher"])
+        job = _parse(arguments, full_table(config) if known["full"] else config)
+    return replace(job, ipcs=ipcs)
 
 
 def _parse(arguments: list[str], config: DistillConfig) -> Job:
@@ -124,7 +182,15 @@ def _for_teacher(config: DistillConfig, teacher: str) -> DistillConfig:
     return replace(config, source=published(teacher).source(config.source))
 
 
-def _parse_auto(arguments: list[str], known: dict[str, Any], ipc: int, *, ask_cluster: bool) -> Job:
+def _parse_auto(
+    arguments: list[str],
+    known: dict[str, Any],
+    ipc: int,
+    ipcs: tuple[int, ...],
+    auto: own_data.Auto | None,
+    *,
+    ask_cluster: bool,
+) -> Job:
     """Return the job of a command line without a recipe: its data choose, and the options given come over it."""
     size, channels = (
         int(known[name]) if known[name].isdecimal() else None for name in _MEASURED_FOR
@@ -134,16 +200,17 @@ def _parse_auto(arguments: list[str], known: dict[str, Any], ipc: int, *, ask_cl
         given = _for_teacher(DistillConfig(), teacher).source
         size, channels = size or given.image_size, channels or given.channels
     job = _parse(arguments, own_data.placeholder(known["data"], ipc, channels))
-    out = None if job.overwrite else Store(job.out or default_out(job.config))
-    auto = own_data.look(
-        job.config,
-        job.resources,
-        out,
-        image_size=size,
-        channels=channels,
-        ask_cluster=ask_cluster,
-        verbose=job.verbose,
-    )
+    if auto is None:
+        out = None if job.overwrite else Store(root_of(replace(job, ipcs=ipcs)))
+        auto = own_data.look(
+            job.config,
+            job.resources,
+            out,
+            image_size=size,
+            channels=channels,
+            ask_cluster=ask_cluster,
+            verbose=job.verbose,
+        )
     config, reasons = auto.choose(ipc, job.config.variant)
     # What was typed must not be at odds with what was not.
     warmup = min(config.squeeze.warmup_epochs, job.config.squeeze.epochs)
@@ -154,45 +221,79 @@ def _parse_auto(arguments: list[str], known: dict[str, Any], ipc: int, *, ask_cl
     return replace(job, auto=auto, told=tuple(choices))
 
 
-def distill(job: Job) -> int:
-    """Bring every room up to date and print what a person wants to know."""
+def distill(jobs: Sequence[Job]) -> int:
+    """Do the jobs of a command line, which share what does not depend on ipc, and print what a person wants to know."""
     started = time.monotonic()
-    run = open_run(job)
-    for line in job.told:
+    first = jobs[0]
+    for line in first.told:
         print(f"auto: {line}", flush=True)
-    tracked = tracked_run(run)
-    trackers = [] if job.dry_run else trackers_of(job.reporting, tracked)
     # Imported here: stages load torch and Ray, which a wrong option should not have to wait for.
-    from wmdd_ray.executors.dispatch import sweep_notes, watch_of
-    from wmdd_ray.stages import recover
     from wmdd_ray.stages.pipeline import PIPELINE
 
-    if job.dry_run:
-        print_plan(run, PIPELINE)
+    shared = tuple(stage for stage in PIPELINE if stage.room in TAKEN)
+    runs = [(job, open_run(job)) for job in jobs]
+    parents = []
+    if len(jobs) > 1 and first.features == root_of(first):
+        parents = [replace(first, out=first.features, features=None)]
+    above = [(job, open_run(job)) for job in parents]
+    for _, run in above + runs[1:]:
+        run.sources = runs[0][1].sources
+    if first.dry_run:
+        own = tuple(stage for stage in PIPELINE if stage not in shared) if above else PIPELINE
+        root = (above or runs)[0][1].store.uri
+        print_plan(root, [(run, shared) for _, run in above] + [(run, own) for _, run in runs])
         return 0
-    endings.refuse_foreign_folder(run.store)
-    run.watch = watch_of(run, tracked, trackers)
+    endings.refuse_foreign_folder(Store(root_of(first)))
+    names = [stage.name for stage in shared]
+    for job, run in above:
+        if job.first is None or job.first in names or job.last in names:
+            last = job.last if job.last in names else "features"
+            bring_up(replace(job, last=last), run)
+    if above and first.last in names:
+        return 0
+    if len(jobs) > 1:
+        note_runs(Store(root_of(first)), first.ipcs)
+    made = []
+    for job, run in runs:
+        commits = bring_up(job, run)
+        made.append((run, commits))
+        report = write_report(run)
+        if len(jobs) == 1:
+            print_summary(run, commits, report, time.monotonic() - started)
+    if len(jobs) > 1:
+        print_several(root_of(first), made, time.monotonic() - started)
+    return 0
+
+
+def bring_up(job: Job, run: Run) -> dict[str, StageCommit]:
+    """Bring every room of a run up to date, and return their commits."""
+    from wmdd_ray.executors.dispatch import sweep_notes, watch_of
+    from wmdd_ray.stages import assemble, recover
+    from wmdd_ray.stages.pipeline import PIPELINE
+
+    tracked = tracked_run(run)
+    run.watch = watch_of(run, tracked, trackers_of(job.reporting, tracked))
     with endings.ended(run):
         if run.config.recover.method == "diffusion":
             # A wrong name is better told before the teacher is trained.
             recover.check_model(run.config, run.source("train").class_names)
+        anew = job.overwrite and job.first in ("squeeze", "features", "barycenters")
+        take(run, PIPELINE, overwrite=job.overwrite, anew=anew)
         commits = run_pipeline(
             run, PIPELINE, first=job.first, last=job.last, overwrite=job.overwrite
         )
         sweep_notes(run)
     if "evaluation" in commits:
-        from wmdd_ray.stages.assemble import write_card
-
-        write_card(run.room("dataset"), run.config, commits["evaluation"])
-    report = write_report(run)
-    print_summary(run, commits, report, time.monotonic() - started)
-    return 0
+        assemble.write_card(run.room("dataset"), run.config, commits["evaluation"])
+    return commits
 
 
 def open_run(job: Job) -> Run:
     """Return the run of a job; nothing is read or started yet."""
     config = job.config
     out = job.out or default_out(config)
+    origin = Store(job.features) if job.features else None
+    beside = [f"{root_of(job)}/ipc{ipc}" for ipc in job.ipcs if job.features]
 
     def opened(split: str) -> Source:
         if split == "train":
@@ -220,28 +321,39 @@ def open_run(job: Job) -> Run:
         config=config,
         resources=job.resources,
         open_source=opened,
-        progress=StageLine,
+        progress=lambda name: StageLine(f"ipc{config.ipc} {name:<12}" if beside else name),
         connect=connect,
         unsafe_commits=job.allow_unsafe_commits,
+        origin=origin and (origin_of(origin) or origin),
+        relatives=tuple(Store(uri) for uri in beside if uri != out),
     )
     return run
+
+
+def root_of(job: Job) -> str:
+    """Return the root of all that a command line makes: of several ipc the folder above."""
+    if job.ipcs and job.features and job.out:
+        return job.out.rpartition("/")[0]
+    return (job.out or default_out(job.config, job.ipcs)).rstrip("/")
 
 
 def tracked_run(run: Run) -> TrackedRun:
     """Return what trackers are told of a run; the same command has the same key."""
     uri, config = run.store.uri, asdict(run.config)
     return TrackedRun(
-        name=uri.rstrip("/").rpartition("/")[2],
+        # Of several ipc the last name is that of the ipc alone.
+        name="-".join(uri.rstrip("/").split("/")[-2 if run.relatives else -1 :]),
         key=fingerprint({"out": uri, "config": config}),
         options={"out": uri, **flatten(config)},
     )
 
 
-def default_out(config: DistillConfig) -> str:
-    """Return where a run goes when --out is absent."""
+def default_out(config: DistillConfig, ipcs: Sequence[int] = ()) -> str:
+    """Return where a run goes when --out is absent, or the runs of several ipc."""
     variant = "" if config.variant == "best" else f"-{config.variant}"
     name = own_data.name_of(config.data) if config.recipe == "auto" else config.recipe
-    return endings.default_out(f"{name}-ipc{config.ipc}{variant}")
+    numbers = "-".join(map(str, ipcs or [config.ipc]))
+    return endings.default_out(f"{name}-ipc{numbers}{variant}")
 
 
 def write_run_record(run: Run, auto: own_data.Auto | None) -> None:
@@ -250,96 +362,6 @@ def write_run_record(run: Run, auto: own_data.Auto | None) -> None:
     record |= {"hardware": hardware(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
     record |= {own_data.RECORD_KEY: auto.record()} if auto else {}
     run.store.put("run.json", dump_json(record))
-
-
-def print_plan(run: Run, pipeline: tuple[Stage, ...]) -> None:
-    """Print what a run would do: a line a stage with its units, those finished, and the bytes to come."""
-    print(f"plan for {run.store.uri}")
-    print(f"{'stage':<12} {'room':<13} {'state':<34} {'units':>12} {'about':>9}")
-    fingerprints: dict[str, str] = {}
-    for stage in pipeline:
-        room = run.room(stage.room)
-        commit = room.read_commit()
-        state, ready = "to do", all(name in fingerprints for name in stage.inputs)
-        plan = expected_plan(run, stage, fingerprints) if ready else None
-        if commit is not None and plan is not None:
-            same = commit.fingerprint == plan["fingerprint"]
-            state = "committed" if same else "other options: needs --overwrite"
-            if same:
-                fingerprints[stage.room] = commit.fingerprint
-        work = stage.plan(StageRun(run=run, stage=stage, room=room, progress=StageLine(stage.name)))
-        finished = room.finished()
-        done = len(finished if work.units is None else finished & set(work.units))
-        units = f"{done}/{'?' if work.units is None else len(work.units)}"
-        if plan is None:
-            state = "follows the rooms above"
-        elif state == "to do" and finished:
-            state = "in part: resumed"
-        print(
-            f"{stage.name:<12} {stage.room + '/':<13} {state:<34} {units:>12} {size(work.estimated_bytes):>9}"
-        )
-    if (prices := forecast.told(run)) is not None:
-        print(prices)
-    if run.config.data != "digits":
-        for doubt, advice in doubts_of(run.source("train"), run.config.source):
-            print(f"warning: {doubt}; {advice}")
-
-
-def print_summary(
-    run: Run, commits: dict[str, StageCommit], report: str | None, seconds: float
-) -> None:
-    """Print where the set and the report are, its size, the accuracy table, and where the time went."""
-    print()
-    if "dataset" in commits:
-        made = commits["dataset"].metrics
-        real = made["source"]
-        uri = run.room("dataset").store.uri
-        print(f"distilled set   {uri}")
-        print(f"preview         {uri}/preview.png")
-        print(
-            f"size            {made['num_images']} images, {size(made['image_bytes'])} (+ {size(made['label_bytes'])} of soft "
-            f"labels, {size(made['teacher_bytes'])} of teacher) for {real['num_images']} real images, "
-            f"{size(real['stored_bytes'])}"
-        )
-        for reason in commits["features"].metrics["bad_images"][:5]:
-            print(f"skipped         {reason}")
-    seen = commits["features"].metrics.get("files_seen") if "features" in commits else None
-    if seen and run.config.data != "digits":
-        print(f"real images     {seen}")
-    if report is not None:
-        print(f"report          {report}")
-    if "evaluation" in commits:
-        metrics = commits["evaluation"].metrics
-        student = metrics["student"]["network"]["arch"]
-        print(
-            f"student         {student}, from scratch; teacher's top-1 {100 * metrics['teacher_top1']:.1f} %\n"
-        )
-        print(results_table(metrics["table"], for_page=False))
-    print(f"\n{'stage':<12} {'committed in':>14} {'inside core':>14}")
-    for commit in commits.values():
-        core = commit.metrics.get("seconds_in_core")
-        print(
-            f"{commit.stage:<12} {duration(commit.seconds):>14} {duration(core) if core is not None else '-':>14}"
-        )
-    print(f"this run took {duration(seconds)}")
-
-
-def write_report(run: Run) -> str | None:
-    """Write the page about a run that is done and return its URI; None, and a warning, when that fails: the run is done."""
-    from .report import REPORT_KEY, page_of
-
-    try:
-        source = run.source("train")
-        run.store.put(REPORT_KEY, page_of(run.store, config=run.config, source=source))
-    except Exception as error:
-        logging.getLogger(__name__).info("the report", exc_info=error)
-        print(
-            f"warning: {run.store.url(REPORT_KEY)} was not written ({type(error).__name__}: {error}); the run is done, and "
-            f"`python jobs/report.py {run.store.uri}` writes it",
-            file=sys.stderr,
-        )
-        return None
-    return run.store.url(REPORT_KEY)
 
 
 if __name__ == "__main__":

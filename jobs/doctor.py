@@ -44,7 +44,7 @@ from .checks.storage import (
     check_speed,
     check_storage,
 )
-from .distill import Job, open_run, parse
+from .distill import Job, open_run, parse_all
 
 # There in a checkout.
 _PROJECT, _PINS = (
@@ -109,15 +109,18 @@ def main(arguments: list[str]) -> int:
 
 
 def _parsed(arguments: list[str], *, ask_cluster: bool) -> Job:
-    """Return the job; where images cannot be measured, or the cluster not joined, that of a recipe: their checks say why."""
+    """Return the job, the last of several; where images cannot be measured, or the cluster not joined, that of a recipe.
+
+    Their checks say why.
+    """
     try:
-        return parse(arguments, ask_cluster=ask_cluster)
+        return parse_all(arguments, ask_cluster=ask_cluster)[-1]
     except Exception as error:
         told = isinstance(error, DataError | ArtifactError | ConnectionError)
         if not told and not type(error).__module__.startswith("ray."):
             raise
         logger.info("auto", exc_info=error)
-        return parse([*arguments, "--recipe", "cifar10"])
+        return parse_all([*arguments, "--recipe", "cifar10"])[-1]
 
 
 def checks(job: Job, *, cluster: bool) -> tuple[Check, ...]:

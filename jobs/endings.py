@@ -96,10 +96,15 @@ def refuse_lost_folder(out: str | None) -> None:
 
 def refuse_foreign_folder(out: Store) -> None:
     """Refuse a folder of this machine with files of somebody's own and no run: rooms would lie among them. A log may be there."""
+    from wmdd_ray.spine.taken import RUNS_KEY
     from wmdd_ray.stages.pipeline import PIPELINE
 
     folder = local_path(out.uri)
-    if folder is None or not folder.is_dir() or (folder / "run.json").exists():
+    if (
+        folder is None
+        or not folder.is_dir()
+        or any((folder / key).exists() for key in ("run.json", RUNS_KEY))
+    ):
         return
     ours = {"events", "report.html", *(stage.room for stage in PIPELINE)}
     foreign = sorted({path.name for path in folder.iterdir() if path.suffix != ".log"} - ours)

@@ -2,7 +2,8 @@
 
 Trains students from scratch on the set alone and tests them once, after the last epoch, on held-out real images. The set is one
 of ours (`dataset/` of a run, or the run) or labelled images that somebody else distilled: class folders, WebDataset shards,
-Parquet. Images of others have soft labels when --teacher is given, which is measured first. The URI comes first.
+Parquet, `.pt` files of DC, DM, IDC and MTT, a set of the Hugging Face hub. Images of others have soft labels when --teacher is
+given, which is measured first. The URI comes first.
 
 Ours say where their real images are, which are read from there with --follow-data, or given as --data; they bring their input
 size and normalization; the student's recipe is that of the recipe they were made by. Every option of it is an --evaluate option.
@@ -23,13 +24,14 @@ if __spec__ is None:  # a file, which goes on as the module that its imports are
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     runpy.run_module("jobs.evaluate", run_name="__main__", alter_sys=True)
 
-from wmdd_ray.errors import DataError
+from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.spine.run import Run, run_pipeline
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
 from wmdd_ray.store.sources.classes import by_number, shown
 from wmdd_ray.telling.progress import StageLine
 from wmdd_ray.units.cut import open_split
+from wmdd_ray.units.tensor_set import TensorSet, is_tensor_set, open_tensor_set
 
 from . import command_line, distill, endings
 from .evaluation.options import Asked, parse
@@ -85,8 +87,15 @@ def open_run(asked: Asked) -> Run:
             return asked.class_names
         if job.data is not None:
             return open_source(job.data, config.source, split="train").class_names
+        if job.val_data is None and is_tensor_set(asked.place):
+            raise ConfigError(
+                f"{job.uri} has no held-out images: pass some by --data or --val-data"
+            )
         return open_source(
-            job.val_data or job.uri, config.source, split="val", dedicated=job.val_data is not None
+            job.val_data or asked.place,
+            config.source,
+            split="val",
+            dedicated=job.val_data is not None,
         ).class_names
 
     def opened(split: str) -> Any:
@@ -110,28 +119,37 @@ def open_run(asked: Asked) -> Run:
     return run
 
 
-def foreign_set(asked: Asked, names: tuple[str, ...]) -> Source:
+def foreign_set(asked: Asked, names: tuple[str, ...]) -> Source | TensorSet:
     """Return the images that somebody else distilled, with their classes matched to `names`."""
     job, source = asked.job, asked.config.source
+    if is_tensor_set(asked.place):
+        _require_order(names)
+        return open_tensor_set(asked.place, source, names)
     if job.classes == "names":
-        return open_source(job.uri, source, split="train", class_names=names)
-    found = open_source(job.uri, source, split="train")
+        return open_source(asked.place, source, split="train", class_names=names)
+    found = open_source(asked.place, source, split="train")
     if len(found.class_names) != len(names):
         raise DataError(
             f"--classes order: expected {len(names)} classes as the held-out images have, found {len(found.class_names)} in "
             f"{job.uri}"
         )
     ordered = names if {*found.class_names} == {*names} else by_number(found.class_names)
-    if ordered is not names and by_number(names) != names:
+    if ordered is not names:
+        _require_order(names)
+    if ordered != found.class_names:
+        found = open_source(asked.place, source, split="train", class_names=ordered)
+    found.class_names = names
+    return found
+
+
+def _require_order(names: tuple[str, ...]) -> None:
+    """Refuse classes of which nobody knows which one is the third."""
+    if by_number(names) != names:
         raise DataError(
             f"--classes order: the held-out images' classes {shown(names)} are numbered and come in the order of text, so class 2 "
             f"could be {by_number(names)[2]!r} or {names[2]!r}; pad their names with zeros, or name the set's classes alike and "
             "pass --classes names"
         )
-    if ordered != found.class_names:
-        found = open_source(job.uri, source, split="train", class_names=ordered)
-    found.class_names = names
-    return found
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def page_of(
     from wmdd_ray.product.pages.page import render
     from wmdd_ray.stages.pipeline import PIPELINE
 
-    facts = read_run(store, PIPELINE, config)
+    facts = read_run(store, PIPELINE, config, follow=follow_data or config is not None)
     num_classes = len(facts.class_names)
     if classes and not set(classes) <= set(range(num_classes)):
         raise ConfigError(

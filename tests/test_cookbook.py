@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from jobs import distill, doctor, evaluate, export, prepare, report
+from jobs import compare, distill, doctor, evaluate, export, prepare, report
 from tests.conftest import ROOT, S3Uri
 
 COOKBOOK = ROOT / "jobs" / "COOKBOOK.md"
 FASHION = "/usr/share/datasets/fashion-mnist"
 JOBS: dict[str, Callable[[list[str]], int]] = {
+    "compare": compare.main,
     "distill": distill.main,
     "doctor": doctor.main,
     "evaluate": evaluate.main,

@@ -10,7 +10,7 @@ from pathlib import Path
 from wmdd_ray import __version__
 from wmdd_ray.api import JOBS, job
 
-_COMMANDS = ("distill", "prepare", "evaluate", "export", "report", "doctor", "bench")
+_COMMANDS = ("distill", "prepare", "evaluate", "compare", "export", "report", "doctor", "bench")
 
 
 def main() -> None:

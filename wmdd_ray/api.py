@@ -63,15 +63,16 @@ def distill(**options: Any) -> Run:
         **options: of `wmdd-ray distill`, above all `recipe` ("digits"), `ipc` (10, images a class), `data`, `out`.
 
     Returns:
-        The run; `run.dataset()` holds ipc images of each of Y classes, as a training loop takes them.
+        The run; `run.dataset()` holds ipc images of each of Y classes, as a training loop takes them. Of several ipc, the folder of
+        their runs: `Run(f"{run.uri}/ipc10")`.
 
     Raises:
         WmddError: A subclass says what is wrong.
     """
     command = job("distill")
-    asked = _parsed(command.parse, _words(options))
-    command.distill(asked)
-    return Run(Store(asked.out or command.default_out(asked.config)).uri)
+    asked = _parsed(command.parse_all, _words(options))
+    command.distill(*asked)
+    return Run(Store(command.root_of(asked[0])).uri)
 
 
 def prepare(source: str, **options: Any) -> str:

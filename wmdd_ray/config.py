@@ -587,7 +587,7 @@ class DistillConfig:
     variant: Literal["best", "paper", "paper_weighted"] = "best"
     """`best` is what proved best here, `paper` WMDD as its authors run it, `paper_weighted` as they write it."""
     ipc: int = option(10, ge=1)
-    """Distilled images per class."""
+    """Distilled images per class. Several (`--ipc 1 10 50`) share teacher and features, each with a folder under --out."""
     seed: int = option(0, ge=0)
     """Seed of everything random; each unit of work derives its own from (seed, stage, unit)."""
     data: str = "digits"
@@ -598,8 +598,8 @@ class DistillConfig:
     """Share of each class's training images that is held out, at least one of a class with two, chosen by a hash of their names as
     `jobs/prepare.py --val-fraction` does; what the source holds out itself is then not read. Absent: that, or --val-data."""
     teacher: str | None = None
-    """A committed teacher room, published weights (`torchvision:NAME`, `timm:NAME`; --source follows them), or a checkpoint file;
-    absent: squeeze trains one."""
+    """A committed teacher room, published weights (`torchvision:NAME`, `timm:NAME`), or a checkpoint file; absent: squeeze trains
+    one."""
     source: SourceConfig = SourceConfig()
     squeeze: SqueezeConfig = SqueezeConfig()
     features: FeaturesConfig = FeaturesConfig()
@@ -650,8 +650,8 @@ class Resources:
     """Where and how wide a run is executed. Changes the time, never the result."""
 
     num_workers: int = option(-1, ge=-1)
-    """Workers of the training (at most --squeeze.batch-parts), recover, relabel and student stages; 0 runs them in the driver; -1
-    decides by the cluster."""
+    """Workers of the teacher's training (at most --squeeze.batch-parts), recover, relabel and students; 0: in the driver; -1: by
+    the cluster."""
     gpus_per_worker: float = -1.0
     """GPUs of one worker; -1 takes one when the cluster has GPUs, else none."""
     cpus_per_worker: int = option(1, ge=1)

@@ -10,8 +10,7 @@ from wmdd_ray.config import SourceConfig
 from wmdd_ray.core.published import is_published, published
 from wmdd_ray.errors import DataError
 from wmdd_ray.recipes import recipe_of
-from wmdd_ray.spine.rooms import Room
-from wmdd_ray.store.filesystem import Store
+from wmdd_ray.spine.taken import teacher_room
 from wmdd_ray.store.sources import Source
 from wmdd_ray.units.given_teacher import given_network
 from wmdd_ray.units.held_out import Listed
@@ -57,16 +56,16 @@ def _input_of(spec: str, otherwise: SourceConfig) -> SourceConfig:
     """Return the input that a teacher was trained with, where it says so."""
     if is_published(spec):
         return published(spec).source(otherwise)
-    for room in (Room(Store(spec), ""), Room(Store(spec), "teacher")):
-        if room.read_commit() is not None:
-            teacher = read_teacher(room)
-            return SourceConfig(
-                image_size=teacher.image_size,
-                resize=teacher.resize,
-                channels=3 if teacher.channels == 3 else 1,
-                mean=tuple(teacher.mean_C),
-                std=tuple(teacher.std_C),
-                interpolation=teacher.interpolation,
-                exif_orientation=teacher.exif_orientation,
-            )
-    return otherwise
+    room = teacher_room(spec)
+    if room is None:
+        return otherwise
+    teacher = read_teacher(room)
+    return SourceConfig(
+        image_size=teacher.image_size,
+        resize=teacher.resize,
+        channels=3 if teacher.channels == 3 else 1,
+        mean=tuple(teacher.mean_C),
+        std=tuple(teacher.std_C),
+        interpolation=teacher.interpolation,
+        exif_orientation=teacher.exif_orientation,
+    )

@@ -38,7 +38,9 @@ def check_plan(visit: Visit) -> Iterator[Finding]:
                 yield Finding(
                     "FAIL",
                     f"{room.store.uri} was made with {difference(plan, expected)}",
-                    "pass --overwrite to replace this room and those after it, or another --out to keep both",
+                    "pass --overwrite to replace this room and those after it, or another --out to keep both"
+                    if run.owns(stage.room)
+                    else "give both runs the same, or leave --features out",
                     exit_code=ConfigError.exit_code,
                 )
             commit, finished = None, set()

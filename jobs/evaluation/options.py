@@ -30,7 +30,7 @@ from wmdd_ray.errors import ArtifactError, ConfigError, DataError
 from wmdd_ray.options import check
 from wmdd_ray.recipes import RECIPES, full_table, recipe_of
 from wmdd_ray.records import Teacher
-from wmdd_ray.spine.rooms import Room
+from wmdd_ray.spine.taken import runs_in, teacher_room
 from wmdd_ray.store import codecs
 from wmdd_ray.store.documents import load_json, real_images_of
 from wmdd_ray.store.filesystem import Store
@@ -54,7 +54,8 @@ class Job:
     """Options of the job."""
 
     uri: Annotated[str, tyro.conf.Positional]
-    """The distilled set: a path or a URI. It comes before all options."""
+    """The distilled set: a path or a URI, before all options. `.pt` files of DC, DM, IDC and MTT are read too (`FILE.pt#1`: the
+    second set in it), `hub:OWNER/NAME` is one of the Hugging Face hub, `rethinkdc:sre2l-ipc-10` one of rethinkdc's."""
     students: tuple[str, ...] = ("convnet3",)
     """Architectures, with commas or spaces between them: convnetN, resnetap10, vit_tiny, a classifier of torchvision (resnet18,
     mobilenet_v2, swin_t), timm:NAME, or module:function of your own, which is run."""
@@ -116,9 +117,13 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A job made complete: the set, the configuration of its students, their architectures, and where results go."""
+    """A job made complete: the set, the configuration of its students, their architectures, and where results go.
+
+    `place` is where the set lies: of one from the hub on this disk.
+    """
 
     job: Job
+    place: str
     own: Any  # given_set.OwnSet, or None for a foreign set
     class_names: tuple[str, ...] | None
     config: DistillConfig
@@ -135,12 +140,17 @@ def parse(arguments: list[str], description: str | None) -> Asked:
         raise ConfigError(
             "expected the URI of a distilled set before all options, as in: jobs/evaluate.py runs/digits-ipc10 --seeds 3"
         )
+    # Imported here: they load torch, which a wrong option should not have to wait for.
+    from wmdd_ray.units.given_set import on_this_disk
+    from wmdd_ray.units.tensor_set import is_tensor_set
+
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--recipe", "--teacher", "--source.image-size", "--evaluate.epochs"):
         first.add_argument(option)
     known, _ = first.parse_known_args(arguments[1:])
     refuse_secrets("uri", arguments[0])
-    own = _own_set(arguments[0], arguments)
+    place = on_this_disk(arguments[0])
+    own = _own_set(place, arguments)
     class_names = None if own is None else own.class_names
     base = _recipe_of_ours(own)
     if known.recipe:
@@ -185,9 +195,9 @@ def parse(arguments: list[str], description: str | None) -> Asked:
         evaluate=replace(base.evaluate, network=network, baselines=()),
     )
     job = command_line.parse(Job, arguments, description=description, default=default)
-    if own is None:
-        _require_something(job)
-    return _completed(job, own, class_names, source, num_teachers)
+    if own is None and not is_tensor_set(place):
+        _require_something(job, place)
+    return _completed(job, place, own, class_names, source, num_teachers)
 
 
 def _own_set(uri: str, arguments: Sequence[str]) -> Any:
@@ -242,13 +252,17 @@ def _recipe_of_ours(own: Any) -> DistillConfig:
     return general
 
 
-def _require_something(job: Job) -> None:
+def _require_something(job: Job, uri: str) -> None:
+    if _answers(uri) and (inside := runs_in(Store(uri))):
+        raise ConfigError(
+            f"{uri} holds a run for each ipc: pass {' or '.join(run.uri for run in inside)}"
+        )
     try:
-        list_files(job.uri, follow_links=job.source.follow_links, access=job.source.bucket)
+        list_files(uri, follow_links=job.source.follow_links, access=job.source.bucket)
     except NothingThereError as error:
         raise DataError(
-            f"{job.uri}: expected a distilled set (a run of jobs/distill.py, its dataset/, or images that somebody else "
-            "distilled), found nothing there"
+            f"{uri}: expected a distilled set (a run of jobs/distill.py, its dataset/, or images that somebody else distilled), "
+            "found nothing there"
         ) from error
     except DataError:
         pass  # what is wrong with it is told where it is opened
@@ -275,16 +289,17 @@ def _committed_teachers(spec: str) -> tuple[Teacher, int] | None:
     """Return the first teacher of a run or a teacher room, and how many label; None when `spec` is another kind of teacher."""
     if spec.startswith(("torchvision:", "timm:")):
         return None
-    for room in (Room(Store(spec), ""), Room(Store(spec), "teacher")):
-        commit = room.read_commit()
-        if commit is not None:
-            first = codecs.decode_teacher(room.read(commit.file("teacher.safetensors")))
-            return first, len(commit.units)
-    return None
+    room = teacher_room(spec)
+    if room is None:
+        return None
+    commit = room.committed()
+    first = codecs.decode_teacher(room.read(commit.file("teacher.safetensors")))
+    return first, len(commit.units)
 
 
 def _completed(
     job: Job,
+    place: str,
     own: Any,
     class_names: tuple[str, ...] | None,
     source: SourceConfig,
@@ -333,7 +348,7 @@ def _completed(
     config = DistillConfig(
         recipe=job.recipe or (own.meta["provenance"]["recipe"] if own is not None else "none"),
         seed=job.seed,
-        data=data or job.uri,
+        data=data or place,
         val_data=job.val_data,
         # The images that the set's teacher was not trained on.
         val_fraction=own.meta["source"].get("val_fraction")
@@ -351,6 +366,7 @@ def _completed(
     )
     return Asked(
         job=job,
+        place=place,
         own=own,
         class_names=class_names,
         config=config,

@@ -6,10 +6,12 @@ from typing import Any
 
 from wmdd_ray.config import EvaluateConfig
 from wmdd_ray.product.card import ROW_NAMES, results_table
+from wmdd_ray.product.comparison import method_of
 from wmdd_ray.spine.rooms import StageCommit
 from wmdd_ray.spine.run import Run
 from wmdd_ray.store.documents import seal
 from wmdd_ray.telling.progress import duration
+from wmdd_ray.units.tensor_set import TensorSet
 
 from ..checks.report import many
 from .options import Asked
@@ -32,6 +34,7 @@ def write_results(
             "fingerprint": given.fingerprint(),
             "ours": asked.own is not None,
             "class_names": list(given.class_names),
+            "stored": stored_of(asked, given),
         },
         "held_out": {
             "uri": asked.config.val_data or asked.config.data,
@@ -52,6 +55,16 @@ def write_results(
     if attacked is not None:
         document["attacks"] = attacked
     run.store.put(RESULTS_KEY, seal(document))
+
+
+def stored_of(asked: Asked, given: Any) -> dict[str, Any]:
+    """Return what a set keeps, and of ours what made it."""
+    if asked.own is None:
+        each, left = divmod(given.num_images or 1, len(given.class_names))
+        return {"image_bytes": given.total_bytes, **({} if left else {"ipc": each})}
+    meta = asked.own.meta
+    about = {name: meta[name] for name in ("ipc", "image_bytes", "label_bytes")}
+    return {**about, "recipe": meta["provenance"]["recipe"], "method": method_of(meta)}
 
 
 def teacher_told(asked: Asked, teacher: StageCommit | None) -> dict[str, Any] | None:
@@ -90,7 +103,8 @@ def print_summary(
     recipe = asked.config.evaluate
     uri = asked.own.uri if asked.own is not None else asked.job.uri
     print()
-    print(f"set             {uri}")
+    given = run.source("train")
+    print(f"set             {uri}{f' ({given.told})' if isinstance(given, TensorSet) else ''}")
     if teacher is not None:
         several = teacher.get("labelers_top1")
         if several is None:

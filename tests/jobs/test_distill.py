@@ -210,7 +210,7 @@ def test_an_end_has_its_exit_code_and_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def end(job: distill.Job) -> int:
+    def end(*jobs: distill.Job) -> int:
         raise error
 
     monkeypatch.setattr(distill, "distill", end)
@@ -221,7 +221,7 @@ def test_an_end_has_its_exit_code_and_one_line(
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def end(job: distill.Job) -> int:
+    def end(*jobs: distill.Job) -> int:
         raise ZeroDivisionError
 
     monkeypatch.setattr(distill, "distill", end)

@@ -581,7 +581,7 @@ def test_random_real_images_are_of_their_class_distinct_and_the_same_for_a_seed(
 def test_whole_images_get_the_views_of_all_tiles_in_as_many_more_passes() -> None:
     stored = [draw_views(16, 8, ViewConfig(), seed=1, epoch=e) for e in range(2)]
     given = Given(
-        pixels_NHWC=np.zeros((16, 4, 4, 1), dtype=np.uint8),
+        images=np.zeros((16, 4, 4, 1), dtype=np.uint8),
         classes_N=np.repeat([0, 1], 8),
         weights_N=np.ones(16),
         tiles=2,

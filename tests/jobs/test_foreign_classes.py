@@ -26,9 +26,11 @@ def classes_of(place: Path, files: Files, names: Sequence[str], by: str = "order
     for key, content in files.items():
         store.put(key, content)
     asked: Any = SimpleNamespace(
-        job=SimpleNamespace(classes=by, uri=store.uri), config=SimpleNamespace(source=CONFIG)
+        job=SimpleNamespace(classes=by, uri=store.uri),
+        config=SimpleNamespace(source=CONFIG),
+        place=store.uri,
     )
-    source = foreign_set(asked, tuple(names))
+    source: Any = foreign_set(asked, tuple(names))
     found = {
         PNGS.index(raw.content): source.class_names[raw.label]
         for shard in source.shards(100)

@@ -27,9 +27,53 @@ _PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 _COUNTERS = ("total_ops", "total_params", "n_averaged")
 
 
+class _Dropped:
+    """In place of a number of numpy's, which accuracies beside tensors are: made of nothing, and holds nothing."""
+
+    def __init__(self, *state: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+# How pickles spell such a number.
+_NUMBERS = [
+    *((_Dropped, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    (_Dropped, "numpy.dtype"),
+    (_Dropped, "_codecs.encode"),
+]
+
+
 def first_names(names: list[str]) -> str:
     """Return the first three of `names` in a row, for messages."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def read_torch_file(content: bytes, name: str) -> Any:
+    """Return what a torch file holds: tensors in plain containers, on the CPU. No code of the file is ever run.
+
+    Args:
+        content: bytes of the file.
+        name: how messages call the file.
+
+    Raises:
+        DataError: the file is damaged, of another kind, or holds code.
+    """
+    try:
+        return _loaded(content, [*_NUMBERS, argparse.Namespace])
+    # Damaged bytes raise a dozen kinds of error in the parser; all of them mean the same to the user.
+    except Exception as error:
+        raise DataError(
+            f"{name}: expected a torch file with tensors only (weights_only=True), got {len(content)} bytes that cannot be read as "
+            f"such ({_reason(error)})"
+        ) from error
+
+
+def _loaded(content: bytes, safe: list[Any]) -> Any:
+    _refuse_zip_bomb(content)
+    with torch.serialization.safe_globals(safe):
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def read_checkpoint(content: bytes, name: str) -> dict[str, Tensor]:
@@ -51,13 +95,11 @@ def read_checkpoint(content: bytes, name: str) -> dict[str, Tensor]:
     # safetensors: 8 bytes of header length, then a JSON object.
     is_safetensors = content[8:9] == b"{"
     try:
-        _refuse_zip_bomb(content)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            stored: Any = (
-                safetensors.torch.load(content)
-                if is_safetensors
-                else torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            )
+        stored: Any = (
+            safetensors.torch.load(content)
+            if is_safetensors
+            else _loaded(content, [argparse.Namespace])
+        )
     # Damaged bytes raise a dozen kinds of error in these two parsers; all of them mean the same to the user.
     except Exception as error:
         reason = _reason(error)

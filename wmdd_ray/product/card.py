@@ -82,7 +82,7 @@ def results_table(table: list[dict[str, Any]], *, for_page: bool = True) -> str:
             in [0, 1]); `student` as well where there are several.
         for_page: Whether names are escaped, for a page that renders it; a terminal shows them as they are.
     """
-    text = _text if for_page else plain
+    text = escaped if for_page else plain
     kinds = list(dict.fromkeys(row["labels"] for row in table))
     several = "student" in table[0]
     lines = [
@@ -155,10 +155,10 @@ def classes_text(class_names: Sequence[str], table: list[dict[str, Any]]) -> str
         own_Y, real_Y = recalls[kind, "distilled"], recalls.get((kind, "all_real"))
         low = int(own_Y.argmin())
         text = (
-            f"- {_text(kind.capitalize())} labels: recall from {own_Y[low]:.1f} % ({_text(class_names[low])}) to "
+            f"- {escaped(kind.capitalize())} labels: recall from {own_Y[low]:.1f} % ({escaped(class_names[low])}) to "
             f"{own_Y.max():.1f} %, median {np.median(own_Y):.1f} %"
         )
-        kind = _text(kind)
+        kind = escaped(kind)
         columns[f"{kind} labels"] = own_Y
         if real_Y is None:
             worst = np.maximum(worst, 100 - own_Y)
@@ -174,7 +174,7 @@ def classes_text(class_names: Sequence[str], table: list[dict[str, Any]]) -> str
             text += (
                 f". {len(named)} of {len(class_names)} classes lose more than {_LOST_POINTS} points against students of all real "
                 f"images{': ' if named else ''}"
-                + ", ".join(f"{_text(class_names[k])} ({-lost_Y[k]:.1f})" for k in named[:10])
+                + ", ".join(f"{escaped(class_names[k])} ({-lost_Y[k]:.1f})" for k in named[:10])
                 + (f", and {len(named) - 10} more" if len(named) > 10 else "")
                 + f". Coverage: {covered} of {len(class_names)} classes keep at least half of that recall."
             )
@@ -188,7 +188,7 @@ def classes_text(class_names: Sequence[str], table: list[dict[str, Any]]) -> str
         f"| class | {' | '.join(columns)} |",
         f"|---|{'---:|' * len(columns)}",
         *(
-            f"| {_text(class_names[k])} | "
+            f"| {escaped(class_names[k])} | "
             + " | ".join(
                 f"{values_Y[k]:{'+' if name.startswith('difference') else ''}.1f}"
                 for name, values_Y in columns.items()
@@ -371,12 +371,14 @@ def _card(
     is_whole: bool = True,
 ) -> str:
     real, provenance = meta["source"], meta["provenance"]
-    packages = ", ".join(f"{_text(name)} {_text(v)}" for name, v in provenance["versions"].items())
+    packages = ", ".join(
+        f"{escaped(name)} {escaped(v)}" for name, v in provenance["versions"].items()
+    )
     results, classes = unmeasured, ""
     if table:
         results = (
-            f"Students{f' ({_text(student)})' if student else ''} are trained from scratch on each row by one recipe and tested on "
-            "held-out real images once, after the last epoch; mean and standard deviation over the seeds. Soft labels are the "
+            f"Students{f' ({escaped(student)})' if student else ''} are trained from scratch on each row by one recipe and tested "
+            "on held-out real images once, after the last epoch; mean and standard deviation over the seeds. Soft labels are the "
             f"teacher's in every row; hard labels are the images' classes. Teacher's top-1: {100 * meta['teacher_top1']:.1f} %.\n\n"
             f"{results_table(table)}"
         )
@@ -435,7 +437,7 @@ The method, and the software that made this set:
 
 - Source: {_code(real["uri"])}, {real["num_images"]} images, {real["bad_images"]} unreadable ones left out.
 - Teacher: top-1 {100 * meta["teacher_top1"]:.1f} % on held-out real images{sha}.{_labelers(meta)}
-- Recipe {_code(provenance["recipe"])}{variant}, seed {provenance["seed"]}, wmdd_ray revision {_text(provenance["git_revision"])}.
+- Recipe {_code(provenance["recipe"])}{variant}, seed {provenance["seed"]}, wmdd_ray revision {escaped(provenance["git_revision"])}.
 - {packages}.{told}
 """
 
@@ -478,7 +480,7 @@ def _share(num_bytes: float, real_bytes: float) -> str:
     return f"{percent:.2g} %" if percent < 10 else f"{percent:.0f} %"
 
 
-def _text(name: object) -> str:
+def escaped(name: object) -> str:
     """Return a name of data's as it may stand in Markdown, a table's cell included: one line that is text and nothing else.
 
     Letters of all scripts stay. What HTML, Markdown or the sites that show it would take for a tag, a mark, a link or a

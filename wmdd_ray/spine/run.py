@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+TAKEN = ("teacher", "features")
+"""Rooms that a run may take from another one (`taken.py`): they do not depend on ipc or on how images are made."""
+
 Report = Callable[..., None]
 """report(fraction, note, **values): says which fraction of the unit under way is done, with a short note and, at the end of
 an epoch, `epoch` (from 1) and `loss`."""
@@ -76,7 +79,8 @@ class Run:
     """One run: where its rooms are, what it is asked for, and the real images it may read.
 
     `open_source` opens ("train" | "val") on first use: listing millions of objects is not free. `token` is unique to the
-    driver process; everything that it publishes carries it.
+    driver process; everything that it publishes carries it. Rooms of `TAKEN` are those of `origin`, if there is one; `relatives`
+    have the same teacher, and results that may be the same. Runs of the same images share `sources`, so that these are listed once.
     """
 
     store: Store
@@ -89,19 +93,26 @@ class Run:
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     began: float = field(default_factory=time.time)
     unsafe_commits: bool = False
-    _sources: dict[str, Any] = field(default_factory=dict)
+    origin: Store | None = None
+    relatives: tuple[Store, ...] = ()
+    sources: dict[str, Any] = field(default_factory=dict)
     _writes: bool = False
     _works: bool = False
 
     def source(self, split: str) -> Any:
         """Return the opened source of a split, opened once."""
-        if split not in self._sources:
-            self._sources[split] = self.open_source(split)
-        return self._sources[split]
+        if split not in self.sources:
+            self.sources[split] = self.open_source(split)
+        return self.sources[split]
 
     def room(self, name: str, space: str | None = None) -> Room:
         """Return a room of this run; `space` is that of the plan which the run has claimed it for."""
-        return Room(self.store, name, self.token, space)
+        origin = self.store if self.owns(name) else self.origin
+        return Room(origin or self.store, name, self.token, space)
+
+    def owns(self, room: str) -> bool:
+        """Return whether a room is the run's own, not taken from another run."""
+        return self.origin is None or room not in TAKEN
 
     @cached_property
     def events(self) -> EventLog:
@@ -274,7 +285,7 @@ def run_pipeline(
     fingerprints: dict[str, str] = {}
     for position, stage in enumerate(stages[:end]):
         plan = expected_plan(run, stage, fingerprints)
-        if overwrite and first and position >= begin:
+        if overwrite and first and position >= begin and run.owns(stage.room):
             run.room(stage.room).clear()
         if position < begin and _committed_as(run, stage, plan) is None:
             raise ConfigError(
@@ -301,10 +312,11 @@ def bring(run: Run, stage: Stage, plan: dict[str, Any], *, overwrite: bool = Fal
     """
     commit = _committed_as(run, stage, plan)
     if commit is None:
+        assert run.owns(stage.room), "what is taken from another run is committed"
         return _build(run, stage, plan, overwrite=overwrite)
     line = run.progress(stage.name)
     line.start(len(commit.units), len(commit.units))
-    line.finish("found committed")
+    line.finish("found committed" if run.owns(stage.room) else "taken")
     return commit
 
 

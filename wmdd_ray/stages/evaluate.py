@@ -19,7 +19,7 @@ from wmdd_ray.executors.dispatch import do_units
 from wmdd_ray.options import fingerprint_options
 from wmdd_ray.spine.numbers import Number, StageNumbers
 from wmdd_ray.spine.provenance import hardware, versions
-from wmdd_ray.spine.rooms import UnitMarker
+from wmdd_ray.spine.rooms import Room, StageCommit, UnitMarker
 from wmdd_ray.spine.run import StageRun, Work
 from wmdd_ray.store import documents
 from wmdd_ray.units.held_out import Listed
@@ -51,6 +51,7 @@ def work(stage: StageRun, *, of: Sequence[str] | None = None, keep: bool = False
     """
     config = stage.config
     source = stage.run.source("train")
+    _take_all_real(stage)
     sets = partial(
         open_sets,
         dataset_uri=stage.run.room("dataset").store.uri,
@@ -63,6 +64,54 @@ def work(stage: StageRun, *, of: Sequence[str] | None = None, keep: bool = False
     return {
         **train_students(stage, config, sets, of=of or rows(config), keep=keep),
         "teacher_top1": stage.inputs["teacher"].metrics["top1"],
+    }
+
+
+def _take_all_real(stage: StageRun) -> None:
+    """Commit the students of all real images that a relative of this run has trained alike: they depend on no distilled image."""
+    run, room, plan = stage.run, stage.room, stage.room.read_plan()
+    if not run.relatives or plan is None or "all_real" not in rows(stage.config):
+        return
+    made = (run.room("labels").committed(), run.room("dataset").committed())
+    own = _all_real_depends_on(plan["options"], plan["inputs"], *made)
+    for store in run.relatives:
+        other = Room(store, room.name)
+        commit, labels, dataset = (
+            Room(store, name).read_commit() for name in (room.name, "labels", "dataset")
+        )
+        if commit is None or labels is None or dataset is None:
+            continue
+        theirs = _all_real_depends_on(commit.options, commit.inputs, labels, dataset)
+        if theirs != own or commit.version != stage.stage.version:
+            continue
+        for unit in unit_ids(stage.config, ["all_real"]):
+            marker = commit.units.get(unit)
+            if marker is None or unit in room.finished():
+                continue
+            payloads = {entry.key: other.read(entry) for entry in marker.files}
+            metrics = {**marker.metrics, "seconds_in_core": 0.0, "taken_from": store.uri}
+            attempt = room.begin_unit(unit)
+            if attempt is not None:
+                room.commit_unit(unit, payloads, attempt=attempt, metrics=metrics)
+
+
+def _all_real_depends_on(
+    options: dict[str, Any], inputs: dict[str, str], labels: StageCommit, dataset: StageCommit
+) -> dict[str, Any]:
+    """Return what students of all real images depend on, of a plan or commit of this stage, and the commits before it."""
+    relabel = labels.options["relabel"]
+    others = ("epochs", "num_seeds", "labels", "baselines")
+    return {
+        "seed": options["seed"],
+        "evaluate": {k: v for k, v in options["evaluate"].items() if k not in others},
+        "labels": [relabel.get(k) for k in ("views", "batch_size", "batch_statistics")],
+        "inputs": [inputs[name] for name in ("data", "val_data")],
+        "teachers": {
+            file.key: file.sha256
+            for marker in dataset.units.values()
+            for file in marker.files
+            if file.key.startswith("teacher")
+        },
     }
 
 

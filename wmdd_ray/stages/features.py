@@ -22,7 +22,7 @@ from wmdd_ray.store.sources.base import told_counts
 from wmdd_ray.store.sources.passed import Tally
 from wmdd_ray.units.class_features import is_class_unit
 from wmdd_ray.units.features import ChunkReader, check_classes, check_listed, chunk_unit
-from wmdd_ray.units.teacher import feature_width
+from wmdd_ray.units.teacher import TEACHER_KEY, feature_width
 
 # Above this many (class, chunk) reads, one shuffle is cheaper than every class reading its rows out of many chunks.
 _REGROUP_READS = 20_000
@@ -94,6 +94,7 @@ def work(stage: StageRun) -> dict[str, Any]:
         executor.regroup_by_class(stage, sorted(markers))
     return {
         "num_images": sum(counts.values()),
+        "teacher_sha256": stage.inputs["teacher"].file(TEACHER_KEY).sha256,
         "class_counts": [counts[label] for label in range(len(source.class_names))],
         "bad_images": bad,
         "files_seen": told_counts(source, images, len(bad), inside.groups()),

@@ -14,6 +14,7 @@ from wmdd_ray.stages import evaluate, squeeze
 from wmdd_ray.units.given_set import OwnSet, listed_set, open_given
 from wmdd_ray.units.held_out import Listed
 from wmdd_ray.units.students import rows, unit_ids
+from wmdd_ray.units.tensor_set import TensorSet
 
 
 def stages(
@@ -67,8 +68,7 @@ def _stage_of(student: Arch, config: DistillConfig, real: str | None) -> Stage:
         given, baselines = stage.run.source("train"), own.evaluate.baselines
         sets = partial(
             open_given,
-            own_uri=given.uri if isinstance(given, OwnSet) else None,
-            listed=None if isinstance(given, OwnSet) else listed_set(given, own),
+            given=given if isinstance(given, OwnSet | TensorSet) else listed_set(given, own),
             real=Listed.of(stage.run.source("real"), own.source) if baselines else None,
             teacher_room=stage.run.room("teacher") if own.teacher is not None else None,
             config=own,

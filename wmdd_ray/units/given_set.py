@@ -19,7 +19,7 @@ from wmdd_ray.config import DistillConfig, LabelKind
 from wmdd_ray.core.architectures import refuse_foreign_code
 from wmdd_ray.core.networks import labeler_of
 from wmdd_ray.core.soft_labels import compress, decompress
-from wmdd_ray.core.views import StoredImages, draw_views, take
+from wmdd_ray.core.views import Images, StoredImages, draw_views, take
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.errors import ArtifactError, DataError
 from wmdd_ray.records import Teacher, Views
@@ -31,6 +31,7 @@ from wmdd_ray.store.sources import Source
 from wmdd_ray.units.held_out import Listed
 from wmdd_ray.units.real_images import random_real
 from wmdd_ray.units.teacher import read_teacher, units_of
+from wmdd_ray.units.tensor_set import TensorSet
 from wmdd_ray.units.training_sets import (
     KEPT_LOGITS,
     Input,
@@ -44,6 +45,8 @@ from wmdd_ray.units.training_sets import (
 )
 
 _SET_BYTES = 8 << 30
+# Images, tables and what our own sets have; no code.
+_FROM_HUB = ["*.parquet", "*.tar", "*.png", "*.jpg", "*.jpeg", "*.JPEG", "*.json", "*.jsonl", "*.safetensors"]  # fmt: skip
 _CHUNK_IMAGES = 512
 
 
@@ -86,6 +89,38 @@ def own_set(uri: str) -> OwnSet | None:
     return None
 
 
+def on_this_disk(uri: str) -> str:
+    """Return the folder that a set of the Hugging Face hub is downloaded to, unless it is there; any other URI as it is.
+
+    Args:
+        uri: `hub:OWNER/NAME`, or `rethinkdc:METHOD-ipc-K`, one of the ImageNet-1K sets that "Rethinking Large-scale Dataset
+            Compression" (Xiao et al. 2025, arXiv 2502.06434) has published.
+
+    Raises:
+        ArtifactError: The hub did not give it.
+    """
+    kind, _, name = uri.partition(":")
+    if kind not in ("hub", "rethinkdc"):
+        return uri
+    name = name if kind == "hub" else f"he-yang/2025-rethinkdc-imagenet-{name}"
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.constants import HF_HOME
+
+        # Files, not the links that the hub's cache is made of.
+        folder = f"{HF_HOME}/wmdd_ray/{name.replace('/', '--')}"
+        return snapshot_download(
+            name, repo_type="dataset", local_dir=folder, allow_patterns=_FROM_HUB
+        )
+    except Exception as error:
+        # The hub's client raises what its HTTP library does; all of it means that the set was not had.
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise ArtifactError(
+            f"{uri}: the Hugging Face hub did not give {name} ({type(error).__name__}: {said[0]}); check name and connection, or "
+            f"download it elsewhere with `hf download {name} --repo-type dataset --local-dir FOLDER` and pass the folder"
+        ) from error
+
+
 def listed_set(source: Source, config: DistillConfig) -> Listed:
     """Return the images of a foreign set; they are brought to the input's size whole, not cropped from a larger one."""
     own = replace(config.source, resize=config.source.image_size)
@@ -95,20 +130,19 @@ def listed_set(source: Source, config: DistillConfig) -> Listed:
 def open_given(
     device: torch.device,
     *,
-    own_uri: str | None,
-    listed: Listed | None,
+    given: OwnSet | TensorSet | Listed,
     real: Listed | None,
     teacher_room: Room | None,
     config: DistillConfig,
 ) -> Sets:
-    """Open a set of ours at `own_uri`, or the images of somebody else's."""
-    if own_uri is not None:
-        dataset = DistilledDataset(own_uri)
+    """Open a set of ours, or the images of somebody else's."""
+    if isinstance(given, OwnSet):
+        dataset = DistilledDataset(given.uri)
         for teacher in dataset.teachers():
-            refuse_foreign_code(teacher.arch, own_uri)
+            refuse_foreign_code(teacher.arch, given.uri)
         return GivenSets(
             Given(
-                pixels_NHWC=dataset.images,
+                images=dataset.images,
                 classes_N=dataset.labels,
                 weights_N=dataset.weights,
                 tiles=dataset.tiles,
@@ -122,17 +156,11 @@ def open_given(
             config,
             device,
         )
-    assert listed is not None, "a set is ours or somebody else's"
-    loaded = listed.load(_SET_BYTES)
-    if loaded is None:
-        raise DataError(
-            f"{listed.source.root}: expected a distilled set, found images of more than {_SET_BYTES >> 30} GiB decoded"
-        )
-    pixels_NHWC, classes_N = loaded
+    images, classes_N, num_classes = _foreign_images(given)
     order_N = np.argsort(classes_N, kind="stable")
     source = config.source
     shown = Input(
-        len(listed.source.class_names),
+        num_classes,
         source.channels,
         source.image_size,
         source.mean,
@@ -140,7 +168,7 @@ def open_given(
     )
     return GivenSets(
         Given(
-            pixels_NHWC=pixels_NHWC[order_N],
+            images=images[order_N],
             classes_N=classes_N[order_N],
             weights_N=np.ones(len(order_N)),
             tiles=1,
@@ -157,14 +185,28 @@ def open_given(
     )
 
 
+def _foreign_images(given: TensorSet | Listed) -> tuple[Any, np.ndarray, int]:
+    """Return (images as `Given` has them, classes, number of classes) of somebody else's set."""
+    if isinstance(given, TensorSet):
+        inputs_NCHW, classes_N = given.read()
+        return inputs_NCHW, classes_N.numpy(), len(given.class_names)
+    loaded = given.load(_SET_BYTES)
+    if loaded is None:
+        raise DataError(
+            f"{given.source.root}: expected a distilled set, found images of more than {_SET_BYTES >> 30} GiB decoded"
+        )
+    return *loaded, len(given.source.class_names)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Given:
     """A distilled set in memory; `tiles` as in `DistilledDataset`, `stored` its views and labels where it has them.
 
-    Stored views are those of `StoredImages` with `in_float`.
+    `images` are pixels, uint8 NHWC, or inputs of a network, a float32 tensor NCHW. Stored views are those of `StoredImages` with
+    `in_float`.
     """
 
-    pixels_NHWC: np.ndarray
+    images: np.ndarray | torch.Tensor
     classes_N: np.ndarray
     weights_N: np.ndarray
     tiles: int
@@ -196,7 +238,8 @@ class GivenSets(Sets):
     def _make(self, row: str, labels: LabelKind) -> TrainingSet:
         given, config, shown = self._given, self._config, self._input
         epochs = config.evaluate.epochs
-        pixels, classes_N, weights_N = given.pixels_NHWC, given.classes_N, given.weights_N
+        pixels: Any = given.images
+        classes_N, weights_N = given.classes_N, given.weights_N
         if row == "all_real":
             assert self._real is not None
             pixels, classes_N = load_all_real(self._real)
@@ -220,8 +263,7 @@ class GivenSets(Sets):
                 if row == "all_real"
                 else self._labeled(pixels)
             )
-        in_float = given.in_float and label_epoch is given.stored
-        images = StoredImages(pixels, shown.mean_C, shown.std_C, self._device, in_float=in_float)
+        images = self._shown(pixels, in_float=given.in_float and label_epoch is given.stored)
         return TrainingSet(images, classes_N, label_epoch, weights_N, epochs)
 
     def _views(self, epoch: int) -> Views:
@@ -231,7 +273,7 @@ class GivenSets(Sets):
             seed = unit_seed(config.seed, "relabel", "0000")
             views, size = config.relabel.views, self._input.image_size
             return draw_views(
-                len(given.pixels_NHWC), size, views, seed=seed, epoch=epoch % given.label_epochs
+                len(given.images), size, views, seed=seed, epoch=epoch % given.label_epochs
             )
         views_of, _ = given.stored(epoch // num_tiles)
         if num_tiles == 1:
@@ -243,11 +285,18 @@ class GivenSets(Sets):
             partner_V=part.partner_V // num_tiles,
         )
 
-    def _labeled(self, pixels_NHWC: np.ndarray) -> LabelEpoch:
+    def _shown(self, images: np.ndarray | torch.Tensor, *, in_float: bool = False) -> Images:
+        """Return images as a network's input, looked up by index."""
+        if isinstance(images, torch.Tensor):
+            return images.to(self._device)
+        shown = self._input
+        return StoredImages(images, shown.mean_C, shown.std_C, self._device, in_float=in_float)
+
+    def _labeled(self, pixels: np.ndarray | torch.Tensor) -> LabelEpoch:
         """Return epoch -> the set's views and the teachers' logits on these images, kept where they are small."""
         teacher, config = self._teachers[0], self._config
         network = labeler_of(self._teachers, self._device, own_code=True)
-        images = StoredImages(pixels_NHWC, teacher.mean_C, teacher.std_C, self._device)
+        images = self._shown(pixels)
         period = self._given.label_epochs * self._given.tiles**2
         keep = len(images) * period * teacher.num_classes <= KEPT_LOGITS
         kept: dict[int, tuple[Views, np.ndarray | None]] = {}

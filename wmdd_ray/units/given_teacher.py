@@ -12,8 +12,8 @@ from wmdd_ray.core.checkpoints import read_checkpoint
 from wmdd_ray.core.networks import build_network, check_teacher, load_weights
 from wmdd_ray.core.published import Published, download, is_published, published
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError
-from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.run import StageRun
+from wmdd_ray.spine.taken import teacher_room
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source
@@ -80,10 +80,9 @@ def given_weights(
         about = published(spec)
         _check_input(config.source, about, spec)
         return NetworkConfig(arch=about.arch), download(spec)
-    for room in (Room(Store(spec), ""), Room(Store(spec), "teacher")):
-        commit = room.read_commit()
-        if commit is None:
-            continue
+    room = teacher_room(spec)
+    if room is not None:
+        commit = room.committed()
         if unit not in commit.units:
             _require_first(config, spec, unit, f"a run with {len(commit.units)}")
         teacher = codecs.decode_teacher(room.read(commit.file(teacher_key(unit))))

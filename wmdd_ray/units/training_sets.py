@@ -13,7 +13,7 @@ from wmdd_ray.config import DistillConfig, LabelKind
 from wmdd_ray.core.networks import labeler_of
 from wmdd_ray.core.soft_labels import compress, decompress, label_views
 from wmdd_ray.core.tiles import shrink, tile_side
-from wmdd_ray.core.views import StoredImages, concatenate_views, draw_views, renamed
+from wmdd_ray.core.views import Images, StoredImages, concatenate_views, draw_views, renamed
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.records import Teacher, Views
@@ -39,7 +39,7 @@ LabelEpoch = Callable[[int], tuple[Views, np.ndarray | None]]
 class TrainingSet:
     """Images and their classes, epoch -> (views, teacher's logits), the images' weights, and a student's passes over them."""
 
-    images: StoredImages
+    images: Images
     classes_N: np.ndarray
     label_epoch: LabelEpoch
     weights_N: np.ndarray
@@ -213,7 +213,7 @@ def _baseline_images(
 
 def logits_of(
     network: torch.nn.Module,
-    images: StoredImages,
+    images: Images,
     views: Views,
     teacher: Teacher,
     config: DistillConfig,

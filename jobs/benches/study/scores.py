@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from wmdd_ray.core.batches import eval_batches
 from wmdd_ray.core.networks import network_of
 from wmdd_ray.core.training import accuracy
 from wmdd_ray.executors.here import device_here
+from wmdd_ray.product.comparison import label_robust_score
 from wmdd_ray.spine.provenance import hardware, versions
 from wmdd_ray.store import codecs
 from wmdd_ray.store.documents import seal
@@ -30,24 +30,6 @@ from .splits import Labeled, Place, Split
 from .work import LABELS, Trained, units_of
 
 _BATCH_IMAGES = 500
-
-
-def label_robust_score(
-    *, full_hard: float, hard: float, soft: float, random_soft: float
-) -> dict[str, float]:
-    """Return LRS of DD-Ranking with its parts; all accuracies are fractions.
-
-    HLR = full_hard - hard is what the images lose against all real ones where labels do not help; IOR = soft -
-    random_soft is what they gain over random real images with the same labels. alpha = (IOR - HLR) / 2 and
-    LRS = (e^alpha - e^-1) / (e - e^-1), in [0, 1]. (The package's code takes percents into the exponential.)
-
-    References:
-        Li et al. 2024, DD-Ranking, with weight w = 1/2.
-    """
-    hlr, ior = full_hard - hard, soft - random_soft
-    alpha = 0.5 * ior - 0.5 * hlr
-    lrs = (math.exp(alpha) - math.exp(-1)) / (math.e - math.exp(-1))
-    return {"hlr": hlr, "ior": ior, "lrs": lrs}
 
 
 def score(

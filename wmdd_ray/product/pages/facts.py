@@ -17,7 +17,8 @@ from wmdd_ray.redaction import printable
 from wmdd_ray.spine.claims import flatten
 from wmdd_ray.spine.events import read_events
 from wmdd_ray.spine.rooms import Room, StageCommit, UnitMarker
-from wmdd_ray.spine.run import Stage
+from wmdd_ray.spine.run import TAKEN, Stage
+from wmdd_ray.spine.taken import is_above, origin_of, runs_in
 from wmdd_ray.store import codecs
 from wmdd_ray.store.documents import load_json, read_manifest
 from wmdd_ray.store.filesystem import Store
@@ -55,6 +56,7 @@ class RunFacts:
     stages: dict[str, StageFacts]
     timeline: Timeline
     class_names: tuple[str, ...] = ()
+    origin: Store | None = None
     missing: list[str] = field(default_factory=list)
 
     def metrics(self, stage: str) -> dict[str, Any]:
@@ -68,13 +70,16 @@ class RunFacts:
         return None if commit is None else commit.inputs.get(name)
 
 
-def read_run(store: Store, stages: tuple[Stage, ...], config: DistillConfig | None) -> RunFacts:
+def read_run(
+    store: Store, stages: tuple[Stage, ...], config: DistillConfig | None, *, follow: bool = False
+) -> RunFacts:
     """Return the facts of the run under `store`.
 
     Args:
         store: Root of the run.
         stages: The pipeline.
         config: The run's configuration; None takes what the run has recorded.
+        follow: Whether rooms that it has from another run are read wherever it says, not in the folder above alone.
 
     Raises:
         ConfigError: There is no run.
@@ -83,7 +88,22 @@ def read_run(store: Store, stages: tuple[Stage, ...], config: DistillConfig | No
         record = load_json(store.get("run.json"), store.url("run.json"))
     except FileNotFoundError:
         record = {}
-    by_stage = {stage.name: _read_stage(store, stage) for stage in stages}
+    origin, missing = origin_of(store), []
+    if origin is not None and not (follow or is_above(origin, store)):
+        missing.append(
+            f"Teacher and features are of {origin.uri}, which is not read because a run says so; pass --follow-data if this run is "
+            "yours."
+        )
+        origin = None
+    by_stage = {
+        stage.name: _read_stage(origin if origin and stage.room in TAKEN else store, stage)
+        for stage in stages
+    }
+    inside = runs_in(store)
+    if inside and not any(f.units for f in by_stage.values() if f.room.name not in TAKEN):
+        raise ConfigError(
+            f"{store.uri} holds a run for each ipc, with a page of its own: pass {', '.join(run.uri for run in inside)}"
+        )
     if not record and not any(facts.commit or facts.units for facts in by_stage.values()):
         raise ConfigError(
             f"{store.uri}: expected the --out of a run (with run.json and a folder a stage), found neither; pass the folder or "
@@ -95,6 +115,8 @@ def read_run(store: Store, stages: tuple[Stage, ...], config: DistillConfig | No
         config=config or config_of(record.get("config", {}), store.url("run.json")),
         stages=by_stage,
         timeline=timeline_of(read_events(store), {n: f.units for n, f in by_stage.items()}),
+        origin=origin,
+        missing=missing,
     )
     if not record:
         facts.missing.append("run.json is absent: options are shown as far as the stages recorded.")
@@ -255,6 +277,7 @@ def command_of(facts: RunFacts) -> str:
         usual = {}
     given = [["--ipc", str(config.ipc), "--recipe", config.recipe, "--out", facts.uri]]
     given += [["--variant", config.variant]] if config.variant != "best" else []
+    given += [["--features", facts.origin.uri]] if facts.origin is not None else []
     for name, value in flatten(asdict(config)).items():
         if name in ("ipc", "recipe", "variant") or value == usual.get(name, value):
             continue
