@@ -64,7 +64,11 @@ def train(stage: StageRun, training: Training, source: Source, num_finished: int
     loop: dict[str, Any] = {"training": training}
     if training.train is None:
         spare = int(ray.cluster_resources().get("CPU", 0)) - num_workers * wide.cpus
-        loop |= {"source": source, "num_tasks": -(-spare // num_parts)}
+        loop |= {
+            "source": source,
+            "shards": source.shards(CHUNK_IMAGES),
+            "num_tasks": -(-spare // num_parts),
+        }
     backend = "nccl" if wide.gpus else "gloo"
     with (
         train_groups.queue_actor(stage, [training.unit], num_finished) as queue,
@@ -155,7 +159,7 @@ def _worker_loop(loop: dict[str, Any]) -> None:
             if num_tasks > 0:
                 config = training.config.source
                 decode = partial(_decoded_by_tasks, ray.put(source), config, num_tasks)
-            streamed = shuffled_stream(training, source, decode)
+            streamed = shuffled_stream(training, source, loop["shards"], decode)
         train_teacher(
             training,
             reporter(queue, unit),

@@ -46,7 +46,9 @@ def do_units(
 
 def train(stage: StageRun, training: Training, source: Source, num_finished: int) -> None:
     """Train a teacher, as `executors.data_parallel.train` does; `num_finished` others are done."""
-    streamed = shuffled_stream(training, source) if training.train is None else None
+    streamed = None
+    if training.train is None:
+        streamed = shuffled_stream(training, source, source.shards(CHUNK_IMAGES))
     do_units(
         stage,
         [training.unit],

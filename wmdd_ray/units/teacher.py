@@ -359,7 +359,7 @@ def _in_memory(training: Training) -> EpochBatches:
 
 
 def shuffled_stream(
-    training: Training, source: Source, decode: Decode | None = None
+    training: Training, source: Source, shards: Sequence[Shard], decode: Decode | None = None
 ) -> EpochBatches:
     """Return the batches of images that do not fit into memory.
 
@@ -369,13 +369,14 @@ def shuffled_stream(
     Args:
         training: The training.
         source: Its images.
+        shards: All its shards, of `CHUNK_IMAGES` or whole files; listed by the driver.
         decode: Decodes them; absent, one shard after another in this process.
 
     Raises:
         ConfigError: There are fewer shards than parts of a batch.
     """
     squeeze = training.config.squeeze
-    shards, num_parts = source.shards(CHUNK_IMAGES), squeeze.batch_parts
+    num_parts = squeeze.batch_parts
     require(
         num_parts == 1 or num_parts <= len(shards),
         "squeeze.batch-parts",
