@@ -598,8 +598,7 @@ class DistillConfig:
     """Share of each class's training images that is held out, at least one of a class with two, chosen by a hash of their names as
     `jobs/prepare.py --val-fraction` does; what the source holds out itself is then not read. Absent: that, or --val-data."""
     teacher: str | None = None
-    """A committed teacher room, published weights (`torchvision:NAME`, `timm:NAME`), or a checkpoint file; absent: squeeze trains
-    one."""
+    """A committed teacher room, published weights (`torchvision:NAME`, `timm:NAME`), or a checkpoint; absent: one is trained."""
     source: SourceConfig = SourceConfig()
     squeeze: SqueezeConfig = SqueezeConfig()
     features: FeaturesConfig = FeaturesConfig()
@@ -650,8 +649,7 @@ class Resources:
     """Where and how wide a run is executed. Changes the time, never the result."""
 
     num_workers: int = option(-1, ge=-1)
-    """Workers of the teacher's training (at most --squeeze.batch-parts), recover, relabel and students; 0: in the driver; -1: by
-    the cluster."""
+    """Workers of teacher (--squeeze.batch-parts at most), recover, relabel and students; 0: the driver; -1: by the cluster."""
     gpus_per_worker: float = -1.0
     """GPUs of one worker; -1 takes one when the cluster has GPUs, else none."""
     cpus_per_worker: int = option(1, ge=1)
