@@ -370,32 +370,13 @@ def _card(
     preview: bool = True,
     is_whole: bool = True,
 ) -> str:
-    real, provenance = meta["source"], meta["provenance"]
-    packages = ", ".join(
-        f"{escaped(name)} {escaped(v)}" for name, v in provenance["versions"].items()
-    )
-    results, classes = unmeasured, ""
-    if table:
-        results = (
-            f"Students{f' ({escaped(student)})' if student else ''} are trained from scratch on each row by one recipe and tested "
-            "on held-out real images once, after the last epoch; mean and standard deviation over the seeds. Soft labels are the "
-            f"teacher's in every row; hard labels are the images' classes. Teacher's top-1: {100 * meta['teacher_top1']:.1f} %.\n\n"
-            f"{results_table(table)}"
-        )
-        classes = classes_text(meta["class_names"], table)
-    classes = f"## Classes\n\n{classes}\n\n" if classes else ""
+    real = meta["source"]
     # Older sets do not say; all of them store their labels.
     is_online = meta.get("labels", {}).get("labels") == "online"
     given = f" with {meta['label_epochs']} epochs of soft labels" if is_whole else ""
     given += ", which the teacher gives while one trains," if is_whole and is_online else ""
-    variant = f", variant {_code(options['variant'])}" if "variant" in options else ""
-    told = ""
-    if options:
-        shown = json.dumps(options, indent=2, ensure_ascii=False)
-        told = (
-            f"\n\n<details>\n<summary>All options</summary>\n\n```json\n{shown}\n```\n\n</details>"
-        )
-    sha = f", SHA-256 of its file {_code(teacher_sha256)}" if teacher_sha256 else ""
+    classes = classes_text(meta["class_names"], table) if table else ""
+    classes = f"## Classes\n\n{classes}\n\n" if classes else ""
     return f"""{front}
 
 # Distilled {_code(real["uri"])}: {_per_class(meta)}
@@ -411,7 +392,7 @@ Made by wmdd_ray (dataset distillation by Wasserstein barycenters).
 
 ## Accuracy
 
-{results}
+{_accuracy(meta, table, student) if table else unmeasured}
 
 {classes}## Sizes
 
@@ -435,11 +416,39 @@ The method, and the software that made this set:
 
 ## Provenance
 
+{_provenance(meta, options, teacher_sha256)}
+"""
+
+
+def _accuracy(meta: dict[str, Any], table: list[dict[str, Any]], student: str | None) -> str:
+    """Return how students were trained and tested, and what they reached."""
+    return (
+        f"Students{f' ({escaped(student)})' if student else ''} are trained from scratch on each row by one recipe and tested "
+        "on held-out real images once, after the last epoch; mean and standard deviation over the seeds. Soft labels are the "
+        f"teacher's in every row; hard labels are the images' classes. Teacher's top-1: {100 * meta['teacher_top1']:.1f} %.\n\n"
+        f"{results_table(table)}"
+    )
+
+
+def _provenance(meta: dict[str, Any], options: dict[str, Any], teacher_sha256: str | None) -> str:
+    """Return what the set was made of and by."""
+    real, provenance = meta["source"], meta["provenance"]
+    variant = f", variant {_code(options['variant'])}" if "variant" in options else ""
+    sha = f", SHA-256 of its file {_code(teacher_sha256)}" if teacher_sha256 else ""
+    packages = ", ".join(
+        f"{escaped(name)} {escaped(v)}" for name, v in provenance["versions"].items()
+    )
+    every_option = ""
+    if options:
+        shown = json.dumps(options, indent=2, ensure_ascii=False)
+        every_option = (
+            f"\n\n<details>\n<summary>All options</summary>\n\n```json\n{shown}\n```\n\n</details>"
+        )
+    return f"""\
 - Source: {_code(real["uri"])}, {real["num_images"]} images, {real["bad_images"]} unreadable ones left out.
 - Teacher: top-1 {100 * meta["teacher_top1"]:.1f} % on held-out real images{sha}.{_labelers(meta)}
 - Recipe {_code(provenance["recipe"])}{variant}, seed {provenance["seed"]}, wmdd_ray revision {escaped(provenance["git_revision"])}.
-- {packages}.{told}
-"""
+- {packages}.{every_option}"""
 
 
 def _sizes(meta: dict[str, Any]) -> str:
