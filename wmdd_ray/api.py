@@ -71,7 +71,7 @@ def distill(**options: Any) -> Run:
     """
     command = job("distill")
     asked = _parsed(command.parse_all, _words(options))
-    command.distill(*asked)
+    command.distill(asked)
     return Run(Store(command.root_of(asked[0])).uri)
 
 

@@ -313,7 +313,7 @@ REMOTE = [
         "a bucket that does not exist",
         "distill --out s3://no-such-bucket/run",
         5,
-        "error: cannot read s3://no-such-bucket/run/teacher/stage.json: there is no such bucket (The specified bucket does not exist); "
+        "error: cannot read s3://no-such-bucket/run/taken.json: there is no such bucket (The specified bucket does not exist); "
         "create it or correct the URI",
     ),
     Mistake(
@@ -328,7 +328,7 @@ REMOTE = [
         "no credentials",
         "distill --out S3",
         5,
-        "error: cannot read S3/teacher/stage.json: no credentials were found (Unable to locate credentials); set AWS_ACCESS_KEY_ID "
+        "error: cannot read S3/taken.json: no credentials were found (Unable to locate credentials); set AWS_ACCESS_KEY_ID "
         "and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give this machine a role",
         {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None},
     ),
@@ -336,8 +336,8 @@ REMOTE = [
         "an endpoint where nobody listens",
         "distill --out S3",
         5,
-        'error: cannot read S3/teacher/stage.json: EndpointConnectionError: Could not connect to the endpoint URL: "http://GONE/WORD/run'
-        '/teacher/stage.json"; check that the bucket exists, the endpoint and region are right (AWS_ENDPOINT_URL, AWS_REGION) and the '
+        'error: cannot read S3/taken.json: EndpointConnectionError: Could not connect to the endpoint URL: "http://GONE/WORD/run'
+        '/taken.json"; check that the bucket exists, the endpoint and region are right (AWS_ENDPOINT_URL, AWS_REGION) and the '
         "store answers, then run the same command again: finished units are kept",
         {"AWS_ENDPOINT_URL": "http://GONE"},
     ),
@@ -345,7 +345,7 @@ REMOTE = [
         "the endpoint of another region",
         "distill --out S3",
         5,
-        "error: cannot read S3/teacher/stage.json: the bucket is in another region ([Errno 22] The authorization header is malformed; the "
+        "error: cannot read S3/taken.json: the bucket is in another region ([Errno 22] The authorization header is malformed; the "
         "region 'us-east-1' is wrong; expecting 'eu-central-1'); set AWS_REGION to the bucket's, and AWS_ENDPOINT_URL if it has one",
         {"AWS_ENDPOINT_URL": "http://ELSEWHERE"},
     ),

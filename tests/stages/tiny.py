@@ -55,6 +55,7 @@ OPTIONS = (
     "--recover.iterations", "12",
     "--recover.images-per-group", "8",  # two classes a group
     "--relabel.epochs", "6",
+    "--relabel.precision", "fp16",
     "--relabel.epochs-per-unit", "2",
     "--evaluate.network.width", "8",
     "--evaluate.epochs", "2",
