@@ -13,7 +13,6 @@ from wmdd_ray.telling.progress import StageLine, duration
 from wmdd_ray.units.own_data import doubts_of
 
 from . import forecast
-from .report import REPORT_KEY, page_of
 
 
 def print_plan(root: str, runs: Sequence[tuple[Run, tuple[Stage, ...]]]) -> None:
@@ -146,6 +145,8 @@ def print_several(
 
 def write_report(run: Run) -> str | None:
     """Write the page about a run that is done and return its URI; None, and a warning, when that fails: the run is done."""
+    from .report import REPORT_KEY, page_of
+
     try:
         source = run.source("train")
         run.store.put(REPORT_KEY, page_of(run.store, config=run.config, source=source))
