@@ -229,8 +229,13 @@ def test_teachers_of_one_effective_weight_are_one_teacher() -> None:
 
 @slow
 def test_shards_that_are_streamed_teach_one_teacher_on_any_workers(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from wmdd_ray.executors import data_parallel
+
+    warnings: list[str] = []
+    # Not by caplog: an earlier run in this process can have disabled the logger.
+    monkeypatch.setattr(data_parallel.logger, "warning", lambda text, *a: warnings.append(text % a))
     digits = load_digits()
     source = Store(str(tmp_path / "digits"))
     for number, (split, rows) in enumerate(
@@ -258,7 +263,8 @@ def test_shards_that_are_streamed_teach_one_teacher_on_any_workers(
     one = made("here", *whole, "--executor", "here")
     # Decoded by tasks, on the CPU that is left; then by the workers, which have both.
     assert made("one", *whole, "--num-workers", "2") == one
-    assert "1 of 2 workers train: --squeeze.batch-parts 2 lets all of them" in caplog.text
+    (warning,) = warnings
+    assert warning.startswith("1 of 2 workers train: --squeeze.batch-parts 2 lets all of them")
     two = made("here-parts", *parts, "--executor", "here", "--cpus-per-worker", "2")
     assert made("two", *parts, "--num-workers", "2") == two
     assert one != two and read_teacher(Room(Store(str(tmp_path / "two")), "teacher")).top1 > 0.5
