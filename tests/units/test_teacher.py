@@ -17,13 +17,13 @@ def test_training_tells_of_its_steps_long_before_an_epoch_ends() -> None:
     course.losses, course.curvatures = [], []
     heard: list[Any] = []
 
-    def batches(epoch: int) -> Any:
+    def batches(epoch: int, part: int) -> Any:
         return iter("ab")
 
     told: Any = teacher._told(batches, training, course, lambda *words: heard.append(words))
-    assert [*told(0)] == ["a", "b"]
+    assert [*told(0, 0)] == ["a", "b"]
     course.losses.append(0.5)
-    assert [*told(2)] == ["a", "b"]
+    assert [*told(2, 0)] == ["a", "b"]
     assert heard == [
         (0, "teacher-1, epoch 1/3, step 0/2"),
         (0.125, "teacher-1, epoch 1/3, step 1/2"),
