@@ -54,7 +54,6 @@ def await_stop(pid: int) -> None:
 
 
 @pytest.mark.chaos_long
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_frozen_driver_of_other_bytes_harms_no_stage_that_another_did_meanwhile(
     tmp_path: Path,
 ) -> None:
