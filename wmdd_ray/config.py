@@ -335,6 +335,9 @@ class RecoverConfig:
     """Feature loss: image to its atom; teacher's cross-entropy; class means (linear MMD); RBF MMD to the atoms; nothing."""
     feature_weight: float = option(1.0, ge=0)
     """Coefficient of the feature term."""
+    teachers: int = option(1, ge=1, absent_at=1)
+    """Teachers that the images are optimized against in turn, one an iteration (G-VBSM). The others are as --relabel.teachers has
+    them; what the images shall meet in those is measured on the real images of their class."""
     moments: Literal["per_class", "global", "blend", "none"] = "per_class"
     """BatchNorm target: the class's own moments (PCBN); the teacher's running ones, matched by one image of every class together
     (SRe2L); half of each loss, both of the class by itself (after EDC, which matches both by a batch); or nothing."""
@@ -387,6 +390,11 @@ class RecoverConfig:
         most, blends = max(0, self.iterations - 1), self.residual_blends
         ok, expected = blends <= most or not self.iterations, f"in [0, {most}], below iterations"
         require(ok, "recover.residual-blends", expected, blends)
+        ok, expected = (
+            self.teachers == 1 or self.method == "inversion",
+            "1 where nothing is optimized",
+        )
+        require(ok, "recover.teachers", expected, self.teachers)
         expected = "a real start for --recover.method real"
         require(self.method != "real" or self.start != "noise", "recover.start", expected, "noise")
         expected = f"a real start for --recover.residual-blends {blends}"
@@ -437,8 +445,8 @@ class RelabelConfig:
     epochs_per_unit: int = option(25, ge=1)
     """Label epochs that make one unit of work and one file."""
     teachers: int = option(1, ge=1, absent_at=1)
-    """Teachers whose mean logits are the labels (one in WMDD, several in CV-DD and LIA); images are made for the first, the others
-    are of the same training from other random starts. With --teacher they are taken from that run."""
+    """Teachers whose mean logits are the labels (one in WMDD, several in CV-DD and LIA); atoms are of the first, the others are of
+    the same training from other random starts. With --teacher they are taken from that run."""
     teacher_schedule: tuple[tuple[int, int], ...] = option((), absent_at=())
     """Teachers by ipc (LIA): (ipc, teachers) pairs of rising ipc, of which the last one not above --ipc counts, as `10 2 50 4`."""
 
@@ -628,7 +636,12 @@ class DistillConfig:
 
     @property
     def num_teachers(self) -> int:
-        """Teachers that label this run's images; the first of them is the one that the images are made for."""
+        """Teachers that are trained: the first is what atoms are of, as many as there shall be make the images, and label them."""
+        return max(self.num_labelers, self.recover.teachers)
+
+    @property
+    def num_labelers(self) -> int:
+        """Teachers that label this run's images."""
         return self.relabel.teachers_at(self.ipc)
 
     @property

@@ -30,6 +30,7 @@ from wmdd_ray.errors import ArtifactError, ConfigError, DataError
 from wmdd_ray.options import check
 from wmdd_ray.recipes import RECIPES, full_table, recipe_of
 from wmdd_ray.records import Teacher
+from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.taken import runs_in, teacher_room
 from wmdd_ray.store import codecs
 from wmdd_ray.store.documents import load_json, real_images_of
@@ -294,7 +295,11 @@ def _committed_teachers(spec: str) -> tuple[Teacher, int] | None:
         return None
     commit = room.committed()
     first = codecs.decode_teacher(room.read(commit.file("teacher.safetensors")))
-    return first, len(commit.units)
+    # A run may have others, which its images alone were made with.
+    run = Store(room.store.uri.rpartition("/")[0])
+    labels = Room(run, "labels").read_commit()
+    labelers = len(commit.units) if labels is None else labels.options["relabel"].get("teachers", 1)
+    return first, labelers
 
 
 def _completed(

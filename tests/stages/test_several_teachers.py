@@ -14,6 +14,7 @@ import torch
 
 from jobs import evaluate as evaluate_job
 from jobs import export
+from jobs.evaluation.options import _committed_teachers
 from tests.stages import tiny
 from wmdd_ray.config import RelabelConfig
 from wmdd_ray.core.networks import labeler_of, network_of
@@ -165,6 +166,23 @@ def test_exported_labels_are_the_mean_logits_too(two: Path, tmp_path: Path) -> N
     expected_NY = labeler_of(dataset.teachers())(images).numpy()
     found_NY = np.array([line["logits"] for line in lines])
     np.testing.assert_allclose(found_NY, expected_NY, rtol=1e-4, atol=1e-4)
+
+
+def test_images_are_made_by_two_teachers_in_turn_and_labeled_by_one(
+    two: Path, tmp_path: Path
+) -> None:
+    made = []
+    for options in (TWO, (*TWO, "--relabel.teacher-schedule", "2", "1", "--recover.teachers", "2")):
+        out = tmp_path / str(len(made))
+        tiny.copy_rooms(two, out, "teacher", "features", "barycenters")
+        # The second step is the second teacher's.
+        assert tiny.job(out, *options, "--recover.iterations", "2", "--until", "assemble") == 0
+        made.append(DistilledDataset(str(out / "dataset")))
+    by_one, in_turn = made
+    assert not np.array_equal(by_one.images, in_turn.images)
+    assert len(in_turn.teachers()) == 1 and "teachers_top1" not in in_turn.manifest
+    labelers = [_committed_teachers(str(tmp_path / run)) for run in ("0", "1")]
+    assert [found and found[1] for found in labelers] == [2, 1]
 
 
 def test_a_run_with_another_number_of_teachers_is_refused(

@@ -19,7 +19,7 @@ from wmdd_ray.spine.rooms import Room, StageCommit
 from wmdd_ray.spine.run import StageRun, Work
 from wmdd_ray.store import documents
 from wmdd_ray.units.dataset_files import FileWriter, image_files
-from wmdd_ray.units.teacher import TEACHER_KEY, units_of
+from wmdd_ray.units.teacher import TEACHER_KEY, labelers_of
 
 CARD_KEY = "README.md"
 
@@ -35,7 +35,7 @@ def plan(stage: StageRun) -> Work:
     num_classes = len(stage.run.source("train").class_names)
     commit = stage.run.room("labels").read_commit()
     size = sum(f.size_bytes for m in commit.units.values() for f in m.files) if commit else 0
-    units = [*image_files(config, num_classes), *units_of(config), "preview"]
+    units = [*image_files(config, num_classes), *labelers_of(config), "preview"]
     return Work(
         units=(*units, *(f"labels-{unit}" for unit in commit.units)) if commit else None,
         estimated_bytes=size
@@ -80,7 +80,7 @@ def _publish(
         for kind in ("data/", "labels/", "teacher")
     }
     features = stage.inputs["features"].metrics
-    several = stage.inputs["teacher"].metrics.get("teachers_top1")
+    several = stage.inputs["teacher"].metrics.get("teachers_top1", [])[: config.num_labelers]
     source = stage.run.source("train")
     meta = {
         "class_names": list(class_names),
@@ -100,7 +100,7 @@ def _publish(
         "label_bytes": total["labels/"],
         "teacher_bytes": total["teacher"],
         "teacher_top1": stage.inputs["teacher"].metrics["top1"],
-        **({"teachers_top1": several} if several else {}),
+        **({"teachers_top1": several} if len(several) > 1 else {}),
         "source": {
             "uri": public(config.data),
             **({} if config.val_fraction is None else {"val_fraction": config.val_fraction}),

@@ -29,7 +29,7 @@ _FILE_BYTES = 2000
 def options(config: DistillConfig) -> dict[str, Any]:
     """Return the options that the labels depend on."""
     # How the number of teachers comes about makes no difference.
-    relabel = replace(config.relabel, teachers=config.num_teachers, teacher_schedule=())
+    relabel = replace(config.relabel, teachers=config.num_labelers, teacher_schedule=())
     return {"seed": config.seed, "relabel": fingerprint_options(relabel)}
 
 

@@ -75,7 +75,7 @@ def work(stage: StageRun) -> dict[str, Any]:
     markers = stage.room.read_units(units)
     top1 = [markers[unit].metrics["top1"] for unit in units]
     stage.progress.update(len(units), f"top-1 {', '.join(f'{100 * t:.1f}' for t in top1)} %")
-    # Whatever is made of the images is made by the first; the others label.
+    # Features and atoms are of the first.
     return {**markers[UNIT].metrics, **({"teachers_top1": top1} if len(units) > 1 else {})}
 
 

@@ -30,7 +30,7 @@ from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source
 from wmdd_ray.units.held_out import Listed
 from wmdd_ray.units.real_images import random_real
-from wmdd_ray.units.teacher import read_teacher, units_of
+from wmdd_ray.units.teacher import labelers_of, read_teacher
 from wmdd_ray.units.tensor_set import TensorSet
 from wmdd_ray.units.training_sets import (
     KEPT_LOGITS,
@@ -178,7 +178,7 @@ def open_given(
         shown,
         ()
         if teacher_room is None
-        else tuple(read_teacher(teacher_room, unit) for unit in units_of(config)),
+        else tuple(read_teacher(teacher_room, unit) for unit in labelers_of(config)),
         real,
         config,
         device,

@@ -106,8 +106,9 @@ def given_weights(
 def _require_first(config: DistillConfig, spec: str, unit: str, what: str) -> None:
     if unit != UNIT:
         raise ConfigError(
-            f"--teacher {spec}: expected a run with the {config.num_teachers} teachers that --relabel.teachers or its schedule "
-            f"asks for at ipc {config.ipc}, found {what}; give such a run, lower the number, or leave --teacher out to train them"
+            f"--teacher {spec}: expected a run with the {config.num_teachers} teachers that --relabel.teachers, its schedule or "
+            f"--recover.teachers asks for at ipc {config.ipc}, found {what}; give such a run, lower the number, or leave --teacher "
+            "out to train them"
         )
 
 

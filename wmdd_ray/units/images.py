@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -17,7 +17,8 @@ from wmdd_ray.core.jitter import noise_start
 from wmdd_ray.core.moments import variance_S
 from wmdd_ray.core.networks import network_of
 from wmdd_ray.core.optimizer import State
-from wmdd_ray.core.synthesis import ClassTarget, recover_group
+from wmdd_ray.core.other_teachers import targets_in
+from wmdd_ray.core.synthesis import ClassTarget, TeacherTarget, recover_group
 from wmdd_ray.core.tiles import shrink, tile, tile_side
 from wmdd_ray.diffusion.recovery import Sampler
 from wmdd_ray.records import ClassBarycenter, ClassImages, Teacher
@@ -30,7 +31,7 @@ from wmdd_ray.store.images import decode_image
 from wmdd_ray.store.sources import Source
 from wmdd_ray.units import atoms
 from wmdd_ray.units.class_features import ClassFeaturesReader
-from wmdd_ray.units.teacher import read_teacher
+from wmdd_ray.units.teacher import read_teacher, units_of
 
 OnStep = Callable[[int, Callable[[], State]], None]
 
@@ -131,7 +132,7 @@ def open_image_maker(
 
 
 class Inputs:
-    """What images are made from: the teacher, the classes' barycenters, and the real images."""
+    """What images are made from: the teachers, the classes' barycenters, and the real images."""
 
     def __init__(
         self,
@@ -143,8 +144,12 @@ class Inputs:
         device: torch.device,
     ) -> None:
         self.teacher = read_teacher(teacher_room)
-        self._features = ClassFeaturesReader(features_room)
+        self.features = ClassFeaturesReader(features_room)
         self.network = network_of(self.teacher, device, own_code=True)
+        others = units_of(config)[1 : config.recover.teachers]
+        self.others = [
+            network_of(read_teacher(teacher_room, unit), device, own_code=True) for unit in others
+        ]
         self.source, self.config, self.device = source, config, device
         self._barycenters = barycenter_room
         self._files = {
@@ -157,11 +162,11 @@ class Inputs:
 
     def start(self, solved: ClassBarycenter) -> np.ndarray | None:
         """Return the start images of a class at the tiles' side, or None for a noise start."""
-        return _start(solved, self.source, self.network, self.config, self._features)
+        return _start(solved, self.source, self.network, self.config, self.features)
 
     def stood_for(self, solved: ClassBarycenter) -> np.ndarray:
         """Return the real images of a class that its images stand for, whole: (K, H, W, C), uint8."""
-        return read_real(self.source, _keys(solved, self.config, self._features), self.config)
+        return read_real(self.source, _keys(solved, self.config, self.features), self.config)
 
     def real_at(self, label: int, config: DistillConfig, most: int | None = None) -> np.ndarray:
         """Return up to `most` random real images of a class as `config` reads them."""
@@ -185,7 +190,7 @@ class Inversion:
         targets = [self._target(label) for label in group.labels]
         started = time.perf_counter()
         images = recover_group(
-            inputs.network,
+            [inputs.network, *inputs.others],
             targets,
             inputs.config.recover,
             image_size=teacher.image_size,
@@ -213,6 +218,27 @@ class Inversion:
             var_S=variance_S(solved.moments),
             start_KHWC=self._inputs.start(solved),
             anchors_KHWC=self._inputs.stood_for(solved) if anchored else None,
+            others=self._in_others(label, solved.barycenter.atoms_KD),
+        )
+
+    def _in_others(self, label: int, atoms_KD: np.ndarray) -> tuple[TeacherTarget, ...]:
+        """Return what the images of a class shall meet in the teachers beside the first, measured on its real images."""
+        inputs = self._inputs
+        if not inputs.others:
+            return ()
+        real, batch = inputs.features.read(label), inputs.config.features.batch_size
+
+        def batches() -> Iterator[np.ndarray]:
+            for first in range(0, len(real.keys), batch):
+                yield read_real(inputs.source, real.keys[first : first + batch], inputs.config)
+
+        return targets_in(
+            inputs.others,
+            batches(),
+            real.features_ND,
+            atoms_KD,
+            mean_C=inputs.teacher.mean_C,
+            std_C=inputs.teacher.std_C,
         )
 
 

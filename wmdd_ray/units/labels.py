@@ -23,7 +23,7 @@ from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.run import DoUnit, Report, unit_seed
 from wmdd_ray.store import codecs
 from wmdd_ray.units.images import read_images
-from wmdd_ray.units.teacher import read_teacher, units_of
+from wmdd_ray.units.teacher import labelers_of, read_teacher
 
 
 def blocks(config: DistillConfig, num_classes: int) -> dict[str, tuple[range, np.ndarray]]:
@@ -66,7 +66,7 @@ def open_labeler(
     units: dict[str, tuple[range, np.ndarray]],
 ) -> DoUnit:
     """Load the teachers and return the function that labels one block."""
-    teachers = [read_teacher(teacher_room, unit) for unit in units_of(config)]
+    teachers = [read_teacher(teacher_room, unit) for unit in labelers_of(config)]
     teacher = teachers[0]
     network = labeler_of(teachers, device, own_code=True)
     held: dict[bytes, StoredImages] = {}

@@ -49,6 +49,11 @@ def units_of(config: DistillConfig) -> tuple[str, ...]:
     return (UNIT, *(f"{UNIT}-{number}" for number in range(1, config.num_teachers)))
 
 
+def labelers_of(config: DistillConfig) -> tuple[str, ...]:
+    """Return the units of the teachers that label, the first among them."""
+    return units_of(config)[: config.num_labelers]
+
+
 def teacher_key(unit: str) -> str:
     """Return the key of a teacher."""
     return f"{unit}.safetensors"

@@ -78,6 +78,7 @@ IMAGE_OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "with_residual_blends": ("recover", "three residual blends (FADRM)", {"residual_blends": 3}),
     "with_random_start": ("recover", "a start from random images", {"start": "random"}),
     "with_mosaic_start": ("recover", "a start from mosaics of easiest crops", {"start": "mosaic"}),
+    "with_teachers": ("recover", "images by 3 teachers in turn (G-VBSM)", {"teachers": 3}),
     "with_tiles": ("recover", "4 small images in each stored one (IDC)", {"tiles": 2}),
 }  # fmt: skip
 

@@ -190,13 +190,18 @@ def _do(place: Place, job: Job) -> None:
 
 
 def chain(
-    config: DistillConfig, *, teacher: Job | None = None, labelers: Job | None = None
+    config: DistillConfig,
+    *,
+    teacher: Job | None = None,
+    makers: Job | None = None,
+    labelers: Job | None = None,
 ) -> dict[str, Job]:
     """Return the jobs of a pipeline by stage, up to the assembled set.
 
     Args:
         config: Its configuration.
-        teacher: The teacher that the images are made for; absent, the configuration's.
+        teacher: The teacher that atoms are of; absent, the configuration's.
+        makers: The teachers that make the images in turn, the first of which is `teacher`; absent, that one alone.
         labelers: The teachers that label, the first of which is `teacher`; absent, that one alone.
     """
     jobs: dict[str, Job] = {}
@@ -204,7 +209,8 @@ def chain(
     jobs["squeeze"] = squeeze
     jobs["features"] = Job("features", config, (squeeze,))
     jobs["barycenters"] = Job("barycenters", config, (jobs["features"],))
-    jobs["recover"] = Job("recover", config, (squeeze, jobs["features"], jobs["barycenters"]))
+    made = (makers or squeeze, jobs["features"], jobs["barycenters"])
+    jobs["recover"] = Job("recover", config, made)
     labeled = (labelers or squeeze, jobs["features"], jobs["recover"])
     jobs["relabel"] = Job("relabel", config, labeled)
     jobs["assemble"] = Job("assemble", config, (*labeled, jobs["relabel"]))

@@ -70,7 +70,9 @@ def jobs_of_row(table: Table, group: Group, row: Row, study: Study) -> Trained:
         num_train = study.place.splits.read_unit(study.place.split_unit).metrics["train"]
     num_images = num_train if full else num_classes * group.ipc * row.tiles**2
     budget = budget_of(group, row, num_images)
-    teacher, labelers = _teacher(base, group.teacher, 1), None
+    teacher, makers, labelers = _teacher(base, group.teacher, 1), None, None
+    if base.recover.teachers > 1:
+        makers = _teacher(base, group.teacher, base.recover.teachers)
     if len(group.labelers) > 1:
         labelers = _teacher(base, group.labelers[0], len(group.labelers))
     relabel = replace(
@@ -95,12 +97,12 @@ def jobs_of_row(table: Table, group: Group, row: Row, study: Study) -> Trained:
         config = replace(base, seed=seed)
         once = replace(relabel, epochs=1)
         labeled = replace(config, relabel=once if full else relabel, evaluate=soft)
-        jobs = chain(labeled, teacher=teacher, labelers=labelers)
+        jobs = chain(labeled, teacher=teacher, makers=makers, labelers=labelers)
         sets.append(jobs)
         of_kind["soft"].append(students(labeled, jobs))
         # Students by hard labels read no soft ones, and groups that differ in those alone share them.
         plain = replace(config, relabel=unlabeled, evaluate=hard)
-        of_kind["hard"].append(students(plain, chain(plain, teacher=teacher)))
+        of_kind["hard"].append(students(plain, chain(plain, teacher=teacher, makers=makers)))
     return Trained(group, row, tuple(sets), {kind: tuple(jobs) for kind, jobs in of_kind.items()})
 
 
