@@ -147,7 +147,11 @@ def cifar100(ipc: int) -> DistillConfig:
 def _cifar(
     name: str, ipc: int, *, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> DistillConfig:
-    """Return the recipe of `fashion_mnist` with another teacher, on images of 32 pixels and three channels."""
+    """Return the recipe of `fashion_mnist` with another teacher and more labels, on images of 32 pixels and three channels.
+
+    The teacher is trained a quarter of the time that its own accuracy would ask for: one that has learned the training images by
+    heart has little to say about them (jobs/benches/results).
+    """
     like, network = fashion_mnist(ipc), NetworkConfig(arch="convnet3", width=128)
     return replace(
         like,
@@ -156,7 +160,7 @@ def _cifar(
         source=SourceConfig(image_size=32, resize=32, mean=mean, std=std),
         squeeze=SqueezeConfig(
             network=network,
-            epochs=20,
+            epochs=5,
             batch_size=128,
             optimizer="muon",
             learning_rate=0.01,
@@ -166,6 +170,7 @@ def _cifar(
             shift_px=4,
             mixed_precision=True,
         ),
+        relabel=replace(like.relabel, epochs=300),
         evaluate=replace(like.evaluate, network=network, mixed_precision=True),
     )
 
