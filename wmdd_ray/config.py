@@ -604,7 +604,9 @@ class DistillConfig:
     """Held-out images, where the source brings no split of its own (digits, IDX, folders `train`/`val`)."""
     val_fraction: float | None = option(None, gt=0, le=0.9)
     """Share of each class's training images that is held out, at least one of a class with two, chosen by a hash of their names as
-    `jobs/prepare.py --val-fraction` does; what the source holds out itself is then not read. Absent: that, or --val-data."""
+    `jobs/prepare.py --val-fraction` does; what the source holds out itself is then not read. Absent: that, or
+    --val-data. WebDataset's shards are read through for it, up to five times before the teacher begins; of many or far ones
+    jobs/prepare.py puts a part aside once."""
     teacher: str | None = None
     """A committed teacher room, published weights (`torchvision:NAME`, `timm:NAME`), or a checkpoint; absent: one is trained."""
     source: SourceConfig = SourceConfig()

@@ -205,11 +205,21 @@ def test_what_prepare_measured_is_not_measured_again(
     assert "--val-fraction 0.05" in capsys.readouterr().err
 
 
-def test_data_from_which_nothing_can_be_cut_says_what_to_type(tmp_path: Path, capsys: Said) -> None:
+def test_tar_shards_without_held_out_images_are_cut_and_stay_so_on_resume(
+    tmp_path: Path, capsys: Said
+) -> None:
     write_webdataset(Store(str(tmp_path / "rows")))
-    assert distill.main(["--data", str(tmp_path / "rows"), "--ipc", "1", "--dry-run"]) == 4
-    said = capsys.readouterr().err
-    assert f"python jobs/prepare.py {tmp_path}/rows --out" in said
+    typed = ["--data", str(tmp_path / "rows"), *TINY, "--out", str(tmp_path / "run")]
+    assert distill.main(typed) == 0
+    said = capsys.readouterr().out
+    assert "for 3 classes of 8 images" in said and "held out  20% of each class: cut off" in said
+    commit = (tmp_path / "run/teacher/stage.json").read_bytes()
+    typed[typed.index("squeeze")] = "features"
+    assert distill.main(typed) == 0
+    assert "18 images + 0 bad + 6 members passed over" in capsys.readouterr().out
+    assert (tmp_path / "run/teacher/stage.json").read_bytes() == commit
+    facts = read_run(Store(str(tmp_path / "run")), PIPELINE, None)
+    assert facts.metrics("features")["class_counts"] == [6, 6, 6]
 
 
 def test_a_class_smaller_than_ipc_is_refused_with_what_helps(photos: Path, capsys: Said) -> None:

@@ -21,7 +21,7 @@ from tests.store.written_sources import (
     write_imagefolder,
 )
 from wmdd_ray.config import DistillConfig
-from wmdd_ray.errors import ConfigError, DataError
+from wmdd_ray.errors import ConfigError
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.parts import rank_of
 from wmdd_ray.store.sources import Source, decoded_chunks
@@ -137,15 +137,44 @@ def test_rows_of_parquet_are_cut_with_those_that_have_no_label_among_the_trainin
     assert read == rows | {f"b.parquet#{i}": LABELS_N[12 + i] for i in range(12)}
 
 
-def test_formats_without_names_of_images_say_the_command_that_holds_some_out(
+def test_samples_of_tar_shards_are_cut_a_class_at_a_time_and_bad_ones_stay_among_the_training_images(
     tmp_path: Path,
 ) -> None:
     store = Store(str(tmp_path))
-    WRITERS["webdataset"](store)
-    with pytest.raises(
-        DataError, match=r"pass held-out images as --val-data, or .*jobs/prepare.py"
-    ):
-        open_split(asked(store), "train")
+    for shard, rows in (("a", range(12)), ("b", range(12, 24))):
+        members = [
+            (f"{i:03d}.{ending}", content)
+            for i in rows
+            for ending, content in (("png", PNGS[i]), ("cls", b"%d" % LABELS_N[i]))
+        ]
+        # A key that comes twice is a bad sample, of the same name as its like.
+        members += [("003.png", PNGS[3]), ("x.cls", b"1"), ("003.png", PNGS[3]), ("LICENSE", b"")]
+        store.put(f"{shard}.tar", tar_of(members))
+    store.put("classes.txt", "\n".join(NAMES).encode())
+    whole = open_split(asked(store, None), "train")
+    rows = {
+        raw.key: raw.label for s in whole.shards(9) for raw in whole.read_shard(s) if raw.label >= 0
+    }
+    ranks_N = np.array([rank_of(0, key) for key in rows], dtype=np.uint64)
+    mask_N = held_out(np.array([*rows.values()]), ranks_N, 0.25)
+    assert mask_N.sum() == 6
+    read: dict[str, int] = {}
+    for split, expected, bad in (("train", 18, 6), ("val", 6, 0)):
+        part = open_split(asked(store), cast(Split, split), NAMES)
+        worker = pickle.loads(pickle.dumps(part))
+        chunks = [c for s in part.shards(4) for c in decoded_chunks(worker, s, CONFIG, 4)]
+        of_part = {k: y for c in chunks for k, y in zip(c.keys, c.labels_N.tolist(), strict=True)}
+        assert of_part.keys() == {
+            key for key, held in zip(rows, mask_N, strict=True) if held == (split == "val")
+        }
+        assert [raw.label for raw in worker.read_keys([*of_part])] == [*of_part.values()]
+        assert sum(len(c.bad) for c in chunks) == bad
+        # The plan counts the units by these.
+        assert part.num_images == expected + bad == sum(s.num_images or 0 for s in part.shards(4))
+        # The samples and other members of both shards = images + bad + those of the other part + the licenses.
+        assert expected + bad + total(group for c in chunks for group in c.passed) == 24 + 6 + 2
+        read |= of_part
+    assert read == rows
 
 
 def test_a_share_beside_held_out_images_is_refused() -> None:

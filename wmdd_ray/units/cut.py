@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import compress
 
 import numpy as np
 
 from wmdd_ray.config import DistillConfig
-from wmdd_ray.errors import DataError
 from wmdd_ray.store.parts import rank_of
 from wmdd_ray.store.sources import RawImage, Shard, Source, open_source
 from wmdd_ray.store.sources.base import class_shards
+from wmdd_ray.store.sources.files import read_ahead
 from wmdd_ray.store.sources.listing import Split
 from wmdd_ray.store.sources.parquet import ParquetSource
 from wmdd_ray.store.sources.passed import OTHER_SPLIT, Tally
+from wmdd_ray.store.sources.webdataset import WebDatasetSource
 from wmdd_ray.units.splitting import held_out
 
 # Shards of the random-access formats are class by class; here they are only looked through for their keys.
@@ -29,21 +32,24 @@ _SEED = 0
 class CutSource(Source):
     """The training images of a source without those that are held out, or these: what `splitting.held_out` says of its keys.
 
-    Of Parquet files every shard is read whole, and the rows of the other part are left out.
+    Of Parquet files and WebDataset's shards every one is read whole, and the records of the other part are left out.
     """
 
     format = "cut"
     _transient = (*Source._transient, "_keys", "_sizes")
 
     def __init__(self, whole: Source, split: Split, fraction: float) -> None:
-        keys, sizes, labels_N = _images_of(whole)
+        shards = whole.shards(_CHUNK_IMAGES)
+        images = [*read_ahead(partial(_images_in, whole), shards)]
+        keys = [key for named, _ in images for key in named]
+        labels_N = np.concatenate([np.empty(0, dtype=np.int64), *(of for _, of in images)])
         ranks_N = np.array([rank_of(_SEED, key) for key in keys], dtype=np.uint64)
         held_N = np.zeros(len(keys), dtype=bool)
         has_label_N = labels_N >= 0
         held_N[has_label_N] = held_out(labels_N[has_label_N], ranks_N[has_label_N], fraction)
+        own_N = held_N == (split == "val")
         files_N = [_file_of(key, whole.files) for key in keys]
-        rows_N = np.flatnonzero(held_N == (split == "val"))
-        own = {files_N[i] for i in rows_N}
+        own = {files_N[i] for i in np.flatnonzero(own_N)}
         other = {*files_N} & whole.files.keys() - own
         super().__init__(
             root=whole.root,
@@ -55,8 +61,9 @@ class CutSource(Source):
         self._whole = whole
         self._cut = (whole.fingerprint(), split, fraction)
         self._keys: dict[int, list[str]] = {}
-        for i in rows_N:
+        for i in np.flatnonzero(own_N):
             self._keys.setdefault(int(labels_N[i]), []).append(keys[i])
+        sizes = [size for shard in shards if shard.keys for size in shard.sizes]
         self._sizes = dict(zip(keys, sizes, strict=True)) if sizes else None
         self.titles = whole.titles
         tally, inside = Tally(), Tally()
@@ -64,16 +71,16 @@ class CutSource(Source):
         for name in sorted(other):
             tally.add(OTHER_SPLIT, name)
         self.passed_over = tally.groups()
-        left_out: dict[str, list[str]] = {}
-        for i in np.flatnonzero(held_N != (split == "val")):
+        for i in np.flatnonzero(~own_N):
             if files_N[i] not in other:
                 inside.add(OTHER_SPLIT, files_N[i] or keys[i])
-                left_out.setdefault(files_N[i], []).append(keys[i])
         self._inside = inside.groups()
-        self._left_out = {
-            file: frozenset(of_file)
-            for file, of_file in left_out.items()
-            if isinstance(whole, ParquetSource)
+        ends = np.cumsum([len(named) for named, _ in images])
+        # Which records of a shard that is read whole are of this part.
+        self._own = {
+            shard.file: of_N
+            for shard, of_N in zip(shards, np.split(own_N, ends[:-1]), strict=True)
+            if shard.file
         }
         self._first = next((shard.id for shard in self.shards(_CHUNK_IMAGES)), "")
 
@@ -82,19 +89,21 @@ class CutSource(Source):
         return sum(map(len, self._keys.values()))
 
     def shards(self, chunk_images: int) -> list[Shard]:
-        if not isinstance(self._whole, ParquetSource):
+        if not self._own:
             return class_shards(sorted(self._keys.items()), chunk_images, self._sizes)
         return [
-            replace(shard, num_images=shard.num_images - len(self._left_out.get(shard.file, ())))
+            replace(shard, num_images=int(self._own[shard.file].sum()))
             for shard in self._whole.shards(chunk_images)
-            if shard.file in self.files and shard.num_images is not None
+            if shard.file in self.files
         ]
 
     def read_shard(self, shard: Shard) -> Iterator[RawImage]:
-        left_out = self._left_out.get(shard.file, frozenset())
-        for record in self._whole.read_shard(shard):
-            if record.key not in left_out:
-                yield record
+        own_N = self._own.get(shard.file)
+        if own_N is None:
+            yield from self._whole.read_shard(shard)
+        else:
+            whole = replace(shard, num_images=len(own_N))
+            yield from compress(self._whole.read_shard(whole), own_N)
         passed = Tally()
         passed.add_all(self._whole.passed_inside)
         passed.add_all(self._inside if shard.id == self._first else ())
@@ -107,34 +116,13 @@ class CutSource(Source):
         return self._cut
 
 
-def _images_of(whole: Source) -> tuple[list[str], list[int], np.ndarray]:
-    """Return keys, sizes where they are files, and classes (int64 N, -1 where there is none) of all images.
-
-    Raises:
-        DataError: They are known only when they are read.
-    """
-    shards = whole.shards(_CHUNK_IMAGES)
-    if isinstance(whole, ParquetSource):
-        classes = {shard.file: whole.row_classes(shard.file) for shard in shards}
-        keys = [f"{file}#{row}" for file, rows_N in classes.items() for row in range(len(rows_N))]
-        return keys, [], np.concatenate([*classes.values()])
-    if not can_cut(shards):
-        raise DataError(
-            f"{whole.root}: no images of it are held out to test on, and none can be put aside while {whole.format} files are "
-            "read; pass held-out images as --val-data, or write it anew with some put aside: "
-            f"python jobs/prepare.py {whole.root} --out PREPARED, then --data PREPARED"
-        )
-    labels_N = np.repeat(
-        [shard.labels[0] if shard.labels else 0 for shard in shards],
-        [len(shard.keys) for shard in shards],
-    )
-    sizes = [size for shard in shards for size in shard.sizes]
-    return [key for shard in shards for key in shard.keys], sizes, labels_N
-
-
-def can_cut(shards: Sequence[Shard]) -> bool:
-    """Return whether a source names its images before they are read, so that some can be left out."""
-    return all(shard.keys and shard.labels for shard in shards)
+def _images_in(whole: Source, shard: Shard) -> tuple[Sequence[str], np.ndarray]:
+    """Return key and class (int64 N, -1 where there is none) of every image of a shard."""
+    if shard.keys:
+        assert shard.labels is not None, "random-access formats list class by class"
+        return shard.keys, np.full(len(shard.keys), shard.labels[0])
+    assert isinstance(whole, ParquetSource | WebDatasetSource), whole.format
+    return whole.images_in(shard)
 
 
 def _file_of(key: str, files: Mapping[str, int]) -> str:
@@ -153,7 +141,7 @@ def open_split(
         class_names: Classes in label order that the images are matched to.
 
     Raises:
-        DataError: As `open_source`, or the format does not allow to cut a part off.
+        DataError: As `open_source`; of a part cut off tar shards also as they are read.
     """
     if config.val_fraction is not None:
         whole = open_source(config.data, config.source, split="train", class_names=class_names)

@@ -22,6 +22,7 @@ from wmdd_ray.errors import BadImageError, DataError
 from wmdd_ray.store.images import decode_image
 from wmdd_ray.store.sources import RawImage, Shard, Source
 from wmdd_ray.store.sources.parquet import ParquetSource
+from wmdd_ray.store.sources.webdataset import WebDatasetSource
 
 SIZES = (28, 32, 64, 96, 128, 224)
 """Sides that images are brought to, pixels: those that recipes are made for, and two between."""
@@ -62,18 +63,26 @@ class Measured:
         )
 
 
-def class_counts(source: Source, shards: Sequence[Shard]) -> Counter[int] | None:
-    """Return the images of every class by listing, or by the label column of Parquet; None for tar."""
-    counts: Counter[int] = Counter()
-    if isinstance(source, ParquetSource):
-        with ThreadPoolExecutor(_READERS) as pool:
-            for labels in pool.map(lambda shard: source.class_counts(shard.file), shards):
-                counts.update(labels)
-        return counts
-    for shard in shards:
-        if shard.labels is None or shard.num_images is None:
+def class_counts(
+    source: Source, shards: Sequence[Shard], *, read: bool = False
+) -> Counter[int] | None:
+    """Return the images of every class by listing, or by the label column of Parquet; of tar shards None, unless to be `read`."""
+
+    def counted(shard: Shard) -> Counter[int] | None:
+        if isinstance(source, ParquetSource):
+            return source.class_counts(shard.file)
+        if shard.labels is not None and shard.num_images is not None:
+            return Counter({shard.labels[0]: shard.num_images})
+        if not (read and isinstance(source, WebDatasetSource)):
             return None
-        counts[shard.labels[0]] += shard.num_images
+        return Counter(label for label in source.images_in(shard)[1].tolist() if label >= 0)
+
+    counts: Counter[int] = Counter()
+    with ThreadPoolExecutor(_READERS) as pool:
+        for of_shard in pool.map(counted, shards):
+            if of_shard is None:
+                return None
+            counts.update(of_shard)
     return counts
 
 
@@ -112,7 +121,8 @@ def measure(
         DataError: No sampled image is good.
     """
     shards = source.shards(_SAMPLE // _SHARDS)
-    counts = class_counts(source, shards)
+    # Those of which a part is cut off are read for it anyway.
+    counts = class_counts(source, shards, read=held_out is None)
     records = sample(source, shards, _SHARDS, _SAMPLE)
     shapes = [shape for record in records if (shape := shape_of(record)) is not None]
     if not shapes:

@@ -126,8 +126,9 @@ class ParquetSource(Source):
                 )
         return counts
 
-    def row_classes(self, file: str) -> np.ndarray:
-        """Return the class of every row of a file (int64 N, -1 of those without a label), reading no images."""
+    def images_in(self, shard: Shard) -> tuple[list[str], np.ndarray]:
+        """Return key and class (int64 N, -1 of those without a label) of every row of a shard, reading no images."""
+        file = shard.file
         with self.open_parquet(file) as (_, columns):
             places = self._places(columns.class_names)
         parts = [np.empty(0, dtype=np.int64)]
@@ -140,7 +141,8 @@ class ParquetSource(Source):
             ]
             rows_N = encoded.indices.fill_null(len(classes)).to_numpy(zero_copy_only=False)
             parts.append(np.array([*classes, -1], dtype=np.int64)[rows_N])
-        return np.concatenate(parts)
+        labels_N = np.concatenate(parts)
+        return [f"{file}#{row}" for row in range(len(labels_N))], labels_N
 
     def _label_columns(self, file: str, size_bytes: int | None) -> Iterator[tuple[str, pa.Array]]:
         """Yield the name of the label column of a file and its values in parts, dictionaries decoded."""

@@ -7,6 +7,8 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.base import RawImage, Shard, Source, file_shard_id
@@ -62,6 +64,14 @@ class WebDatasetSource(Source):
         ]
 
     def read_shard(self, shard: Shard) -> Iterator[RawImage]:
+        return self._records(shard, self.max_content_bytes)
+
+    def images_in(self, shard: Shard) -> tuple[list[str], np.ndarray]:
+        """Return key and class (int64 N, -1 of a bad one) of every sample of a shard, keeping no image."""
+        named = [(record.key, record.label) for record in self._records(shard, 0)]
+        return [key for key, _ in named], np.array([y for _, y in named], dtype=np.int64)
+
+    def _records(self, shard: Shard, max_content_bytes: int) -> Iterator[RawImage]:
         where = self.url(shard.file)
         count = 0
         passed = Tally()
@@ -69,7 +79,7 @@ class WebDatasetSource(Source):
             reading(where, "a tar archive"),
             self.open_stream(shard.file, shard.size_bytes) as stream,
         ):
-            for sample in samples(stream, where, self.max_content_bytes, self.config, passed):
+            for sample in samples(stream, where, max_content_bytes, self.config, passed):
                 count += 1
                 yield self._record(shard.file, sample)
         self.passed_inside = passed.groups()
@@ -98,10 +108,10 @@ class WebDatasetSource(Source):
             problem = self.too_large(sample.size_bytes)
         if problem:
             return RawImage(key=key, label=-1, content=b"", problem=problem)
-        assert sample.label is not None and sample.content is not None
+        assert sample.label is not None
         label = self.class_of(sample.label, key)
         key = f"{file}#{sample.offset}:{sample.size_bytes}:{label}"
-        return RawImage(key=key, label=label, content=sample.content)
+        return RawImage(key=key, label=label, content=sample.content or b"")
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over what is read, and over where keys end if that is not webdataset's rule. Driver only."""
