@@ -229,6 +229,7 @@ def distill(jobs: Sequence[Job]) -> int:
         print(f"auto: {line}", flush=True)
     # Imported here: stages load torch and Ray, which a wrong option should not have to wait for.
     from wmdd_ray.stages.pipeline import PIPELINE
+    from wmdd_ray.units.given_teacher import check_given
 
     shared = tuple(stage for stage in PIPELINE if stage.room in TAKEN)
     runs = [(job, open_run(job)) for job in jobs]
@@ -239,6 +240,7 @@ def distill(jobs: Sequence[Job]) -> int:
     for _, run in above + runs[1:]:
         run.sources = runs[0][1].sources
     if first.dry_run:
+        check_given((above or runs)[0][1], PIPELINE[0])
         own = tuple(stage for stage in PIPELINE if stage not in shared) if above else PIPELINE
         root = (above or runs)[0][1].store.uri
         print_plan(root, [(run, shared) for _, run in above] + [(run, own) for _, run in runs])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from jobs import distill
 from wmdd_ray.config import NetworkConfig, SourceConfig
 from wmdd_ray.core.networks import build_network
-from wmdd_ray.errors import ConfigError
+from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.units import given_teacher
 from wmdd_ray.units.given_teacher import given_network
@@ -53,3 +55,71 @@ def test_published_weights_fill_the_network_of_their_own_name(
     about, network = given_network(recipe_of("imagenet1k", 10, "best"), spec, NAMES)
     assert about == NetworkConfig(arch="resnet18")
     torch.testing.assert_close(network.state_dict(), resnet.state_dict(), rtol=0, atol=0)
+
+
+def test_published_weights_of_other_classes_are_refused_before_their_download(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(given_teacher, "download", lambda _: pytest.fail("downloaded"))
+    config = recipe_of("imagenet1k", 10, "best")
+    with pytest.raises(DataError, match="its 1000 classes are not the data's 999; train it on"):
+        given_network(config, "torchvision:resnet18", NAMES[1:])
+    about, network = given_network(config, "torchvision:resnet18", NAMES, fetch=False)
+    assert about.arch == "resnet18" and network.get_submodule("fc").out_features == 1000
+
+
+def given(path: Path, *, width: int = 32, num_classes: int = 10) -> None:
+    config = NetworkConfig(arch="convnet3", width=width)
+    network = build_network(config, num_classes=num_classes, channels=1, image_size=16)
+    save_file(network.state_dict(), path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "said"),
+    [
+        ("garbage", 4, "expected safetensors, or a torch file with tensors only"),
+        ("missing", 2, "or a checkpoint file, found none of them (no such file)"),
+        ("folder", 2, "or a checkpoint file, found none of them (cannot read "),
+        ("wide", 4, "do not fit the network: "),
+        ("classes", 4, "do not fit the network: 2 of another shape: "),
+        ("vit", 2, "expected a teacher with BatchNorm2d layers"),
+    ],
+)
+def test_a_dry_run_says_of_a_given_teacher_what_the_run_says(
+    kind: str, code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = tmp_path / f"{kind}.safetensors"
+    typed = ["--ipc", "1", "--executor", "here", "--teacher", str(spec)]
+    typed += ["--out", str(tmp_path / "run"), "--until", "squeeze"]
+    if kind == "garbage":
+        spec.write_bytes(b"<!DOCTYPE html>")
+    elif kind == "folder":
+        spec.mkdir()
+    elif kind == "vit":
+        arch = NetworkConfig(arch="vit_tiny")
+        network = build_network(arch, num_classes=10, channels=1, image_size=16)
+        save_file(network.state_dict(), spec)
+        typed += ["--squeeze.network.arch", "vit_tiny"]
+    elif kind != "missing":
+        given(spec, **({"width": 16} if kind == "wide" else {"num_classes": 9}))
+    errors = []
+    for dry in (["--dry-run"], []):
+        assert distill.main([*typed, *dry]) == code
+        errors.append(capsys.readouterr().err.strip().splitlines()[-1])
+    assert errors[0] == errors[1] and said in errors[0]
+
+
+def test_a_dry_run_needs_a_given_teacher_until_it_is_imported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = tmp_path / "good.safetensors"
+    given(spec)
+    typed = ["--ipc", "1", "--executor", "here", "--teacher", str(spec), "--squeeze.min-top1"]
+    typed += ["0.01", "--squeeze.no-check-class-order", "--out", str(tmp_path / "run")]
+    assert distill.main([*typed, "--dry-run"]) == 0
+    assert distill.main([*typed, "--until", "squeeze"]) == 0
+    spec.unlink()
+    assert distill.main([*typed, "--dry-run"]) == 0
+    capsys.readouterr()
+    assert distill.main([*typed, "--squeeze.min-top1", "0.02", "--dry-run", "--overwrite"]) == 2
+    assert "found none of them" in capsys.readouterr().err

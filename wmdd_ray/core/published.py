@@ -27,6 +27,7 @@ class Published:
     """
 
     arch: str
+    num_classes: int
     mean_C: tuple[float, ...]
     std_C: tuple[float, ...]
     resize: int
@@ -111,6 +112,7 @@ def _of_torchvision(name: str) -> Published:
     preset = entry.transforms()
     return Published(
         arch=arch,
+        num_classes=len(entry.meta["categories"]),
         mean_C=tuple(preset.mean),
         std_C=tuple(preset.std),
         resize=preset.resize_size[0],
@@ -149,6 +151,7 @@ def _of_timm(name: str) -> Published:
         )
     return Published(
         arch=f"timm:{name}",
+        num_classes=card.num_classes,
         mean_C=tuple(card.mean),
         std_C=tuple(card.std),
         resize=int(side / card.crop_pct),

@@ -12,13 +12,13 @@ from wmdd_ray.core.checkpoints import read_checkpoint
 from wmdd_ray.core.networks import build_network, check_teacher, load_weights
 from wmdd_ray.core.published import Published, download, is_published, published
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError
-from wmdd_ray.spine.run import StageRun
+from wmdd_ray.spine.run import Run, Stage, StageRun, expected_plan
 from wmdd_ray.spine.taken import teacher_room
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source
 from wmdd_ray.units.held_out import Listed
-from wmdd_ray.units.teacher import UNIT, commit_teacher, measure, teacher_key
+from wmdd_ray.units.teacher import UNIT, commit_teacher, measure, teacher_key, units_of
 
 
 def import_teacher(stage: StageRun, spec: str, unit: str = UNIT) -> None:
@@ -30,8 +30,7 @@ def import_teacher(stage: StageRun, spec: str, unit: str = UNIT) -> None:
     stage.event("unit_started", unit=unit, node=socket.gethostname(), attempt=attempt)
     source: Source = stage.run.source("train")
     network_config, network = given_network(stage.config, spec, source.class_names, unit)
-    shape = {"channels": stage.config.source.channels, "image_size": stage.config.source.image_size}
-    check_teacher(network, needs_norms=stage.config.needs_norms, **shape)
+    check_teacher(network, needs_norms=stage.config.needs_norms, **_shape(stage.config))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = network.to(device).eval()
     val = Listed.of(stage.run.source("val"), stage.config.source)
@@ -53,24 +52,46 @@ def import_teacher(stage: StageRun, spec: str, unit: str = UNIT) -> None:
     stage.event("unit_done", unit=unit, node=socket.gethostname(), attempt=attempt, seconds=seconds)
 
 
+def check_given(run: Run, stage: Stage) -> None:
+    """Raise what squeeze, the `stage`, would raise of the given teachers that it still has to import; nothing is downloaded."""
+    config, room = run.config, run.room(stage.room)
+    if config.teacher is None or not run.owns(stage.room):
+        return
+    plan = room.read_plan()
+    same = plan is not None and plan["fingerprint"] == expected_plan(run, stage, {})["fingerprint"]
+    finished = room.finished() if same else set()
+    for unit in (unit for unit in units_of(config) if unit not in finished):
+        names = run.source("train").class_names
+        _, network = given_network(config, config.teacher, names, unit, fetch=False)
+        check_teacher(network, needs_norms=config.needs_norms, **_shape(config))
+
+
+def _shape(config: DistillConfig) -> dict[str, int]:
+    return {"channels": config.source.channels, "image_size": config.source.image_size}
+
+
 def given_network(
-    config: DistillConfig, spec: str, class_names: tuple[str, ...], unit: str = UNIT
+    config: DistillConfig,
+    spec: str,
+    class_names: tuple[str, ...],
+    unit: str = UNIT,
+    *,
+    fetch: bool = True,
 ) -> tuple[NetworkConfig, torch.nn.Module]:
-    """Return the architecture that `spec` names, and the network with its weights, on the CPU."""
-    network_config, weights = given_weights(config, spec, class_names, unit)
-    network = build_network(
-        network_config,
-        num_classes=len(class_names),
-        channels=config.source.channels,
-        image_size=config.source.image_size,
-    )
-    load_weights(network, weights, f"--teacher {spec}")
+    """Return the architecture that `spec` names, and the network with its weights, on the CPU.
+
+    Published weights that are not to be fetched are compared by their metadata, and the network is without them.
+    """
+    network_config, weights = _given_weights(config, spec, class_names, unit, fetch=fetch)
+    network = build_network(network_config, num_classes=len(class_names), **_shape(config))
+    if weights is not None:
+        load_weights(network, weights, f"--teacher {spec}")
     return network_config, network
 
 
-def given_weights(
-    config: DistillConfig, spec: str, class_names: tuple[str, ...], unit: str = UNIT
-) -> tuple[NetworkConfig, dict[str, torch.Tensor]]:
+def _given_weights(
+    config: DistillConfig, spec: str, class_names: tuple[str, ...], unit: str, *, fetch: bool
+) -> tuple[NetworkConfig, dict[str, torch.Tensor] | None]:
     """Return architecture and weights of `torchvision:NAME`, `timm:NAME`, a committed teacher, or a checkpoint file.
 
     A teacher other than the first is that of a run with as many.
@@ -79,7 +100,12 @@ def given_weights(
         _require_first(config, spec, unit, "weights of one")
         about = published(spec)
         _check_input(config.source, about, spec)
-        return NetworkConfig(arch=about.arch), download(spec)
+        if about.num_classes != len(class_names):
+            raise DataError(
+                f"--teacher {spec}: its {about.num_classes} classes are not the data's {len(class_names)}; train it on this data "
+                "and pass the checkpoint, or leave --teacher out"
+            )
+        return NetworkConfig(arch=about.arch), download(spec) if fetch else None
     room = teacher_room(spec)
     if room is not None:
         commit = room.committed()
@@ -95,10 +121,10 @@ def given_weights(
     folder, _, name = spec.rpartition("/")
     try:
         content = Store(folder or ".").get(name)
-    except (FileNotFoundError, IsADirectoryError, ArtifactError) as error:
+    except (FileNotFoundError, ArtifactError) as error:
         raise ConfigError(
             f"--teacher {spec}: expected a committed teacher (a run or its teacher/ folder), torchvision:WEIGHTS, timm:MODEL, "
-            f"or a checkpoint file, found none of them ({type(error).__name__})"
+            f"or a checkpoint file, found none of them ({error if isinstance(error, ArtifactError) else 'no such file'})"
         ) from error
     return config.squeeze.network, read_checkpoint(content, spec)
 
