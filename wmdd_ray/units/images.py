@@ -29,6 +29,7 @@ from wmdd_ray.store import codecs
 from wmdd_ray.store.documents import FileEntry
 from wmdd_ray.store.images import decode_image
 from wmdd_ray.store.sources import Source
+from wmdd_ray.store.sources.files import read_ahead
 from wmdd_ray.units import atoms
 from wmdd_ray.units.class_features import ClassFeaturesReader
 from wmdd_ray.units.teacher import read_teacher, units_of
@@ -187,7 +188,7 @@ class Inversion:
         self, group: Group, *, state: State | None, on_step: OnStep
     ) -> tuple[list[ClassImages], float]:
         inputs, teacher = self._inputs, self._inputs.teacher
-        targets = [self._target(label) for label in group.labels]
+        targets = [*map(self._target, read_ahead(inputs.barycenter, group.labels))]
         started = time.perf_counter()
         images = recover_group(
             [inputs.network, *inputs.others],
@@ -205,13 +206,12 @@ class Inversion:
         )
         return images, time.perf_counter() - started
 
-    def _target(self, label: int) -> ClassTarget:
-        solved = self._inputs.barycenter(label)
+    def _target(self, solved: ClassBarycenter) -> ClassTarget:
         counts_S = np.repeat(solved.moments.count_L, solved.moments.channels_L)
-        assert (counts_S > 0).all(), f"class {label} has no moments"
+        assert (counts_S > 0).all(), f"class {solved.label} has no moments"
         anchored = self._inputs.config.recover.anchor_weight > 0
         return ClassTarget(
-            label=label,
+            label=solved.label,
             atoms_KD=solved.barycenter.atoms_KD,
             weights_K=solved.barycenter.weights_K,
             mean_S=solved.moments.mean_S,
@@ -355,12 +355,14 @@ def read_real(source: Source, keys: tuple[str, ...], config: DistillConfig) -> n
 
 
 def read_images(room: Room, labels: range | list[int]) -> list[ClassImages]:
-    """Return the distilled images of some classes, verified, whatever units made them."""
+    """Return the distilled images of some classes, verified, whatever units made them; several are read at a time."""
     files = {f.key: f for m in room.committed().units.values() for f in m.files}
-    return [
-        join_positions([codecs.decode_class_images(room.read(f)) for f in files_of(files, label)])
-        for label in labels
-    ]
+
+    def read(label: int) -> ClassImages:
+        entries = files_of(files, label)
+        return join_positions([codecs.decode_class_images(room.read(entry)) for entry in entries])
+
+    return [*read_ahead(read, labels)]
 
 
 def files_of(files: Mapping[str, FileEntry], label: int) -> list[FileEntry]:

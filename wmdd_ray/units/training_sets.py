@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from wmdd_ray.records import Teacher, Views
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.run import unit_seed
 from wmdd_ray.store.sources import Source
+from wmdd_ray.store.sources.files import read_ahead
 from wmdd_ray.units import atoms
 from wmdd_ray.units.held_out import Listed
 from wmdd_ray.units.images import read_real
@@ -199,8 +201,7 @@ def _baseline_images(
     """Return as many real images as the distilled set stores, in its order of classes."""
     files = {f.key: f for m in room.committed().units.values() for f in m.files}
     chosen = []
-    for label in range(num_classes):
-        barycenter = atoms.read_barycenter(room, files, label)
+    for barycenter in read_ahead(partial(atoms.read_barycenter, room, files), range(num_classes)):
         keys = {
             "random_real": barycenter.random_keys[: config.ipc],
             "nearest_real": barycenter.whole_keys,
