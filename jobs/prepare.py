@@ -34,13 +34,13 @@ from wmdd_ray.spine.run import Run, expected_plan, run_pipeline
 from wmdd_ray.store.documents import FileEntry, encode_manifest, entries_of, read_sealed
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
-from wmdd_ray.store.sources.classes import shown
+from wmdd_ray.store.sources.classes import check_class_names, shown
 from wmdd_ray.store.sources.listing import NoSuchSplitError
 from wmdd_ray.store.sources.opening import PREPARED_KEY
 from wmdd_ray.store.sources.webdataset_index import parse_class_names
 from wmdd_ray.store.uris import local_path
 from wmdd_ray.telling.progress import StageLine, duration
-from wmdd_ray.units.splitting import SPLITS, PrepareConfig, check_class_names
+from wmdd_ray.units.splitting import SPLITS, PrepareConfig
 
 from . import command_line, endings
 from .checks.report import many
@@ -137,9 +137,7 @@ def open_run(job: Job) -> Run:
 
     def open_split(split: str) -> Any:
         if split == "train":
-            source = open_source(job.source, reading, split="train", class_names=names)
-            check_class_names(source.class_names, source.root)
-            return source
+            return open_source(job.source, reading, split="train", class_names=names)
         return _open_held_out(job, run.source("train"))
 
     run = Run(

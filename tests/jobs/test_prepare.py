@@ -47,7 +47,7 @@ from wmdd_ray.store.shrink import kept_image
 from wmdd_ray.store.sources import open_source
 from wmdd_ray.telling.progress import StageLine
 from wmdd_ray.units.prepared import Scanner, Writer
-from wmdd_ray.units.splitting import PrepareConfig, check_class_names, held_out, output_files
+from wmdd_ray.units.splitting import PrepareConfig, held_out, output_files
 
 COUNTS = {"ant eater": 23, "пчела": 12, "猫": 1}
 LARGE = {"ant eater": 3, "пчела": 2}
@@ -511,13 +511,6 @@ def test_what_cannot_be_prepared_is_refused_in_words_that_help(
     assert message in capsys.readouterr().err
     if arrange is _all_bad:
         assert len((tmp_path / "out" / "bad_images.jsonl").read_text().splitlines()) == 3
-
-
-@pytest.mark.parametrize("name", ["", "  ", "a\nb", "a\x00", "\u2028"])
-def test_names_that_cannot_stand_on_a_line_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="expected class names of one line each"):
-        check_class_names(["ant", name], "here")
-    check_class_names(["T-shirt/top", "пчела", "猫 🐈", "a.b:c"], "here")
 
 
 @given(

@@ -5,8 +5,6 @@ Legend: N images, Y classes.
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +18,7 @@ from wmdd_ray.config import (
     TarKeys,
     refuse_secrets,
 )
-from wmdd_ray.errors import ConfigError, DataError
+from wmdd_ray.errors import ConfigError
 from wmdd_ray.options import check, option
 
 SPLITS = ("train", "validation")
@@ -114,27 +112,6 @@ class PrepareConfig:
         later = {name: getattr(self, name) for name in ("label_column", "image_column", "numbers")}
         later = {name: value for name, value in later.items() if value not in (None, "auto")}
         return {name: getattr(self, name) for name in names} | later
-
-
-def check_class_names(names: Sequence[str], where: str) -> None:
-    """Refuse names that cannot be told apart, or that cannot be written on a line.
-
-    Raises:
-        DataError: Two names look the same (equal but for spaces at the ends or the way accents are composed), or one is empty
-            or holds control characters.
-    """
-    seen: dict[str, str] = {}
-    for name in names:
-        plain = unicodedata.normalize("NFC", name).strip()
-        if not plain or any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name):
-            raise DataError(
-                f"{where}: expected class names of one line each, found {name!r}; rename the class"
-            )
-        if plain in seen:
-            raise DataError(
-                f"{where}: two classes have names that look the same: {ascii(seen[plain])} and {ascii(name)}; rename or join them"
-            )
-        seen[plain] = name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

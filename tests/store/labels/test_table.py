@@ -189,6 +189,14 @@ CASES: dict[str, tuple[Files, dict[str, Any], Any]] = {
     "fashion": (idx(list(range(10)), folder="fashion/"), {}, ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]),
     # Folders.
     "folders that look the same": (folders([E_ACUTE, E_ACUTE_IN_TWO]), {}, r"look the same: 'cafe\\u0301' and 'caf\\xe9'"),
+    # Names that nobody can tell apart, or that cannot stand on a line.
+    "two declared names that are one": (table({"label": [0]}, declared(["ant", "ant"])), {}, r"look the same: 'ant' and 'ant'; rename or join"),
+    "two names beside that are one": (classes(cls([0]), "ant \nant\n"), {}, r"look the same: 'ant' and 'ant'"),
+    "an empty name": (table({"label": [0]}, declared(["ant", " "])), {}, r"class names of one line each, found ' '; rename"),
+    "half a character as a name": (table({"label": [0]}, declared(["ant", "b\ud800"])), {}, r"one line each, found 'b\\ud800'"),
+    "a name with a control character": (table({"label": [0]}, declared(["ant", "b\x00"])), {}, r"one line each, found 'b\\x00'"),
+    "a name with a line's end": (folders(["ant", "b\u2028c"]), {}, r"one line each, found 'b\\u2028c'"),
+    "names of many scripts": (table({"label": [0, 3]}, declared(["T-shirt/top", "пчела", "猫 🐈", "a.b:c"])), {}, ["T-shirt/top", "a.b:c"]),
     "folders by number are their own names": (folders(["0", "10", "2"]), {}, ["0", "10", "2"]),
 }  # fmt: skip
 

@@ -55,6 +55,27 @@ def plain(name: str) -> str:
     return unicodedata.normalize("NFC", name).strip()
 
 
+def check_class_names(names: Sequence[str], where: str) -> None:
+    """Refuse names that cannot be told apart, or that cannot be written on a line.
+
+    Raises:
+        DataError: Two names look the same (equal but for spaces at the ends or the way accents are composed), or one is empty
+            or holds control characters.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        same = plain(name)
+        if not same or any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name):
+            raise DataError(
+                f"{where}: expected class names of one line each, found {name!r}; rename the class"
+            )
+        if same in seen:
+            raise DataError(
+                f"{where}: two classes have names that look the same: {ascii(seen[same])} and {ascii(name)}; rename or join them"
+            )
+        seen[same] = name
+
+
 @functools.cache  # the longest has 65,536 names, and every opening asks for it
 def integer_names(count: int) -> tuple[str, ...]:
     """Return the names of classes of which only the labels are known."""

@@ -42,12 +42,6 @@ class ImageFolderSource(FileSource):
         self.pattern = pattern
         self.layout = layout
         self._label_of = {plain(name): label for label, name in enumerate(class_names)}
-        if len(self._label_of) < len(class_names):
-            twin = next(n for n in class_names if class_names[self._label_of[plain(n)]] != n)
-            other = class_names[self._label_of[plain(twin)]]
-            raise DataError(
-                f"{self.root}: two classes have names that look the same: {ascii(twin)} and {ascii(other)}; rename or join them"
-            )
 
     @property
     def num_images(self) -> int:

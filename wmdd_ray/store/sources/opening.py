@@ -20,7 +20,7 @@ from wmdd_ray.store.sources import (
 )
 from wmdd_ray.store.sources.account import passed_over, refuse_much_passed_over
 from wmdd_ray.store.sources.base import Source
-from wmdd_ray.store.sources.classes import shown
+from wmdd_ray.store.sources.classes import check_class_names, shown
 from wmdd_ray.store.sources.endings import ending_of
 from wmdd_ray.store.sources.layout import Flat, find_classes
 from wmdd_ray.store.sources.listing import (
@@ -83,7 +83,8 @@ def open_source(
             splits is read whole. Otherwise such a layout holds training images only.
 
     Raises:
-        DataError: Nothing there, no or several known formats, no such split, or other class names.
+        DataError: Nothing there, no or several known formats, no such split, or other class names, or such that cannot be told
+            apart or written on a line.
         ArtifactError: The store cannot be reached.
     """
     if config.format in ("auto", "digits") and uri == "digits":
@@ -105,6 +106,7 @@ def open_source(
             "--source.format"
         )
     source = _FORMATS[format][1](listing)
+    check_class_names(source.class_names, root)
     source.titles = _titles(source, listing)
     source.passed_over = passed_over(source, listing)
     if source.format == "imagefolder":
