@@ -24,8 +24,8 @@ from wmdd_ray.config import LabelKind, refuse_secrets
 from wmdd_ray.errors import WmddError
 from wmdd_ray.options import require
 from wmdd_ray.product import hub
-from wmdd_ray.product.card import size
 from wmdd_ray.product.export import Export, Format, export
+from wmdd_ray.product.tables import size
 
 from . import command_line
 

@@ -27,7 +27,7 @@ import tyro
 
 from wmdd_ray.config import DistillConfig, Resources, refuse_secrets
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError, LostRaceError
-from wmdd_ray.product.card import size
+from wmdd_ray.product.tables import size
 from wmdd_ray.spine.claims import is_of, read_claim
 from wmdd_ray.spine.provenance import versions
 from wmdd_ray.spine.run import Run, expected_plan, run_pipeline

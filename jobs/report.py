@@ -22,7 +22,7 @@ import tyro
 
 from wmdd_ray.config import DistillConfig, refuse_secrets
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError, WmddError
-from wmdd_ray.product.card import size
+from wmdd_ray.product.tables import size
 from wmdd_ray.redaction import PlainFormatter
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source

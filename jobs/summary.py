@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from wmdd_ray.product.card import ROW_NAMES, results_table, size
+from wmdd_ray.product.tables import ROW_NAMES, results_table, size
 from wmdd_ray.spine.rooms import StageCommit
 from wmdd_ray.spine.run import TAKEN, Run, Stage, StageRun, expected_plan
 from wmdd_ray.telling.progress import StageLine, duration

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError
-from wmdd_ray.product.card import size
+from wmdd_ray.product.tables import size
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Shard, Source
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from wmdd_ray.errors import BadImageError
-from wmdd_ray.product.card import size
+from wmdd_ray.product.tables import size
 from wmdd_ray.store.images import decode_image
 from wmdd_ray.store.sources import Shard, Source
 from wmdd_ray.units.own_data import class_counts, doubts, sample, shape_of

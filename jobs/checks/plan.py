@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from wmdd_ray.errors import ConfigError
-from wmdd_ray.product.card import size
+from wmdd_ray.product.tables import size
 from wmdd_ray.spine.claims import difference
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.run import Progress, StageRun, expected_plan

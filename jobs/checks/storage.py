@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 from wmdd_ray.errors import ArtifactError
-from wmdd_ray.product.card import size
+from wmdd_ray.product.tables import size
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.schemes import is_gcs
 from wmdd_ray.store.uris import fsspec_filesystem, local_path

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from wmdd_ray.config import EvaluateConfig
-from wmdd_ray.product.card import ROW_NAMES, results_table
 from wmdd_ray.product.comparison import method_of
+from wmdd_ray.product.tables import ROW_NAMES, results_table
 from wmdd_ray.spine.rooms import StageCommit
 from wmdd_ray.spine.run import Run
 from wmdd_ray.store.documents import seal

@@ -16,14 +16,8 @@ from PIL import Image
 
 from wmdd_ray import __version__
 from wmdd_ray.config import BucketAccess
-from wmdd_ray.product.card import (
-    behind_real,
-    classes_text,
-    dataset_card,
-    export_card,
-    results_table,
-    size,
-)
+from wmdd_ray.product.card import dataset_card, export_card
+from wmdd_ray.product.tables import behind_real, classes_text, results_table, size
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.units.pictures import preview
 

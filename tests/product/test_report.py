@@ -25,13 +25,13 @@ from tests.stages import tiny
 from tests.stages.tiny import FinishedRun
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.errors import ArtifactError
-from wmdd_ray.product.card import size
 from wmdd_ray.product.pages import page
 from wmdd_ray.product.pages.classes import PICTURE_BYTES, chosen_labels, shown_classes
 from wmdd_ray.product.pages.facts import config_of, read_run
 from wmdd_ray.product.pages.projection import project
 from wmdd_ray.product.pages.thumbnails import fit, thumbnail
 from wmdd_ray.product.pages.timeline import Axis, Bar, Timeline, lanes, timeline_of
+from wmdd_ray.product.tables import size
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.records import Barycenter, ClassBarycenter, ClassFeatures, ClassImages, Moments
 from wmdd_ray.spine.rooms import Room, StageCommit, UnitMarker

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from wmdd_ray.errors import ArtifactError, ConfigError
-from wmdd_ray.product.card import ROW_NAMES, escaped
 from wmdd_ray.product.pages.facts import config_of
+from wmdd_ray.product.tables import ROW_NAMES, escaped
 from wmdd_ray.spine.claims import fingerprint
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.taken import runs_in

@@ -19,9 +19,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from wmdd_ray.product.card import ROW_NAMES, behind_real, size, training_lines
+from wmdd_ray.product.card import training_lines
 from wmdd_ray.product.pages.facts import RunFacts, accuracy, classes, command_of, options_of
 from wmdd_ray.product.pages.timeline import Axis, lanes
+from wmdd_ray.product.tables import ROW_NAMES, behind_real, size
 from wmdd_ray.telling.progress import duration
 
 _HERE = Path(__file__).parent
