@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -26,23 +25,24 @@ from wmdd_ray.config import (
     ViewConfig,
     refuse_secrets,
 )
-from wmdd_ray.errors import ArtifactError, ConfigError, DataError
+from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.options import check
-from wmdd_ray.recipes import RECIPES, full_table, recipe_of
-from wmdd_ray.records import Teacher
-from wmdd_ray.spine.rooms import Room
-from wmdd_ray.spine.taken import runs_in, teacher_room
-from wmdd_ray.store import codecs
-from wmdd_ray.store.documents import load_json, real_images_of
+from wmdd_ray.recipes import full_table, recipe_of
+from wmdd_ray.spine.taken import runs_in
+from wmdd_ray.store.documents import real_images_of
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources.listing import NothingThereError, list_files
 from wmdd_ray.store.uris import check_named
-from wmdd_ray.units.auto import choose
-from wmdd_ray.units.own_data import Measured
 
 from .. import command_line, endings
-
-logger = logging.getLogger(__name__)
+from .own_set import (
+    can_be_read,
+    committed_teachers,
+    recipe_of_ours,
+    set_of_ours,
+    source_of_ours,
+    stored_as,
+)
 
 # Larger images have strided stems, in the literature as in torchvision.
 _SMALL_PIXELS = 64
@@ -151,17 +151,17 @@ def parse(arguments: list[str], description: str | None) -> Asked:
     known, _ = first.parse_known_args(arguments[1:])
     refuse_secrets("uri", arguments[0])
     place = on_this_disk(arguments[0])
-    own = _own_set(place, arguments)
+    own = set_of_ours(place, arguments)
     class_names = None if own is None else own.class_names
-    base = _recipe_of_ours(own)
+    base = recipe_of_ours(own)
     if known.recipe:
         base = recipe_of(known.recipe, 10 if own is None else own.meta["ipc"])
     num_teachers = 1
     base = full_table(base)
     source = base.source
     if own is not None:
-        source = _source_of_ours(own, source)
-    elif known.teacher is not None and (found := _committed_teachers(known.teacher)) is not None:
+        source = source_of_ours(own, source)
+    elif known.teacher is not None and (found := committed_teachers(known.teacher)) is not None:
         teacher, num_teachers = found
         class_names = teacher.class_names
         source = replace(
@@ -201,60 +201,8 @@ def parse(arguments: list[str], description: str | None) -> Asked:
     return _completed(job, place, own, class_names, source, num_teachers)
 
 
-def _own_set(uri: str, arguments: Sequence[str]) -> Any:
-    """Return the set of ours at a URI; None when it is none of ours, or only --source.bucket.* leads to it, as to real images."""
-    # Imported here: it loads torch, which a wrong option should not have to wait for.
-    from wmdd_ray.units.given_set import own_set
-
-    try:
-        return own_set(uri)
-    except ArtifactError:
-        if _answers(uri) or not any(word.startswith("--source.bucket.") for word in arguments):
-            raise
-        return None
-
-
-def _answers(uri: str) -> bool:
-    try:
-        Store(uri).exists("manifest.json")
-    except ArtifactError:
-        return False
-    return True
-
-
-def _recipe_of_ours(own: Any) -> DistillConfig:
-    """Return the recipe that a set of ours was made by, or the general options."""
-    general = DistillConfig(evaluate=EvaluateConfig())
-    if own is None:
-        return general
-    name, ipc = own.meta["provenance"]["recipe"], own.meta["ipc"]
-    if name in RECIPES:
-        return recipe_of(name, ipc)
-    if name == "auto":
-        run = Store(own.uri.removesuffix("/dataset"))
-        try:
-            # What was measured, and not the options beside it: a stranger's could name code to run.
-            auto = load_json(run.get("run.json"), run.url("run.json"))["auto"]
-            measured, size = Measured.read(auto["measured"]), own.meta["image_size"]
-            return choose(measured, auto["has_gpu"], ipc, image_size=size)[0]
-        except (
-            OSError,
-            ArtifactError,
-            LookupError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-        ) as error:
-            logger.warning(
-                "%s: recipe auto chose its students by what run.json beside dataset/ says of the images, which cannot be read "
-                "(%s: %s): the general student is trained; --students, --evaluate.epochs or --recipe NAME say another",
-                own.uri, type(error).__name__, error,
-            )  # fmt: skip
-    return general
-
-
 def _require_something(job: Job, uri: str) -> None:
-    if _answers(uri) and (inside := runs_in(Store(uri))):
+    if can_be_read(uri) and (inside := runs_in(Store(uri))):
         raise ConfigError(
             f"{uri} holds a run for each ipc: pass {' or '.join(run.uri for run in inside)}"
         )
@@ -267,39 +215,6 @@ def _require_something(job: Job, uri: str) -> None:
         ) from error
     except DataError:
         pass  # what is wrong with it is told where it is opened
-
-
-def _source_of_ours(own: Any, recipe: SourceConfig) -> SourceConfig:
-    """Return how real images are brought to the input of a set of ours."""
-    meta = own.meta
-    teacher = codecs.decode_teacher(Store(own.uri).get("teacher.safetensors"))
-    return replace(
-        recipe,
-        format="auto",
-        image_size=meta["image_size"],
-        resize=teacher.resize,
-        channels=meta["channels"],
-        mean=tuple(meta["mean"]),
-        std=tuple(meta["std"]),
-        interpolation=teacher.interpolation,
-        exif_orientation=teacher.exif_orientation,
-    )
-
-
-def _committed_teachers(spec: str) -> tuple[Teacher, int] | None:
-    """Return the first teacher of a run or a teacher room, and how many label; None when `spec` is another kind of teacher."""
-    if spec.startswith(("torchvision:", "timm:")):
-        return None
-    room = teacher_room(spec)
-    if room is None:
-        return None
-    commit = room.committed()
-    first = codecs.decode_teacher(room.read(commit.file("teacher.safetensors")))
-    # A run may have others, which its images alone were made with.
-    run = Store(room.store.uri.rpartition("/")[0])
-    labels = Room(run, "labels").read_commit()
-    labelers = len(commit.units) if labels is None else labels.options["relabel"].get("teachers", 1)
-    return first, labelers
 
 
 def _completed(
@@ -365,7 +280,7 @@ def _completed(
         # No images are made here, so that the teacher's moments do not matter.
         recover=RecoverConfig(moments="none"),
         relabel=RelabelConfig(
-            epochs=label_epochs, views=job.views, teachers=num_teachers, **_stored_as(own)
+            epochs=label_epochs, views=job.views, teachers=num_teachers, **stored_as(own)
         ),
         evaluate=evaluate,
     )
@@ -421,16 +336,6 @@ def _attacks_of(job: Job) -> AttackConfig:
             f"{','.join(get_args(AttackName))} or some of them, or leave it out"
         )
     return AttackConfig(names=cast(tuple[AttackName, ...], names), **asked)
-
-
-def _stored_as(own: Any) -> dict[str, Any]:
-    """Return how the labels of a set of ours are stored: those of baselines are rounded alike."""
-    told = own.meta.get("labels", {}) if own is not None else {}
-    return {
-        name: told[name]
-        for name in ("compression", "top_k", "precision", "step", "batch_size")
-        if name in told
-    }
 
 
 def _listed(given: Sequence[str]) -> tuple[str, ...]:

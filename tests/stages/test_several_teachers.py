@@ -14,7 +14,7 @@ import torch
 
 from jobs import evaluate as evaluate_job
 from jobs import export
-from jobs.evaluation.options import _committed_teachers
+from jobs.evaluation.own_set import committed_teachers
 from tests.stages import tiny
 from wmdd_ray.config import RelabelConfig
 from wmdd_ray.core.networks import labeler_of, network_of
@@ -181,7 +181,7 @@ def test_images_are_made_by_two_teachers_in_turn_and_labeled_by_one(
     by_one, in_turn = made
     assert not np.array_equal(by_one.images, in_turn.images)
     assert len(in_turn.teachers()) == 1 and "teachers_top1" not in in_turn.manifest
-    labelers = [_committed_teachers(str(tmp_path / run)) for run in ("0", "1")]
+    labelers = [committed_teachers(str(tmp_path / run)) for run in ("0", "1")]
     assert [found and found[1] for found in labelers] == [2, 1]
 
 
