@@ -18,7 +18,6 @@ Legend: N images, V views, Y classes, C channels, H W pixels.
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from bisect import bisect_right
@@ -29,10 +28,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler, Subset
+from torch.utils.data import Dataset, Subset
 
 from wmdd_ray.config import SourceConfig
-from wmdd_ray.core.batches import Batch, eval_batches, order_of
+from wmdd_ray.core.batches import Batch, EpochBatches, eval_batches
 from wmdd_ray.core.networks import labeler_of
 from wmdd_ray.core.soft_labels import concatenate_labels, decompress, label_views, take_labels
 from wmdd_ray.core.tiles import untile
@@ -461,45 +460,6 @@ class DistilledDataset(Dataset[Item]):
                 "again"
             )
         return take(views, order_V), take_labels(labels, order_V)
-
-
-class EpochBatches(Sampler[list[int]]):
-    """Batches of one pass over the images for each iteration: shuffled, of equal size up to one image, none left out.
-
-    No last batch is too small for BatchNorm. With several ranks each has an equal share of every batch, and a remainder of its
-    division by `world` is left out.
-
-    Attributes:
-        epoch: the pass that the next iteration gives, from 0; it grows by one an iteration.
-    """
-
-    def __init__(
-        self, num_images: int, cycle: int, batch_size: int, seed: int, rank: int, world: int
-    ) -> None:
-        self._steps = math.ceil(num_images / batch_size)
-        if num_images // self._steps < world:
-            raise ConfigError(
-                f"batch_size: expected an image or more for each of {world} processes, got {batch_size}, which makes batches of "
-                f"{num_images // self._steps}"
-            )
-        self._num_images, self._cycle = num_images, cycle
-        self._seed, self._rank, self._world = seed, rank, world
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return self._steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, self.epoch = self.epoch, self.epoch + 1
-        order_N = order_of(self._num_images, seed=self._seed, epoch=epoch)
-        first = epoch % self._cycle * self._num_images
-        for batch_B in np.array_split(first + order_N, self._steps):
-            share = len(batch_B) // self._world
-            yield batch_B[self._rank * share :][:share].tolist()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Let the next iteration give this pass: to resume, or to repeat one."""
-        self.epoch = epoch
 
 
 def _size_bytes(block: Block) -> int:

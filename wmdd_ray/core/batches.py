@@ -5,10 +5,12 @@ Legend: N images, B batch, C channels, H W pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch.utils.data import Sampler
 
 from wmdd_ray.core.views import to_input
 from wmdd_ray.errors import ConfigError
@@ -98,3 +100,42 @@ def eval_batches(
         part = slice(start, start + batch_size)
         labels_B = torch.tensor(labels_N[part], device=device)
         yield to_input(images_NHWC[part], mean_C, std_C, device), labels_B
+
+
+class EpochBatches(Sampler[list[int]]):
+    """Batches of one pass over the images for each iteration: shuffled, of equal size up to one image, none left out.
+
+    No last batch is too small for BatchNorm. With several ranks each has an equal share of every batch, and a remainder of its
+    division by `world` is left out.
+
+    Attributes:
+        epoch: the pass that the next iteration gives, from 0; it grows by one an iteration.
+    """
+
+    def __init__(
+        self, num_images: int, cycle: int, batch_size: int, seed: int, rank: int, world: int
+    ) -> None:
+        self._steps = math.ceil(num_images / batch_size)
+        if num_images // self._steps < world:
+            raise ConfigError(
+                f"batch_size: expected an image or more for each of {world} processes, got {batch_size}, which makes batches of "
+                f"{num_images // self._steps}"
+            )
+        self._num_images, self._cycle = num_images, cycle
+        self._seed, self._rank, self._world = seed, rank, world
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        order_N = order_of(self._num_images, seed=self._seed, epoch=epoch)
+        first = epoch % self._cycle * self._num_images
+        for batch_B in np.array_split(first + order_N, self._steps):
+            share = len(batch_B) // self._world
+            yield batch_B[self._rank * share :][:share].tolist()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next iteration give this pass: to resume, or to repeat one."""
+        self.epoch = epoch

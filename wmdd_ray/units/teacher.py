@@ -37,7 +37,7 @@ _STATE_EVERY_S = 20.0
 CHUNK_IMAGES = 256
 SHUFFLED_IMAGES = 4096
 
-EpochBatches = Callable[[int, int], Iterator[Batch]]
+BatchesOfEpoch = Callable[[int, int], Iterator[Batch]]
 """Epoch, part -> a part of each of its batches (images uint8 NHWC, labels int64)."""
 
 Decode = Callable[[Sequence[Shard]], Iterator[DecodedChunk]]
@@ -188,7 +188,7 @@ def train_teacher(
     device: torch.device,
     rank: int = 0,
     world: int = 1,
-    streamed: EpochBatches | None = None,
+    streamed: BatchesOfEpoch | None = None,
 ) -> None:
     """Train a teacher on one of `world` workers. Rank 0 keeps the resumable state, measures the result and commits it.
 
@@ -330,8 +330,8 @@ def _epoch_of(training: Training, epoch: int) -> str:
 
 
 def _told(
-    batches: EpochBatches, training: Training, course: _Course, report: Report
-) -> EpochBatches:
+    batches: BatchesOfEpoch, training: Training, course: _Course, report: Report
+) -> BatchesOfEpoch:
     """Return the batches, and tell at each how far the training is: an epoch may take an hour."""
     squeeze = training.config.squeeze
     steps = steps_of(training.num_images, squeeze.batch_size)
@@ -347,7 +347,7 @@ def _told(
     return told
 
 
-def _in_memory(training: Training) -> EpochBatches:
+def _in_memory(training: Training) -> BatchesOfEpoch:
     assert training.train is not None, "images that are not streamed are in memory"
     loaded = training.train.load(1 << 62)
     assert loaded is not None
@@ -365,7 +365,7 @@ def _in_memory(training: Training) -> EpochBatches:
 
 def shuffled_stream(
     training: Training, source: Source, shards: Sequence[Shard], decode: Decode | None = None
-) -> EpochBatches:
+) -> BatchesOfEpoch:
     """Return the batches of images that do not fit into memory.
 
     The order of the shards, and that of the images within a buffer of `SHUFFLED_IMAGES`, are drawn from (seed, epoch). Of
