@@ -258,17 +258,6 @@ def pictures(num_images: int, size: int = 16) -> torch.Tensor:
     )
 
 
-def test_the_logits_of_several_networks_are_averaged() -> None:
-    images = pictures(7)
-    views = draw_views(7, 16, ViewConfig(), seed=0, epoch=0)
-    networks = [convnet(0), convnet(1, width=6), convnet(2)]
-    each = [label_views(network, images, views, 16, 3) for network in networks]
-    np.testing.assert_allclose(
-        label_views(networks, images, views, 16, 3), np.mean(each, axis=0), rtol=1e-5, atol=1e-6
-    )
-    assert label_views(networks[:1], images, views, 16, 3).tobytes() == each[0].tobytes()
-
-
 def test_images_of_half_the_side_are_labeled_at_the_network_s_input() -> None:
     images = pictures(5, size=14)
     views = draw_views(5, 28, ViewConfig(), seed=0, epoch=0)
@@ -298,7 +287,7 @@ def test_a_network_is_as_before_after_labels_by_batch_statistics_and_after_an_er
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     views = draw_views(6, 16, ViewConfig(), seed=0, epoch=0)
     before = label_views(network, pictures(6), views, 16, 4)
-    label_views([network, convnet(1)], pictures(6), views, 16, 4, batch_statistics=True)
+    label_views(network, pictures(6), views, 16, 4, batch_statistics=True)
     with pytest.raises(RuntimeError, match="expected input"):
         label_views(network, pictures(6).expand(6, 2, 16, 16), views, 16, 4, batch_statistics=True)
     torch.testing.assert_close(dict(network.state_dict()), state, rtol=0, atol=0)

@@ -32,7 +32,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -51,7 +51,7 @@ _MOST_STEPS = 255
 
 
 def label_views(
-    network: nn.Module | Sequence[nn.Module],
+    network: nn.Module,
     images_NCHW: Images,
     views: Views,
     image_size: int,
@@ -59,7 +59,7 @@ def label_views(
     *,
     batch_statistics: bool = False,
 ) -> np.ndarray:
-    """Return the network's logits on the views, or the mean of several networks', float32 (V, Y).
+    """Return the network's logits on the views, float32 (V, Y).
 
     With `batch_statistics` the batch is part of the label: the same views in other company, or
     under another `batch_size`, have other labels. Views are in the order of their images and so of
@@ -67,15 +67,14 @@ def label_views(
     others: batch b of n therefore takes the views b, b + n, b + 2n, ...
 
     Args:
-        network: classifier in eval mode, on the images' device; or several, of the same classes.
+        network: classifier in eval mode, on the images' device.
         images_NCHW: `StoredImages`, or normalized images, of any side.
         views: rows that index into the images.
         image_size: side of a rendered view, pixels.
         batch_size: most views of one pass. It can change the last bit, so a unit of work fixes it.
         batch_statistics: BatchNorm layers normalize by the moments of the batch, and keep theirs.
     """
-    networks = (network,) if isinstance(network, nn.Module) else tuple(network)
-    assert not any(n.training for n in networks), "soft labels come from a network in eval mode"
+    assert not network.training, "soft labels come from a network in eval mode"
     num_batches = -(-len(views) // batch_size)
     batches = [
         slice(b, None, num_batches)
@@ -84,16 +83,10 @@ def label_views(
         for b in range(num_batches)
     ]
     logits = []
-    with torch.inference_mode(), ExitStack() as stack:
-        if batch_statistics:
-            for each in networks:
-                stack.enter_context(_batch_statistics(each))
+    with torch.inference_mode(), _batch_statistics(network) if batch_statistics else nullcontext():
         for rows in batches:
             pixels = render_views(images_NCHW, take(views, rows), image_size)
-            total = networks[0](pixels).float()
-            for each in networks[1:]:
-                total = total + each(pixels).float()
-            logits.append((total / len(networks)).cpu().numpy())
+            logits.append(network(pixels).float().cpu().numpy())
     logits_VY = np.empty((len(views), logits[0].shape[1]), dtype=np.float32)
     for rows, part in zip(batches, logits, strict=True):
         logits_VY[rows] = part

@@ -24,7 +24,7 @@ from wmdd_ray.spine.run import StageRun, Work
 from wmdd_ray.store import documents
 from wmdd_ray.units.held_out import Listed
 from wmdd_ray.units.students import longest_first, open_student_trainer, rows, unit_ids
-from wmdd_ray.units.training_sets import OpenSets, open_sets
+from wmdd_ray.units.training_sets import OpenSets, TrainingSets
 
 # Of the labels, which all students of a row share.
 _OF_LABELS = ("label_entropy", "label_diversity")
@@ -53,7 +53,7 @@ def work(stage: StageRun, *, of: Sequence[str] | None = None, keep: bool = False
     source = stage.run.source("train")
     _take_all_real(stage)
     sets = partial(
-        open_sets,
+        TrainingSets,
         dataset_uri=stage.run.room("dataset").store.uri,
         barycenter_room=stage.run.room("barycenters"),
         source=source,

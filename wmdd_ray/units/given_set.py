@@ -29,19 +29,19 @@ from wmdd_ray.store.documents import load_json, read_manifest, set_id
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source
 from wmdd_ray.units.held_out import Listed
+from wmdd_ray.units.labels import logits_of
 from wmdd_ray.units.real_images import random_real
 from wmdd_ray.units.teacher import labelers_of, read_teacher
 from wmdd_ray.units.tensor_set import TensorSet
 from wmdd_ray.units.training_sets import (
-    KEPT_LOGITS,
     Input,
     LabelEpoch,
     Sets,
     TrainingSet,
     fresh_labels,
     hard_views,
+    kept_labels,
     load_all_real,
-    logits_of,
 )
 
 _SET_BYTES = 8 << 30
@@ -298,18 +298,10 @@ class GivenSets(Sets):
         network = labeler_of(self._teachers, self._device, own_code=True)
         images = self._shown(pixels)
         period = self._given.label_epochs * self._given.tiles**2
-        keep = len(images) * period * teacher.num_classes <= KEPT_LOGITS
-        kept: dict[int, tuple[Views, np.ndarray | None]] = {}
 
         def label_epoch(epoch: int) -> tuple[Views, np.ndarray | None]:
-            epoch %= period
-            if epoch not in kept:
-                views = self._views(epoch)
-                logits_VY = logits_of(network, images, views, teacher, config)
-                found = views, decompress(compress(logits_VY, config.relabel))
-                if not keep:
-                    return found
-                kept[epoch] = found
-            return kept[epoch]
+            views = self._views(epoch)
+            logits_VY = logits_of(network, images, views, teacher.image_size, config)
+            return views, decompress(compress(logits_VY, config.relabel))
 
-        return label_epoch
+        return kept_labels(label_epoch, period, len(images) * period * teacher.num_classes)

@@ -12,13 +12,14 @@ from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.networks import labeler_of
 from wmdd_ray.core.soft_labels import compress, concatenate_labels, label_views
 from wmdd_ray.core.views import (
+    Images,
     StoredImages,
     concatenate_views,
     draw_block,
     draw_views,
     renamed,
 )
-from wmdd_ray.records import SoftLabelBlock, SoftLabels, ViewDraw
+from wmdd_ray.records import SoftLabelBlock, SoftLabels, ViewDraw, Views
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.run import DoUnit, Report, unit_seed
 from wmdd_ray.store import codecs
@@ -148,6 +149,16 @@ def unlabeled_block(draw: ViewDraw, epochs: range, *, num_classes: int) -> SoftL
     )
 
 
+def logits_of(
+    network: torch.nn.Module, images: Images, views: Views, image_size: int, config: DistillConfig
+) -> np.ndarray:
+    """Return the logits of a labeler on views, float32 (V, Y), as the options of relabel have them."""
+    how = config.relabel
+    return label_views(
+        network, images, views, image_size, how.batch_size, batch_statistics=how.batch_statistics
+    )
+
+
 def label_block(
     network: torch.nn.Module,
     images: StoredImages,
@@ -168,16 +179,10 @@ def label_block(
     for epoch in epochs:
         drawn = draw_views(len(images), image_size, config.relabel.views, seed=seed, epoch=epoch)
         views.append(drawn)
-        logits = label_views(
-            network,
-            images,
-            drawn,
-            image_size,
-            batch_size=config.relabel.batch_size,
-            batch_statistics=config.relabel.batch_statistics,
-        )
         # Epoch by epoch: with 10,000 classes the logits of a block are 4 GB, and 20 on their way through compression.
-        labels.append(compress(logits, config.relabel))
+        labels.append(
+            compress(logits_of(network, images, drawn, image_size, config), config.relabel)
+        )
         report((epoch - epochs.start + 1) / len(epochs), f"label epoch {epoch}")
     return SoftLabelBlock(
         first_epoch=epochs.start,

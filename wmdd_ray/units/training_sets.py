@@ -5,14 +5,14 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
 
 from wmdd_ray.config import DistillConfig, LabelKind
 from wmdd_ray.core.networks import labeler_of
-from wmdd_ray.core.soft_labels import compress, decompress, label_views
+from wmdd_ray.core.soft_labels import compress, decompress
 from wmdd_ray.core.tiles import shrink, tile_side
 from wmdd_ray.core.views import Images, StoredImages, concatenate_views, draw_views, renamed
 from wmdd_ray.dataset import DistilledDataset
@@ -25,11 +25,11 @@ from wmdd_ray.store.sources.files import read_ahead
 from wmdd_ray.units import atoms
 from wmdd_ray.units.held_out import Listed
 from wmdd_ray.units.images import read_real
-from wmdd_ray.units.labels import blocks
+from wmdd_ray.units.labels import blocks, logits_of
 
 _ALL_REAL_BYTES = 4 << 30
 # Labels of a baseline are kept for the next seed up to this many logits.
-KEPT_LOGITS = 1 << 25
+_KEPT_LOGITS = 1 << 25
 
 # Baselines of real images at the tiles' resolution, as many as the distilled set has tiles.
 TILED = ("random_tiles", "nearest_tiles")
@@ -97,35 +97,22 @@ OpenSets = Callable[[torch.device], Sets]
 """Opens the sets in a worker, on its device. Picklable."""
 
 
-def open_sets(
-    device: torch.device,
-    *,
-    dataset_uri: str,
-    barycenter_room: Room,
-    source: Source,
-    train: Listed | None,
-    config: DistillConfig,
-) -> Sets:
-    """Open a run's distilled set and its baselines."""
-    dataset = DistilledDataset(dataset_uri)
-    return TrainingSets(dataset, dataset.teachers(), barycenter_room, source, train, config, device)
-
-
 class TrainingSets(Sets):
     """A run's distilled set (`distilled`), and its baselines (`EvaluateConfig.baselines`)."""
 
     def __init__(
         self,
-        dataset: DistilledDataset,
-        teachers: Sequence[Teacher],
+        device: torch.device,
+        *,
+        dataset_uri: str,
         barycenter_room: Room,
         source: Source,
         train: Listed | None,
         config: DistillConfig,
-        device: torch.device,
     ) -> None:
         super().__init__()
-        self._dataset, self._teachers = dataset, teachers
+        self._dataset = DistilledDataset(dataset_uri)
+        self._teachers = self._dataset.teachers()
         self._barycenter_room, self._source, self._train = barycenter_room, source, train
         self._config, self._device = config, device
 
@@ -212,23 +199,10 @@ def _baseline_images(
     return shrink(np.concatenate(chosen), tile_side(config.source.image_size, config.recover.tiles))
 
 
-def logits_of(
-    network: torch.nn.Module,
-    images: Images,
-    views: Views,
-    teacher: Teacher,
-    config: DistillConfig,
-) -> np.ndarray:
-    """Return the logits of a labeler as `relabel` computes them."""
-    relabel = config.relabel
-    return label_views(
-        network,
-        images,
-        views,
-        teacher.image_size,
-        relabel.batch_size,
-        batch_statistics=relabel.batch_statistics,
-    )
+def kept_labels(label_epoch: LabelEpoch, period: int, num_logits: int) -> LabelEpoch:
+    """Return the label epochs of a period over and over; the logits of it are kept for the next seed where they are few."""
+    kept = cache(label_epoch) if num_logits <= _KEPT_LOGITS else label_epoch
+    return lambda epoch: kept(epoch % period)
 
 
 def fresh_labels(
@@ -246,7 +220,7 @@ def fresh_labels(
         views = draw_views(
             len(images), teacher.image_size, config.relabel.views, seed=seed, epoch=epoch
         )
-        return views, logits_of(network, images, views, teacher, config)
+        return views, logits_of(network, images, views, teacher.image_size, config)
 
     return label_epoch
 
@@ -264,13 +238,8 @@ def _stored_labels(
     for unit, (epochs, labels) in blocks(config, teacher.num_classes).items():
         for epoch in epochs:
             slices_of_epoch.setdefault(epoch, []).append((unit.partition("-s")[2], labels))
-    kept: dict[int, tuple[Views, np.ndarray | None]] = {}
-    keep = len(images) * config.relabel.epochs * teacher.num_classes <= KEPT_LOGITS
 
     def label_epoch(epoch: int) -> tuple[Views, np.ndarray | None]:
-        epoch %= config.relabel.epochs
-        if epoch in kept:
-            return kept[epoch]
         parts = []
         for name, labels in slices_of_epoch[epoch]:
             index_N = (labels[:, None] * config.num_atoms + np.arange(config.num_atoms)).reshape(-1)
@@ -280,10 +249,8 @@ def _stored_labels(
             )
             parts.append(renamed(drawn, index_N.astype(np.int32)))
         views = concatenate_views(parts)
-        logits_VY = logits_of(network, images, views, teacher, config)
-        labelled = views, decompress(compress(logits_VY, config.relabel))
-        if keep:
-            kept[epoch] = labelled
-        return labelled
+        logits_VY = logits_of(network, images, views, teacher.image_size, config)
+        return views, decompress(compress(logits_VY, config.relabel))
 
-    return label_epoch
+    period = config.relabel.epochs
+    return kept_labels(label_epoch, period, len(images) * period * teacher.num_classes)
