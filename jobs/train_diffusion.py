@@ -26,7 +26,7 @@ import tyro
 
 from wmdd_ray.config import SourceConfig, refuse_secrets
 from wmdd_ray.diffusion.card import CLASSES_KEY, INDEX_KEY, check_widths
-from wmdd_ray.diffusion.training import Training, train_unet
+from wmdd_ray.diffusion.training import Training
 from wmdd_ray.errors import DataError
 from wmdd_ray.options import check, fingerprint_options, option
 from wmdd_ray.recipes import recipe_of
@@ -176,6 +176,7 @@ def _trained(
     """Return the trained model, and the losses of the epochs of this run."""
     import torch
 
+    from wmdd_ray.diffusion.denoising import train_unet
     from wmdd_ray.diffusion.model import DiffusionModel, trained_card
     from wmdd_ray.spine.checkpoints import Checkpoints
     from wmdd_ray.spine.rooms import Room

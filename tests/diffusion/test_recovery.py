@@ -218,7 +218,7 @@ def test_a_surrogate_is_a_unit_before_the_groups_and_both_go_on_where_they_were(
         patch.setattr(surrogate.Checkpoints, "maybe", at_once)
         assert tiny.job(before_recover, *asked) != 0
         assert tiny.markers(before_recover, "images") == {}
-        patch.setattr(recovery, "sampled", not_sampled)
+        patch.setattr(recovery.Sampler, "make", not_sampled)
         assert tiny.job(before_recover, *asked) != 0
         assert list(tiny.markers(before_recover, "images")) == ["images/units/surrogate.json"]
         assert begun == [1, 2]

@@ -16,6 +16,7 @@ from wmdd_ray.core.optimizer import State
 from wmdd_ray.diffusion import denoising
 from wmdd_ray.diffusion.card import read_card
 from wmdd_ray.diffusion.model import load_model, new_unet
+from wmdd_ray.diffusion.training import Training
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.spine.checkpoints import Checkpoints
 
@@ -137,8 +138,8 @@ def test_a_network_learns_to_tell_noise_from_images_and_classes_from_each_other(
         network, scheduler = new_unet((16,), image_size=8, channels=1, num_classes=2)
     losses: list[float] = []
     denoising.train_denoiser(
-        network, scheduler, images_NHWC, labels_N, null_class=2, epochs=40, batch_size=16,
-        learning_rate=5e-3, ema_decay=0.9, seed=0,
+        network, scheduler, images_NHWC, labels_N,
+        Training(epochs=40, batch_size=16, learning_rate=5e-3, ema_decay=0.9), null_class=2,
         on_epoch=lambda epoch, loss, get_state: losses.append(loss),
     )  # fmt: skip
     assert losses[-1] < 0.3 * losses[0]
@@ -163,7 +164,7 @@ def test_a_rate_that_is_too_high_is_told() -> None:
     with pytest.raises(ConfigError, match=r"loss of epoch \d+ is nan; lower --learning-rate"):
         denoising.train_denoiser(
             network, scheduler, np.zeros((8, 8, 8, 1), np.uint8), np.zeros(8, np.int64),
-            null_class=2, epochs=20, batch_size=8, learning_rate=1e30,
+            Training(epochs=20, batch_size=8, learning_rate=1e30), null_class=2,
         )  # fmt: skip
 
 

@@ -361,13 +361,10 @@ def check_widths(widths: tuple[int, ...], image_size: int) -> None:
     if not widths:
         raise ConfigError("--widths: expected at least one")
     if image_size % 2 ** (len(widths) - 1):
+        most = (image_size & -image_size).bit_length()
         raise ConfigError(
-            f"--widths: expected at most {_halvings(image_size) + 1} for {image_size} pixels, each but the first halving them, "
+            f"--widths: expected at most {most} for {image_size} pixels, each but the first halving them, "
             f"got {widths}"
         )
     if any(width % NORM_GROUPS or width < NORM_GROUPS for width in widths):
         raise ConfigError(f"--widths: expected multiples of {NORM_GROUPS}, got {widths}")
-
-
-def _halvings(number: int) -> int:
-    return 0 if number % 2 else 1 + _halvings(number // 2)

@@ -1,4 +1,4 @@
-"""Training of a noise predictor on labelled images, so that it can be sampled by class and without one.
+"""Training of a small class-conditional diffusion model, a noise predictor, on labelled images in memory.
 
 Minimized is the mean of |noise - network(x_t, t, y)|^2 over images, times t and noise; a tenth of the labels, drawn anew
 every step, is replaced by the class that stands for none. What is kept is a moving average of the weights.
@@ -31,7 +31,49 @@ from wmdd_ray.core.optimizer import (
     take_step,
     training_state,
 )
+from wmdd_ray.core.synthesis import deterministic_convolutions
+from wmdd_ray.diffusion.model import new_unet
+from wmdd_ray.diffusion.training import Training
 from wmdd_ray.errors import ConfigError
+
+OnEpoch = Callable[[int, float, Callable[[], State]], None]
+"""on_epoch(epoch from 0, mean loss, get_state): from what `get_state` gives the result is that of a training that never stopped."""
+
+
+def train_unet(
+    training: Training,
+    images_NHWC: np.ndarray,
+    labels_N: np.ndarray,
+    *,
+    num_classes: int,
+    device: torch.device | str,
+    state: State | None,
+    on_epoch: OnEpoch,
+) -> tuple[nn.Module, Any]:
+    """Return a UNet with the average of its weights, and its scheduler."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(training.seed)
+        network, scheduler = new_unet(
+            training.widths,
+            image_size=images_NHWC.shape[1],
+            channels=images_NHWC.shape[3],
+            num_classes=num_classes,
+            layers=training.layers,
+        )
+    # A third less time on CPU, and what tensor cores want.
+    network = network.to(device, memory_format=torch.channels_last)
+    with deterministic_convolutions():
+        train_denoiser(
+            network,
+            scheduler,
+            images_NHWC,
+            labels_N,
+            training,
+            null_class=num_classes,
+            state=state,
+            on_epoch=on_epoch,
+        )
+    return network, scheduler
 
 
 def train_denoiser(
@@ -39,67 +81,48 @@ def train_denoiser(
     scheduler: Any,
     images_NHWC: np.ndarray,
     labels_N: np.ndarray,
+    training: Training,
     *,
     null_class: int,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    ema_decay: float = 0.999,
-    drop_class: float = 0.1,
-    flip: bool = False,
-    seed: int = 0,
     state: State | None = None,
-    on_epoch: Callable[[int, float, Callable[[], State]], None] | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> None:
     """Train `network` in place by AdamW at a cosine rate, and leave the average of its weights in it.
 
-    Args:
-        network: UNet2DModel with `null_class` + 1 class embeddings at least, on its device.
-        scheduler: a scheduler of diffusers that predicts noise, for `add_noise` and its number of steps.
-        images_NHWC: uint8.
-        labels_N: int64.
-        null_class: what stands for no class.
-        epochs: passes over the images.
-        batch_size: images of a step.
-        learning_rate: peak rate.
-        ema_decay: a step's, of the average.
-        drop_class: share of the labels that are replaced.
-        flip: mirror half of the images, drawn anew every epoch.
-        seed: of everything random.
-        state: resume from here: what `get_state` gave; the result is that of a training that never stopped.
-        on_epoch: called as on_epoch(epoch from 0, mean loss, get_state).
+    It has `null_class` + 1 class embeddings at least, and the scheduler predicts noise.
 
     Raises:
         ConfigError: The loss is not finite.
     """
     device = next(network.parameters()).device
-    optimizer = make_optimizer(network, "adamw", learning_rate=learning_rate, weight_decay=0.0)
-    average = WeightAverage(network, ema_decay)
+    epochs, peak, seed = training.epochs, training.learning_rate, training.seed
+    optimizer = make_optimizer(network, "adamw", learning_rate=peak, weight_decay=0.0)
+    average = WeightAverage(network, training.ema_decay)
     first = 0
     if state is not None:
         first = int(state["epoch"]) + 1
         load_training_state(network, optimizer, state)
         average.load(state)
-    steps = steps_of(len(labels_N), batch_size)
+    steps = steps_of(len(labels_N), training.batch_size)
     for epoch in range(first, epochs):
         network.train()
         rng = np.random.default_rng([seed, epoch, AUGMENTATION])
         total = torch.zeros((), device=device)
         batches = in_memory_batches(
-            images_NHWC, labels_N, batch_size=batch_size, seed=seed, epoch=epoch
+            images_NHWC, labels_N, batch_size=training.batch_size, seed=seed, epoch=epoch
         )
         for step, (images_BHWC, labels_B) in enumerate(batches):
-            x_BCHW = _pixels(images_BHWC, flip, rng, device)
+            x_BCHW = _pixels(images_BHWC, training.flip, rng, device)
             y_B = labels_B.to(device)
-            loss = _loss(network, scheduler, x_BCHW, y_B, null_class, drop_class, rng)
-            take_step(optimizer, loss, learning_rate, epoch * steps + step, epochs * steps)
+            loss = _loss(network, scheduler, x_BCHW, y_B, null_class, training.drop_class, rng)
+            take_step(optimizer, loss, peak, epoch * steps + step, epochs * steps)
             average.update()
             total += loss.detach()
         mean_loss = float(total) / steps
         if not np.isfinite(mean_loss):
             raise ConfigError(
                 f"training of the diffusion model: the loss of epoch {epoch} is {mean_loss}; lower --learning-rate "
-                f"(now {learning_rate:g})"
+                f"(now {peak:g})"
             )
         if on_epoch is not None:
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from wmdd_ray.diffusion import surrogate
 from wmdd_ray.diffusion.card import ModelCard, check_card, class_ids_of, read_card
 from wmdd_ray.diffusion.influence import LEAST_SIDE, class_influence
 from wmdd_ray.diffusion.model import DiffusionModel, fit_pictures, load_model
-from wmdd_ray.diffusion.sampling import SampleTarget, sample_group
+from wmdd_ray.diffusion.sampling import ClassSamples, SampleTarget, sample_group
 from wmdd_ray.errors import ArtifactError, ConfigError
 from wmdd_ray.options import fingerprint_options
 from wmdd_ray.records import ClassImages, Teacher
@@ -29,8 +29,6 @@ from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.run import Report
 
 OnStep = Callable[[int, Callable[[], State]], None]
-ReadReal = Callable[[int, int], np.ndarray]
-"""(label, side) -> real images of the class that guide its samples, uint8 (M, side, side, C)."""
 RealAt = Callable[[int, DistillConfig, int | None], np.ndarray]
 """(label, options by which images are read, most) -> random real images of a class, uint8 (M, H, W, C)."""
 
@@ -66,83 +64,6 @@ def checked(
 def num_steps(config: DistillConfig) -> int:
     """Return the denoising steps of all images of a group."""
     return config.num_atoms * config.recover.diffusion.steps
-
-
-def sampled(
-    labels: range | list[int],
-    model: DiffusionModel,
-    network: torch.nn.Module,
-    teacher: Teacher,
-    read_real: ReadReal,
-    config: DistillConfig,
-    *,
-    seed: int,
-    surrogate: Sequence[torch.nn.Module] = (),
-    device: torch.device,
-    state: State | None,
-    on_step: OnStep,
-) -> list[ClassImages]:
-    """Return the images of some classes, of equal weights, with what they reach in the teacher.
-
-    The curve `ot` is the transport distance to the class's real images after each image, a share of their own mean
-    distance: it has no iterations, so its points are the images. With an influence weight `surrogate` is the classifier of
-    latents at its checkpoints (`diffusion/surrogate.py`).
-    """
-    card, recover = model.card, config.recover
-    class_ids = checked(card, config, teacher.class_names)
-    most = recover.diffusion.influence_latents
-    targets = []
-    for label in labels:
-        real_MCHW = model.encode(read_real(label, card.image_size))
-        targets.append(
-            SampleTarget(
-                label=label,
-                class_id=class_ids[label],
-                real_MCHW=real_MCHW,
-                influence=class_influence(surrogate, real_MCHW[:most], label)
-                if surrogate
-                else None,
-            )
-        )
-    predict = partial(
-        model.predict,
-        guidance_scale=recover.diffusion.guidance_scale,
-        mixed_precision=recover.mixed_precision,
-    )
-    with deterministic_convolutions():
-        samples = sample_group(
-            predict,
-            model.scheduler,
-            targets,
-            recover.diffusion,
-            num_images=config.num_atoms,
-            shape_CHW=model.shape_CHW,
-            seed=seed,
-            device=device,
-            state=state,
-            on_step=on_step,
-        )
-    side = tile_side(teacher.image_size, recover.tiles)
-    made = []
-    for one in samples:
-        whole_KHWC = fit_pictures(
-            model.decode(one.latents_KCHW), resize=teacher.resize, image_size=teacher.image_size
-        )
-        images_KHWC = shrink(whole_KHWC, side)
-        pixels = to_input(images_KHWC, teacher.mean_C, teacher.std_C, device)
-        k = len(images_KHWC)
-        made.append(
-            ClassImages(
-                label=one.label,
-                images_KHWC=images_KHWC,
-                weights_K=np.full(k, 1 / k),
-                losses={"ot": float(one.transport_K[-1])},
-                curves={"ot": one.transport_K},
-                curve_at_P=np.arange(1, k + 1, dtype=np.int32),
-                features_KD=features_of(network, pixels, teacher.image_size),
-            )
-        )
-    return made
 
 
 def source_at(config: DistillConfig, side: int) -> DistillConfig:
@@ -216,21 +137,72 @@ class Sampler:
     def make(
         self, group: Group, *, state: State | None, on_step: OnStep
     ) -> tuple[list[ClassImages], float]:
+        """Return the images of some classes, of equal weights, with what they reach in the teacher, and the seconds.
+
+        The curve `ot` is the transport distance to the class's real images after each image, a share of their own mean
+        distance: it has no iterations, so its points are the images.
+        """
         started = time.perf_counter()
-        images = sampled(
-            group.labels,
-            self._model,
-            self._network,
-            self._teacher,
-            self._real,
-            self._config,
-            seed=self._seed,
-            surrogate=self._read_surrogates(),
-            device=self._device,
-            state=state,
-            on_step=on_step,
+        model, diffusion = self._model, self._config.recover.diffusion
+        predict = partial(
+            model.predict,
+            guidance_scale=diffusion.guidance_scale,
+            mixed_precision=self._config.recover.mixed_precision,
         )
-        return images, time.perf_counter() - started
+        targets = self._targets(group)
+        with deterministic_convolutions():
+            samples = sample_group(
+                predict,
+                model.scheduler,
+                targets,
+                diffusion,
+                num_images=self._config.num_atoms,
+                shape_CHW=model.shape_CHW,
+                seed=self._seed,
+                device=self._device,
+                state=state,
+                on_step=on_step,
+            )
+        return [self._images_of(one) for one in samples], time.perf_counter() - started
+
+    def _targets(self, group: Group) -> list[SampleTarget]:
+        model, surrogates = self._model, self._read_surrogates()
+        class_ids = checked(model.card, self._config, self._teacher.class_names)
+        most = self._config.recover.diffusion.influence_latents
+        targets = []
+        for label in group.labels:
+            real_MCHW = model.encode(self._real(label, model.card.image_size))
+            targets.append(
+                SampleTarget(
+                    label=label,
+                    class_id=class_ids[label],
+                    real_MCHW=real_MCHW,
+                    influence=class_influence(surrogates, real_MCHW[:most], label)
+                    if surrogates
+                    else None,
+                )
+            )
+        return targets
+
+    def _images_of(self, samples: ClassSamples) -> ClassImages:
+        teacher = self._teacher
+        whole_KHWC = fit_pictures(
+            self._model.decode(samples.latents_KCHW),
+            resize=teacher.resize,
+            image_size=teacher.image_size,
+        )
+        images_KHWC = shrink(whole_KHWC, tile_side(teacher.image_size, self._config.recover.tiles))
+        pixels = to_input(images_KHWC, teacher.mean_C, teacher.std_C, self._device)
+        k = len(images_KHWC)
+        return ClassImages(
+            label=samples.label,
+            images_KHWC=images_KHWC,
+            weights_K=np.full(k, 1 / k),
+            losses={"ot": float(samples.transport_K[-1])},
+            curves={"ot": samples.transport_K},
+            curve_at_P=np.arange(1, k + 1, dtype=np.int32),
+            features_KD=features_of(self._network, pixels, teacher.image_size),
+        )
 
     def _real(self, label: int, side: int, most: int | None = None) -> np.ndarray:
         return self._real_at(label, source_at(self._config, side), most)

@@ -218,7 +218,7 @@ class Inversion:
             var_S=variance_S(solved.moments),
             start_KHWC=self._inputs.start(solved),
             anchors_KHWC=self._inputs.stood_for(solved) if anchored else None,
-            others=self._in_others(label, solved.barycenter.atoms_KD),
+            others=self._in_others(solved.label, solved.barycenter.atoms_KD),
         )
 
     def _in_others(self, label: int, atoms_KD: np.ndarray) -> tuple[TeacherTarget, ...]:

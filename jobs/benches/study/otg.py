@@ -19,9 +19,10 @@ from wmdd_ray.core.transport import exact_cost
 from wmdd_ray.core.views import to_input
 from wmdd_ray.diffusion import surrogate as surrogates
 from wmdd_ray.diffusion.card import INDEX_KEY
+from wmdd_ray.diffusion.denoising import train_unet
 from wmdd_ray.diffusion.influence import class_influence, influence
 from wmdd_ray.diffusion.model import load_model, save_model
-from wmdd_ray.diffusion.training import Training, train_unet
+from wmdd_ray.diffusion.training import Training
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.executors.here import device_here
 from wmdd_ray.spine.checkpoints import Checkpoints
