@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +226,25 @@ def test_tar_shards_without_held_out_images_are_cut_and_stay_so_on_resume(
 def test_a_class_smaller_than_ipc_is_refused_with_what_helps(photos: Path, capsys: Said) -> None:
     assert distill.main(["--data", str(photos), *TINY[2:], "--ipc", "11"]) == 4
     assert 'class 0 ("ant") has 10 images but ipc is 11; lower --ipc' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_webdataset])
+def test_of_rows_and_samples_too_it_is_refused_before_a_teacher_is_trained(
+    write: Callable[[Store], None], tmp_path: Path, capsys: Said
+) -> None:
+    write(Store(str(tmp_path / "rows")))
+    asked = [
+        "--data",
+        str(tmp_path / "rows"),
+        *TINY[2:],
+        "--ipc",
+        "7",
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    assert distill.main(asked) == 4
+    assert 'class 0 ("ant") has 6 images but ipc is 7; lower --ipc' in capsys.readouterr().err
+    assert not (tmp_path / "r/teacher/units").exists()
 
 
 def test_the_plan_and_the_doctor_warn_of_a_recipe_for_other_images(

@@ -5,6 +5,7 @@ Legend: N images.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -87,6 +88,11 @@ class CutSource(Source):
     @property
     def num_images(self) -> int:
         return sum(map(len, self._keys.values()))
+
+    @property
+    def counts(self) -> Counter[int]:
+        """Images of every class, those without a label left out. Driver only."""
+        return Counter({label: len(keys) for label, keys in self._keys.items() if label >= 0})
 
     def shards(self, chunk_images: int) -> list[Shard]:
         if not self._own:

@@ -16,6 +16,7 @@ from wmdd_ray.spine.rooms import Room, UnitMarker
 from wmdd_ray.store import codecs
 from wmdd_ray.store.sources import Shard, Source, decoded_chunks
 from wmdd_ray.store.sources.chunks import DecodedChunk
+from wmdd_ray.units.own_data import class_counts
 from wmdd_ray.units.teacher import read_teacher
 
 
@@ -106,13 +107,10 @@ class Embedder:
 
 
 def check_listed(shards: Sequence[Shard], source: Source, config: DistillConfig) -> None:
-    """Refuse classes with too few images before a teacher is trained on them, where the listing tells how many there are."""
-    counts: Counter[int] = Counter()
-    for shard in shards:
-        if shard.num_images is None or shard.labels is None or len(shard.labels) != 1:
-            return
-        counts[shard.labels[0]] += shard.num_images
-    check_classes(counts, source.class_names, config)
+    """Refuse classes with too few images before a teacher is trained on them, where listings or columns of labels tell."""
+    counts = class_counts(source, shards)
+    if counts is not None:
+        check_classes(counts, source.class_names, config)
 
 
 def check_classes(

@@ -23,6 +23,7 @@ from wmdd_ray.store.images import decode_image
 from wmdd_ray.store.sources import RawImage, Shard, Source
 from wmdd_ray.store.sources.parquet import ParquetSource
 from wmdd_ray.store.sources.webdataset import WebDatasetSource
+from wmdd_ray.units.cut import CutSource
 
 SIZES = (28, 32, 64, 96, 128, 224)
 """Sides that images are brought to, pixels: those that recipes are made for, and two between."""
@@ -67,6 +68,8 @@ def class_counts(
     source: Source, shards: Sequence[Shard], *, read: bool = False
 ) -> Counter[int] | None:
     """Return the images of every class by listing, or by the label column of Parquet; of tar shards None, unless to be `read`."""
+    if isinstance(source, CutSource):
+        return source.counts
 
     def counted(shard: Shard) -> Counter[int] | None:
         if isinstance(source, ParquetSource):
