@@ -664,7 +664,7 @@ class Resources:
     """Where and how wide a run is executed. Changes the time, never the result."""
 
     num_workers: int = option(-1, ge=-1)
-    """Workers of teacher (--squeeze.batch-parts at most), recover, relabel and students; 0: the driver; -1: by the cluster."""
+    """Workers of teacher (--squeeze.batch-parts at most), recover, relabel, students; 0: the driver alone; -1: by the cluster."""
     gpus_per_worker: float = -1.0
     """GPUs of one worker; -1 takes one when the cluster has GPUs, else none."""
     cpus_per_worker: int = option(1, ge=1)

@@ -120,7 +120,7 @@ class _Pool:
             except (ActorDiedError, ActorUnavailableError) as error:
                 self._lose(actor, error)
             except RayError as error:
-                raise _told(error, "a new worker") from error
+                raise told(error, "a new worker") from error
             return
         actor, unit, began = self.working.pop(ref)
         about = self._about(actor, unit)
@@ -136,7 +136,7 @@ class _Pool:
             self._lose(actor, error)
             return
         except RayError as error:
-            cause = _told(error, f"unit {unit}")
+            cause = told(error, f"unit {unit}")
             self._stage.event("unit_failed", **about, reason=str(cause))
             raise cause from error
         self._lost = 0
@@ -173,7 +173,7 @@ class _Pool:
         return {"unit": unit, "node": self._nodes[actor], "attempt": self._deaths[unit] + 1}
 
 
-def _told(error: RayError, where: str) -> WmddError:
+def told(error: RayError, where: str) -> WmddError:
     """Return the deliberate error inside what an actor raised, or one that says where something else went wrong."""
     cause = root_cause(error)
     if isinstance(cause, WmddError):

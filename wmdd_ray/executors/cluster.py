@@ -22,7 +22,7 @@ from wmdd_ray.spine.run import StageRun
 
 logger = logging.getLogger(__name__)
 
-# A laptop: up to this many CPUs, worker processes (each imports torch, 11 to 24 s) cost more than they bring.
+# A laptop: up to this many CPUs the driver works, and worker processes join it where that pays (`beside.py`).
 _LAPTOP_CPUS = 4
 _HEAD_TIMEOUT_S = 10.0
 # Workers to ask an autoscaler for that has started nothing yet, when nobody says how many (--num-workers).

@@ -2,7 +2,7 @@
 
 A worker takes the next unit, works, commits it to storage, and asks again; there is no barrier in between. Workers are
 
-- none: the loop runs in the driver (`here.py`);
+- none: the loop runs in the driver, and on a laptop beside it where that pays (`beside.py`);
 - a group of Ray Train workers. When one dies, Ray Train starts the group again: the units that were under way go back into
   the queue and go on from their checkpoints;
 - isolated actors, for wide stages. When one dies, its unit goes to another, and nobody else notices.
@@ -22,7 +22,7 @@ from ray.actor import ActorHandle
 from ray.train import RunConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from wmdd_ray.executors import here
+from wmdd_ray.executors import beside, here
 from wmdd_ray.executors.actors import fan_out
 from wmdd_ray.executors.cluster import Width, await_room, width
 from wmdd_ray.executors.heap import keep_freed_memory
@@ -46,7 +46,7 @@ def do_units(
         executor = "train" if steady else "actors"
     if wide.num_workers == 0:
         keep_freed_memory()
-        here.do_units(stage, units, open_worker, num_finished)
+        beside.do_units(stage, units, open_worker, num_finished, UnitActor)
         return
     await_room(stage, wide)
     if executor == "train":
