@@ -51,10 +51,6 @@ def permuted_classes(counts_YY: np.ndarray, *, false_alarm_rate: float = 1e-3) -
     A significant exchange counts only if it also agrees with twice as many images as the labels do: two classes
     that a teacher cannot tell apart are no permutation, however many images say so.
 
-    Args:
-        counts_YY: what `confusion` returns, of independent images.
-        false_alarm_rate: largest probability that a teacher in the right order is called permuted, in (0, 1).
-
     References:
         Shafer 2021, Testing by betting. Ramdas et al. 2023, Game-theoretic statistics and safe anytime-valid inference.
     """

@@ -43,21 +43,8 @@ def easiest_crops(
 
     Ease is the teacher's cross-entropy on what will be stored: the crop at `side` pixels, enlarged to the network's
     input as a view of it is. (RDED pads a small crop with zeros for its teacher, and draws square boxes only.) At side
-    image_size // t, `tiles.tile` makes RDED's mosaic of t x t of them.
-
-    Args:
-        network: the teacher in eval mode.
-        images_NHWC: uint8 real images of the class; RDED takes 300 at random.
-        label: the class; its crops are those of (seed, label) and the order of the images.
-        count: crops to return, at most N.
-        side: of a crop as stored, pixels.
-        image_size: side of the network's input, pixels.
-        mean_C: what the network's input is centered by, in [0, 1].
-        std_C: what the network's input is divided by.
-        seed: of the crops, >= 0.
-        crop_scale_min: smallest area fraction of a crop (0.08 in RDED).
-        crops_per_image: P (5 in RDED).
-        batch_size: most crops of one pass, at least P.
+    image_size // t, `tiles.tile` makes RDED's mosaic of t x t of them. RDED takes 300
+    real images at random, five crops of each, of 0.08 of the area or more.
 
     Raises:
         DataError: fewer images than crops asked for.

@@ -81,22 +81,14 @@ def classifier_curvature(
     form: CurvatureForm = "gradient",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Return the curvature term of a classifier's cross-entropy, in evaluation mode and float32.
+    """Return the curvature term of a classifier's cross-entropy, in evaluation mode and float32; its mode is put back.
 
     In training mode BatchNorm would make every loss depend on the whole batch, and the term would move the running
     moments; an attacker meets the network in evaluation mode. Under autocast the difference of two close gradients would have
-    bfloat16's 8 bits.
+    bfloat16's 8 bits. `step` is in units of the normalized input.
 
     Call it after the training pass of the same step: BatchNorm writes the running moments in place, which the graph of this
     term holds until `backward`.
-
-    Args:
-        network: classifier. Its mode is put back.
-        images_BCHW: normalized images.
-        labels_B: int64 classes.
-        step: h, in units of the normalized input.
-        form: `gradient` or `loss`.
-        label_smoothing: as in the loss that the classifier is trained by.
     """
 
     def losses_of(inputs_BCHW: Tensor) -> Tensor:

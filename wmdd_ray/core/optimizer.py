@@ -180,12 +180,11 @@ def take_step(
     peak: float,
     step: int,
     num_steps: int,
-    warmup_steps: int = 0,
 ) -> None:
     """Take one step along the gradient of `loss`, at the rate of `cosine_rate`."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    descend(optimizer, peak, step, num_steps, warmup_steps)
+    descend(optimizer, peak, step, num_steps)
 
 
 def descend(

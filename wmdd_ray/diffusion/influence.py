@@ -42,6 +42,8 @@ LEAST_SIDE = 8
 """Least side of a latent: ConvNet-3 halves it three times."""
 
 _NETWORK = NetworkConfig(arch="convnet3", width=128, norm="instance")
+# Peak rate of SGD, cosine to 0, Nesterov's momentum and decay of the ConvNet of DatasetCondensation.
+_RATE, _MOMENTUM, _WEIGHT_DECAY = 0.01, 0.9, 5e-4
 # Latents whose gradients are taken in one pass.
 _PART = 64
 
@@ -73,28 +75,15 @@ def train_surrogate(
     checkpoints: Sequence[int],
     seed: int,
     device: torch.device | str,
-    learning_rate: float = 0.01,
-    momentum: float = 0.9,
-    weight_decay: float = 5e-4,
     batch_size: int = 128,
     state: State | None = None,
     on_epoch: Callable[[int, float, Callable[[], State]], None] | None = None,
 ) -> State:
     """Return the weights of a classifier of latents at some epochs of its training, as `surrogate_of` takes them.
 
-    Args:
-        latents_NCHW: real latents of all classes, float16 or float32; H = W >= 8.
-        labels_N: int64.
-        num_classes: Y.
-        checkpoints: ascending epochs; 0 is before the first, and the last one ends the training, with the rate at 0.
-        seed: of first weights and order.
-        device: where it is trained.
-        learning_rate: peak rate of SGD, cosine to 0 (0.01, momentum and decay: the ConvNet of DatasetCondensation).
-        momentum: SGD's, Nesterov's.
-        weight_decay: of weights, not of biases.
-        batch_size: latents of a step.
-        state: resume from here: what `get_state` gave; the result is that of a training that never stopped.
-        on_epoch: called as on_epoch(epochs done, mean loss, get_state) after each.
+    `checkpoints` ascend: 0 is before the first epoch, and the last one ends the training, with the rate at 0. `on_epoch` is called
+    as on_epoch(epochs done, mean loss, get_state) after each; from what `get_state` gave the result is that of a training that
+    never stopped.
 
     Raises:
         DataError: The loss is not finite.
@@ -103,7 +92,7 @@ def train_surrogate(
         torch.manual_seed(seed)
         network = _build(num_classes, latents_NCHW.shape[1:]).to(device)
     optimizer = make_optimizer(
-        network, "sgd", learning_rate=learning_rate, weight_decay=weight_decay, momentum=momentum
+        network, "sgd", learning_rate=_RATE, weight_decay=_WEIGHT_DECAY, momentum=_MOMENTUM
     )
     kept: State = {}
     done = 0
@@ -129,7 +118,7 @@ def train_surrogate(
         )
         for step, (latents_BCHW, labels_B) in enumerate(batches):
             loss = F.cross_entropy(network(latents_BCHW.to(device).float()), labels_B.to(device))
-            take_step(optimizer, loss, learning_rate, epoch * steps + step, last * steps)
+            take_step(optimizer, loss, _RATE, epoch * steps + step, last * steps)
             total += loss.detach()
         mean_loss = float(total) / steps
         if not np.isfinite(mean_loss):

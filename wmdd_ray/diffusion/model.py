@@ -172,7 +172,6 @@ def new_unet(
     channels: int,
     num_classes: int,
     layers: int = 1,
-    train_steps: int = 1000,
 ) -> tuple[Any, Any]:
     """Return an untrained UNet on pixels, with a class more that stands for none, and its noise levels (cosine).
 
@@ -206,7 +205,6 @@ def new_unet(
         num_class_embeds=num_classes + 1,
     )
     scheduler = DDIMScheduler(
-        num_train_timesteps=train_steps,
         beta_schedule="squaredcos_cap_v2",
         timestep_spacing="trailing",
     )

@@ -38,15 +38,8 @@ def fan_out(
     that an autoscaler sees the demand and a cluster of fixed size is not flooded with a thousand waiting actors. Units
     go out in the order given, one at a time an actor. A unit whose actor died is tried again on another.
 
-    Args:
-        stage: The stage; its events tell what happened.
-        actor_class: A `ray.remote` class with a method `work(unit)`, and `ready()`, which returns the node's name.
-        arguments: Constructor arguments of every actor.
-        units: Unit ids, most expensive first.
-        max_actors: Most actors.
-        first_actors: Actors to ask for at once; 0 is one a CPU that the cluster has now, or all when it has none yet.
-        on_done: Called in the driver with unit and result.
-        on_wait: Called now and then with the actors at work.
+    `first_actors` are asked for at once; 0 is one a CPU that the cluster has now, or all when it has none yet. `on_wait` is called
+    now and then with the actors at work.
 
     Raises:
         WmddError: A unit failed, or ended its actor `MAX_ATTEMPTS` times.

@@ -194,13 +194,6 @@ class Room:
     ) -> UnitMarker:
         """Store the payloads, then publish the unit, and return the marker that counts: that of who finished it first.
 
-        Args:
-            unit: Unit id.
-            payloads: Key -> content.
-            attempt: Number of the attempt.
-            metrics: What the marker tells of the unit.
-            seconds: The time inside core functions and storage.
-
         Raises:
             LostRaceError: Somebody else's content is at the key of a published file.
         """

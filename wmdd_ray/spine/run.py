@@ -264,12 +264,8 @@ def run_pipeline(
 ) -> dict[str, StageCommit]:
     """Bring every room up to date and return their commits, in order.
 
-    Args:
-        run: The run.
-        stages: The table of contents.
-        first: Stage to begin with; those before it must be committed for the same options.
-        last: Stage to end with.
-        overwrite: Replace rooms that were made with other options, and, with `first`, its room and those after.
+    Rooms before the stage `first` must be committed for the same options. `overwrite` replaces rooms that were made with other
+    options, and, with `first`, its room and those after.
 
     Raises:
         ConfigError: A room was made with other options and `overwrite` is off; the message names the options.

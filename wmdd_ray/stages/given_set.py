@@ -22,11 +22,7 @@ def stages(
 ) -> tuple[Stage, ...]:
     """Return the stages that test a set: the given teacher, if there is one, then a room a student architecture.
 
-    Args:
-        config: students' recipe, views, teacher, and how images are read; `run.source` opens `train` (the set), `val`,
-            and `real` for baselines.
-        students: architectures.
-        real: fingerprint of the real images that baselines are drawn from.
+    `run.source` opens `train` (the set), `val`, and `real` for baselines, of which `real` is the fingerprint.
     """
     teacher: tuple[Stage, ...] = ()
     if config.teacher is not None:
