@@ -23,7 +23,7 @@ import tyro
 from wmdd_ray.config import refuse_secrets
 from wmdd_ray.errors import ConfigError, WmddError
 from wmdd_ray.product.comparison import compared, ddranking_csv, results_of, written
-from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.filesystem import file_at
 
 from . import command_line
 
@@ -60,11 +60,11 @@ def main(arguments: list[str]) -> int:
     """Write the table and return the exit code."""
     try:
         job = command_line.parse(Job, arguments, description=__doc__)
-        found = []
+        listed = []
         for word in job.results:
             named = _NAMED.fullmatch(word)
-            found += results_of(named[2], named[1]) if named else results_of(word)
-        results = compared(found)
+            listed += results_of(named[2], named[1]) if named else results_of(word)
+        results = compared(listed)
         for out in job.out:
             _write(out, written(results, out.rpartition(".")[2]))
         if job.ddranking is not None:
@@ -78,8 +78,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _write(out: str, text: str) -> None:
-    folder, _, name = out.rpartition("/")
-    store = Store(folder or ("/" if out.startswith("/") else "."))
+    store, name = file_at(out)
     store.put(name, text.encode())
     print(f"{'written':<16}{store.url(name)}")
 

@@ -120,12 +120,12 @@ def _require_one_teacher(jobs: Sequence[Job]) -> None:
     """Raise a ConfigError that names what makes the teacher or the features of one ipc other ones."""
     from wmdd_ray.stages import features, squeeze
 
-    def told(job: Job) -> dict[str, Any]:
+    def options_of(job: Job) -> dict[str, Any]:
         return flatten({**squeeze.options(job.config), **features.options(job.config)})
 
-    first = told(jobs[0])
+    first = options_of(jobs[0])
     for job in jobs[1:]:
-        other = told(job)
+        other = options_of(job)
         for name in sorted({*first, *other}):
             if first.get(name) != other.get(name):
                 raise ConfigError(
@@ -142,14 +142,7 @@ def parse(
     *,
     ask_cluster: bool = True,
 ) -> Job:
-    """Return the job of a command line: a recipe's values, changed by the options given.
-
-    Args:
-        arguments: The command line, with one ipc.
-        ipcs: All that there are, where this is one of several.
-        auto: What the recipe `auto` saw for another one of them.
-        ask_cluster: Whether `auto` may ask a cluster for its GPUs.
-    """
+    """Return the job of a command line: a recipe's values, changed by the options given; `ipcs` are all of several."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("recipe", "variant", "ipc", "teacher", "data", *_MEASURED_FOR):
         first.add_argument(f"--{option}", f"--{option.replace('-', '_')}", dest=option, default="")
@@ -217,7 +210,7 @@ def _parse_auto(
     config = replace(config, squeeze=replace(config.squeeze, warmup_epochs=warmup))
     config = full_table(config) if known["full"] else config
     job = _parse(arguments, _for_teacher(config, teacher))
-    choices = own_data.told(job.config, reasons, arguments)
+    choices = own_data.choice_lines(job.config, reasons, arguments)
     return replace(job, auto=auto, told=tuple(choices))
 
 
@@ -315,7 +308,7 @@ def open_run(job: Job) -> Run:
         # Only now: a run that was refused, or had nothing to do, is not what made the rooms.
         write_run_record(run, job.auto)
         print(f"writing to {run.store.uri}", file=sys.stderr)
-        if (prices := forecast.told(run)) is not None and job.last in (None, "evaluate"):
+        if (prices := forecast.price_line(run)) is not None and job.last in (None, "evaluate"):
             print(prices, file=sys.stderr)
 
     run = Run(

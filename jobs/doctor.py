@@ -116,8 +116,8 @@ def _parsed(arguments: list[str], *, ask_cluster: bool) -> Job:
     try:
         return parse_all(arguments, ask_cluster=ask_cluster)[-1]
     except Exception as error:
-        told = isinstance(error, DataError | ArtifactError | ConnectionError)
-        if not told and not type(error).__module__.startswith("ray."):
+        is_told = isinstance(error, DataError | ArtifactError | ConnectionError)
+        if not is_told and not type(error).__module__.startswith("ray."):
             raise
         logger.info("auto", exc_info=error)
         return parse_all([*arguments, "--recipe", "cifar10"])[-1]

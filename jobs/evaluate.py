@@ -34,7 +34,7 @@ from wmdd_ray.units.cut import open_split
 from wmdd_ray.units.tensor_set import TensorSet, is_tensor_set, open_tensor_set
 
 from . import command_line, distill, endings
-from .evaluation.options import Asked, parse
+from .evaluation.options import Evaluation, parse
 from .evaluation.results import print_summary, write_results
 
 
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     return endings.exit_code_of(arguments, lambda words: parse(words, __doc__), evaluate)
 
 
-def evaluate(asked: Asked) -> int:
+def evaluate(evaluation: Evaluation) -> int:
     """Train and test the students that are missing, and print the table."""
     started = time.monotonic()
     from wmdd_ray.executors.dispatch import sweep_notes, watch_of
@@ -52,47 +52,47 @@ def evaluate(asked: Asked) -> int:
     from wmdd_ray.stages import attack
     from wmdd_ray.stages.given_set import config_of, stages
 
-    run = open_run(asked)
-    configs = {student: config_of(asked.config, student) for student in asked.students}
-    if asked.attack.names:
-        require_libraries(asked.attack.names, len(run.source("train").class_names))
-    real = run.source("real").fingerprint() if asked.config.evaluate.baselines else None
+    run = open_run(evaluation)
+    configs = {student: config_of(evaluation.config, student) for student in evaluation.students}
+    if evaluation.attack.names:
+        require_libraries(evaluation.attack.names, len(run.source("train").class_names))
+    real = run.source("real").fingerprint() if evaluation.config.evaluate.baselines else None
     run.watch = watch_of(run, distill.tracked_run(run))
     with endings.ended(run):
-        work = stages(asked.config, asked.students, real)
-        if asked.attack.names:
-            work += (attack.sample_stage(asked.config, asked.attack),)
+        work = stages(evaluation.config, evaluation.students, real)
+        if evaluation.attack.names:
+            work += (attack.sample_stage(evaluation.config, evaluation.attack),)
             for student, own in configs.items():
-                work += attack.stages(own, student, asked.attack)
-        commits = run_pipeline(run, work, overwrite=asked.job.overwrite)
+                work += attack.stages(own, student, evaluation.attack)
+        commits = run_pipeline(run, work, overwrite=evaluation.job.overwrite)
         sweep_notes(run)
     table = [
         {"student": student, **row}
-        for student in asked.students
+        for student in evaluation.students
         for row in commits[student].metrics["table"]
     ]
-    attacked = results.results(run, configs, asked.attack) if asked.attack.names else None
-    write_results(run, asked, commits, table, attacked)
-    print_summary(run, asked, commits, table, attacked, time.monotonic() - started)
+    attacked = results.results(run, configs, evaluation.attack) if evaluation.attack.names else None
+    write_results(run, evaluation, commits, table, attacked)
+    print_summary(run, evaluation, commits, table, attacked, time.monotonic() - started)
     return 0
 
 
-def open_run(asked: Asked) -> Run:
+def open_run(evaluation: Evaluation) -> Run:
     """Return the run of a job; nothing is read or started yet."""
-    job, config = asked.job, asked.config
+    job, config = evaluation.job, evaluation.config
 
     def names() -> tuple[str, ...]:
         """Return the classes in the order of the labels: the set's, the teacher's, or the real images'."""
-        if asked.class_names is not None:
-            return asked.class_names
+        if evaluation.class_names is not None:
+            return evaluation.class_names
         if job.data is not None:
             return open_source(job.data, config.source, split="train").class_names
-        if job.val_data is None and is_tensor_set(asked.place):
+        if job.val_data is None and is_tensor_set(evaluation.place):
             raise ConfigError(
                 f"{job.uri} has no held-out images: pass some by --data or --val-data"
             )
         return open_source(
-            job.val_data or asked.place,
+            job.val_data or evaluation.place,
             config.source,
             split="val",
             dedicated=job.val_data is not None,
@@ -100,46 +100,46 @@ def open_run(asked: Asked) -> Run:
 
     def opened(split: str) -> Any:
         if split == "train":
-            return asked.own or foreign_set(asked, names())
+            return evaluation.own or foreign_set(evaluation, names())
         return open_split(
             config, "train" if split == "real" else "val", run.source("train").class_names
         )
 
-    width = 13 + (16 if asked.attack.names else 0)
+    width = 13 + (16 if evaluation.attack.names else 0)
     run = Run(
-        store=Store(asked.out),
+        store=Store(evaluation.out),
         config=config,
         resources=job.resources,
         open_source=opened,
         # The longest name of an architecture would touch the numbers.
         progress=lambda name: StageLine(f"{name:<{width}}"),
-        connect=lambda: endings.join_cluster(asked.out, job.resources, verbose=job.verbose),
+        connect=lambda: endings.join_cluster(evaluation.out, job.resources, verbose=job.verbose),
         unsafe_commits=job.allow_unsafe_commits,
     )
     return run
 
 
-def foreign_set(asked: Asked, names: tuple[str, ...]) -> Source | TensorSet:
+def foreign_set(evaluation: Evaluation, names: tuple[str, ...]) -> Source | TensorSet:
     """Return the images that somebody else distilled, with their classes matched to `names`."""
-    job, source = asked.job, asked.config.source
-    if is_tensor_set(asked.place):
+    job, source = evaluation.job, evaluation.config.source
+    if is_tensor_set(evaluation.place):
         _require_order(names)
-        return open_tensor_set(asked.place, source, names)
+        return open_tensor_set(evaluation.place, source, names)
     if job.classes == "names":
-        return open_source(asked.place, source, split="train", class_names=names)
-    found = open_source(asked.place, source, split="train")
-    if len(found.class_names) != len(names):
+        return open_source(evaluation.place, source, split="train", class_names=names)
+    opened = open_source(evaluation.place, source, split="train")
+    if len(opened.class_names) != len(names):
         raise DataError(
-            f"--classes order: expected {len(names)} classes as the held-out images have, found {len(found.class_names)} in "
+            f"--classes order: expected {len(names)} classes as the held-out images have, found {len(opened.class_names)} in "
             f"{job.uri}"
         )
-    ordered = names if {*found.class_names} == {*names} else by_number(found.class_names)
+    ordered = names if {*opened.class_names} == {*names} else by_number(opened.class_names)
     if ordered is not names:
         _require_order(names)
-    if ordered != found.class_names:
-        found = open_source(asked.place, source, split="train", class_names=ordered)
-    found.class_names = names
-    return found
+    if ordered != opened.class_names:
+        opened = open_source(evaluation.place, source, split="train", class_names=ordered)
+    opened.class_names = names
+    return opened
 
 
 def _require_order(names: tuple[str, ...]) -> None:

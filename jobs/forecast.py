@@ -64,12 +64,12 @@ def unit_times(path: Path = MEASURED) -> UnitTimes:
     """Return what `jobs/bench.py gpu` measured, if it ended, or what is assumed."""
     if not path.is_file():
         return ASSUMED
-    found = json.loads(path.read_text())
-    rates = found["unit_times"]
-    if found["state"] != "complete" or found["settings"]["quick"] or len(rates) < 4:
+    record = json.loads(path.read_text())
+    rates = record["unit_times"]
+    if record["state"] != "complete" or record["settings"]["quick"] or len(rates) < 4:
         return ASSUMED
     of = {name.removesuffix("_images_per_s"): rate for name, rate in rates.items()}
-    return UnitTimes(found["chip"], f"measured {found['date'][:10]}", **of)
+    return UnitTimes(record["chip"], f"measured {record['date'][:10]}", **of)
 
 
 @cache
@@ -130,7 +130,7 @@ def price(config: DistillConfig, num_classes: int, num_images: int, times: UnitT
     return Price(making_h, students_h, len(units))
 
 
-def told(run: Run) -> str | None:
+def price_line(run: Run) -> str | None:
     """Return a line with both prices where a run trains fewer students than the full table has, if that takes over a minute."""
     full, source = full_table(run.config), run.source("train")
     if full.evaluate == run.config.evaluate:

@@ -38,7 +38,7 @@ _CHANGED_BY = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Typed:
     """What was typed that the measuring depends on; what is None was left open."""
 
     data: str
@@ -53,26 +53,26 @@ class Asked:
 class Auto:
     """What `auto` saw: the record of a run has it, and the same is chosen from it again."""
 
-    asked: Asked
+    typed: Typed
     measured: Measured
     has_gpu: bool
 
     def record(self) -> dict[str, Any]:
         """Return what run.json keeps."""
         measured = asdict(self.measured)
-        return {"asked": _plain(self.asked), "measured": measured, "has_gpu": self.has_gpu}
+        return {"asked": _plain(self.typed), "measured": measured, "has_gpu": self.has_gpu}
 
     def choose(self, ipc: int, variant: str) -> tuple[DistillConfig, dict[str, str]]:
         """Return the options, and why."""
-        asked = self.asked
+        typed = self.typed
         config, reasons = choose(
-            self.measured, self.has_gpu, ipc, image_size=asked.image_size, variant=variant
+            self.measured, self.has_gpu, ipc, image_size=typed.image_size, variant=variant
         )
-        if asked.val_data is not None or asked.val_fraction is not None:
+        if typed.val_data is not None or typed.val_fraction is not None:
             # What was typed comes over it.
             config = replace(config, val_fraction=None)
             reasons |= {"held out": "as you say"}
-        return replace(config, data=asked.data), reasons
+        return replace(config, data=typed.data), reasons
 
 
 def placeholder(data: str, ipc: int, channels: int | None) -> DistillConfig:
@@ -108,7 +108,7 @@ def look(
         DataError: The images cannot be used.
         ArtifactError: They cannot be reached.
     """
-    asked = Asked(
+    typed = Typed(
         data=config.data,
         val_data=config.val_data,
         val_fraction=config.val_fraction,
@@ -117,13 +117,13 @@ def look(
         reading=config.source,
     )
     known = None if record is None else _recorded(record)
-    if known is not None and known.get("asked") == _plain(asked):
+    if known is not None and known.get("asked") == _plain(typed):
         measured = Measured.read(known["measured"])
-        return Auto(asked=asked, measured=measured, has_gpu=known["has_gpu"])
+        return Auto(typed=typed, measured=measured, has_gpu=known["has_gpu"])
     in_driver = resources.executor == "here" or resources.num_workers == 0
     ask_cluster = ask_cluster and not in_driver and bool(os.environ.get("RAY_ADDRESS"))
     has_gpu = _has_gpu(resources, ask_cluster=ask_cluster, verbose=verbose)
-    return Auto(asked=asked, measured=_prepared(asked) or _measured(asked), has_gpu=has_gpu)
+    return Auto(typed=typed, measured=_prepared(typed) or _measured(typed), has_gpu=has_gpu)
 
 
 def _has_gpu(resources: Resources, *, ask_cluster: bool, verbose: bool) -> bool:
@@ -141,9 +141,9 @@ def _has_gpu(resources: Resources, *, ask_cluster: bool, verbose: bool) -> bool:
     return torch.cuda.is_available()
 
 
-def _plain(asked: Asked) -> dict[str, Any]:
+def _plain(typed: Typed) -> dict[str, Any]:
     """Return what was typed as JSON has it."""
-    return {name: repr(value) for name, value in vars(asked).items()}
+    return {name: repr(value) for name, value in vars(typed).items()}
 
 
 def _recorded(store: Store) -> dict[str, Any] | None:
@@ -154,37 +154,37 @@ def _recorded(store: Store) -> dict[str, Any] | None:
     return record.get(RECORD_KEY) if isinstance(record, dict) else None
 
 
-def _prepared(asked: Asked) -> Measured | None:
+def _prepared(typed: Typed) -> Measured | None:
     """Return what jobs/prepare.py measured, where the data are its output and nothing else is wanted."""
-    elsewhere = asked.reading.bucket != SourceConfig().bucket or _PATTERN.search(asked.data)
-    if asked.val_fraction is not None or elsewhere:
+    elsewhere = typed.reading.bucket != SourceConfig().bucket or _PATTERN.search(typed.data)
+    if typed.val_fraction is not None or elsewhere:
         return None
     try:
-        manifest = of_prepared(read_sealed(Store(asked.data), PREPARED_KEY))
+        manifest = of_prepared(read_sealed(Store(typed.data), PREPARED_KEY))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if manifest is None or asked.channels not in (None, manifest.channels):
+    if manifest is None or typed.channels not in (None, manifest.channels):
         return None
-    if manifest.held_out is None and asked.val_data is None:
+    if manifest.held_out is None and typed.val_data is None:
         raise DataError(
-            f"{asked.data}: {PREPARED_KEY} says that no images are held out to test on; pass some as --val-data, or prepare again "
+            f"{typed.data}: {PREPARED_KEY} says that no images are held out to test on; pass some as --val-data, or prepare again "
             "with --val-fraction 0.05 and --overwrite"
         )
     return manifest
 
 
-def _measured(asked: Asked) -> Measured:
-    source = open_source(asked.data, asked.reading, split="train")
+def _measured(typed: Typed) -> Measured:
+    source = open_source(typed.data, typed.reading, split="train")
     held_out: int | None = -1
-    if asked.val_data is None and asked.val_fraction is None:
-        held_out = _held_out_of(asked, source.class_names)
-    return measure(source, held_out=held_out, channels=asked.channels, image_size=asked.image_size)
+    if typed.val_data is None and typed.val_fraction is None:
+        held_out = _held_out_of(typed, source.class_names)
+    return measure(source, held_out=held_out, channels=typed.channels, image_size=typed.image_size)
 
 
-def _held_out_of(asked: Asked, class_names: tuple[str, ...]) -> int | None:
+def _held_out_of(typed: Typed, class_names: tuple[str, ...]) -> int | None:
     """Return how many held-out images the data bring: None when none, -1 when only reading tells."""
     try:
-        source = open_source(asked.data, asked.reading, split="val", class_names=class_names)
+        source = open_source(typed.data, typed.reading, split="val", class_names=class_names)
     except NoSuchSplitError:
         return None
     return -1 if source.num_images is None else source.num_images
@@ -206,7 +206,7 @@ def told_network(network: NetworkConfig) -> str:
     return f"{network.arch}{wide}{' with a small stem' if network.small_stem else ''}"
 
 
-def told(config: DistillConfig, reasons: dict[str, str], typed: Sequence[str]) -> list[str]:
+def choice_lines(config: DistillConfig, reasons: dict[str, str], typed: Sequence[str]) -> list[str]:
     """Return five lines: what a run does, why, and what changes it.
 
     Args:

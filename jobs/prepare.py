@@ -32,7 +32,7 @@ from wmdd_ray.spine.claims import is_of, read_claim
 from wmdd_ray.spine.provenance import versions
 from wmdd_ray.spine.run import Run, expected_plan, run_pipeline
 from wmdd_ray.store.documents import FileEntry, encode_manifest, entries_of, read_sealed
-from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.filesystem import Store, file_at
 from wmdd_ray.store.sources import Source, open_source
 from wmdd_ray.store.sources.classes import check_class_names, shown
 from wmdd_ray.store.sources.listing import NoSuchSplitError
@@ -175,9 +175,9 @@ def _open_held_out(job: Job, train: Source) -> Any:
 
 def _read_names(uri: str) -> tuple[str, ...]:
     """Return the class names in a file, in label order."""
-    folder, _, name = uri.rpartition("/")
+    store, name = file_at(uri)
     try:
-        names = parse_class_names(Store(folder or ".").get(name).decode("utf-8-sig"), name)
+        names = parse_class_names(store.get(name).decode("utf-8-sig"), name)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ConfigError(
             f"--classes {uri}: expected a file with class names, found none"

@@ -24,7 +24,7 @@ from wmdd_ray.config import DistillConfig, refuse_secrets
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError, WmddError
 from wmdd_ray.product.tables import size
 from wmdd_ray.redaction import PlainFormatter
-from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.filesystem import Store, file_at
 from wmdd_ray.store.sources import Source
 from wmdd_ray.store.uris import check_named
 from wmdd_ray.units.cut import open_split
@@ -95,8 +95,7 @@ def main(arguments: list[str]) -> int:
 def _target(report: Report) -> tuple[Store, str]:
     if report.out is None:
         return Store(report.run), REPORT_KEY
-    folder, _, name = report.out.rpartition("/")
-    return Store(folder or ("/" if report.out.startswith("/") else ".")), name
+    return file_at(report.out)
 
 
 def page_of(
@@ -109,16 +108,9 @@ def page_of(
     card: str | None = CARD_KEY,
     follow_data: bool = False,
 ) -> bytes:
-    """Return the page of the run under `store`.
+    """Return the page of the run under `store`, by its recorded configuration where no other is given.
 
-    Args:
-        store: Root of the run.
-        config: The run's configuration; None takes what the run has recorded.
-        source: Its training images; None opens them, where they are named by the caller.
-        classes: Labels to show in full; none takes a selection.
-        data: Where the training images are now.
-        card: Where the set's card lies, seen from the page.
-        follow_data: Whether they are opened where the run says that it read them.
+    Without a `source` the training images are opened at `data`, or with `follow_data` where the run says that it read them.
 
     Raises:
         ConfigError: There is no run, or no such class.
@@ -145,7 +137,7 @@ def page_of(
                 raise DataError("a place is not read because a run names it")
             if data is None:
                 check_named(facts.config.data, store.uri)
-            source = _open(facts.config)
+            source = open_split(facts.config, "train")
         except WmddError as error:
             if data is not None:
                 raise
@@ -161,10 +153,6 @@ def page_of(
         source = None
     shown, absent = shown_classes(facts, source, chosen_labels(num_classes, classes))
     return render(facts, shown, [*missing, *absent], card)
-
-
-def _open(config: DistillConfig) -> Source:
-    return open_split(config, "train")
 
 
 if __name__ == "__main__":

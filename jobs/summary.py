@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from wmdd_ray.product.tables import ROW_NAMES, results_table, size
 from wmdd_ray.spine.rooms import StageCommit
@@ -38,7 +39,7 @@ def print_plan(root: str, runs: Sequence[tuple[Run, tuple[Stage, ...]]]) -> None
             name = names.pop(0)
             print(f"{stage.name:<12} {name:<{wide}} {state:<34} {units:>12} {about:>9}")
     for run, stages in runs:
-        if stages[-1].name == "evaluate" and (prices := forecast.told(run)) is not None:
+        if stages[-1].name == "evaluate" and (prices := forecast.price_line(run)) is not None:
             print(prices)
     run = runs[0][0]
     if run.config.data != "digits":
@@ -88,18 +89,15 @@ def print_summary(
         )
         for reason in commits["features"].metrics["bad_images"][:5]:
             print(f"skipped         {reason}")
-    told = commits["features"].metrics.get("files_seen") if "features" in commits else None
-    if told and run.config.data != "digits":
-        print(f"real images     {told}")
+    account = commits["features"].metrics.get("files_seen") if "features" in commits else None
+    if account and run.config.data != "digits":
+        print(f"real images     {account}")
     if report is not None:
         print(f"report          {report}")
     if "evaluation" in commits:
-        found = commits["evaluation"].metrics
-        student = found["student"]["network"]["arch"]
-        print(
-            f"student         {student}, from scratch; teacher's top-1 {100 * found['teacher_top1']:.1f} %\n"
-        )
-        print(results_table(found["table"], for_page=False))
+        metrics = commits["evaluation"].metrics
+        print(f"{_students_line(metrics)}\n")
+        print(results_table(metrics["table"], for_page=False))
     print(f"\n{'stage':<12} {'committed in':>14} {'inside core':>14}")
     for commit in commits.values():
         core = commit.metrics.get("seconds_in_core")
@@ -119,15 +117,14 @@ def print_several(
     )
     whole = [(run, commits) for run, commits in made if "evaluation" in commits]
     if whole:
-        found = whole[0][1]["evaluation"].metrics
-        student, kinds = found["student"]["network"]["arch"], found["student"]["labels"]
+        metrics = whole[0][1]["evaluation"].metrics
         rows = list(
             dict.fromkeys(r["row"] for _, c in whole for r in c["evaluation"].metrics["table"])
         )
         print(
-            f"student         {student}, from scratch; teacher's top-1 {100 * found['teacher_top1']:.1f} %\n"
+            f"{_students_line(metrics)}\n"
             f"all results     python jobs/compare.py {root}\n\n"
-            f"Top-1 % by {' / '.join(kinds)} labels:\n\n"
+            f"Top-1 % by {' / '.join(metrics['student']['labels'])} labels:\n\n"
             f"| ipc | images | size | {' | '.join(ROW_NAMES.get(row, row) for row in rows)} |\n"
             f"|---:|---:|---:|{'---:|' * len(rows)}"
         )
@@ -141,6 +138,11 @@ def print_several(
         stored = f"{size(set_made['image_bytes'])} + {size(set_made['label_bytes'])} of labels"
         print(f"| {run.config.ipc} | {set_made['num_images']} | {stored} | {' | '.join(cells)} |")
     print(f"\nthis run took {duration(seconds)}")
+
+
+def _students_line(metrics: dict[str, Any]) -> str:
+    arch, top1 = metrics["student"]["network"]["arch"], metrics["teacher_top1"]
+    return f"student         {arch}, from scratch; teacher's top-1 {100 * top1:.1f} %"
 
 
 def write_report(run: Run) -> str | None:

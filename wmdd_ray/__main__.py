@@ -20,14 +20,14 @@ def main() -> None:
         print(__version__)
         sys.exit(0)
     if name not in _COMMANDS:
-        asked = name in ("-h", "--help")
+        wants_help = name in ("-h", "--help")
         known = "\n".join(f"  {each:<10} {_about(each)}" for each in _COMMANDS)
         print(
-            f"{'' if asked else f'error: expected a command, got {name!r}'}\nusage: wmdd-ray COMMAND [OPTIONS]\n\n{known}\n\n"
+            f"{'' if wants_help else f'error: expected a command, got {name!r}'}\nusage: wmdd-ray COMMAND [OPTIONS]\n\n{known}\n\n"
             "`wmdd-ray COMMAND --help` explains the options.".lstrip(),
-            file=sys.stdout if asked else sys.stderr,
+            file=sys.stdout if wants_help else sys.stderr,
         )
-        sys.exit(0 if asked else 2)
+        sys.exit(0 if wants_help else 2)
     sys.argv[:] = [f"wmdd-ray {name}", *arguments]
     try:
         job("command_line").run(job(name).main)

@@ -70,9 +70,9 @@ def distill(**options: Any) -> Run:
         WmddError: A subclass says what is wrong.
     """
     command = job("distill")
-    asked = _parsed(command.parse_all, _words(options))
-    command.distill(asked)
-    return Run(Store(command.root_of(asked[0])).uri)
+    jobs = _parsed(command.parse_all, _words(options))
+    command.distill(jobs)
+    return Run(Store(command.root_of(jobs[0])).uri)
 
 
 def prepare(source: str, **options: Any) -> str:
@@ -89,12 +89,12 @@ def prepare(source: str, **options: Any) -> str:
         WmddError: A subclass says what is wrong.
     """
     command = job("prepare")
-    asked = _parsed(
+    parsed = _parsed(
         lambda words: command.command_line.parse(command.Job, words, description=None),
         [source, *_words(options)],
     )
-    command.prepare(asked)
-    return Store(asked.out).uri
+    command.prepare(parsed)
+    return Store(parsed.out).uri
 
 
 def evaluate(uri: str, **options: Any) -> dict[str, Any]:
@@ -111,9 +111,9 @@ def evaluate(uri: str, **options: Any) -> dict[str, Any]:
         WmddError: A subclass says what is wrong.
     """
     command = job("evaluate")
-    asked = _parsed(lambda words: command.parse(words, None), [uri, *_words(options)])
-    command.evaluate(asked)
-    return read_sealed(Store(asked.out), "results.json")
+    parsed = _parsed(lambda words: command.parse(words, None), [uri, *_words(options)])
+    command.evaluate(parsed)
+    return read_sealed(Store(parsed.out), "results.json")
 
 
 def load_dataset(uri: str, **options: Any) -> DistilledDataset:

@@ -48,7 +48,6 @@ from wmdd_ray.store import codecs, documents, packing
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.images import decode_png
 from wmdd_ray.store.label_files import VIEW_BYTES
-from wmdd_ray.store.uris import check_named
 
 Item = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Block = tuple[Views, SoftLabels]
@@ -168,7 +167,7 @@ class DistilledDataset(Dataset[Item]):
         labels = take_labels(concatenate_labels([labels for _, labels in parts]), place_B)
         pixels = render_views(self.stored_images(), views, self.image_size)
         logits = self._logits_of(pixels) if self.online else torch.from_numpy(decompress(labels))
-        weights = torch.from_numpy(self._loss_weights()[views.image_V])
+        weights = torch.from_numpy(self._image_arrays()[3][views.image_V])
         return list(zip(pixels.unbind(), logits.unbind(), weights.unbind(), strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -269,7 +268,6 @@ class DistilledDataset(Dataset[Item]):
                     "URI of held-out images, or follow_data=True if this set is yours"
                 )
             named = documents.real_images_of(self.uri, self.manifest)
-            check_named(named, self.uri)
         config = SourceConfig(
             image_size=self.image_size,
             resize=self.teacher().resize,
@@ -371,9 +369,6 @@ class DistilledDataset(Dataset[Item]):
         in_float = self.manifest["format_version"] == documents.FLOAT_VIEWS_VERSION
         return StoredImages(self.images, self.mean_C, self.std_C, device, in_float=in_float)
 
-    def _loss_weights(self) -> np.ndarray:
-        return self._image_arrays()[3]
-
     def _label_spans(self) -> list[tuple[int, int, list[str]]]:
         """Return (first epoch, number of epochs, keys) of each block of label epochs, in order."""
         files_of: dict[tuple[int, int], list[documents.FileEntry]] = {}
@@ -392,10 +387,10 @@ class DistilledDataset(Dataset[Item]):
             spans.append((first, last - first + 1, [file.key for file in files]))
             covered = last + 1
         if covered != self.label_epochs or len(spans) < len(files_of):
-            found = sum(max(0, last - first + 1) for first, last in files_of)
+            num_epochs = sum(max(0, last - first + 1) for first, last in files_of)
             raise ArtifactError(
                 f"{self.uri}/manifest.json: expected files for label epochs 0 to "
-                f"{self.label_epochs - 1}, found {found} epochs; run assemble again"
+                f"{self.label_epochs - 1}, found {num_epochs} epochs; run assemble again"
             )
         self._starts = [first for first, _, _ in spans]
         return spans

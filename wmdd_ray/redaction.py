@@ -39,8 +39,8 @@ def uri_fault(uri: str) -> str | None:
         )
     if is_uri and "::" in plain:
         return "expected a URI of one place, got one with :: that opens another inside of it; pass that one, as s3://bucket/prefix"
-    if found := _ONE_SLASH.match(plain):
-        return f"expected two slashes in a URI, as {found[1]}://bucket/prefix"
+    if one_slash := _ONE_SLASH.match(plain):
+        return f"expected two slashes in a URI, as {one_slash[1]}://bucket/prefix"
     return None
 
 

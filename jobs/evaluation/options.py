@@ -32,7 +32,6 @@ from wmdd_ray.spine.taken import runs_in
 from wmdd_ray.store.documents import real_images_of
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources.listing import NothingThereError, list_files
-from wmdd_ray.store.uris import check_named
 
 from .. import command_line, endings
 from .own_set import (
@@ -41,6 +40,7 @@ from .own_set import (
     recipe_of_ours,
     set_of_ours,
     source_of_ours,
+    source_of_teacher,
     stored_as,
 )
 
@@ -117,7 +117,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Evaluation:
     """A job made complete: the set, the configuration of its students, their architectures, and where results go.
 
     `place` is where the set lies: of one from the hub on this disk.
@@ -133,7 +133,7 @@ class Asked:
     out: str
 
 
-def parse(arguments: list[str], description: str | None) -> Asked:
+def parse(arguments: list[str], description: str | None) -> Evaluation:
     """Return what a command line asks for: defaults come from the set, its recipe and the teacher; --help shows `description`."""
     if command_line.asks_for_help(arguments):
         command_line.parse(Job, arguments, description=description, first=_FIRST)
@@ -161,20 +161,10 @@ def parse(arguments: list[str], description: str | None) -> Asked:
     source = base.source
     if own is not None:
         source = source_of_ours(own, source)
-    elif known.teacher is not None and (found := committed_teachers(known.teacher)) is not None:
-        teacher, num_teachers = found
+    elif known.teacher is not None and (labelers := committed_teachers(known.teacher)) is not None:
+        teacher, num_teachers = labelers
         class_names = teacher.class_names
-        source = replace(
-            source,
-            format="auto",
-            image_size=teacher.image_size,
-            resize=teacher.resize,
-            channels=cast(Any, teacher.channels),
-            mean=teacher.mean_C,
-            std=teacher.std_C,
-            interpolation=teacher.interpolation,
-            exif_orientation=teacher.exif_orientation,
-        )
+        source = source_of_teacher(teacher, source)
     elif known.teacher is not None and known.teacher.startswith(("torchvision:", "timm:")):
         from wmdd_ray.core.published import published
 
@@ -224,7 +214,7 @@ def _completed(
     class_names: tuple[str, ...] | None,
     source: SourceConfig,
     num_teachers: int,
-) -> Asked:
+) -> Evaluation:
     """Return the job with its short options filled in, or a ConfigError that says which of them cannot be."""
     # Imported here: it loads torch, which a wrong option should not have to wait for.
     from wmdd_ray.core.architectures import check_name
@@ -284,7 +274,7 @@ def _completed(
         ),
         evaluate=evaluate,
     )
-    return Asked(
+    return Evaluation(
         job=job,
         place=place,
         own=own,
@@ -305,9 +295,7 @@ def _named_data(job: Job, own: Any) -> str | None:
     if uri == "digits":
         return uri
     if job.follow_data:
-        uri = real_images_of(own.uri, own.meta)
-        check_named(uri, own.uri)
-        return uri
+        return real_images_of(own.uri, own.meta)
     if job.val_data is not None and not (job.baselines or job.evaluate.baselines):
         return None
     raise ConfigError(
@@ -319,23 +307,23 @@ def _named_data(job: Job, own: Any) -> str | None:
 def _attacks_of(job: Job) -> AttackConfig:
     """Return the attacks that are asked for."""
     names = _among("attacks", job.attacks, get_args(AttackName)) if job.attacks else ()
-    asked: dict[str, Any] = {}
+    typed: dict[str, Any] = {}
     if job.eps is not None:
         parts = [part for text in job.eps for part in text.split(",") if part]
         if not parts:
             raise ConfigError(
                 f"--eps: expected at least one budget, as 8/255, got {' '.join(job.eps)!r}"
             )
-        asked["eps"] = tuple(dict.fromkeys(parts))
+        typed["eps"] = tuple(dict.fromkeys(parts))
     if job.attack_images is not None:
-        asked["images"] = job.attack_images
-    if asked and not names:
-        option = "--eps" if "eps" in asked else "--attack-images"
+        typed["images"] = job.attack_images
+    if typed and not names:
+        option = "--eps" if "eps" in typed else "--attack-images"
         raise ConfigError(
             f"{option}: expected --attacks beside it, without which nobody is attacked; add --attacks "
             f"{','.join(get_args(AttackName))} or some of them, or leave it out"
         )
-    return AttackConfig(names=cast(tuple[AttackName, ...], names), **asked)
+    return AttackConfig(names=cast(tuple[AttackName, ...], names), **typed)
 
 
 def _listed(given: Sequence[str]) -> tuple[str, ...]:

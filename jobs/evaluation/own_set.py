@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from wmdd_ray.config import DistillConfig, EvaluateConfig, SourceConfig
 from wmdd_ray.errors import ArtifactError
@@ -77,16 +77,22 @@ def recipe_of_ours(own: Any) -> DistillConfig:
 
 def source_of_ours(own: Any, recipe: SourceConfig) -> SourceConfig:
     """Return how real images are brought to the input of a set of ours."""
-    meta = own.meta
-    teacher = codecs.decode_teacher(Store(own.uri).get("teacher.safetensors"))
+    meta, content = own.meta, Store(own.uri).get("teacher.safetensors")
+    teacher = codecs.decode_teacher_of(meta, content, f"{own.uri}/teacher.safetensors")
+    source = source_of_teacher(teacher, recipe)
+    return replace(source, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
+
+
+def source_of_teacher(teacher: Teacher, recipe: SourceConfig) -> SourceConfig:
+    """Return how real images are brought to the input of a teacher."""
     return replace(
         recipe,
         format="auto",
-        image_size=meta["image_size"],
+        image_size=teacher.image_size,
         resize=teacher.resize,
-        channels=meta["channels"],
-        mean=tuple(meta["mean"]),
-        std=tuple(meta["std"]),
+        channels=cast(Any, teacher.channels),
+        mean=teacher.mean_C,
+        std=teacher.std_C,
         interpolation=teacher.interpolation,
         exif_orientation=teacher.exif_orientation,
     )
@@ -110,9 +116,9 @@ def committed_teachers(spec: str) -> tuple[Teacher, int] | None:
 
 def stored_as(own: Any) -> dict[str, Any]:
     """Return how the labels of a set of ours are stored: those of baselines are rounded alike."""
-    told = own.meta.get("labels", {}) if own is not None else {}
+    options = own.meta.get("labels", {}) if own is not None else {}
     return {
-        name: told[name]
+        name: options[name]
         for name in ("compression", "top_k", "precision", "step", "batch_size")
-        if name in told
+        if name in options
     }

@@ -14,14 +14,14 @@ from wmdd_ray.telling.progress import duration
 from wmdd_ray.units.tensor_set import TensorSet
 
 from ..checks.report import many
-from .options import Asked
+from .options import Evaluation
 
 RESULTS_KEY = "results.json"
 
 
 def write_results(
     run: Run,
-    asked: Asked,
+    evaluation: Evaluation,
     commits: dict[str, StageCommit],
     table: list[dict[str, Any]],
     attacked: dict[str, Any] | None,
@@ -30,25 +30,25 @@ def write_results(
     given, teacher = run.source("train"), commits.get("teacher")
     document = {
         "set": {
-            "uri": asked.own.uri if asked.own is not None else asked.job.uri,
+            "uri": evaluation.own.uri if evaluation.own is not None else evaluation.job.uri,
             "fingerprint": given.fingerprint(),
-            "ours": asked.own is not None,
+            "ours": evaluation.own is not None,
             "class_names": list(given.class_names),
-            "stored": stored_of(asked, given),
+            "stored": stored_of(evaluation, given),
         },
         "held_out": {
-            "uri": asked.config.val_data or asked.config.data,
+            "uri": evaluation.config.val_data or evaluation.config.data,
             "fingerprint": run.source("val").fingerprint(),
         },
-        "teacher": teacher_told(asked, teacher),
-        "seeds": list(range(asked.config.evaluate.num_seeds)),
+        "teacher": teacher_told(evaluation, teacher),
+        "seeds": list(range(evaluation.config.evaluate.num_seeds)),
         "students": {
             student: {
                 name: commits[student].metrics[name]
                 for name in ("student", "hardware", "versions", "git_revision")
             }
             | {"fingerprint": commits[student].fingerprint, "options": commits[student].options}
-            for student in asked.students
+            for student in evaluation.students
         },
         "table": table,
     }
@@ -57,29 +57,29 @@ def write_results(
     run.store.put(RESULTS_KEY, seal(document))
 
 
-def stored_of(asked: Asked, given: Any) -> dict[str, Any]:
+def stored_of(evaluation: Evaluation, given: Any) -> dict[str, Any]:
     """Return what a set keeps, and of ours what made it."""
-    if asked.own is None:
+    if evaluation.own is None:
         each, left = divmod(given.num_images or 1, len(given.class_names))
         return {"image_bytes": given.total_bytes, **({} if left else {"ipc": each})}
-    meta = asked.own.meta
+    meta = evaluation.own.meta
     about = {name: meta[name] for name in ("ipc", "image_bytes", "label_bytes")}
     return {**about, "recipe": meta["provenance"]["recipe"], "method": method_of(meta)}
 
 
-def teacher_told(asked: Asked, teacher: StageCommit | None) -> dict[str, Any] | None:
+def teacher_told(evaluation: Evaluation, teacher: StageCommit | None) -> dict[str, Any] | None:
     """Return whose soft labels they are, and its top-1 on held-out images; with `labelers_top1` the mean of several."""
-    if asked.own is not None:
-        meta = asked.own.meta
+    if evaluation.own is not None:
+        meta = evaluation.own.meta
         return {
-            "uri": asked.own.uri,
+            "uri": evaluation.own.uri,
             "top1": meta["teacher_top1"],
             **_labelers(meta.get("teachers_top1")),
         }
     if teacher is None:
         return None
     return {
-        "uri": asked.job.teacher,
+        "uri": evaluation.job.teacher,
         "top1": teacher.metrics["top1"],
         **_labelers(teacher.metrics.get("teachers_top1")),
         "sha256": teacher.file("teacher.safetensors").sha256,
@@ -92,16 +92,16 @@ def _labelers(top1: list[float] | None) -> dict[str, Any]:
 
 def print_summary(
     run: Run,
-    asked: Asked,
+    evaluation: Evaluation,
     commits: dict[str, StageCommit],
     table: list[dict[str, Any]],
     attacked: dict[str, Any] | None,
     seconds: float,
 ) -> None:
     """Print what was tested, the table, and where it lies."""
-    teacher = teacher_told(asked, commits.get("teacher"))
-    recipe = asked.config.evaluate
-    uri = asked.own.uri if asked.own is not None else asked.job.uri
+    teacher = teacher_told(evaluation, commits.get("teacher"))
+    recipe = evaluation.config.evaluate
+    uri = evaluation.own.uri if evaluation.own is not None else evaluation.job.uri
     print()
     given = run.source("train")
     print(f"set             {uri}{f' ({given.told})' if isinstance(given, TensorSet) else ''}")

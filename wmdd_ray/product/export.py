@@ -236,12 +236,12 @@ def _documents(
         license_name=license_name,
         teacher_sha256=by_key[_TEACHER_KEY].sha256 if _TEACHER_KEY in by_key else None,
     )
-    found = {"README.md": card.encode()}
+    documents = {"README.md": card.encode()}
     if _PREVIEW_KEY in by_key and layout != "imagefolder":
-        found[_PREVIEW_KEY] = read_verified(source, by_key[_PREVIEW_KEY])
+        documents[_PREVIEW_KEY] = read_verified(source, by_key[_PREVIEW_KEY])
     if layout != "huggingface":
-        found["classes.json"] = dump_json(meta["class_names"])
-    return found
+        documents["classes.json"] = dump_json(meta["class_names"])
+    return documents
 
 
 def figures(source: Store) -> list[dict[str, Any]] | None:
@@ -398,8 +398,8 @@ def _labeler(teachers: Sequence[Teacher], side: int) -> Callable[[list[Row]], li
 
 
 def _about(row: Row, class_names: Sequence[str]) -> dict[str, Any]:
-    found = {"label": row.label, "class": class_names[row.label], "weight": row.weight}
-    return found if row.logits_Y is None else {**found, "logits": row.logits_Y.tolist()}
+    about = {"label": row.label, "class": class_names[row.label], "weight": row.weight}
+    return about if row.logits_Y is None else {**about, "logits": row.logits_Y.tolist()}
 
 
 def _image_folder(rows: list[Row], place: _Target) -> dict[str, bytes]:
@@ -438,8 +438,8 @@ def _parquet(rows: list[Row], place: _Target) -> dict[str, bytes]:
         logits = [row.logits_Y for row in rows]
         columns["logits"] = pa.array(logits, type=pa.list_(pa.float32()))
         features["logits"] = {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "List"}
-    told = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
     sink = io.BytesIO()
-    table = pa.table(columns).replace_schema_metadata(told)
+    table = pa.table(columns).replace_schema_metadata(metadata)
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return {f"data/train-{place.part:05d}-of-{place.num_parts:05d}.parquet": sink.getvalue()}

@@ -56,22 +56,22 @@ def results_table(table: list[dict[str, Any]], *, for_page: bool = True) -> str:
         f"|---|{'---|' if several else ''}---:|---:|{'---:|' * len(kinds)}---:|",
     ]
     for student, name in dict.fromkeys((row.get("student", ""), row["row"]) for row in table):
-        found = {
+        by_kind = {
             row["labels"]: row
             for row in table
             if (row.get("student", ""), row["row"]) == (student, name)
         }
-        told = " | ".join(
-            f"{100 * found[kind]['top1_mean']:.1f} ± {100 * found[kind]['top1_std']:.1f}"
-            if kind in found
+        cells = " | ".join(
+            f"{100 * by_kind[kind]['top1_mean']:.1f} ± {100 * by_kind[kind]['top1_std']:.1f}"
+            if kind in by_kind
             else ""
             for kind in kinds
         )
-        row = next(iter(found.values()))
+        row = next(iter(by_kind.values()))
         lines.append(
             f"| {f'{text(student)} | ' if several else ''}{ROW_NAMES.get(name) or text(name)} | {row['num_images']} | "
             f"{row['epochs']} | "
-            f"{told} | {row['num_seeds']} |"
+            f"{cells} | {row['num_seeds']} |"
         )
     return "\n".join([*lines, *(f"\n{text(sentence)}" for sentence in behind_real(table))])
 
@@ -180,4 +180,4 @@ def escaped(name: object) -> str:
     """
     plain = "".join(c if c.isprintable() else " " for c in str(name))
     plain = _MARKS.sub(r"\\\g<0>", plain)
-    return _HTML.sub(lambda found: f"&#{ord(found[0])};", plain)
+    return _HTML.sub(lambda match: f"&#{ord(match[0])};", plain)

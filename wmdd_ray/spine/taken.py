@@ -24,10 +24,10 @@ _ABOVE = ".."
 
 def origin_of(store: Store) -> Store | None:
     """Return the run whose teacher and features the run under `store` uses; None when it has its own."""
-    found = _read(store)
-    if found is None:
+    note = _read(store)
+    if note is None:
         return None
-    uri = str(found["from"])
+    uri = str(note["from"])
     return Store(store.uri.rpartition("/")[0] if uri == _ABOVE else uri)
 
 
@@ -70,18 +70,18 @@ def take(run: Run, stages: Sequence[Stage], *, overwrite: bool = False, anew: bo
                 f"{run.store.uri} was begun with the features of {before.uri}; pass that by --features, or another --out"
             )
         return
-    asked = f"--features {run.origin.uri}"
+    option = f"--features {run.origin.uri}"
     run.relatives = (*run.relatives, run.origin, *runs_in(run.origin))
     if any(Room(run.store, name).read_plan() is not None for name in TAKEN):
         raise ConfigError(
-            f"{asked}: expected an --out without a teacher/ or features/ of its own, found one in {run.store.uri}; pass another "
+            f"{option}: expected an --out without a teacher/ or features/ of its own, found one in {run.store.uri}; pass another "
             "--out, or leave --features out"
         )
-    note = _checked(run, stages, asked)
+    note = _checked(run, stages, option)
     same = noted is not None and noted["features"] == note["features"]
     if noted is not None and same and noted["teacher"] != note["teacher"] and not anew:
         raise ConfigError(
-            f"{run.store.uri} was begun with another teacher than that of {asked}, which was made anew since; pass another --out"
+            f"{run.store.uri} was begun with another teacher than that of {option}, which was made anew since; pass another --out"
         )
     # Without --overwrite the stage whose input is another one says so.
     if noted != note and (noted is None or same or overwrite):
@@ -89,7 +89,7 @@ def take(run: Run, stages: Sequence[Stage], *, overwrite: bool = False, anew: bo
         run.store.put(KEY, seal(note))
 
 
-def _checked(run: Run, stages: Sequence[Stage], asked: str) -> dict[str, Any]:
+def _checked(run: Run, stages: Sequence[Stage], option: str) -> dict[str, Any]:
     """Return what is noted of the rooms that a run takes; a ConfigError says why they are not those that it would make."""
     assert run.origin is not None
     commits: dict[str, StageCommit] = {}
@@ -97,13 +97,13 @@ def _checked(run: Run, stages: Sequence[Stage], asked: str) -> dict[str, Any]:
         commit = run.room(stage.room).read_commit()
         if commit is None:
             raise ConfigError(
-                f"{asked}: expected the --out of a run with a committed teacher/ and features/, found no {stage.room}/stage.json "
+                f"{option}: expected the --out of a run with a committed teacher/ and features/, found no {stage.room}/stage.json "
                 "there; let that run come so far first (--until features)"
             )
         plan = expected_plan(run, stage, {name: c.fingerprint for name, c in commits.items()})
         if commit.fingerprint != plan["fingerprint"]:
             raise ConfigError(
-                f"{asked}: its {stage.room}/ was made with {difference(asdict(commit), plan)}; give both runs the same, or leave "
+                f"{option}: its {stage.room}/ was made with {difference(asdict(commit), plan)}; give both runs the same, or leave "
                 "--features out"
             )
         commits[stage.room] = commit
@@ -112,8 +112,8 @@ def _checked(run: Run, stages: Sequence[Stage], asked: str) -> dict[str, Any]:
     of = commits["features"].metrics.get("teacher_sha256")
     if of is not None and of not in teachers.values():
         raise ConfigError(
-            f"{asked}: expected features of the teacher that lies there, whose SHA-256 is {next(iter(teachers.values()))[:12]}..., "
-            f"found those of {of[:12]}...; make them again there (--from features --overwrite)"
+            f"{option}: expected features of the teacher that lies there, whose SHA-256 is {next(iter(teachers.values()))[:12]}"
+            f"..., found those of {of[:12]}...; make them again there (--from features --overwrite)"
         )
     return {
         "from": _ABOVE if is_above(run.origin, run.store) else run.origin.uri,

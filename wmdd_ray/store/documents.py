@@ -17,6 +17,7 @@ from wmdd_ray.errors import ArtifactError
 from wmdd_ray.redaction import public
 from wmdd_ray.store.filesystem import Store, check_key
 from wmdd_ray.store.schemas import check
+from wmdd_ray.store.uris import check_named
 
 FORMAT_VERSION = 2
 FLOAT_VIEWS_VERSION = 1
@@ -191,14 +192,19 @@ def set_id(entries: Sequence[FileEntry]) -> str:
 
 
 def real_images_of(uri: str, manifest: dict[str, Any]) -> str:
-    """Return where the real images of a set are, of which its manifest has a folder's name only.
+    """Return where the real images of a set are, of which its manifest has a folder's name only, for somebody who follows it.
 
     The path stands in the record of the run that the set lies in, which is not published with it.
+
+    Raises:
+        ConfigError: It is a place that no set may name (`check_named`).
     """
     named = str(manifest["source"]["uri"])
     run = Store(uri.rstrip("/").rpartition("/")[0])
     try:
         data = str(load_json(run.get("run.json"), run.url("run.json"))["config"]["data"])
     except (FileNotFoundError, ArtifactError, KeyError, TypeError):
-        return named
-    return data if public(data) == named else named
+        data = named
+    place = data if public(data) == named else named
+    check_named(place, uri)
+    return place

@@ -297,6 +297,12 @@ class Store:
             raise ArtifactError(f"cannot {verb} {self.url(key)}: {what}") from error
 
 
+def file_at(uri: str) -> tuple[Store, str]:
+    """Return the store and the key of one file."""
+    folder, _, name = uri.rpartition("/")
+    return Store(folder or ("/" if uri.startswith("/") else ".")), name
+
+
 def _placed(target: Path, content: bytes, place: Callable[[Path, Path], bool]) -> bool:
     """Stage content beside its target and place it there; again when somebody has swept the room or emptied it meanwhile."""
     for attempt in range(_PLACINGS):

@@ -226,12 +226,12 @@ def trackers_of(reporting: Reporting, run: TrackedRun) -> list[Tracker]:
     Raises:
         ConfigError: One is not installed, or has no credentials.
     """
-    asked: tuple[tuple[str | None, Callable[[str, TrackedRun], Tracker]], ...] = (
+    places: tuple[tuple[str | None, Callable[[str, TrackedRun], Tracker]], ...] = (
         (reporting.tensorboard, TensorBoard),
         (reporting.mlflow, MLflow),
         (reporting.wandb, WandB),
     )
-    return [make(where, run) for where, make in asked if where is not None]
+    return [make(where, run) for where, make in places if where is not None]
 
 
 class Told:

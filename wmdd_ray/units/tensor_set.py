@@ -21,7 +21,7 @@ import torch
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.core.checkpoints import read_torch_file
 from wmdd_ray.errors import DataError
-from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.filesystem import file_at
 
 _FILE = re.compile(r"(.+\.pth?)(?:#([0-9]{1,4}))?")
 
@@ -90,16 +90,16 @@ def _read(uri: str, config: SourceConfig) -> tuple[torch.Tensor, torch.Tensor, s
     assert match is not None, uri
     file, number = match[1], int(match[2] or 0)
     content = _content(file)
-    found, contents = read_torch_file(content, file), [content]
-    if isinstance(found, torch.Tensor):
+    stored, contents = read_torch_file(content, file), [content]
+    if isinstance(stored, torch.Tensor):
         beside = _labels_file(file)
         contents.append(_content(beside))
-        found = [found, read_torch_file(contents[1], beside)]
-    pairs = found.get("data") if isinstance(found, Mapping) else [found]
+        stored = [stored, read_torch_file(contents[1], beside)]
+    pairs = stored.get("data") if isinstance(stored, Mapping) else [stored]
     if not isinstance(pairs, list | tuple) or not all(map(_is_pair, pairs)) or not pairs:
         raise DataError(
             f"{file}: expected tensors, as {{'data': [[images, labels], ...]}} (DC, DM), [images, labels] (IDC), or images with "
-            f"labels_*.pt beside them (MTT), found a {type(found).__name__} of other things"
+            f"labels_*.pt beside them (MTT), found a {type(stored).__name__} of other things"
         )
     if number >= len(pairs):
         raise DataError(f"{uri}: expected #0 to #{len(pairs) - 1}, of the sets that the file holds")
@@ -113,22 +113,21 @@ def _read(uri: str, config: SourceConfig) -> tuple[torch.Tensor, torch.Tensor, s
 
 
 def _content(file: str) -> bytes:
-    folder, _, name = file.rpartition("/")
+    store, name = file_at(file)
     try:
-        return Store(folder or ("/" if file.startswith("/") else ".")).get(name)
+        return store.get(name)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise DataError(f"{file}: expected a torch file there, found none") from error
 
 
 def _labels_file(file: str) -> str:
     """Return where the labels of images lie, and refuse images that only students of whitened images could see."""
-    folder, _, name = file.rpartition("/")
+    store, name = file_at(file)
     match = re.fullmatch(r"images_(zca_)?(.+)", name)
     if match is None:
         raise DataError(
             f"{file}: expected images_*.pt with labels_*.pt beside it, found images without labels"
         )
-    store = Store(folder or ("/" if file.startswith("/") else "."))
     if match[1] is None and store.exists(f"images_zca_{match[2]}"):
         raise DataError(
             f"{file} is ZCA-whitened, which held-out images are not: pass {store.url(f'images_zca_{match[2]}')}, where it is undone"

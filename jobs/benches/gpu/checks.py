@@ -151,21 +151,23 @@ def teacher(arch: NetworkConfig, device: torch.device) -> Row:
     return _twice_and_resumed(run, 2)
 
 
-def _off_by(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+def _off_by(values: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(values - expected) / np.linalg.norm(expected))
 
 
 def features(arch: NetworkConfig, device: torch.device) -> Row:
     """Compare features and moments on the device, in both memory formats, with the CPU's."""
 
     def off_cpu(layout: torch.memory_format) -> float:
-        found = []
+        by_device = []
         for where in (torch.device("cpu"), device):
             network = untrained(arch, _CLASSES, _SIZE).to(where).to(memory_format=layout)
             images = to_input(_PIXELS, **COLOR, device=where)
             features_ND, moments = features_and_moments(network, images, _LABELS, batch_size=10)
-            found.append(np.concatenate([features_ND.ravel(), *map(variance_S, moments.values())]))
-        return _off_by(found[1], found[0])
+            by_device.append(
+                np.concatenate([features_ND.ravel(), *map(variance_S, moments.values())])
+            )
+        return _off_by(by_device[1], by_device[0])
 
     layouts = (torch.contiguous_format, torch.channels_last)
     contiguous, channels_last = map(off_cpu, layouts)

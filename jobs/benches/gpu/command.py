@@ -78,8 +78,8 @@ def _distill(record: Record, data: str) -> None:
     def opened() -> Row:
         from .tiny import steps_of
 
-        about, found = steps_of(data, folder, record.quick)
-        steps.update(found)
+        about, stages = steps_of(data, folder, record.quick)
+        steps.update(stages)
         return about
 
     with tempfile.TemporaryDirectory() as folder:

@@ -90,11 +90,11 @@ def targets_of(
             label=label,
             atoms_KD=features_ND[label_N == label],
             weights_K=np.full(ipc, 1 / ipc),
-            mean_S=found.mean_S,
-            var_S=variance_S(found),
+            mean_S=of_class.mean_S,
+            var_S=variance_S(of_class),
             start_KHWC=pixels_NHWC[::-1][label_N == label],
         )
-        for label, found in moments.items()
+        for label, of_class in moments.items()
     ]
 
 

@@ -93,12 +93,12 @@ def loader(
             steps = f" -> ConvNet-3, width {width}"
             sources[f"tensors in memory{steps}"] = width, partial(itertools.cycle, in_memory)
             sources |= {name + steps: (width, batches) for name, batches in loaders.items()}
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in sources}
+        rates: dict[str, list[dict[str, float]]] = {name: [] for name in sources}
         for _ in range(repeats):
             for name, (channels, source) in sources.items():
-                found[name].append(_measured(opened, channels, source, seconds))
+                rates[name].append(_measured(opened, channels, source, seconds))
     rows: list[Row] = []
-    for name, turns in found.items():
+    for name, turns in rates.items():
         row: Row = {"what": name}
         row |= {column: spread([turn[column] for turn in turns]) for column in turns[0]}
         if name.startswith("tensors"):

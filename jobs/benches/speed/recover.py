@@ -39,7 +39,7 @@ def recover(
         network = NetworkConfig(arch=arch, width=width, small_stem=True)
         shape = {"image_size": 32, "num_classes": num_images, "num_images": num_images}
         for ipc in (1, num_images):
-            asked = speeds.Shape(
+            group = speeds.Shape(
                 device=torch.device("cpu"),
                 **shape,
                 repeats=iterations,
@@ -47,7 +47,7 @@ def recover(
                 network=network,
                 recover=RecoverConfig(),
             )
-            found = speeds.measured(speeds.recover(asked), seconds)
-            rows.append({"arch": arch, "ipc": ipc, **found})
+            rates = speeds.measured(speeds.recover(group), seconds)
+            rows.append({"arch": arch, "ipc": ipc, **rates})
     settings = {"image_size": 32, "convnet3_width": width, "num_images": num_images}
     report(rows, {**settings, "threads": 1}, out)

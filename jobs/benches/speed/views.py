@@ -51,11 +51,11 @@ def views(
                 "torchvision": lambda v, s=stored, n=size: _by_torchvision(s, v, n, True),
                 "torchvision_bytes": lambda v, s=stored, n=size: _by_torchvision(s, v, n, False),
             }
-            found: dict[str, list[float]] = {name: [] for name in ways}
+            microseconds: dict[str, list[float]] = {name: [] for name in ways}
             for _ in range(repeats + 1):
                 for name, render in ways.items():
-                    found[name].append(_microseconds(render, some))
-            columns = {name: spread(each[1:]) for name, each in found.items()}
+                    microseconds[name].append(_microseconds(render, some))
+            columns = {name: spread(each[1:]) for name, each in microseconds.items()}
             rows.append({"size": size, "batch": batch, **columns})
     report(rows, {"unit": "us of processor time a view", "threads": 1}, out)
 

@@ -91,12 +91,12 @@ def refuse_second_opening(table: Table, rows: Sequence[Trained], study: Study) -
     store = study.place.store.child("opened")
     if not store.exists(_key(table)):
         return
-    found, asked = read_sealed(store, _key(table)), configuration_of(table, rows, study)
+    opening, own = read_sealed(store, _key(table)), configuration_of(table, rows, study)
     missing = study.missing(jobs_of(rows))
-    if missing or found["fingerprint"] != asked["fingerprint"]:
+    if missing or opening["fingerprint"] != own["fingerprint"]:
         raise ConfigError(
-            f"the test split was opened in {study.place.out} for table {table.name} on {found['opened']} with configuration "
-            f"{found['fingerprint']} ({found['num_students']} students), and this one is {asked['fingerprint']} with "
+            f"the test split was opened in {study.place.out} for table {table.name} on {opening['opened']} with configuration "
+            f"{opening['fingerprint']} ({opening['num_students']} students), and this one is {own['fingerprint']} with "
             f"{len(missing)} jobs to do; nothing is trained after that: options are chosen on --split val, before; for a new "
             "table begin a new --out"
         )

@@ -206,7 +206,7 @@ def _packed(
 ) -> Source:
     """Return the images of a source of files as what they are, members of tars."""
     source = _Packed(listing, tars)
-    told = opened._problems if isinstance(opened, CsvSource) else {}
+    problems_of_rows = opened._problems if isinstance(opened, CsvSource) else {}
     keys: dict[int, list[str]] = {}
     problems: dict[str, str] = {}
     for shard in opened.shards(1 << 30):
@@ -216,7 +216,7 @@ def _packed(
             path = key if key in places else key.rpartition("#")[0]
             place = places[path]
             name = f"{place.file}#{place.offset}:{place.size_bytes}:{label}"
-            problem = told.get(key) or source.too_large(place.size_bytes)
+            problem = problems_of_rows.get(key) or source.too_large(place.size_bytes)
             if problem:
                 name = f"{place.file}#{path}"
                 problems[name] = problem
