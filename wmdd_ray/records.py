@@ -246,20 +246,3 @@ class SoftLabelBlock:
 
     def __post_init__(self) -> None:
         assert len(self.views) == len(self.labels.values_VK), "one label a view"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudentResult:
-    """One trained student on held-out real images. Accuracies are fractions."""
-
-    row: str
-    arch: str
-    seed: int
-    top1: float
-    top5: float
-    epochs: int
-    num_images: int
-    seconds: float
-    labels: str
-    hardware: str
-    versions: dict[str, str]

@@ -20,11 +20,11 @@ from jobs.benches.study.rendering import (
     render,
     rendered,
 )
-from jobs.benches.study.scores import label_robust_score, sealed
+from jobs.benches.study.scores import label_robust_score
 from jobs.benches.study.summary import published_numbers, summary_lines
 from jobs.benches.study.tables import table_of
 from wmdd_ray.errors import ArtifactError
-from wmdd_ray.store.documents import dump_json
+from wmdd_ray.store.documents import dump_json, seal
 
 Result = dict[str, Any]
 
@@ -134,7 +134,7 @@ def test_the_label_robust_score_of_fractions_lies_between_0_and_1(
 
 
 def test_a_whole_result_is_rendered_with_everything_a_reader_would_ask_for() -> None:
-    text = rendered(sealed(made_up()), "r.json")
+    text = rendered(seal(made_up()), "r.json")
     lines = text.splitlines()
     full = "| the full_data | 92.0 ± 1.4 | 90.0 ± 1.4 | 2 | 35.0 KB | 1.5 MB | 2.0 |"
     assert full in lines
@@ -149,7 +149,7 @@ def test_a_whole_result_is_rendered_with_everything_a_reader_would_ask_for() -> 
 
 
 def test_what_students_by_each_kind_of_labels_do_is_said_once_where_all_groups_share_it() -> None:
-    text = rendered(sealed(made_up()), "r.json")
+    text = rendered(seal(made_up()), "r.json")
     recipe = (
         "Recipe: student convnet3 of width 128, batch 25, cosine schedule, weight decay 0.01. "
         "By soft labels: adamw at 0.001, batch norm, crops from 25 % of the area, flips, CutMix, KL at T 20. "
@@ -174,7 +174,7 @@ def test_what_differs_between_groups_is_said_of_each() -> None:
     }
     student["hard"] |= {"norm": "batch", "learning_rate": 0.01}
     relabel["views"] |= {"mix": "none"}
-    lines = rendered(sealed(result), "r.json").splitlines()
+    lines = rendered(seal(result), "r.json").splitlines()
     assert (
         "**all real images**: 1,000 views, half cosine schedule, bfloat16; by soft labels: crops from 25 % of the area, flips, "
         "no mixing, MSE to logits, ce_weight 0.025; by hard labels: sgd at 0.01, batch norm; labels by convnet3; "
@@ -203,7 +203,7 @@ def test_neighbors_with_the_same_rows_share_a_table_that_says_what_each_does_unl
     for found in (row[kind] for row in usual["rows"] for kind in ("soft", "hard")):
         found["views"] = 2000
     del result["groups"][3]["student"]["ema_decay"]
-    lines = rendered(sealed(result), "r.json").splitlines()
+    lines = rendered(seal(result), "r.json").splitlines()
     head, _ = (line for line in lines if line.startswith("**"))
     assert head == (
         "**ipc 10**: 1,000 views, ema_decay 0.99; by soft labels: KL at T 20; labels by convnet3; 1 set x 2 students; "
@@ -228,54 +228,52 @@ def test_neighbors_with_the_same_rows_share_a_table_that_says_what_each_does_unl
 
 def test_what_was_computed_in_half_precision_is_said() -> None:
     result = made_up()
-    assert "bfloat16" not in rendered(sealed(result), "r.json")
+    assert "bfloat16" not in rendered(seal(result), "r.json")
     result["teachers"]["convnet3"]["squeeze"]["mixed_precision"] = True
     at(result, *OURS, "recover")["mixed_precision"] = True
-    lines = rendered(sealed(result), "r.json").splitlines()
+    lines = rendered(seal(result), "r.json").splitlines()
     assert "Teacher convnet3 (20 epochs, bfloat16): top-1 92.1 %." in lines
     assert "Images that are optimized: in bfloat16." in lines
     plain = copy.deepcopy(at(result, *OURS)) | {"title": "another"}
     plain["recover"]["mixed_precision"] = False
     result["groups"][0]["rows"].append(plain)
-    assert "Images that are optimized (the best): in bfloat16." in rendered(
-        sealed(result), "r.json"
-    )
+    assert "Images that are optimized (the best): in bfloat16." in rendered(seal(result), "r.json")
 
 
 def test_who_had_opened_the_test_images_before_is_told() -> None:
     result = made_up()
-    assert "before" not in rendered(sealed(result), "r.json")
+    assert "before" not in rendered(seal(result), "r.json")
     result["opened_before"] = []
-    assert "before" not in rendered(sealed(result), "r.json")
+    assert "before" not in rendered(seal(result), "r.json")
     result["opened_before"] = [
         {"table": name, "opened": f"2026-11-{day}T10:00:00+00:00"}
         for name, day in (("digits", 20), ("alignment", 21))
     ]
     told = "on 2026-11-22; the test images had been opened before: digits on 2026-11-20, alignment on 2026-11-21."
-    assert told in rendered(sealed(result), "r.json")
+    assert told in rendered(seal(result), "r.json")
     for wrong in (None, [{"table": "digits", "on": ""}], "digits"):
         result["opened_before"] = wrong
         with pytest.raises(ArtifactError, match="opened_before: expected tables and times"):
-            rendered(sealed(result), "r.json")
+            rendered(seal(result), "r.json")
 
 
 def test_students_that_are_one_by_their_weights_count_once() -> None:
     result = made_up()
-    once = rendered(sealed(result), "r.json")
+    once = rendered(seal(result), "r.json")
     # Three sets of the same images, trained by the same two seeds.
     random, *_ = result["groups"][0]["rows"]
     for found in (row[kind] for row in result["groups"][0]["rows"] for kind in ("soft", "hard")):
         found |= {name: found[name] * 3 for name in ("top1", "seeds", "weights")}
         found["std"] = statistics.stdev(found["top1"])
     assert random["soft"]["std"] < 0.0110
-    thrice = rendered(sealed(result), "r.json")
+    thrice = rendered(seal(result), "r.json")
     assert "which count once" in thrice and "which count once" not in once
     # Spread, mean, number and LRS are those of the two.
     assert [line for line in once.splitlines() if line.startswith("|")] == [
         line for line in thrice.splitlines() if line.startswith("|")
     ]
     random["hard"]["weights"] = [f"{number:064x}" for number in range(6)]
-    assert "| 2 and 6 |" in rendered(sealed(result), "r.json")
+    assert "| 2 and 6 |" in rendered(seal(result), "r.json")
 
 
 def test_published_numbers_have_three_columns_a_label_kind_and_a_source() -> None:
@@ -290,7 +288,7 @@ def test_published_numbers_have_three_columns_a_label_kind_and_a_source() -> Non
 
 
 def test_a_result_with_a_changed_number_is_refused() -> None:
-    content = sealed(made_up())
+    content = seal(made_up())
     better = content.replace(b"0.81", b"0.91")
     assert better != content
     with pytest.raises(ArtifactError, match="checksum"):
@@ -331,7 +329,7 @@ def test_a_result_that_lacks_a_part_is_refused(path: tuple[Any, ...]) -> None:
     result = made_up()
     del at(result, *path[:-1])[path[-1]]
     with pytest.raises(ArtifactError, match="it is not rendered without"):
-        read_result(sealed(result), "r.json")
+        read_result(seal(result), "r.json")
 
 
 def of_val(result: Result) -> None:
@@ -411,7 +409,7 @@ def test_a_result_that_contradicts_itself_is_refused(
     result = copy.deepcopy(made_up())
     fault(result)
     with pytest.raises(ArtifactError, match=message):
-        read_result(sealed(result), "r.json")
+        read_result(seal(result), "r.json")
 
 
 def test_the_main_table_must_have_every_row_of_real_images_that_it_trains() -> None:
@@ -444,7 +442,7 @@ def test_rendering_fills_the_places_between_the_markers_and_nothing_else(tmp_pat
     readme, results = tmp_path / "README.md", tmp_path / "results"
     page = results / "README.md"
     results.mkdir()
-    content = sealed(made_up())
+    content = seal(made_up())
     (results / "accuracy-main.json").write_bytes(content)
     (results / "accuracy-main-ipc50.json").write_bytes(content)
 

@@ -14,25 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from wmdd_ray.config import NetworkConfig
-from wmdd_ray.core.architectures import build_network, is_ours, refuse_foreign_code
+from wmdd_ray.core.architectures import build_network as build_network
+from wmdd_ray.core.architectures import is_ours, refuse_foreign_code
 from wmdd_ray.core.checkpoints import first_names, unwrapped
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.records import Teacher
-
-__all__ = [
-    "batch_norms",
-    "build_network",
-    "check_teacher",
-    "empty_network",
-    "features_and_logits",
-    "labeler_of",
-    "last_linear",
-    "load_weights",
-    "network_of",
-    "norm_activation",
-    "required_batch_norms",
-    "weights_of",
-]
 
 
 def empty_network(

@@ -27,23 +27,8 @@ import torch
 
 from wmdd_ray.config import ViewConfig
 from wmdd_ray.core.rendering import render_bytes
-from wmdd_ray.core.resample import crop
+from wmdd_ray.core.resample import crop as crop
 from wmdd_ray.records import ViewDraw, Views
-
-__all__ = [
-    "Images",
-    "StoredImages",
-    "concatenate_views",
-    "crop",
-    "draw_block",
-    "draw_crops",
-    "draw_views",
-    "exact_order",
-    "renamed",
-    "render_views",
-    "take",
-    "to_input",
-]
 
 _LOG_ASPECT_MAX = 0.28768207245178093  # log 4/3, written out: a log is not the same everywhere
 # Uniform numbers a row: 2 x (4 crop + 1 flip) + partner + lambda + 2 box center = 14, rounded up to

@@ -27,6 +27,13 @@ from wmdd_ray.store.schemas import check
 
 ALL = "all"
 _SOFT_ALONE = ("loss", "temperature", "ce_weight", "sinkhorn_weight", "sinkhorn_regularization", "sinkhorn_iterations")  # fmt: skip
+# What a score is made of -> what students are trained on, and by which labels.
+_PARTS = {
+    "full_hard": ("all_real", "hard"),
+    "hard": ("distilled", "hard"),
+    "soft": ("distilled", "soft"),
+    "random_soft": ("random_real", "soft"),
+}
 _OTHERS = ("network", "hard", "epochs", "all_real_epochs", "num_seeds", "labels", "baselines")
 
 
@@ -126,10 +133,10 @@ def results_of(uri: str, name: str = "") -> list[Result]:
     try:
         if inside := runs_in(store):
             whole = [run for run in inside if Room(run, "evaluation").read_commit() is not None]
-            found = [result for run in whole for result in results_of(run.uri, name)]
+            lines = [result for run in whole for result in results_of(run.uri, name)]
         else:
             evaluated = _of_evaluation(store, name)
-            found = _of_run(store, name) if evaluated is None else evaluated
+            lines = _of_run(store, name) if evaluated is None else evaluated
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, ArtifactError | ConfigError):
             raise
@@ -137,11 +144,11 @@ def results_of(uri: str, name: str = "") -> list[Result]:
             f"{uri}: expected results as this version of wmdd_ray writes them, found others ({type(error).__name__}: {error}); "
             "run evaluate again with it"
         ) from error
-    if not found:
+    if not lines:
         raise ConfigError(
             f"{uri}: expected a run whose evaluation is finished, or the --out of jobs/evaluate.py with results.json, found none"
         )
-    return found
+    return lines
 
 
 def _of_run(store: Store, name: str) -> list[Result]:
@@ -171,26 +178,26 @@ def _of_run(store: Store, name: str) -> list[Result]:
 
 def _of_evaluation(store: Store, name: str) -> list[Result] | None:
     try:
-        found = read_sealed(store, "results.json")
+        document = read_sealed(store, "results.json")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    given, teacher = found["set"], found["teacher"]
+    given, teacher = document["set"], document["teacher"]
     stored = given.get("stored", {})
     about = _About(
         method=name or stored.get("method") or "/".join(given["uri"].rstrip("/").split("/")[-2:]),
         recipe=stored.get("recipe", ""),
-        data=_last(found["held_out"]["uri"]),
+        data=_last(document["held_out"]["uri"]),
         ipc=stored.get("ipc", ""),
         teacher_top1=teacher["top1"] if teacher else None,
         image_bytes=stored.get("image_bytes"),
         label_bytes=stored.get("label_bytes", 0),
-        held_out=found["held_out"]["fingerprint"],
+        held_out=document["held_out"]["fingerprint"],
         source=store.uri,
     )
     results = []
-    for student, told in found["students"].items():
-        table = [row for row in found["table"] if row["student"] == student]
-        results += _scored(_rows(about, table, told["student"]))
+    for student, recorded in document["students"].items():
+        table = [row for row in document["table"] if row["student"] == student]
+        results += _scored(_rows(about, table, recorded["student"]))
     return results
 
 
@@ -253,19 +260,16 @@ def _rows(about: _About, table: list[dict[str, Any]], student: dict[str, Any]) -
 
 def _scored(results: Iterator[Result]) -> list[Result]:
     """Return the results of one student with the scores of its distilled set, where all four parts are there."""
-    found = list(results)
-    top1 = {(r.trained_on, r.labels): r.top1 for r in found}
-    keys = [("all_real", "hard"), ("distilled", "hard"), ("distilled", "soft"), ("random_real", "soft")]  # fmt: skip
-    if not top1.keys() >= {*keys}:
-        return found
-    parts = dict(
-        zip(("full_hard", "hard", "soft", "random_soft"), (top1[k] for k in keys), strict=True)
-    )
+    listed = list(results)
+    top1 = {(r.trained_on, r.labels): r.top1 for r in listed}
+    if not top1.keys() >= {*_PARTS.values()}:
+        return listed
+    parts = {part: top1[key] for part, key in _PARTS.items()}
     ours = label_robust_score(**{part: statistics.fmean(of) for part, of in parts.items()})["lrs"]
     theirs = statistics.fmean(row["lrs"] for row in ddranking_scores(**parts))
     return [
         replace(r, lrs=ours, lrs_ddranking=theirs) if r.trained_on == "distilled" else r
-        for r in found
+        for r in listed
     ]
 
 
@@ -279,22 +283,22 @@ def compared(results: Sequence[Result]) -> list[Result]:
     groups: dict[Any, list[Result]] = {}
     for result in once.values():
         groups.setdefault((result.data, result.ipc, result.labels), []).append(result)
-    told = {
+    words = {
         "held-out images": "held_out",
         "student": "network",
         "training": "training",
         "budget": "views",
     }
-    found = []
+    marked = []
     for _, group in sorted(groups.items(), key=lambda item: _order(item[0])):
         for result in group:
             other = [
                 word
-                for word, entry in told.items()
+                for word, entry in words.items()
                 if getattr(result, entry) != getattr(group[0], entry)
             ]
-            found.append(replace(result, differs=", ".join(other)))
-    return found
+            marked.append(replace(result, differs=", ".join(other)))
+    return marked
 
 
 def _order(key: tuple[str, int | str, str]) -> tuple[str, float, str]:
@@ -376,19 +380,13 @@ def ddranking_csv(results: Sequence[Result]) -> str:
     top1: dict[tuple[str, str], list[tuple[float, ...]]] = {}
     for r in results:
         top1.setdefault((r.trained_on, r.labels), []).append(r.top1)
-    parts = {
-        "full_hard": ("all_real", "hard"),
-        "hard": ("distilled", "hard"),
-        "soft": ("distilled", "soft"),
-        "random_soft": ("random_real", "soft"),
-    }
-    wrong = [" by ".join(key) for key in parts.values() if len(top1.get(key, ())) != 1]
+    wrong = [" by ".join(key) for key in _PARTS.values() if len(top1.get(key, ())) != 1]
     if wrong:
         raise ConfigError(
             f"--ddranking: expected one set with students of each part of the score, found none or several of {', '.join(wrong)} "
             "labels; name one run or evaluation with soft and hard labels, random_real and all_real"
         )
-    rows = ddranking_scores(**{part: top1[key][0] for part, key in parts.items()})
+    rows = ddranking_scores(**{part: top1[key][0] for part, key in _PARTS.items()})
     return "".join(
         [",".join(rows[0]) + "\n", *(",".join(map(repr, row.values())) + "\n" for row in rows)]
     )

@@ -195,34 +195,17 @@ def _by_art(
         clip_values=(0.0, 1.0),
         device_type="gpu" if pixels.device.type == "cuda" else "cpu",
     )
-    settings, common = SETTINGS[name], {"batch_size": _BATCH_IMAGES, "verbose": False}
-    if name == "pgd":
-        method = ProjectedGradientDescentPyTorch(
-            classifier,
-            eps=eps,
-            eps_step=settings["step_in_eps"] * eps,
-            max_iter=settings["steps"],
-            num_random_init=int(settings["random_start"]),
-            **common,
-        )
-    elif name == "mim":
-        method = MomentumIterativeMethod(
-            classifier,
-            eps=eps,
-            eps_step=settings["step_in_eps"] * eps,
-            decay=settings["decay"],
-            max_iter=settings["steps"],
-            **common,
-        )
+    settings = dict(SETTINGS[name])
+    options = {"max_iter": settings.pop("steps"), "batch_size": _BATCH_IMAGES, "verbose": False}
+    if name == "cw":
+        method = CarliniL2Method(classifier, **settings, **options)
     else:
-        method = CarliniL2Method(
-            classifier,
-            binary_search_steps=settings["binary_search_steps"],
-            initial_const=settings["initial_const"],
-            learning_rate=settings["learning_rate"],
-            max_iter=settings["steps"],
-            **common,
-        )
+        options |= {"eps": eps, "eps_step": settings["step_in_eps"] * eps}
+        if name == "pgd":
+            starts = int(settings["random_start"])
+            method = ProjectedGradientDescentPyTorch(classifier, num_random_init=starts, **options)
+        else:
+            method = MomentumIterativeMethod(classifier, decay=settings["decay"], **options)
     return torch.from_numpy(method.generate(pixels.cpu().numpy(), labels.cpu().numpy()))
 
 

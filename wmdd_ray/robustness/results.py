@@ -51,7 +51,7 @@ def results(run: Run, configs: dict[Arch, DistillConfig], attack: AttackConfig) 
             for (name, _), one in attacked.items():
                 for note in one.notes:
                     notes.setdefault(note, []).append(f"{student} {unit} {name}")
-            measured, against = _student_told(attacked, attack, floats)
+            measured, against = student_result(attacked, attack, floats)
             about: dict[str, Any] = {"student": student, "row": row, "labels": kind, "seed": number}
             wrong += [about | item for item in against]
             by_row.setdefault((row, kind), []).append(measured)
@@ -70,7 +70,7 @@ def results(run: Run, configs: dict[Arch, DistillConfig], attack: AttackConfig) 
     }
 
 
-def _student_told(
+def student_result(
     attacked: dict[tuple[AttackName, Fraction | None], Attacked],
     config: AttackConfig,
     floats: int,

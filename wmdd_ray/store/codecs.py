@@ -85,8 +85,16 @@ def decode_teacher_of(meta: dict[str, Any], content: bytes, where: str) -> Teach
 # Features --------------------------------------------------------------------------------------
 
 
+_MOMENTS = ("count_L", "mean_S", "m2_S")
+
+
 def _moments_arrays(moments: Moments) -> dict[str, np.ndarray]:
-    return {"count_L": moments.count_L, "mean_S": moments.mean_S, "m2_S": moments.m2_S}
+    return {name: getattr(moments, name) for name in _MOMENTS}
+
+
+def _moments_of(arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> Moments:
+    channels_L = tuple(meta["channels_L"])
+    return Moments(channels_L=channels_L, **{name: arrays[name] for name in _MOMENTS})
 
 
 def encode_feature_chunk(chunk: FeatureChunk) -> bytes:
@@ -94,9 +102,8 @@ def encode_feature_chunk(chunk: FeatureChunk) -> bytes:
     labels = sorted(chunk.moments)
     first = chunk.moments[labels[0]] if labels else None
     arrays = {"labels_N": chunk.labels_N, "features_ND": chunk.features_ND}
-    for name in ("count_L", "mean_S", "m2_S"):
-        if labels:
-            arrays[f"moments.{name}"] = np.stack([getattr(chunk.moments[k], name) for k in labels])
+    for name in _MOMENTS if labels else ():
+        arrays[f"moments.{name}"] = np.stack([getattr(chunk.moments[k], name) for k in labels])
     channels = first.channels_L if first else ()
     return pack(arrays, keys=chunk.keys, moment_labels=labels, channels_L=channels)
 
@@ -106,12 +113,7 @@ def decode_feature_chunk(content: bytes) -> FeatureChunk:
     """Read what `encode_feature_chunk` wrote."""
     arrays, meta = unpack(content)
     moments = {
-        label: Moments(
-            channels_L=tuple(meta["channels_L"]),
-            count_L=arrays["moments.count_L"][i],
-            mean_S=arrays["moments.mean_S"][i],
-            m2_S=arrays["moments.m2_S"][i],
-        )
+        label: _moments_of({name: arrays[f"moments.{name}"][i] for name in _MOMENTS}, meta)
         for i, label in enumerate(meta["moment_labels"])
     }
     return FeatureChunk(
@@ -137,8 +139,8 @@ def decode_class_features(content: bytes) -> ClassFeatures:
     return ClassFeatures(
         label=meta["label"],
         keys=tuple(meta["keys"]),
-        features_ND=arrays.pop("features_ND"),
-        moments=Moments(channels_L=tuple(meta["channels_L"]), **arrays),
+        features_ND=arrays["features_ND"],
+        moments=_moments_of(arrays, meta),
     )
 
 
@@ -180,20 +182,13 @@ def decode_class_barycenter(content: bytes) -> ClassBarycenter:
         num_iters=meta["num_iters"],
         converged=meta["converged"],
     )
-    moments = Moments(
-        channels_L=tuple(meta["channels_L"]),
-        count_L=arrays["count_L"],
-        mean_S=arrays["mean_S"],
-        m2_S=arrays["m2_S"],
-    )
+    keys = ("nearest_keys", "whole_keys", "random_keys")
     return ClassBarycenter(
         label=meta["label"],
         num_images=meta["num_images"],
         barycenter=barycenter,
-        nearest_keys=tuple(meta["nearest_keys"]),
-        whole_keys=tuple(meta["whole_keys"]),
-        random_keys=tuple(meta["random_keys"]),
-        moments=moments,
+        moments=_moments_of(arrays, meta),
+        **{name: tuple(meta[name]) for name in keys},
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -15,7 +14,6 @@ from wmdd_ray.core.networks import build_network, empty_network, load_weights, w
 from wmdd_ray.core.optimizer import State
 from wmdd_ray.core.soft_labels import label_statistics
 from wmdd_ray.core.training import accuracy, train_student
-from wmdd_ray.records import StudentResult
 from wmdd_ray.spine.checkpoints import Checkpoints
 from wmdd_ray.spine.provenance import hardware, versions
 from wmdd_ray.spine.rooms import Room
@@ -101,24 +99,22 @@ def open_student_trainer(
         top1, top5 = accuracy(network, held_out)
         in_core = time.perf_counter() - in_core
         per_class = _recall(network.eval(), held_out, shown.num_classes)
-        result = StudentResult(
-            row=row,
-            arch=config.evaluate.for_labels(labels).network.arch,
-            seed=number,
-            top1=top1,
-            top5=top5,
-            epochs=chosen.epochs,
-            num_images=len(chosen.images),
-            seconds=round(in_core, 3),
-            labels=labels,
-            hardware=hardware(),
-            versions=versions()["versions"],
-        )
+        result = {
+            "row": row,
+            "arch": config.evaluate.for_labels(labels).network.arch,
+            "seed": number,
+            "top1": top1,
+            "top5": top5,
+            "epochs": chosen.epochs,
+            "num_images": len(chosen.images),
+            "seconds": round(in_core, 3),
+            "labels": labels,
+            "hardware": hardware(),
+            "versions": versions()["versions"],
+            "recall_per_class": per_class,
+        }
         of_labels = _label_statistics(row, labels, chosen)
-        content = documents.dump_json(
-            {**asdict(result), **of_labels, "recall_per_class": per_class}
-        )
-        payloads = {result_key(unit): content}
+        payloads = {result_key(unit): documents.dump_json(result | of_labels)}
         if kept:
             payloads[student_key(unit)] = codecs.encode_state(weights_of(network))
         room.commit_unit(
@@ -203,8 +199,8 @@ def _label_statistics(row: str, labels: LabelKind, chosen: TrainingSet) -> dict[
     if labels != "soft" or row == "all_real":
         return {}
     epochs = map(chosen.label_epoch, range(min(_MEASURED_EPOCHS, chosen.epochs)))
-    found = label_statistics(epochs, len(chosen.images))
-    return {name: round(value, 4) for name, value in found.items()}
+    statistics = label_statistics(epochs, len(chosen.images))
+    return {name: round(value, 4) for name, value in statistics.items()}
 
 
 def _recall(network: torch.nn.Module, held_out: HeldOut, num_classes: int) -> list[float]:

@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from wmdd_ray.stages.pipeline import PIPELINE
+
 from ..reporting import report
 
 ROOT = Path(__file__).resolve().parents[3]
-ROOMS = ("teacher", "features", "barycenters", "images", "labels", "dataset", "evaluation")
+ROOMS = tuple(stage.room for stage in PIPELINE)
 
 
 def orchestration(ipc: int = 10, out: str | None = None) -> None:

@@ -7,12 +7,15 @@ from typing import Annotated, Literal
 
 import tyro
 
+from wmdd_ray.store.documents import seal
+
 from .definitions import Options, TableName
 from .engine import Study, print_plan
 from .judge import before_text, refuse_second_opening
 from .rendering import render as render_tables
-from .scores import score, sealed
+from .scores import score
 from .splits import make_place, uri_of
+from .summary import percent
 from .tables import table_of
 from .work import jobs_of, rows_of
 
@@ -65,14 +68,12 @@ def accuracy(
     scores = score(defined, trained, study, uri, split, processes)
     path = Path(result or Path(out) / f"accuracy-{table}{'' if split == 'test' else '-val'}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(sealed(scores))
+    path.write_bytes(seal(scores))  # no number changes by hand
     for group in scores["groups"]:
         print(f"{group['title']}, {split}")
         for row in group["rows"]:
-            soft, hard = (
-                f"{100 * row[k]['mean']:5.1f} ± {100 * row[k]['std']:.1f}" for k in ("soft", "hard")
-            )
-            print(f"  {row['name']:18} soft {soft}   hard {hard}")
+            soft, hard = (percent(row[kind]) for kind in ("soft", "hard"))
+            print(f"  {row['name']:18} soft {soft:>11}   hard {hard:>11}")
     if before := before_text(scores["opened_before"] or []):
         print(before)
     print(f"written: {path}")

@@ -27,7 +27,7 @@ from wmdd_ray.spine.rooms import Room, StageCommit
 from wmdd_ray.spine.run import Progress, Run, Stage, bring, expected_plan
 from wmdd_ray.stages import attack, evaluate
 from wmdd_ray.stages.pipeline import PIPELINE
-from wmdd_ray.telling.progress import duration
+from wmdd_ray.telling.progress import StageLine
 
 from .splits import Place
 
@@ -143,7 +143,9 @@ class Study:
             processes: Processes of one computing thread each; 1 works in this one.
         """
         waiting = self.missing(jobs)
-        line, open_ids = _Line(len(waiting)), {self.id(job) for job in waiting}
+        total, open_ids = len(waiting), {self.id(job) for job in waiting}
+        line = StageLine("study")
+        line.start(total, 0)
         running: dict[Future[None], Job] = {}
         with workers(processes) as pool:
             while waiting or running:
@@ -155,7 +157,9 @@ class Study:
                     future.result()
                     job = running.pop(future)
                     open_ids.remove(self.id(job))
-                    line.finished(job)
+                    about = f"{job.stage} ipc {job.config.ipc} seed {job.config.seed}"
+                    line.update(total - len(waiting) - len(running), about)
+        line.finish()
 
     def do(self, job: Job) -> None:
         """Do one job, whose inputs are there, in this process."""
@@ -231,20 +235,6 @@ def print_plan(jobs: Iterable[Job], study: Study) -> None:
         of_stage = [job for job in every if job.stage == stage]
         left = sum(study.id(job) in missing for job in of_stage)
         print(f"{stage:12} {len(of_stage):5} jobs, {left:5} to do")
-
-
-class _Line:
-    """A line a job, with the time that the rest will take at the pace so far."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.began = total, 0, time.monotonic()
-
-    def finished(self, job: Job) -> None:
-        self.done += 1
-        left_s = (time.monotonic() - self.began) / self.done * (self.total - self.done)
-        seed, ipc = job.config.seed, job.config.ipc
-        about = f"{job.stage} ipc {ipc} seed {seed}"
-        print(f"{self.done}/{self.total} {about}, about {duration(left_s)} left", flush=True)
 
 
 def map_in(

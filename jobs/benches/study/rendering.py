@@ -13,7 +13,7 @@ from wmdd_ray.errors import ArtifactError
 from .checks import read_result
 from .judge import before_text
 from .scores import different, spread
-from .summary import line_of, published_numbers, summary_lines
+from .summary import line_of, percent, published_numbers, summary_lines
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "jobs" / "benches" / "results"
@@ -228,10 +228,7 @@ def _run_lines(groups: list[dict[str, Any]], shared: _Recipe) -> list[str]:
 
 def _row_cells(row: dict[str, Any], has_scores: bool) -> list[str]:
     top1 = [different(row[kind]) for kind in LABELS]
-    soft, hard = (
-        f"{100 * measured['mean']:.1f} ± {100 * measured['std']:.1f}"
-        for measured in map(spread, top1)
-    )
+    soft, hard = (percent(measured) for measured in map(spread, top1))
     students = " and ".join(dict.fromkeys(str(len(values)) for values in top1))
     images, labels = (size_text(statistics.fmean(row[k])) for k in ("image_bytes", "label_bytes"))
     # Other work on the machine only adds to these.

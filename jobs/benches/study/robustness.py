@@ -9,18 +9,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from wmdd_ray.config import AttackConfig, AttackName, DistillConfig, SqueezeConfig
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.recipes import recipe_of
-from wmdd_ray.robustness.attacks import (
-    SETTINGS,
-    contradictions,
-    libraries,
-    require_libraries,
-    robust_to_cw,
-)
+from wmdd_ray.robustness.attacks import SETTINGS, Attacked, libraries, require_libraries
+from wmdd_ray.robustness.results import student_result
 from wmdd_ray.robustness.units import budgets, read_attacked, slices_of
 from wmdd_ray.spine.provenance import hardware, versions
 from wmdd_ray.units.teacher import UNIT
@@ -31,7 +24,7 @@ from .engine import Job, Study, one_thread
 from .rows import group_of, recovered
 from .scores import top1_of_students
 from .splits import Labeled, held_out_of, load_split, make_place, uri_of
-from .summary import line_of
+from .summary import line_of, percent
 from .work import jobs_of_row, units_of
 
 Method = Literal["wmdd", "sre2l"]
@@ -187,19 +180,19 @@ def scored(
 ) -> list[dict[str, Any]]:
     """Return a row a cell: accuracies on the images, and on the attacked ones of them before and after every attack."""
     rows = []
+    texts = sorted({Fraction(text): text for text in wanted.eps}.values(), key=Fraction)
+    columns = list(product(wanted.names, texts))
+    floats = study.place.source.image_size**2 * study.place.source.channels
     for cell, job in students.items():
-        robust: dict[str, list[float]] = {}
+        robust: dict[tuple[str, str], list[float]] = {key: [] for key in columns}
         before: list[float] = []
         wrong: list[dict[str, Any]] = []
         for number, unit in enumerate(units_of(job)):
-            right_N, after = _outcome(attacked[job], unit, wanted, study)
-            before.append(float(right_N.mean()))
-            for (name, text), robust_N in after.items():
-                robust.setdefault(f"{name} {text}", []).append(float(robust_N.mean()))
-            flags = {
-                (name, float(Fraction(text))): flag_N for (name, text), flag_N in after.items()
-            }
-            wrong += [{"student": number, **c} for c in contradictions(right_N, flags)]
+            measured, against = student_result(_read(attacked[job], unit, study), wanted, floats)
+            before.append(measured["clean"])
+            for name, text in robust:
+                robust[name, text].append(measured["eps"][text][name])
+            wrong += [{"student": number, **c} for c in against]
         teacher = study.done(job.inputs[0]).units[UNIT]
         with one_thread():
             clean = list(top1_of_students(study.place, job, labeled).values())
@@ -214,32 +207,22 @@ def scored(
                 "teacher_seconds": teacher.seconds,
                 "clean": mean_and_std(clean),
                 "clean_attacked": mean_and_std(before),
-                "robust": {name: mean_and_std(values) for name, values in robust.items()},
+                "robust": {" ".join(key): mean_and_std(values) for key, values in robust.items()},
                 "contradictions": wrong,
             }
         )
     return rows
 
 
-def _outcome(
-    attacks: Attacks, unit: str, wanted: AttackConfig, study: Study
-) -> tuple[np.ndarray, dict[tuple[AttackName, str], np.ndarray]]:
-    """Return which attacked images a student is right on, and (attack, eps) -> on which it still is."""
-    floats = study.place.source.image_size**2 * study.place.source.channels
-    right_N = np.zeros(0, dtype=bool)
-    after: dict[tuple[AttackName, str], np.ndarray] = {}
-    texts = {Fraction(text): text for text in wanted.eps}
-    for (name, budget), job in attacks.items():
+def _read(
+    attacks: Attacks, unit: str, study: Study
+) -> dict[tuple[AttackName, Fraction | None], Attacked]:
+    """Return what each attack and budget did to a student."""
+    attacked = {}
+    for key, job in attacks.items():
         count = len(slices_of(study.done(job).metrics["images"], job.config))
-        flags = read_attacked(study.room(job), unit, count)
-        right_N = flags.clean_N
-        if budget is None:
-            after |= {
-                (name, text): robust_to_cw(flags, float(e), floats) for e, text in texts.items()
-            }
-        else:
-            after[name, texts[budget]] = flags.robust_N
-    return right_N, after
+        attacked[key] = read_attacked(study.room(job), unit, count)
+    return attacked
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -250,8 +233,7 @@ def markdown(record: dict[str, Any]) -> str:
     for row in record["rows"]:
         cells = [METHODS[row["method"]], str(row["ipc"]), f"{row['curvature_weight']:.3g}"]
         cells.append(f"{100 * row['teacher_top1_val']:.1f}")
-        for value in (row["clean"], row["clean_attacked"], *row["robust"].values()):
-            cells.append(f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}")
+        cells += map(percent, (row["clean"], row["clean_attacked"], *row["robust"].values()))
         lines.append(line_of(*cells))
     count = sum(len(row["contradictions"]) for row in record["rows"])
     return "\n".join(lines) + (

@@ -17,7 +17,6 @@ from wmdd_ray.executors.here import device_here
 from wmdd_ray.product.comparison import label_robust_score
 from wmdd_ray.spine.provenance import hardware, versions
 from wmdd_ray.store import codecs
-from wmdd_ray.store.documents import seal
 from wmdd_ray.units.students import parts_of, read_student, student_key
 from wmdd_ray.units.teacher import read_teacher
 from wmdd_ray.units.teacher import units_of as teacher_units
@@ -77,11 +76,6 @@ def score(
         "hardware": hardware(),
         **versions(),
     }
-
-
-def sealed(result: dict[str, Any]) -> bytes:
-    """Return a result as it is committed: JSON with a checksum, so that no number changes by hand."""
-    return seal(result)
 
 
 def top1_of_students(place: Place, job: Job, images: Labeled) -> dict[tuple[str, str], float]:

@@ -59,6 +59,11 @@ def line_of(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def percent(measured: dict[str, Any]) -> str:
+    """Return accuracies in percent: their mean and standard deviation."""
+    return f"{100 * measured['mean']:.1f} ± {100 * measured['std']:.1f}"
+
+
 def _cell(row: dict[str, Any]) -> str:
     return " / ".join(
         f"{100 * spread(different(row[kind]))['mean']:.1f}" for kind in ("soft", "hard")

@@ -12,7 +12,7 @@ from wmdd_ray.errors import WmddError
 from wmdd_ray.product.pages.facts import RunFacts
 from wmdd_ray.product.pages.projection import project
 from wmdd_ray.product.pages.thumbnails import fit, thumbnail
-from wmdd_ray.records import ClassBarycenter, ClassFeatures, ClassImages, Teacher
+from wmdd_ray.records import ClassBarycenter, ClassFeatures, ClassImages
 from wmdd_ray.store import codecs
 from wmdd_ray.store.sources import Source
 from wmdd_ray.units.atoms import barycenter_key
@@ -38,10 +38,14 @@ class ShownClass:
     features: ClassFeatures | None = None
 
     @property
-    def order(self) -> list[int]:
+    def weights_K(self) -> np.ndarray:
         known = self.barycenter.barycenter if self.barycenter else self.images
         assert known is not None
-        return np.argsort(-known.weights_K, kind="stable").tolist()
+        return known.weights_K
+
+    @property
+    def order(self) -> list[int]:
+        return np.argsort(-self.weights_K, kind="stable").tolist()
 
 
 def chosen_labels(num_classes: int, wanted: tuple[int, ...]) -> list[int]:
@@ -79,14 +83,9 @@ class _Reader:
             name: {f.key: f for marker in stage.units.values() for f in marker.files}
             for name, stage in facts.stages.items()
         }
-        has_features = facts.stages["features"].commit is not None
-        self._features = (
-            ClassFeaturesReader(facts.stages["features"].room) if has_features else None
-        )
-        has_teacher = facts.stages["squeeze"].commit is not None
-        self._teacher: Teacher | None = None
-        if has_teacher:
-            self._teacher = read_teacher(facts.stages["squeeze"].room)
+        features, squeeze = facts.stages["features"], facts.stages["squeeze"]
+        self._features = ClassFeaturesReader(features.room) if features.commit else None
+        self._teacher = read_teacher(squeeze.room) if squeeze.commit else None
 
     def read(self, label: int) -> ShownClass | None:
         """Return a class, None when nothing of it is there."""
@@ -164,11 +163,9 @@ class _Reader:
             if images and used > share_bytes:
                 break
             images.append({"atom": j, **uris, **{name: d[j] for name, d in distances.items()}})
-        known = shown.barycenter.barycenter if shown.barycenter else shown.images
-        assert known is not None
         return {
             "label": label,
-            "weights": [float(f"{w:.4g}") for w in known.weights_K],
+            "weights": [float(f"{w:.4g}") for w in shown.weights_K],
             "images": images,
             "curves": self._curves(shown),
             "projection": self._projection(shown),
