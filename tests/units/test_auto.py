@@ -25,13 +25,13 @@ def seen(**changed: Any) -> Measured:
 
 # Side, channels, classes, images, a GPU -> size, resize, architecture, width, small stem, epochs, batch.
 TABLE = {
-    "cifar10": (32, 3, 10, 50_000, False, 32, 32, "convnet3", 128, False, 20, 128),
-    "cifar100": (32, 3, 100, 50_000, True, 32, 32, "convnet3", 128, False, 20, 128),
+    "cifar10": (32, 3, 10, 50_000, False, 32, 32, "convnet3", 128, False, 5, 128),
+    "cifar100": (32, 3, 100, 50_000, True, 32, 32, "convnet3", 128, False, 5, 128),
     "fashion": (28, 1, 10, 60_000, False, 28, 28, "convnet3", 32, False, 8, 128),
     "fashion on a GPU": (28, 1, 10, 60_000, True, 28, 28, "convnet3", 128, False, 8, 128),
     "24 of a class": (32, 3, 10, 240, False, 32, 32, "convnet3", 128, False, 200, 16),
-    "a million": (32, 3, 10, 1_000_000, False, 32, 32, "convnet3", 128, False, 10, 128),
-    "many classes": (32, 3, 200, 50_000, False, 32, 32, "convnet3", 128, False, 20, 128),
+    "a million": (32, 3, 10, 1_000_000, False, 32, 32, "convnet3", 128, False, 2, 128),
+    "many classes": (32, 3, 200, 50_000, False, 32, 32, "convnet3", 128, False, 5, 128),
     "tiny": (64, 3, 200, 100_000, True, 64, 64, "resnet18", 64, True, 50, 128),
     "tiny on a CPU": (64, 3, 200, 100_000, False, 64, 64, "resnet18", 64, False, 50, 128),
     "imagenette": (375, 3, 10, 9_469, True, 224, 256, "resnet18", 64, False, 50, 256),
