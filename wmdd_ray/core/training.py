@@ -40,7 +40,15 @@ from wmdd_ray.core.student_losses import (
     soft_label_loss,
     transport_loss,
 )
-from wmdd_ray.core.views import Images, crop, draw_crops, render_views, take, to_input
+from wmdd_ray.core.views import (
+    Images,
+    StoredImages,
+    crop,
+    draw_crops,
+    render_views,
+    take,
+    to_input,
+)
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.records import Views
 
@@ -150,6 +158,7 @@ def train_student(
     seed: int,
     classes_N: np.ndarray | None = None,
     labels: Literal["soft", "hard"] = "soft",
+    pixels: Callable[[int], torch.Tensor] | None = None,
     state: State | None = None,
     on_epoch: Callable[[int, float, Callable[[], State]], None] | None = None,
 ) -> None:
@@ -165,8 +174,7 @@ def train_student(
     Args:
         network: classifier on the images' device.
         images_NCHW: normalized images, or `StoredImages`.
-        label_epochs: epoch -> (views, logits_VY); it cycles when fewer label epochs are stored.
-            Hard labels need no logits: they may be None.
+        label_epochs: epoch -> (views, logits_VY; None for hard labels); it cycles when fewer are stored.
         weights_N: weight of each image, used (normalized to mean 1) when `config.weighted_loss`.
         config: optimizer, rate, batch size, losses, average, precision.
         epochs: calls of `label_epochs`.
@@ -175,6 +183,7 @@ def train_student(
         classes_N: class of each image, int; needed for hard labels and for `config.ce_weight`.
         labels: `soft` trains on the teacher's logits by `config.loss` and `config.ce_weight`, `hard`
             on the images' classes alone, mixed as the views are, by cross-entropy.
+        pixels: epoch -> `view_bytes` of its views, where those of `StoredImages` were rendered before.
         state: resume from here: what `get_state` gave; the result is that of a training that never stopped.
         on_epoch: called with (epoch, mean loss, get_state) after every epoch.
 
@@ -186,9 +195,8 @@ def train_student(
     network.to(memory_format=torch.channels_last)
     optimizer, average = optimizer_and_average(network, config)
     loss_of = _StudentLoss(config, labels, weights_N, classes_N, device)
-    first = 0
+    first = 0 if state is None else int(state["epoch"])
     if state is not None:
-        first = int(state["epoch"])
         load_training_state(network, optimizer, state, average)
 
     def get_state() -> State:
@@ -203,7 +211,8 @@ def train_student(
         # Half of a cosine that would be twice as long ends at half its peak.
         horizon = epochs * steps * (2 if config.schedule == "half_cosine" else 1)
         total = torch.zeros((), device=device)
-        batches = _rendered_batches(images_NCHW, views, logits_VY, order_V, steps, image_size)
+        kept = pixels and pixels(epoch)
+        batches = _rendered_batches(images_NCHW, views, kept, logits_VY, order_V, steps, image_size)
         with _seeded_dropout(seed, epoch, 0, device):
             for i, rows in enumerate(batches):
                 loss = loss_of(network, rows)
@@ -377,12 +386,13 @@ class _Rows(NamedTuple):
 def _rendered_batches(
     images_NCHW: Images,
     views: Views,
+    rendered_VSSC: torch.Tensor | None,
     logits_VY: np.ndarray | None,
     order_V: np.ndarray,
     steps: int,
     image_size: int,
 ) -> Iterator[_Rows]:
-    """Yield `steps` parts of the rows in `order_V`."""
+    """Yield `steps` parts of the rows in `order_V`, of views that are rendered here or were before."""
     if logits_VY is None:
         logits_VY = np.empty((len(views), 0), dtype=np.float32)
     parts = np.array_split(order_V, steps)
@@ -393,7 +403,12 @@ def _rendered_batches(
         group = parts[first : first + together]
         rows = np.concatenate(group)
         chunk, sizes = take(views, rows), [len(part) for part in group]
-        pixels = render_views(images_NCHW, chunk, image_size)
+        if rendered_VSSC is None:
+            pixels = render_views(images_NCHW, chunk, image_size)
+        else:
+            assert isinstance(images_NCHW, StoredImages), "kept views are normalized here"
+            mean_C, std_C = images_NCHW.mean_C, images_NCHW.std_C
+            pixels = to_input(rendered_VSSC[rows], mean_C, std_C, images_NCHW.device)
 
         def on_device(
             array: np.ndarray, dtype: torch.dtype, device: torch.device = pixels.device

@@ -188,7 +188,14 @@ def render_views(images_NCHW: Images, views: Views, image_size: int) -> torch.Te
     """
     if isinstance(images_NCHW, torch.Tensor) or images_NCHW.in_float:
         return _rendered_in_float(images_NCHW, views, image_size)
-    stored, device = images_NCHW.images_NHWC, images_NCHW.device
+    pixels = view_bytes(images_NCHW, views, image_size)
+    return to_input(pixels, images_NCHW.mean_C, images_NCHW.std_C, images_NCHW.device)
+
+
+def view_bytes(images: StoredImages, views: Views, image_size: int) -> torch.Tensor:
+    """Return the views' pixels before they are normalized, uint8 (V, image_size, image_size, C), on the images' device."""
+    assert not images.in_float, "such views are rendered in float32"
+    stored, device = images.images_NHWC, images.device
     if stored.device != device:
         index_B, place_B = np.unique(
             np.concatenate([views.image_V, views.partner_V]), return_inverse=True
@@ -196,8 +203,7 @@ def render_views(images_NCHW: Images, views: Views, image_size: int) -> torch.Te
         stored = stored[torch.from_numpy(index_B)].to(device)
         image_V, partner_V = np.split(place_B, 2)
         views = replace(views, image_V=image_V, partner_V=partner_V)
-    pixels = render_bytes(stored, views, image_size)
-    return to_input(pixels, images_NCHW.mean_C, images_NCHW.std_C, device)
+    return render_bytes(stored, views, image_size)
 
 
 def _rendered_in_float(images_NCHW: Images, views: Views, image_size: int) -> torch.Tensor:

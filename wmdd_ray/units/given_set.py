@@ -40,7 +40,6 @@ from wmdd_ray.units.training_sets import (
     TrainingSet,
     fresh_labels,
     hard_views,
-    kept_labels,
     load_all_real,
 )
 
@@ -253,18 +252,18 @@ class GivenSets(Sets):
         if row != "distilled":
             weights_N = np.ones(len(pixels))
         if labels == "hard":
-            label_epoch = hard_views(len(pixels), shown.image_size, config)
+            label_epoch, cycle = hard_views(len(pixels), shown.image_size, config), epochs
         elif row == "distilled" and given.stored is not None:
-            label_epoch = given.stored
+            label_epoch, cycle = given.stored, given.label_epochs
         else:
             assert self._teachers, "soft labels need a teacher"
-            label_epoch = (
-                fresh_labels(pixels, self._teachers, config, self._device)
+            label_epoch, cycle = (
+                (fresh_labels(pixels, self._teachers, config, self._device), epochs)
                 if row == "all_real"
                 else self._labeled(pixels)
             )
         images = self._shown(pixels, in_float=given.in_float and label_epoch is given.stored)
-        return TrainingSet(images, classes_N, label_epoch, weights_N, epochs)
+        return TrainingSet(images, classes_N, label_epoch, weights_N, epochs, cycle)
 
     def _views(self, epoch: int) -> Views:
         """Return the views of an epoch: those that the set has stored, dealt out to whole images where it has tiles."""
@@ -292,16 +291,16 @@ class GivenSets(Sets):
         shown = self._input
         return StoredImages(images, shown.mean_C, shown.std_C, self._device, in_float=in_float)
 
-    def _labeled(self, pixels: np.ndarray | torch.Tensor) -> LabelEpoch:
-        """Return epoch -> the set's views and the teachers' logits on these images, kept where they are small."""
+    def _labeled(self, pixels: np.ndarray | torch.Tensor) -> tuple[LabelEpoch, int]:
+        """Return epoch -> the set's views and the teachers' logits on these images, and the epochs after which they come again."""
         teacher, config = self._teachers[0], self._config
         network = labeler_of(self._teachers, self._device, own_code=True)
         images = self._shown(pixels)
         period = self._given.label_epochs * self._given.tiles**2
 
         def label_epoch(epoch: int) -> tuple[Views, np.ndarray | None]:
-            views = self._views(epoch)
+            views = self._views(epoch % period)
             logits_VY = logits_of(network, images, views, teacher.image_size, config)
             return views, decompress(compress(logits_VY, config.relabel))
 
-        return kept_labels(label_epoch, period, len(images) * period * teacher.num_classes)
+        return label_epoch, period

@@ -171,6 +171,7 @@ def _trained(
         seed=seed,
         classes_N=chosen.classes_N,
         labels=labels,
+        pixels=chosen.pixels,
         state=keep.load(),
         on_epoch=on_epoch,
     )

@@ -14,7 +14,15 @@ from wmdd_ray.config import DistillConfig, LabelKind
 from wmdd_ray.core.networks import labeler_of
 from wmdd_ray.core.soft_labels import compress, decompress
 from wmdd_ray.core.tiles import shrink, tile_side
-from wmdd_ray.core.views import Images, StoredImages, concatenate_views, draw_views, renamed
+from wmdd_ray.core.views import (
+    Images,
+    StoredImages,
+    concatenate_views,
+    draw_views,
+    renamed,
+    take,
+    view_bytes,
+)
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.records import Teacher, Views
@@ -28,8 +36,10 @@ from wmdd_ray.units.images import read_real
 from wmdd_ray.units.labels import blocks, logits_of
 
 _ALL_REAL_BYTES = 4 << 30
-# Labels of a baseline are kept for the next seed up to this many logits.
-_KEPT_LOGITS = 1 << 25
+# Views and labels are kept for the next pass and the next seed up to so many bytes, and rendered views up to as many again.
+_KEPT_BYTES = 128 << 20
+_VIEW_BYTES = 64
+_TOGETHER_BYTES = 1 << 24
 
 # Baselines of real images at the tiles' resolution, as many as the distilled set has tiles.
 TILED = ("random_tiles", "nearest_tiles")
@@ -39,13 +49,43 @@ LabelEpoch = Callable[[int], tuple[Views, np.ndarray | None]]
 
 @dataclass(frozen=True, eq=False)
 class TrainingSet:
-    """Images and their classes, epoch -> (views, teacher's logits), the images' weights, and a student's passes over them."""
+    """Images and their classes, epoch -> (views, teacher's logits), the images' weights, and a student's passes over them.
+
+    After `cycle` passes the same views come again; `pixels` is epoch -> `view_bytes` of its views, where these are kept.
+    """
 
     images: Images
     classes_N: np.ndarray
     label_epoch: LabelEpoch
     weights_N: np.ndarray
     epochs: int
+    cycle: int
+    pixels: Callable[[int], torch.Tensor] | None = None
+
+    def kept(self, shown: Input) -> TrainingSet:
+        """Return the set with views and labels that are made once, and rendered once, where all of them fit into memory."""
+        images, cycle, side = self.images, self.cycle, shown.image_size
+        num_views, view_size = len(images) * min(cycle, self.epochs), side**2 * shown.channels
+        if num_views * (4 * shown.num_classes + _VIEW_BYTES) > _KEPT_BYTES:
+            return self
+        made = cache(self.label_epoch)
+        same = replace(self, label_epoch=lambda epoch: made(epoch % cycle))
+        if isinstance(images, torch.Tensor) or images.in_float:
+            return same
+        if num_views * view_size > _KEPT_BYTES:
+            return same
+
+        @cache
+        def rendered(epoch: int) -> torch.Tensor:
+            views, _ = made(epoch)
+            together = max(1, _TOGETHER_BYTES // view_size)
+            parts = (
+                take(views, slice(first, first + together))
+                for first in range(0, len(views), together)
+            )
+            return torch.cat([view_bytes(images, part, side) for part in parts])
+
+        return replace(same, pixels=lambda epoch: rendered(epoch % cycle))
 
 
 @dataclass(frozen=True)
@@ -85,7 +125,7 @@ class Sets(abc.ABC):
         """Return the training set of a row."""
         if (row, labels) not in self._held:
             self._held.clear()
-            self._held[row, labels] = self._make(row, labels)
+            self._held[row, labels] = self._make(row, labels).kept(self.input)
         return self._held[row, labels]
 
     @abc.abstractmethod
@@ -129,13 +169,14 @@ class TrainingSets(Sets):
             pixels, weights_N = self._dataset.images, self._dataset.weights
             classes_N = self._dataset.labels
             label_epoch: LabelEpoch = self._dataset.label_epoch
+            cycle = self._dataset.label_epochs
         elif row == "all_real":
             assert self._train is not None
             (pixels, classes_N), epochs = (
                 load_all_real(self._train),
                 config.evaluate.all_real_epochs,
             )
-            label_epoch = fresh_labels(pixels, teachers, config, device)
+            label_epoch, cycle = fresh_labels(pixels, teachers, config, device), epochs
         else:
             # Whole images are fewer than tiles: as many more label epochs make as many views, labels and steps.
             tiles = config.recover.tiles if row in TILED else 1
@@ -151,15 +192,15 @@ class TrainingSets(Sets):
                 row, self._barycenter_room, self._source, own, teacher.num_classes
             )
             classes_N = np.repeat(np.arange(teacher.num_classes), own.num_atoms)
-            label_epoch = _stored_labels(pixels, teachers, own, device)
+            label_epoch, cycle = _stored_labels(pixels, teachers, own, device), own.relabel.epochs
         if weights_N is None:
             weights_N = np.ones(len(pixels))
         if labels == "hard":
-            label_epoch = hard_views(len(pixels), teacher.image_size, config)
+            label_epoch, cycle = hard_views(len(pixels), teacher.image_size, config), epochs
         images = StoredImages(pixels, teacher.mean_C, teacher.std_C, device)
         if row == "distilled" and labels == "soft":
             images = self._dataset.stored_images(device)
-        return TrainingSet(images, classes_N, label_epoch, weights_N, epochs)
+        return TrainingSet(images, classes_N, label_epoch, weights_N, epochs, cycle)
 
 
 def hard_views(num_images: int, image_size: int, config: DistillConfig) -> LabelEpoch:
@@ -199,12 +240,6 @@ def _baseline_images(
     return shrink(np.concatenate(chosen), tile_side(config.source.image_size, config.recover.tiles))
 
 
-def kept_labels(label_epoch: LabelEpoch, period: int, num_logits: int) -> LabelEpoch:
-    """Return the label epochs of a period over and over; the logits of it are kept for the next seed where they are few."""
-    kept = cache(label_epoch) if num_logits <= _KEPT_LOGITS else label_epoch
-    return lambda epoch: kept(epoch % period)
-
-
 def fresh_labels(
     pixels_NHWC: np.ndarray,
     teachers: Sequence[Teacher],
@@ -240,6 +275,7 @@ def _stored_labels(
             slices_of_epoch.setdefault(epoch, []).append((unit.partition("-s")[2], labels))
 
     def label_epoch(epoch: int) -> tuple[Views, np.ndarray | None]:
+        epoch %= config.relabel.epochs
         parts = []
         for name, labels in slices_of_epoch[epoch]:
             index_N = (labels[:, None] * config.num_atoms + np.arange(config.num_atoms)).reshape(-1)
@@ -252,5 +288,4 @@ def _stored_labels(
         logits_VY = logits_of(network, images, views, teacher.image_size, config)
         return views, decompress(compress(logits_VY, config.relabel))
 
-    period = config.relabel.epochs
-    return kept_labels(label_epoch, period, len(images) * period * teacher.num_classes)
+    return label_epoch
