@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import resource
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 # A process that imports torch and opens its data takes 5 to 10 s of a CPU: a third of this, at most, for one beside the driver.
 _WORTH_S = 30.0
-_MEASURED_S = 1.0
 _LOOK_EVERY_S = 1.0
 
 
@@ -36,7 +36,8 @@ def most_beside(resources: Resources) -> int:
     if resources.num_workers == 0:
         return 0
     here_has = ray.cluster_resources()
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    in_kib = sys.platform != "darwin"
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (10 if in_kib else 0)
     cpus = min(int(here_has.get("CPU", 0)), os.cpu_count() or 1) // resources.cpus_per_worker
     return max(0, min(cpus - 1, int(here_has.get("memory", 0) // peak_bytes)))
 
@@ -57,21 +58,23 @@ def do_units(
     do_unit = open_worker(here.device_here())
     actors: list[ActorHandle] = []
     threads: list[threading.Thread] = []
-    began = time.monotonic()
+    over = threading.Event()
+    began = looked = time.monotonic()
 
     def look() -> None:
-        passed_s = time.monotonic() - began
-        if actors or passed_s < _MEASURED_S:
+        nonlocal looked
+        if threads or time.monotonic() - looked < _LOOK_EVERY_S:
             return
-        done, _ = queue.progress()
+        looked = time.monotonic()
+        passed_s, (done, _) = looked - began, queue.progress()
         left = len(units) - done
-        if passed_s * left < _WORTH_S * done or done == 0:
+        if done == 0 or passed_s * left < _WORTH_S * done:
             return
         most = min(most_beside(stage.resources), int(left))
         actor = ray.remote(num_cpus=stage.resources.cpus_per_worker, max_concurrency=2)(actor_class)
         for rank in range(1, most + 1):
             actors.append(actor.remote(open_worker, stage.resources.cpus_per_worker))
-            about = queue, actors[-1], rank, most + 1
+            about = queue, actors[-1], rank, most + 1, over
             threads.append(threading.Thread(target=_serve, args=about, daemon=True))
             threads[-1].start()
 
@@ -84,6 +87,7 @@ def do_units(
 
     try:
         work_through(cast(Queue, queue), watched)
+        over.set()
         while queue.error() is None and any(thread.is_alive() for thread in threads):
             time.sleep(0.05)
         work_through(cast(Queue, queue), watched)  # what lost workers have handed back
@@ -109,11 +113,17 @@ class _Locked:
         return call
 
 
-def _serve(queue: _Locked, actor: ActorHandle, rank: int, world: int) -> None:
-    """Hand one unit after another to an actor, until none is left or it is lost."""
-    unit = "a new worker"
+def _serve(
+    queue: _Locked, actor: ActorHandle, rank: int, world: int, over: threading.Event
+) -> None:
+    """Hand one unit after another to an actor once it has started, until none is left or it is lost."""
+    unit = ""
     try:
-        queue.join(rank, world, ray.get(actor.ready.remote()))
+        ready = actor.ready.remote()
+        while not ray.wait([ready], timeout=_LOOK_EVERY_S / 4)[0]:
+            if over.is_set():
+                return
+        queue.join(rank, world, ray.get(ready))
         while (unit := queue.take(rank)) is not None:
             ref = actor.work.remote(unit)
             while not ray.wait([ref], timeout=_LOOK_EVERY_S)[0]:
@@ -126,6 +136,6 @@ def _serve(queue: _Locked, actor: ActorHandle, rank: int, world: int) -> None:
         with contextlib.suppress(RayError):
             ray.kill(actor)
         logger.info("a worker beside the driver has ended: %s", last_line(error))
-        queue.join(rank, world)
+        queue.join(rank, world, "", f"by {last_line(error)}")
     except RayError as error:
-        queue.fail(unit, told(error, f"unit {unit}"))
+        queue.fail(unit, told(error, f"unit {unit}" if unit else "a new worker"))

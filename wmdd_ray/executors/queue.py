@@ -17,6 +17,9 @@ from wmdd_ray.spine.run import DoUnit, Report
 logger = logging.getLogger(__name__)
 
 
+_AGAIN = "its group of workers was started again"
+
+
 class Queue(Protocol):
     """What a worker calls of a `UnitQueue`, wherever it lives."""
 
@@ -62,11 +65,11 @@ class UnitQueue:
         self._events: list[dict[str, Any]] = []
         self._on_change, self._on_event = on_change, on_event
 
-    def join(self, rank: int, world: int, node: str = "") -> None:
+    def join(self, rank: int, world: int, node: str = "", reason: str = _AGAIN) -> None:
         """Enter as `rank` of a group of `world`. What this rank, or one beyond the group, had taken before is free again."""
         for unit, (holder, _) in list(self._taken.items()):
             if holder == rank or holder >= world:
-                self._event("unit_retried", unit, reason="its group of workers was started again")
+                self._event("unit_retried", unit, reason=reason)
                 del self._taken[unit]
                 self._fractions.pop(unit, None)
                 self._waiting.appendleft(unit)
