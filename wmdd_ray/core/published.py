@@ -112,7 +112,7 @@ def _of_torchvision(name: str) -> Published:
     preset = entry.transforms()
     return Published(
         arch=arch,
-        num_classes=len(entry.meta["categories"]),
+        num_classes=len(entry.meta["categories"] or ()),  # one of VGG-16 has features alone
         mean_C=tuple(preset.mean),
         std_C=tuple(preset.std),
         resize=preset.resize_size[0],
