@@ -312,7 +312,7 @@ def test_students_of_an_automatic_run_are_those_that_it_chose(
     provenance = {**manifest_of()["provenance"], "recipe": "auto"}
     source = {**manifest_of()["source"], "uri": "digits"}
     write_dataset(f"{uri}/dataset", provenance=provenance, source=source)
-    record = Auto(asked=cast(Any, SimpleNamespace()), measured=MEASURED, has_gpu=has_gpu).record()
+    record = Auto(typed=cast(Any, SimpleNamespace()), measured=MEASURED, has_gpu=has_gpu).record()
     told = {"config": {"evaluate": {"network": {"arch": "os:system"}}}, "auto": record}
     Store(uri).put("run.json", documents.dump_json(told))
     chosen = choose(MEASURED, has_gpu, IPC, image_size=SIZE)[0].evaluate
