@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -412,12 +413,13 @@ def test_a_table_whose_driver_was_killed_goes_on_to_the_numbers_of_one_process(
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     two = [sys.executable, "-c", script, *arguments(tmp_path, rows=names, processes=2)]
-    with subprocess.Popen(two, env=environment, stdout=subprocess.PIPE, text=True) as driver:
-        assert driver.stdout is not None
-        assert any("students" in line for line in driver.stdout)
+    with subprocess.Popen(two, env=environment, stderr=subprocess.PIPE, text=True) as driver:
+        while driver.poll() is None and not [*tmp_path.glob("**/students/*/units/*.json")]:
+            time.sleep(0.05)
         driver.kill()
         # The line closes when the worker processes, which write to it too, have seen it and ended.
-        driver.stdout.read()
+        assert driver.stderr is not None
+        driver.stderr.read()
     done = {p: p.read_bytes() for p in tmp_path.rglob("*.json") if p.parent.name == "units"}
     students = [p for p in done if p.parents[2].name == "students"]
     assert 1 <= len(students) < 12
