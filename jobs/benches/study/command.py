@@ -40,9 +40,10 @@ def accuracy(
     names the other tables that had opened it there before.
 
     Args:
-        table: `main` (Fashion-MNIST), `digits`, `cifar10`, `cross` (other students and teachers), `ablation` (best less one
-            thing, or with other terms), `longtail` (digits, of which the last class has a twelfth of the first's images),
-            `alignment` (several labeling teachers and the transport term of students) and `alignment_digits`.
+        table: `main` (Fashion-MNIST), `digits`, `cifar10`, `cifar10_resnet18` (that network as teacher and student), `cross`
+            (other students and teachers), `ablation` (best less one thing, or with other terms), `longtail` (digits, of which
+            the last class has a twelfth of the first's images), `alignment` (several labeling teachers and the transport term
+            of students) and `alignment_digits`.
         data: Real images; the recipe's by default, and for Fashion-MNIST the folder with the IDX files.
         out: Folder of the jobs; what is there already is not done again.
         split: Images that students are scored on.

@@ -14,7 +14,9 @@ _TILED: tuple[Kind, ...] = ("random", "nearest", "mosaic")
 
 def teacher_of(config: DistillConfig, options: Options) -> TeacherRecipe:
     """Return the teacher of a recipe."""
-    return TeacherRecipe(name="convnet3", squeeze=config.squeeze, given=options.teacher)
+    return TeacherRecipe(
+        name=config.squeeze.network.arch, squeeze=config.squeeze, given=options.teacher
+    )
 
 
 def several_teachers(first: TeacherRecipe, count: int) -> tuple[TeacherRecipe, ...]:
