@@ -33,10 +33,12 @@ TABLE = {
     "a million": (32, 3, 10, 1_000_000, False, 32, 32, "convnet3", 128, False, 2, 128),
     "many classes": (32, 3, 200, 50_000, False, 32, 32, "convnet3", 128, False, 5, 128),
     "tiny": (64, 3, 200, 100_000, True, 64, 64, "resnet18", 64, True, 50, 128),
-    "tiny on a CPU": (64, 3, 200, 100_000, False, 64, 64, "resnet18", 64, False, 50, 128),
+    "tiny on a CPU": (64, 3, 200, 100_000, False, 64, 64, "resnet18", 64, False, 12, 128),
     "imagenette": (375, 3, 10, 9_469, True, 224, 256, "resnet18", 64, False, 50, 256),
     "imagenet": (375, 3, 1000, 1_281_167, True, 224, 256, "resnet18", 64, False, 50, 256),
     "flowers": (500, 3, 102, 1_020, True, 224, 256, "resnet18", 64, False, 200, 64),
+    "flowers on a CPU": (500, 3, 102, 1_020, False, 224, 256, "resnet18", 64, False, 200, 64),
+    "imagenet on a CPU": (375, 3, 1000, 1_281_167, False, 224, 256, "resnet18", 64, False, 12, 256),
     "small photos": (90, 3, 10, 20_000, True, 96, 96, "resnet18", 64, False, 50, 256),
     "large and gray": (200, 1, 10, 20_000, True, 224, 256, "resnet18", 64, False, 50, 256),
 }  # fmt: skip

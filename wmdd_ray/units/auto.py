@@ -23,6 +23,10 @@ _MADE_FOR = {
 _MOST_EPOCHS = 200
 _LEAST_STEPS = 8
 _FEW_CLASSES = 100
+# Without a GPU a ResNet's epochs are no more than these images take, or a quarter where that is more. At 64 pixels two cores train
+# on 100,000 in about five minutes: 50 epochs would be half a day. A quarter is also where CIFAR-10's labels are best
+# (jobs/benches/results).
+_IMAGES_WITHOUT_GPU = 1_200_000
 
 
 def choose(
@@ -57,7 +61,7 @@ def choose(
         if few:
             recover = replace(recover, bn_weight=imagenette(ipc).recover.bn_weight)
     network = _network_for(like.squeeze.network, side, has_gpu)
-    fitted = _fitted(like, round(measured.num_images * (1 - (fraction or 0))))
+    fitted = _fitted(like, round(measured.num_images * (1 - (fraction or 0))), has_gpu)
     config = replace(
         like,
         recipe="auto",
@@ -89,8 +93,11 @@ def _network_for(network: NetworkConfig, side: int, has_gpu: bool) -> NetworkCon
     return replace(network, small_stem=side <= 64 and has_gpu)
 
 
-def _fitted(like: DistillConfig, num_images: int) -> DistillConfig:
-    """Return a recipe whose networks see about as many real images, however many there are, in batches that they fill."""
+def _fitted(like: DistillConfig, num_images: int, has_gpu: bool) -> DistillConfig:
+    """Return a recipe whose networks see about as many real images, however many there are, in batches that they fill.
+
+    Those made for a GPU see fewer without one.
+    """
     least, most = _MADE_FOR[like.recipe]
     ratio = min(max(num_images, least), most) / max(1, num_images)
     old = like.squeeze
@@ -99,7 +106,10 @@ def _fitted(like: DistillConfig, num_images: int) -> DistillConfig:
         batch //= 2
 
     def epochs(usual: int) -> int:
-        return min(_MOST_EPOCHS, max(usual // 2, round(usual * ratio)))
+        count = min(_MOST_EPOCHS, max(usual // 2, round(usual * ratio)))
+        if has_gpu or old.network.arch == "convnet3":
+            return count
+        return max(1, count // 4, min(count, _IMAGES_WITHOUT_GPU // max(1, num_images)))
 
     squeeze = replace(
         old,
