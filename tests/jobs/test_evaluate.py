@@ -333,6 +333,35 @@ def test_students_of_an_automatic_run_are_those_that_it_chose(
         assert "recipe auto chose its students by what run.json beside" in caplog.text
 
 
+# What the field tests its sets with: CNNs deep, narrow and small, and networks of attention.
+STUDENTS = (
+    "resnet50", "resnet101", "mobilenet_v2", "vit_tiny", "timm:vit_small_patch16_224", "swin_t", "convnext_tiny", "convnet6",
+    "resnetap10",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_students_of_the_literature_are_trained_and_tested_at_64_pixels(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 2), ("val", 1)):
+        for name, color in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise = generator.integers(0, 256, (64, 64, 3))
+                pixels = ((noise + color) // 2).astype(np.uint8)
+                (folder / f"{i}.png").write_bytes(encode_png(pixels))
+    arguments = [
+        str(tmp_path / "train"), "--val-data", str(tmp_path / "val"), "--out", str(tmp_path / "out"),
+        "--recipe", "tiny_imagenet", "--students", *STUDENTS, "--seeds", "1", "--evaluate.epochs", "2",
+        "--evaluate.optimizer", "adamw", "--executor", "here",
+    ]  # fmt: skip
+    assert evaluate.main(arguments) == 0
+    table = results(tmp_path / "out")["table"]
+    assert [row["student"] for row in table] == list(STUDENTS)
+    assert all(top1 in (0, 0.5, 1) for row in table for top1 in row["top1"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "told"),
