@@ -23,6 +23,8 @@ _MADE_FOR = {
 _MOST_EPOCHS = 200
 _LEAST_STEPS = 8
 _FEW_CLASSES = 100
+# From so many images a class on no recipe has tiles.
+_WHOLE_IPC = 50
 # Without a GPU a ResNet's epochs are no more than these images take, or a quarter where that is more. At 64 pixels two cores train
 # on 100,000 in about five minutes: 50 epochs would be half a day. A quarter is also where CIFAR-10's labels are best
 # (jobs/benches/results).
@@ -53,7 +55,7 @@ def choose(
     like = recipe_of(name, ipc)
     fits = smallest is None or smallest >= like.num_atoms
     if not fits:
-        like = replace(recipe_of(name, max(ipc, 10)), ipc=ipc)
+        like = replace(recipe_of(name, max(ipc, _WHOLE_IPC)), ipc=ipc)
     few = measured.num_classes <= _FEW_CLASSES
     recover = like.recover
     if name == "imagenet1k":
