@@ -91,9 +91,8 @@ def behind_real(table: Sequence[dict[str, Any]]) -> list[str]:
         if own["row"] == "distilled" and points > 0:
             by = f"{own['student']}, {own['labels']}" if "student" in own else own["labels"]
             name = ROW_NAMES.get(best["row"], best["row"]).partition(") ")[2] or best["row"]
-            sentences.append(
-                f"By {by} labels {name} are {points:.1f} points ahead of the distilled ones."
-            )
+            lead = f"{points:.1f} points ahead of" if points >= 0.05 else "as good as"
+            sentences.append(f"By {by} labels {name} are {lead} the distilled ones.")
     return sentences
 
 
