@@ -182,14 +182,8 @@ def read_student(
     room: Room, unit: str, config: DistillConfig, num_classes: int, device: torch.device
 ) -> torch.nn.Module:
     """Return a student of a committed room that keeps them, in evaluation mode."""
-    source = config.source
-    network = empty_network(
-        config.evaluate.for_labels(parts_of(unit)[1]).network,
-        num_classes=num_classes,
-        channels=source.channels,
-        image_size=source.image_size,
-        device=device,
-    )
+    student, shape = config.evaluate.for_labels(parts_of(unit)[1]), config.source.shape
+    network = empty_network(student.network, num_classes=num_classes, **shape, device=device)
     state = codecs.decode_state(room.read(room.committed().file(student_key(unit))))
     load_weights(network, {k: torch.tensor(v) for k, v in state.items()}, f"student {unit}")
     return network.eval()
