@@ -58,15 +58,13 @@ def faulty(
     s3_server: S3Uri, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[FaultyS3]:
     """The proxy, which is the endpoint of every store that the test opens; waits are cut to nothing."""
-    server = FaultyS3(s3_endpoint)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
     monkeypatch.setattr(retries, "WAITS_S", (0.0,) * len(retries.WAITS_S))
-    # A client keeps the endpoint that it was made with.
-    s3fs.S3FileSystem.clear_instance_cache()
-    yield server
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.shutdown()
-    server.server_close()
+    with FaultyS3(s3_endpoint) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
+        # A client keeps the endpoint that it was made with.
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield server
+        s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture
