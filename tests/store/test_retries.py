@@ -129,6 +129,22 @@ def test_a_server_without_an_end_is_left_at_the_deadline(
         assert len(faulty.requests) <= ATTEMPTS
 
 
+def test_an_attempt_that_ends_past_the_deadline_is_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(retries, "DEADLINE_S", 0.01)
+    attempts: list[float] = []
+
+    def late(seconds: float) -> None:
+        attempts.append(seconds)
+        time.sleep(0.02)
+        raise TimeoutError("as of a busy machine")
+
+    with pytest.raises(TimeoutError, match="as of a busy machine"):
+        retries.retried(late, renew=lambda: None)
+    assert len(attempts) == 1
+
+
 def test_wrong_credentials_are_told_at_once(store: Store, faulty: FaultyS3) -> None:
     for operation, do in OPERATIONS.items():
         faulty.break_down(403, times=1000)
