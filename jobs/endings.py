@@ -40,13 +40,9 @@ def exit_code_of(
     *,
     reworded: Callable[[str], str] = str,
 ) -> int:
-    """Do the job, and return its exit code or, after a line on standard error, that of its end.
+    """Parse and do a job, and return its exit code or, after a line on standard error, that of its end.
 
-    Args:
-        arguments: Command line; with `--verbose` log lines are shown, and the traceback of an error is logged.
-        parse: Makes the job of them.
-        work: Does it.
-        reworded: Puts the line into the job's own words.
+    With `--verbose` log lines are shown, and the traceback of an error is logged. `reworded` puts the line into the job's words.
     """
     _heed_requests_to_terminate()
     try:

@@ -90,14 +90,7 @@ def operations(network: NetworkConfig, num_classes: int, channels: int, image_si
 
 
 def price(config: DistillConfig, num_classes: int, num_images: int, times: UnitTimes) -> Price:
-    """Return what a run costs.
-
-    Args:
-        config: The run.
-        num_classes: Classes of the real images.
-        num_images: Real images.
-        times: Of one GPU.
-    """
+    """Return what a run on so many real images costs, by the times of one GPU."""
     from wmdd_ray.units.students import parts_of, unit_ids
 
     of_one = operations(NetworkConfig(arch="resnet18"), 1000, 3, 224)

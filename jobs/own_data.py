@@ -207,13 +207,7 @@ def told_network(network: NetworkConfig) -> str:
 
 
 def choice_lines(config: DistillConfig, reasons: dict[str, str], typed: Sequence[str]) -> list[str]:
-    """Return five lines: what a run does, why, and what changes it.
-
-    Args:
-        config: The options of the run.
-        reasons: Why `auto` chose what it chose.
-        typed: The command line, which wins.
-    """
+    """Return five lines: what a run does, why `auto` chose it, and what changes it; what was `typed` wins."""
     source, squeeze, recover = config.source, config.squeeze, config.recover
     if (config.teacher or "").startswith(("torchvision:", "timm:")):
         reasons = reasons | dict.fromkeys(("size", "color"), f"as {config.teacher} was trained")

@@ -114,6 +114,11 @@ class SourceConfig:
             expected = f"{self.channels} values, one a channel of --source.channels"
             require(len(values) == self.channels, f"source.{name}", expected, values)
 
+    @property
+    def shape(self) -> dict[str, int]:
+        """Channels and side of the input, as a network is told them."""
+        return {"channels": self.channels, "image_size": self.image_size}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkConfig:

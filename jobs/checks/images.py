@@ -120,8 +120,7 @@ def check_teacher(visit: Visit) -> Iterator[Finding]:
     if config.teacher is not None:
         where = f"--teacher {config.teacher}"
         network_config, network = given_network(config, config.teacher, names)
-        shape = {"channels": config.source.channels, "image_size": config.source.image_size}
-        networks.check_teacher(network, needs_norms=config.needs_norms, **shape)
+        networks.check_teacher(network, needs_norms=config.needs_norms, **config.source.shape)
         arch = network_config.arch
         network = network.to(device).eval()
     elif "storage" not in visit.failed and room.read_commit() is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from tests.store.hostile import Canary
 from wmdd_ray.core.checkpoints import read_checkpoint
 from wmdd_ray.core.networks import load_weights
 from wmdd_ray.errors import DataError
@@ -25,16 +26,6 @@ def saved(content: object) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
-
-
-class Canary:
-    """Unpickled by a careless reader, it leaves a file behind."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.path,))
 
 
 def prefixed(prefix: str, **more: torch.Tensor) -> dict[str, torch.Tensor]:

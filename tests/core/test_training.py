@@ -804,36 +804,35 @@ def test_a_student_recipe_that_is_no_recipe_is_refused(
         EvaluateConfig(**values)
 
 
+def loss_of_a_pass(labels: Any, weights_N: np.ndarray | None, **options: Any) -> float:
+    """Return the mean loss of a pass over 16 images that teaches nothing."""
+    losses: list[float] = []
+    train_student(
+        small_network(),
+        torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+        fixed_epochs(16),
+        weights_N,
+        EvaluateConfig(learning_rate=1e-30, **options),
+        epochs=1,
+        image_size=8,
+        seed=0,
+        classes_N=np.arange(16) % 10,
+        labels=labels,
+        on_epoch=lambda _, value, get_state: losses.append(value),
+    )
+    return losses[0]
+
+
 @pytest.mark.parametrize("loss", ["kl", "mse"])
 def test_the_loss_of_a_step_is_that_to_the_soft_labels_plus_the_weighted_cross_entropy(
     loss: Any,
 ) -> None:
-    images = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     # An image's weight counts in both terms.
     weights_N = np.linspace(0.5, 1.5, 16)
 
     def loss_of(ce_weight: float, labels: Any, weighted: bool = True) -> float:
-        losses: list[float] = []
-        train_student(
-            small_network(),
-            images,
-            fixed_epochs(16),
-            weights_N,
-            EvaluateConfig(
-                batch_size=8,
-                learning_rate=1e-30,
-                loss=loss,
-                ce_weight=ce_weight,
-                weighted_loss=weighted,
-            ),
-            epochs=1,
-            image_size=8,
-            seed=0,
-            classes_N=np.arange(16) % 10,
-            labels=labels,
-            on_epoch=lambda _, value, get_state: losses.append(value),
-        )
-        return losses[0]
+        options = {"batch_size": 8, "ce_weight": ce_weight, "weighted_loss": weighted}
+        return loss_of_a_pass(labels, weights_N, loss=loss, **options)
 
     soft, hard = loss_of(0, "soft"), loss_of(0, "hard")
     assert soft > 1e-3 and hard > 1
@@ -846,25 +845,9 @@ def test_the_loss_of_a_step_is_that_to_the_soft_labels_plus_the_weighted_cross_e
 def test_the_transport_term_joins_the_loss_to_soft_labels_by_its_weight_and_no_other(
     loss: Any,
 ) -> None:
-    images = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-
     def loss_of(weight: float, labels: Any = "soft") -> float:
-        losses: list[float] = []
-        options = {"batch_size": 16, "learning_rate": 1e-30, "loss": loss, "ce_weight": 0.5}
-        train_student(
-            small_network(),
-            images,
-            fixed_epochs(16),
-            None,
-            EvaluateConfig(**options, sinkhorn_weight=weight),  # type: ignore[arg-type]
-            epochs=1,
-            image_size=8,
-            seed=0,
-            classes_N=np.arange(16) % 10,
-            labels=labels,
-            on_epoch=lambda _, value, get_state: losses.append(value),
-        )
-        return losses[0]
+        options = {"batch_size": 16, "ce_weight": 0.5, "sinkhorn_weight": weight}
+        return loss_of_a_pass(labels, None, loss=loss, **options)
 
     term = loss_of(1.0) - loss_of(0.0)
     assert term > 0.1

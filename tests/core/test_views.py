@@ -20,7 +20,6 @@ from wmdd_ray.core.views import (
     draw_block,
     draw_crops,
     draw_views,
-    exact_order,
     render_views,
     take,
     to_input,
@@ -319,7 +318,6 @@ def test_drawn_values_are_known_ones() -> None:
     ]
     assert views.mix_box_V4[1].tolist() == [0, 0, 28, 17]
     assert (views.partner_V.tolist(), views.flip_V.tolist()) == ([1, 1], [False, True])
-    assert exact_order(6, seed=0, number=1).tolist() == [5, 3, 2, 4, 1, 0]
 
 
 def test_drawing_uses_nothing_that_numpy_does_not_promise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +329,6 @@ def test_drawing_uses_nothing_that_numpy_does_not_promise(monkeypatch: pytest.Mo
     for name in ("log", "exp", "power", "log1p", "expm1"):
         monkeypatch.setattr(np, name, refuse)
     draw_views(20, 16, ViewConfig(crop_scale_min=0.08), seed=0, epoch=0)
-    exact_order(5, seed=0, number=1)
 
 
 def test_a_block_is_drawn_again_with_the_images_positions_in_the_data_set() -> None:
@@ -350,9 +347,3 @@ def test_a_block_is_drawn_again_with_the_images_positions_in_the_data_set() -> N
     partners = np.concatenate([part.partner_V for part in local])
     np.testing.assert_array_equal(views.partner_V, index_N[partners])
     np.testing.assert_array_equal(views.crop_V4, np.concatenate([part.crop_V4 for part in local]))
-
-
-def test_an_order_is_a_permutation_that_depends_on_its_number() -> None:
-    first, second = (exact_order(100, seed=0, number=number) for number in (1, 2))
-    np.testing.assert_array_equal(np.sort(first), np.arange(100))
-    assert (first != second).any() and (first != np.arange(100)).any()

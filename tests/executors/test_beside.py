@@ -14,7 +14,6 @@ import torch
 from tests.executors.test_actors import stage_at
 from wmdd_ray.errors import DataError
 from wmdd_ray.executors import beside
-from wmdd_ray.executors.workers import UnitActor
 from wmdd_ray.spine.events import read_events
 from wmdd_ray.spine.run import DoUnit, Report
 from wmdd_ray.store.filesystem import Store
@@ -47,7 +46,7 @@ def done_beside(tmp_path: Path, *units: str) -> dict[str, str]:
     folder = tmp_path / "done"
     folder.mkdir()
     worker = partial(opened, folder=folder, driver=os.getpid())
-    beside.do_units(stage_at(tmp_path / "run"), units, worker, 0, UnitActor)
+    beside.do_units(stage_at(tmp_path / "run"), units, worker, 0)
     return {unit: (folder / unit).read_text() for unit in units}
 
 
@@ -78,6 +77,8 @@ def test_the_driver_does_what_a_lost_worker_leaves(tmp_path: Path) -> None:
 def test_an_error_beside_the_driver_ends_the_stage_by_its_own_words(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="class 7 is empty"):
         done_beside(tmp_path, "a", "wrong")
+    events = read_events(Store(str(tmp_path / "run")))
+    assert [e["event"] for e in events if e["unit"] == "wrong"] == ["unit_started", "unit_failed"]
 
 
 def test_a_short_stage_stays_in_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,5 +86,5 @@ def test_a_short_stage_stays_in_the_driver(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "begun").touch()
     worker = partial(opened, folder=tmp_path / "done", driver=os.getpid())
-    beside.do_units(stage_at(tmp_path / "run"), ("a", "b"), worker, 0, UnitActor)
+    beside.do_units(stage_at(tmp_path / "run"), ("a", "b"), worker, 0)
     assert (tmp_path / "done" / "b").read_text() == "driver"

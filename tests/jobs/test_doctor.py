@@ -188,15 +188,11 @@ def test_an_endpoint_that_is_down_is_told_once_and_hides_nothing_else(
 def test_a_store_that_ignores_conditions_fails_unless_that_is_accepted(
     examine: Examine, s3_server: S3Uri, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = FaultyS3(s3_endpoint)
-    server.ignores_conditions = True
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-    try:
+    with FaultyS3(s3_endpoint) as server:
+        server.ignores_conditions = True
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
         code, report = examine("--out", s3_server())
         accepted = examine("--out", s3_server(), "--allow-unsafe-commits")
-    finally:
-        server.shutdown()
-        server.server_close()
     assert (code, failures(report)) == (5, ["commits"])
     assert "does not keep conditional writes" in report["commits"][0]
     assert accepted[0] == 0

@@ -29,11 +29,9 @@ def faulty(
     s3_server: S3Uri, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[FaultyS3]:
     """The proxy, which is the endpoint of every process that the test starts; this one goes past it."""
-    server = FaultyS3(s3_endpoint)
-    server.drip_s, server.hang_s = 0.001, 0.2
-    yield server
-    server.shutdown()
-    server.server_close()
+    with FaultyS3(s3_endpoint) as server:
+        server.drip_s, server.hang_s = 0.001, 0.2
+        yield server
 
 
 def through(server: FaultyS3, out: str, *options: str) -> tiny.Typed:

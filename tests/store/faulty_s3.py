@@ -77,6 +77,10 @@ class FaultyS3(ThreadingHTTPServer):
         self._lock = threading.Lock()
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
+    def server_close(self) -> None:
+        self.shutdown()
+        super().server_close()
+
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"

@@ -9,6 +9,7 @@ import random
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,16 @@ NAMES, SIZE, N = ("cat", "dog", "emu"), 8, 3
 IMAGES = np.random.default_rng(0).integers(0, 256, (N, SIZE, SIZE, 3), dtype=np.uint8)
 DATA, LABELS = "data/train-00000-of-00001.parquet", "labels/epochs-00000-00000.parquet"
 TEACHER = "teacher.safetensors"
+
+
+class Canary:
+    """Unpickled by a careless reader, it leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
 
 
 def teacher() -> Teacher:

@@ -48,13 +48,11 @@ def elsewhere(
     s3_server: S3Uri, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Strange]:
     """A way to the same server that is not the environment's."""
-    server = Strange(s3_endpoint)
     monkeypatch.setattr(retries, "WAITS_S", (0.0,) * len(retries.WAITS_S))
     s3fs.S3FileSystem.clear_instance_cache()
-    yield server
+    with Strange(s3_endpoint) as server:
+        yield server
     s3fs.S3FileSystem.clear_instance_cache()
-    server.shutdown()
-    server.server_close()
 
 
 def read_by(elsewhere: Strange, uri: str, **access: object) -> list[dict[str, str]]:

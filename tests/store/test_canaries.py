@@ -31,6 +31,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.store.hostile import Canary
 from tests.store.written_sources import (
     CONFIG,
     IMAGES_NHWC,
@@ -48,16 +49,6 @@ from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.images import encode_png
 from wmdd_ray.store.sources import open_source
 from wmdd_ray.store.sources.listing import list_files
-
-
-class Canary:
-    """Unpickled by a careless reader, it leaves a file behind."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.path,))
 
 
 @pytest.fixture

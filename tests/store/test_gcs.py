@@ -61,12 +61,10 @@ def store(bucket: str) -> Store:
 @pytest.fixture
 def faulty(gcs_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyGcs]:
     """The proxy, which every store asks from now on; waits are cut to nothing."""
-    server = FaultyGcs(gcs_endpoint)
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.endpoint)
     monkeypatch.setattr(retries, "WAITS_S", (0.0,) * len(retries.WAITS_S))
-    yield server
-    server.shutdown()
-    server.server_close()
+    with FaultyGcs(gcs_endpoint) as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.endpoint)
+        yield server
 
 
 def test_what_is_put_is_got_listed_and_deleted_under_any_name(store: Store) -> None:

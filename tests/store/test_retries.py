@@ -58,15 +58,13 @@ def faulty(
     s3_server: S3Uri, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[FaultyS3]:
     """The proxy, which is the endpoint of every store that the test opens; waits are cut to nothing."""
-    server = FaultyS3(s3_endpoint)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
     monkeypatch.setattr(retries, "WAITS_S", (0.0,) * len(retries.WAITS_S))
-    # A client keeps the endpoint that it was made with.
-    s3fs.S3FileSystem.clear_instance_cache()
-    yield server
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.shutdown()
-    server.server_close()
+    with FaultyS3(s3_endpoint) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
+        # A client keeps the endpoint that it was made with.
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield server
+        s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture
@@ -129,6 +127,22 @@ def test_a_server_without_an_end_is_left_at_the_deadline(
         # Not the server's 60 s and more; the margin is a busy machine's.
         assert 0.9 < time.monotonic() - started < 20
         assert len(faulty.requests) <= ATTEMPTS
+
+
+def test_an_attempt_that_ends_past_the_deadline_is_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(retries, "DEADLINE_S", 0.01)
+    attempts: list[float] = []
+
+    def late(seconds: float) -> None:
+        attempts.append(seconds)
+        time.sleep(0.02)
+        raise TimeoutError("as of a busy machine")
+
+    with pytest.raises(TimeoutError, match="as of a busy machine"):
+        retries.retried(late, renew=lambda: None)
+    assert len(attempts) == 1
 
 
 def test_wrong_credentials_are_told_at_once(store: Store, faulty: FaultyS3) -> None:

@@ -248,9 +248,8 @@ def test_replies_that_are_shorter_than_asked_never_become_data(
     expected = load_images(source, CONFIG, limit_bytes=1 << 20)
     assert expected is not None
     shard = source.shards(100)[0]
-    proxy = FaultyS3(os.environ["AWS_ENDPOINT_URL"])
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-    try:
+    with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         # Once, it is read again.
         proxy.break_down("short", times=1, method="GET")
         keys = [raw.key for raw in pickle.loads(pickle.dumps(source)).read_shard(shard)]
@@ -258,6 +257,3 @@ def test_replies_that_are_shorter_than_asked_never_become_data(
         proxy.break_down("short", times=1000, method="GET")
         with pytest.raises(ArtifactError, match="the store answered with fewer, 4 times"):
             list(pickle.loads(pickle.dumps(source)).read_shard(shard))
-    finally:
-        proxy.shutdown()
-        proxy.server_close()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from jobs import evaluate
+from tests.store.hostile import Canary
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.core.views import to_input
 from wmdd_ray.errors import DataError
@@ -104,16 +105,6 @@ def test_what_is_no_set_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(DataError, match=message):
         open_tensor_set(saved(tmp_path / "set.pt", content), SOURCE, NAMES)
-
-
-class Canary:
-    """Unpickled by a careless reader, it leaves a file behind."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.path,))
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -53,10 +53,6 @@ def first_names(names: list[str]) -> str:
 def read_torch_file(content: bytes, name: str) -> Any:
     """Return what a torch file holds: tensors in plain containers, on the CPU. No code of the file is ever run.
 
-    Args:
-        content: bytes of the file.
-        name: how messages call the file.
-
     Raises:
         DataError: the file is damaged, of another kind, or holds code.
     """
@@ -84,10 +80,6 @@ def read_checkpoint(content: bytes, name: str) -> dict[str, Tensor]:
     `model.` and `net.` (Lightning) are taken off while all names begin with one. The counters of thop and AveragedModel
     are left out. No code of the file is ever run: a pickle that wants more than tensors, plain containers and the options
     of a command line (argparse.Namespace, which timm and torchvision store beside the weights) is refused.
-
-    Args:
-        content: bytes of the file.
-        name: how messages call the file.
 
     Raises:
         DataError: the file is damaged, of another kind, holds code, or holds something else than tensors.

@@ -171,11 +171,6 @@ def renamed(views: Views, index_N: np.ndarray) -> Views:
     return replace(views, image_V=index_N[views.image_V], partner_V=index_N[views.partner_V])
 
 
-def exact_order(n: int, *, seed: int, number: int) -> np.ndarray:
-    """Return a permutation of range(n), int64 (n,), that any machine draws again from (seed, number)."""
-    return np.argsort(_words(seed, number, n), kind="stable")
-
-
 def render_views(images_NCHW: Images, views: Views, image_size: int) -> torch.Tensor:
     """Return the views' pixels, float32 (V, C, image_size, image_size), on the images' device.
 

@@ -41,14 +41,7 @@ _ENCODE = 16
 
 
 class DiffusionModel:
-    """A pipeline's network, VAE and noise levels, on a device.
-
-    Args:
-        card: What its JSON files say.
-        network: UNet2DModel or DiTTransformer2DModel.
-        vae: AutoencoderKL of a latent model.
-        scheduler: A DDIMScheduler.
-    """
+    """A pipeline's UNet2DModel or DiTTransformer2DModel, AutoencoderKL where it is latent, and DDIMScheduler, on a device."""
 
     def __init__(self, card: ModelCard, network: nn.Module, vae: Any, scheduler: Any) -> None:
         self.card, self.network, self.vae, self.scheduler = card, network, vae, scheduler
@@ -181,7 +174,6 @@ def new_unet(
         channels: C.
         num_classes: Y.
         layers: blocks at each resolution.
-        train_steps: noise levels.
 
     Raises:
         ConfigError: The widths cannot be (`check_widths`), or diffusers is not installed.

@@ -20,7 +20,7 @@ from wmdd_ray.core.views import to_input
 from wmdd_ray.diffusion import surrogate
 from wmdd_ray.diffusion.card import ModelCard, check_card, class_ids_of, read_card
 from wmdd_ray.diffusion.influence import LEAST_SIDE, class_influence
-from wmdd_ray.diffusion.model import DiffusionModel, fit_pictures, load_model
+from wmdd_ray.diffusion.model import fit_pictures, load_model
 from wmdd_ray.diffusion.sampling import ClassSamples, SampleTarget, sample_group
 from wmdd_ray.errors import ArtifactError, ConfigError
 from wmdd_ray.options import fingerprint_options
@@ -61,43 +61,11 @@ def checked(
     return class_ids_of(card, class_names, diffusion.class_ids)
 
 
-def num_steps(config: DistillConfig) -> int:
-    """Return the denoising steps of all images of a group."""
-    return config.num_atoms * config.recover.diffusion.steps
-
-
-def source_at(config: DistillConfig, side: int) -> DistillConfig:
-    """Return the options by which real images are read at the model's side: whole ones, cropped to a square."""
-    source = config.source
-    if side == source.image_size:
-        return config
-    return replace(config, source=replace(source, image_size=side, resize=side))
-
-
-def check_unchanged(model: DiffusionModel, identity: str) -> None:
-    """Raise an ArtifactError when a worker loaded another model than the run began with."""
-    if model.card.identity != identity:
-        raise ArtifactError(
-            f"--recover.diffusion.model {model.card.uri}: expected the model that this run began with ({identity}), found another "
-            f"({model.card.identity}); leave it alone while the run works, or put the first one back"
-        )
-
-
 class Sampler:
     """Makes the images of recover by a diffusion model, and its surrogate where there is one (`units.images.Maker`).
 
-    Args:
-        config: The options.
-        room: The stage's room, for the surrogate.
-        network: The teacher.
-        teacher: Its record.
-        real_at: Reads real images.
-        model_identity: The model that the run began with.
-        seed: Seed of the samples.
-        device: Where the model computes.
-
     Raises:
-        ArtifactError: The model has changed since the run began.
+        ArtifactError: The model is not `model_identity` any more, with which the run began.
     """
 
     def __init__(
@@ -115,9 +83,15 @@ class Sampler:
         self._config, self._room, self._real_at = config, room, real_at
         self._network, self._teacher, self._seed, self._device = network, teacher, seed, device
         self._model = load_model(config.recover.diffusion.model, device)
-        check_unchanged(self._model, model_identity)
+        card = self._model.card
+        if card.identity != model_identity:
+            raise ArtifactError(
+                f"--recover.diffusion.model {card.uri}: expected the model that this run began with ({model_identity}), found "
+                f"another ({card.identity}); leave it alone while the run works, or put the first one back"
+            )
         self._surrogates: tuple[torch.nn.Module, ...] | None = None
-        self.num_steps = num_steps(config)
+        # Of all images of a group.
+        self.num_steps = config.num_atoms * config.recover.diffusion.steps
 
     def prepare(self, unit: str, report: Report) -> bool:
         if unit != surrogate.UNIT:
@@ -205,7 +179,11 @@ class Sampler:
         )
 
     def _real(self, label: int, side: int, most: int | None = None) -> np.ndarray:
-        return self._real_at(label, source_at(self._config, side), most)
+        """Return real images at the model's side: whole ones, cropped to a square."""
+        config, source = self._config, self._config.source
+        if side != source.image_size:
+            config = replace(config, source=replace(source, image_size=side, resize=side))
+        return self._real_at(label, config, most)
 
     def _read_surrogates(self) -> tuple[torch.nn.Module, ...]:
         if self._surrogates is None:

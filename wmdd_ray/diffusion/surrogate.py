@@ -49,16 +49,8 @@ def make(
     """Train the surrogate on real latents of all classes and commit it.
 
     What it holds are at most `influence_latents` latents a class, in half precision: 1.6 GB for ImageNet-1K in a DiT of 256
-    pixels, twice that while they are put together. A resumed unit encodes them again.
-
-    Args:
-        room: The stage's room.
-        model: What the latents are of.
-        read_real: (label, side) -> real images of the class, uint8 (M, side, side, C), M at most `influence_latents`.
-        config: The options.
-        num_classes: Classes of the data.
-        device: Where it is trained.
-        report: Told how far the unit is.
+    pixels, twice that while they are put together. A resumed unit encodes them again. `read_real` is (label, side) -> real
+    images of the class, uint8 (M, side, side, C), M at most `influence_latents`.
     """
     started = time.perf_counter()
     attempt = room.begin_unit(UNIT)

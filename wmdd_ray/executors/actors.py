@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
+import torch
 from ray.actor import ActorClass, ActorHandle
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
 from wmdd_ray.errors import WmddError
+from wmdd_ray.executors import here
 from wmdd_ray.executors.causes import last_line, root_cause
+from wmdd_ray.executors.heap import keep_freed_memory
 from wmdd_ray.spine.rooms import MAX_ATTEMPTS, unit_given_up
-from wmdd_ray.spine.run import StageRun
+from wmdd_ray.spine.run import OpenWorker, StageRun
 
 # Actors that may die in a row, at work or while they start, before any unit is finished.
 _MAX_LOST = 32
@@ -44,22 +48,20 @@ def fan_out(
     Raises:
         WmddError: A unit failed, or ended its actor `MAX_ATTEMPTS` times.
     """
-    pool = _Pool(stage, actor_class, arguments, units, max_actors, first_actors, on_done)
+    pool = Pool(stage, actor_class, arguments, deque(units), max_actors, first_actors, on_done)
     looked = time.monotonic()
     try:
         while pool.is_busy():
             pool.grow()
-            ready = pool.wait()
+            pool.take_next(_LOOK_EVERY_S)
             if on_wait and time.monotonic() - looked >= _LOOK_EVERY_S:
                 looked = time.monotonic()
-                on_wait([actor for actor, _, _ in pool.working.values()])
-            if ready is not None:
-                pool.take(ready)
+                on_wait(pool.at_work())
     finally:
         pool.end()
 
 
-class _Pool:
+class Pool:
     """Actors that start, wait for work and work, and the units that are left; `fan_out` says how."""
 
     def __init__(
@@ -67,7 +69,7 @@ class _Pool:
         stage: StageRun,
         actor_class: ActorClass,
         arguments: tuple[Any, ...],
-        units: Sequence[str],
+        units: deque[str],
         max_actors: int,
         first_actors: int,
         on_done: Callable[[str, Any], None],
@@ -78,7 +80,7 @@ class _Pool:
         self._max_actors = max_actors
         # A cluster without any CPU is one that will be as large as what is asked for.
         self._first = first_actors or int(ray.cluster_resources().get("CPU", 0)) or max_actors
-        self._waiting = deque(units)
+        self._waiting = units
         self._deaths: Counter[str] = Counter()
         self._nodes: dict[ActorHandle, str] = {}
         self._starting: dict[Any, ActorHandle] = {}
@@ -97,14 +99,17 @@ class _Pool:
             actor = self._actor_class.remote(*self._arguments)
             self._starting[actor.ready.remote()] = actor
 
-    def wait(self) -> Any | None:
-        """Return the next answer of an actor, or None when there is none for some seconds."""
-        refs = [*self.working, *self._starting]
-        ready, _ = ray.wait(refs, num_returns=1, timeout=_LOOK_EVERY_S)
-        return ready[0] if ready else None
+    def at_work(self) -> list[ActorHandle]:
+        """Return the actors with a unit."""
+        return [actor for actor, _, _ in self.working.values()]
 
-    def take(self, ref: Any) -> None:
-        """Take an answer: of an actor that has started, or of one that has done a unit, or died."""
+    def take_next(self, timeout_s: float) -> None:
+        """Take the next answer, if one comes in time: of an actor that has started, or of one that has done a unit, or died."""
+        ready, _ = ray.wait([*self.working, *self._starting], timeout=timeout_s)
+        for ref in ready:
+            self._take(ref)
+
+    def _take(self, ref: Any) -> None:
         if ref in self._starting:
             actor = self._starting.pop(ref)
             try:
@@ -172,3 +177,43 @@ def told(error: RayError, where: str) -> WmddError:
     if isinstance(cause, WmddError):
         return cause
     return WmddError(f"{where}: {last_line(cause)}; --verbose shows the workers' log")
+
+
+class UnitActor:
+    """An isolated worker: keeps what `open_worker` loads, and does a unit a call."""
+
+    def __init__(self, open_worker: OpenWorker, cpus: int) -> None:
+        keep_freed_memory()
+        torch.set_num_threads(cpus)
+        self._cpus = cpus
+        self._do_unit = open_worker(here.device_here())
+        self._unit = ""
+        self._progress: tuple[float, str, str, dict[str, float]] = (0.0, "", "", {})
+
+    def ready(self) -> str:
+        """Return the node's name once the worker can work."""
+        return socket.gethostname()
+
+    def work(self, unit: str) -> None:
+        """Do the unit and commit it."""
+        torch.set_num_threads(self._cpus)  # of this thread: the actor has two
+        self._unit = unit
+        self._do_unit(unit, self._report)
+        self._progress = (0.0, "", "", {})
+
+    def progress(self) -> tuple[float, str, str, dict[str, float]]:
+        """Return the fraction of the unit under way that is done, a note, the unit, and the values that it told last."""
+        return self._progress
+
+    def _report(self, fraction: float, note: str = "", **values: float) -> None:
+        self._progress = (min(fraction, 0.999), note, self._unit, values)
+
+
+def progress_of(actors: Sequence[ActorHandle]) -> list[tuple[float, str, str, dict[str, float]]]:
+    """Return the `progress` of every `UnitActor` that answers within a second."""
+    refs = [actor.progress.remote() for actor in actors]
+    ready, _ = ray.wait(refs, num_returns=len(refs), timeout=1.0) if refs else ([], [])
+    try:
+        return ray.get(ready)
+    except RayError:  # it is told by what they were at
+        return []

@@ -60,8 +60,8 @@ def connect(out: str | None, *, verbose: bool = False) -> None:
     if out is None:
         return
     num_nodes = sum(node["Alive"] for node in ray.nodes())
-    # A node without CPUs does nothing itself: those that do are still to come.
-    elsewhere = num_nodes > 1 or not has_cpus()
+    # A head without CPUs does nothing itself: nodes that do are still to come, once they are asked for.
+    elsewhere = num_nodes > 1 or not ray.cluster_resources().get("CPU")
     if out.startswith("memory://") or (elsewhere and "://" not in out):
         nodes = f"all {num_nodes} nodes" if num_nodes > 1 else "every node"
         raise ConfigError(
@@ -85,11 +85,6 @@ def require_head(address: str) -> None:
             raise ConfigError(
                 f"no cluster at RAY_ADDRESS={address}: {error}; start its head, or unset RAY_ADDRESS to work on this machine alone"
             ) from error
-
-
-def has_cpus() -> bool:
-    """Return whether the cluster has CPUs now; one that starts with a head alone has not, and grows when it is asked."""
-    return bool(ray.cluster_resources().get("CPU", 0))
 
 
 def has_gpus() -> bool:

@@ -17,9 +17,6 @@ from wmdd_ray.spine.run import DoUnit, Report
 logger = logging.getLogger(__name__)
 
 
-_AGAIN = "its group of workers was started again"
-
-
 class Queue(Protocol):
     """What a worker calls of a `UnitQueue`, wherever it lives."""
 
@@ -45,6 +42,9 @@ class UnitQueue:
         units: Unfinished unit ids, in the order to hand them out (most expensive first).
         on_change: Called with (units done, note) after every report; in the driver only.
         on_event: Called as on_event(event, **about); in the driver only. Elsewhere events wait for `drain`.
+
+    Attributes:
+        waiting: The units that nobody has begun; a pool of actors beside the driver takes from them too.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class UnitQueue:
         on_change: Callable[[float, str], None] | None = None,
         on_event: Callable[..., None] | None = None,
     ) -> None:
-        self._waiting = deque(units)
+        self.waiting = deque(units)
         self._taken: dict[str, tuple[int, float]] = {}
         self._nodes: dict[int, str] = {}
         self._takes: Counter[str] = Counter()
@@ -65,21 +65,21 @@ class UnitQueue:
         self._events: list[dict[str, Any]] = []
         self._on_change, self._on_event = on_change, on_event
 
-    def join(self, rank: int, world: int, node: str = "", reason: str = _AGAIN) -> None:
+    def join(self, rank: int, world: int, node: str = "") -> None:
         """Enter as `rank` of a group of `world`. What this rank, or one beyond the group, had taken before is free again."""
         for unit, (holder, _) in list(self._taken.items()):
             if holder == rank or holder >= world:
-                self._event("unit_retried", unit, reason=reason)
+                self._event("unit_retried", unit, reason="its group of workers was started again")
                 del self._taken[unit]
                 self._fractions.pop(unit, None)
-                self._waiting.appendleft(unit)
+                self.waiting.appendleft(unit)
         self._nodes[rank] = node
 
     def take(self, rank: int) -> str | None:
         """Return the next unit, or None when nothing is left to begin."""
-        if self._error or not self._waiting:
+        if self._error or not self.waiting:
             return None
-        unit = self._waiting.popleft()
+        unit = self.waiting.popleft()
         self._taken[unit] = (rank, time.monotonic())
         self._takes[unit] += 1
         self._event("unit_started", unit)

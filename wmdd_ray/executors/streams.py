@@ -85,11 +85,7 @@ def embedded(
 ) -> Iterator[UnitMarker]:
     """Yield the markers of embedded chunks: shards are decoded by tasks, and embedded by a pool of actors with the teacher.
 
-    Args:
-        stage: The stage.
-        reader: Reads the chunks of a shard.
-        left: Shards, with the chunks of each that are finished.
-        arguments: Of `Embedder`.
+    `left` are shards with the chunks of each that are finished, `arguments` those of `Embedder`.
     """
     wide = width(stage.resources)
     gpus = {"num_gpus": wide.gpus} if wide.gpus else {"num_cpus": 1}

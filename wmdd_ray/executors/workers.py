@@ -10,8 +10,6 @@ A worker takes the next unit, works, commits it to storage, and asks again; ther
 
 from __future__ import annotations
 
-import contextlib
-import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +21,7 @@ from ray.train import RunConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from wmdd_ray.executors import beside, here
-from wmdd_ray.executors.actors import fan_out
+from wmdd_ray.executors.actors import UnitActor, fan_out, progress_of
 from wmdd_ray.executors.cluster import Width, await_room, width
 from wmdd_ray.executors.heap import keep_freed_memory
 from wmdd_ray.executors.queue import work_through
@@ -46,7 +44,8 @@ def do_units(
         executor = "train" if steady else "actors"
     if wide.num_workers == 0:
         keep_freed_memory()
-        beside.do_units(stage, units, open_worker, num_finished, UnitActor)
+        alone = stage.resources.num_workers == 0
+        (here if alone else beside).do_units(stage, units, open_worker, num_finished)
         return
     await_room(stage, wide)
     if executor == "train":
@@ -84,15 +83,12 @@ def _run_actors(
         stage.progress.update(done)
 
     def look(actors: list[ActorHandle]) -> None:
-        refs = [actor.progress.remote() for actor in actors]
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=1.0) if refs else ([], [])
-        with contextlib.suppress(ray.exceptions.RayError):
-            parts = ray.get(ready)
-            note = parts[0][1] if parts else ""
-            stage.progress.update(done + sum(part[0] for part in parts), note)
-            for _, _, unit, values in parts:
-                if values:
-                    stage.event("unit_told", unit=unit, values=values)
+        parts = progress_of(actors)
+        note = parts[0][1] if parts else ""
+        stage.progress.update(done + sum(part[0] for part in parts), note)
+        for _, _, unit, values in parts:
+            if values:
+                stage.event("unit_told", unit=unit, values=values)
 
     actor = ray.remote(num_cpus=wide.cpus, num_gpus=wide.gpus, max_concurrency=2)(UnitActor)
     fan_out(
@@ -105,36 +101,6 @@ def _run_actors(
         on_done=finish,
         on_wait=look,
     )
-
-
-class UnitActor:
-    """An isolated worker: keeps what `open_worker` loads, and does a unit a call."""
-
-    def __init__(self, open_worker: OpenWorker, cpus: int) -> None:
-        keep_freed_memory()
-        torch.set_num_threads(cpus)
-        self._cpus = cpus
-        self._do_unit = open_worker(here.device_here())
-        self._unit = ""
-        self._progress: tuple[float, str, str, dict[str, float]] = (0.0, "", "", {})
-
-    def ready(self) -> str:
-        """Return the node's name once the worker can work."""
-        return socket.gethostname()
-
-    def work(self, unit: str) -> None:
-        """Do the unit and commit it."""
-        torch.set_num_threads(self._cpus)  # of this thread: the actor has two
-        self._unit = unit
-        self._do_unit(unit, self._report)
-        self._progress = (0.0, "", "", {})
-
-    def progress(self) -> tuple[float, str, str, dict[str, float]]:
-        """Return the fraction of the unit under way that is done, a note, the unit, and the values that it told last."""
-        return self._progress
-
-    def _report(self, fraction: float, note: str = "", **values: float) -> None:
-        self._progress = (min(fraction, 0.999), note, self._unit, values)
 
 
 def _worker_loop(config: dict[str, Any]) -> None:

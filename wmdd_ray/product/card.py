@@ -51,12 +51,7 @@ def dataset_card(
     """Return the README.md of a data set: what it is, where it is from, how to use it, how good it is.
 
     It is written with the set, when nothing is measured yet, and again from the committed results of an evaluation; the
-    manifest does not list it.
-
-    Args:
-        meta: the manifest's metadata.
-        config: the run's configuration.
-        table: accuracy rows, or None before an evaluation.
+    manifest, whose metadata is `meta`, does not list it. `table` has accuracy rows, and is None before an evaluation.
     """
     meta = published(meta)
     parquet = [
@@ -109,15 +104,9 @@ def export_card(
     teacher_sha256: str | None,
     license_name: str | None = None,
 ) -> str:
-    """Return the README.md of an exported set.
+    """Return the README.md of an exported set, as `dataset_card` that of the set itself.
 
-    Args:
-        meta: metadata of the manifest of the set.
-        table: accuracy rows of the evaluation beside the set, or None.
-        layout: `imagefolder`, `webdataset` or `huggingface`.
-        labels: `soft` when the teacher's logits on whole images go along.
-        teacher_sha256: of the teacher's file.
-        license_name: license identifier; None is what the set says.
+    By `soft` labels the teacher's logits on whole images go along. A `license_name` of None is what the set says.
     """
     meta = published(meta)
     options = meta["provenance"].get("options") or {}

@@ -26,7 +26,8 @@ from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.schemas import check
 
 ALL = "all"
-_SOFT_ALONE = ("loss", "temperature", "ce_weight", "sinkhorn_weight", "sinkhorn_regularization", "sinkhorn_iterations")  # fmt: skip
+SOFT_ALONE = ("loss", "temperature", "ce_weight", "sinkhorn_weight", "sinkhorn_regularization", "sinkhorn_iterations")  # fmt: skip
+"""Options of the loss to soft labels."""
 # What a score is made of -> what students are trained on, and by which labels.
 _PARTS = {
     "full_hard": ("all_real", "hard"),
@@ -233,7 +234,7 @@ def _rows(about: _About, table: list[dict[str, Any]], student: dict[str, Any]) -
             del network["width"]
         training = {k: v for k, v in own.items() if k not in _OTHERS}
         if row["labels"] == "hard":
-            training = {k: v for k, v in training.items() if k not in _SOFT_ALONE} | {"views": hard}
+            training = {k: v for k, v in training.items() if k not in SOFT_ALONE} | {"views": hard}
         distilled, whole = row["row"] == "distilled", row["row"] == "all_real"
         extra = about.label_bytes if row["labels"] == "soft" else 0
         of_width = f"-{network['width']}" if "width" in network else ""

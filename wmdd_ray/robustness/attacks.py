@@ -298,11 +298,8 @@ def contradictions(clean_N: np.ndarray, robust: Mapping[Key, np.ndarray]) -> lis
 
     AutoAttack holds stronger versions of PGD and Square, so what survives it survives them; a smaller box lies in a
     larger one, so what survives the larger survives the smaller; nothing survives that is wrong from the start. The first two can
-    happen to a few images, for the attacks search at random; many mean gradients that mislead the search.
-
-    Args:
-        clean_N: which images are right without an attack.
-        robust: (attack, eps) -> which are right after it.
+    happen to a few images, for the attacks search at random; many mean gradients that mislead the search. `clean_N` says which
+    images are right without an attack, `robust` which after an attack of eps.
     """
     pairs: list[tuple[str, float, np.ndarray]] = []
     for (name, eps), robust_N in robust.items():

@@ -25,13 +25,7 @@ from wmdd_ray.units.students import parts_of, unit_ids
 
 
 def results(run: Run, configs: dict[Arch, DistillConfig], attack: AttackConfig) -> dict[str, Any]:
-    """Return the table of all attacks, and what in it contradicts itself.
-
-    Args:
-        run: a run whose attack rooms are committed.
-        configs: student architecture -> its configuration.
-        attack: attacks, budgets, and how many images.
-    """
+    """Return the table of all attacks on each student of a run whose attack rooms are committed, and its contradictions."""
     sample = run.room(SAMPLE).committed()
     table: list[dict[str, Any]] = []
     wrong: list[dict[str, Any]] = []

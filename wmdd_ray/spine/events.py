@@ -31,12 +31,7 @@ _PART_BYTES = 1 << 20
 
 
 class EventLog:
-    """Writes the events of one run. Safe to call from several threads.
-
-    Args:
-        store: The run's root.
-        run: Token of the run.
-    """
+    """Writes the events of one run, by its token, under its root. Safe to call from several threads."""
 
     def __init__(self, store: Store, run: str) -> None:
         self._store = store.child(FOLDER)

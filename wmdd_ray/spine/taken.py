@@ -53,11 +53,7 @@ def teacher_room(spec: str) -> Room | None:
 def take(run: Run, stages: Sequence[Stage], *, overwrite: bool = False, anew: bool = False) -> None:
     """Make sure that the rooms which a run takes are those that it would make, and note which ones they are.
 
-    Args:
-        run: The run.
-        stages: The pipeline.
-        overwrite: The run may replace what it made of others.
-        anew: It does so in any case.
+    With `overwrite` the run may replace what it made of others, with `anew` it does so in any case.
 
     Raises:
         ConfigError: They are not there, were made with other options or of other data, are not of each other, or the run was begun

@@ -42,13 +42,7 @@ def plan(stage: StageRun) -> Work:
 
 
 def work(stage: StageRun, *, of: Sequence[str] | None = None, keep: bool = False) -> dict[str, Any]:
-    """Train every student that is not trained yet, and return the table.
-
-    Args:
-        stage: The stage.
-        of: Rows to train; all by default.
-        keep: Store the students' weights too.
-    """
+    """Do what `train_students` says, of all rows where none are named."""
     config = stage.config
     source = stage.run.source("train")
     _take_all_real(stage)
@@ -118,14 +112,9 @@ def _all_real_depends_on(
 def train_students(
     stage: StageRun, config: DistillConfig, sets: OpenSets, *, of: Sequence[str], keep: bool
 ) -> dict[str, Any]:
-    """Train the students of every row that are not trained yet, test them on held-out images, and return the table.
+    """Train the students of the rows `of` that are not trained yet, test them on held-out images, and return the table.
 
-    Args:
-        stage: The stage; its room holds a result a student.
-        config: Seeds and recipe of the students.
-        sets: Opens what they are trained on; in a worker.
-        of: Rows of the table.
-        keep: Store their weights too (`read_student`).
+    The room holds a result a student, and to `keep` them their weights too (`read_student`).
     """
     units = unit_ids(config, of)
     val = Listed.of(stage.run.source("val"), config.source)

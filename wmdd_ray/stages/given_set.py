@@ -9,8 +9,10 @@ from typing import Any
 
 from wmdd_ray.config import Arch, DistillConfig
 from wmdd_ray.options import fingerprint_options
+from wmdd_ray.spine.numbers import StageNumbers
 from wmdd_ray.spine.run import Stage, StageRun, Work
-from wmdd_ray.stages import evaluate, squeeze
+from wmdd_ray.stages import evaluate
+from wmdd_ray.stages.pipeline import PIPELINE
 from wmdd_ray.units.given_set import OwnSet, listed_set, open_given
 from wmdd_ray.units.held_out import Listed
 from wmdd_ray.units.students import rows, unit_ids
@@ -26,18 +28,7 @@ def stages(
     """
     teacher: tuple[Stage, ...] = ()
     if config.teacher is not None:
-        teacher = (
-            Stage(
-                name="teacher",
-                room="teacher",
-                version=1,
-                inputs=(),
-                reads_data=True,
-                options=squeeze.options,
-                plan=squeeze.plan,
-                work=squeeze.work,
-            ),
-        )
+        teacher = (replace(PIPELINE[0], name="teacher", numbers=StageNumbers()),)
     return (*teacher, *(_stage_of(student, config, real) for student in students))
 
 

@@ -46,10 +46,7 @@ def plan(stage: StageRun) -> Work:
 
 def _network(stage: StageRun) -> torch.nn.Module:
     """Return the network that the options name, refused if it is to be trained and cannot be a teacher."""
-    shape = {
-        "channels": stage.config.source.channels,
-        "image_size": stage.config.source.image_size,
-    }
+    shape = stage.config.source.shape
     num_classes = len(stage.run.source("train").class_names)
     network = build_network(stage.config.squeeze.network, num_classes=num_classes, **shape)
     if stage.config.teacher is None:

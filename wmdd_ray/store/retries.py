@@ -70,9 +70,9 @@ def retried(do: Callable[[float], T], renew: Callable[[], object]) -> T:
                 renew()
                 renewed = True
                 continue
-            if not passes(error):
-                raise
             left_s = ends - time.monotonic()
+            if left_s <= 0 or not passes(error):
+                raise
             time.sleep(min(wait_s * random.uniform(0.5, 1.0), left_s / 2))
     return do(ends - time.monotonic())
 

@@ -41,12 +41,8 @@ def choose(
 ) -> tuple[DistillConfig, dict[str, str]]:
     """Return the options for images, and why: the recipe that was made for their size, fitted to their number and classes.
 
-    Args:
-        measured: What is known of the images.
-        has_gpu: Whether networks are trained on a GPU.
-        ipc: Distilled images a class.
-        image_size: Side that somebody wants, pixels; None takes the images'.
-        variant: As in `recipes.variant_of`.
+    `has_gpu` says that networks are trained on one. `image_size` is the side that somebody wants, pixels; None takes the images'.
+    `variant` is as in `recipes.variant_of`.
     """
     side = image_size or snapped(measured.shorter_side)
     name = _recipe_for(side, measured.channels)

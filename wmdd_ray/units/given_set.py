@@ -158,13 +158,7 @@ def open_given(
     images, classes_N, num_classes = _foreign_images(given)
     order_N = np.argsort(classes_N, kind="stable")
     source = config.source
-    shown = Input(
-        num_classes,
-        source.channels,
-        source.image_size,
-        source.mean,
-        source.std,
-    )
+    shown = Input(num_classes, source.channels, source.image_size, source.mean, source.std)
     return GivenSets(
         Given(
             images=images[order_N],

@@ -30,7 +30,7 @@ def import_teacher(stage: StageRun, spec: str, unit: str = UNIT) -> None:
     stage.event("unit_started", unit=unit, node=socket.gethostname(), attempt=attempt)
     source: Source = stage.run.source("train")
     network_config, network = given_network(stage.config, spec, source.class_names, unit)
-    check_teacher(network, needs_norms=stage.config.needs_norms, **_shape(stage.config))
+    check_teacher(network, needs_norms=stage.config.needs_norms, **stage.config.source.shape)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = network.to(device).eval()
     val = Listed.of(stage.run.source("val"), stage.config.source)
@@ -63,11 +63,7 @@ def check_given(run: Run, stage: Stage) -> None:
     for unit in (unit for unit in units_of(config) if unit not in finished):
         names = run.source("train").class_names
         _, network = given_network(config, config.teacher, names, unit, fetch=False)
-        check_teacher(network, needs_norms=config.needs_norms, **_shape(config))
-
-
-def _shape(config: DistillConfig) -> dict[str, int]:
-    return {"channels": config.source.channels, "image_size": config.source.image_size}
+        check_teacher(network, needs_norms=config.needs_norms, **config.source.shape)
 
 
 def given_network(
@@ -83,7 +79,7 @@ def given_network(
     Published weights that are not to be fetched are compared by their metadata, and the network is without them.
     """
     network_config, weights = _given_weights(config, spec, class_names, unit, fetch=fetch)
-    network = build_network(network_config, num_classes=len(class_names), **_shape(config))
+    network = build_network(network_config, num_classes=len(class_names), **config.source.shape)
     if weights is not None:
         load_weights(network, weights, f"--teacher {spec}")
     return network_config, network

@@ -47,11 +47,6 @@ def blocks(config: DistillConfig, num_classes: int) -> dict[str, tuple[range, np
     return units
 
 
-def labels_key(unit: str) -> str:
-    """Return the key of a unit's labels."""
-    return f"labels/{unit}.parquet"
-
-
 def by_seed(config: DistillConfig) -> bool:
     """Whether views are drawn again by the reader."""
     return config.relabel.stored_views == "seed"
@@ -116,7 +111,7 @@ def open_labeler(
             block = replace(block, draw=draw)
         room.commit_unit(
             unit,
-            {labels_key(unit): codecs.encode_soft_labels(block)},
+            {f"labels/{unit}.parquet": codecs.encode_soft_labels(block)},
             metrics={"epochs": [epochs.start, epochs.stop], "seconds_in_core": round(in_core, 4)},
             attempt=attempt,
             seconds=time.perf_counter() - started,

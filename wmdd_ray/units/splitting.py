@@ -145,13 +145,9 @@ def held_out(labels_N: np.ndarray, ranks_N: np.ndarray, fraction: float) -> np.n
 def output_files(
     labels_N: np.ndarray, sizes_N: np.ndarray, held_out_N: np.ndarray, shard_bytes: int
 ) -> list[OutputFile]:
-    """Cut both splits into files: class after class, each class in the order of the parts.
+    """Cut both splits into files of at most `shard_bytes`: class after class, each class in the order of the parts.
 
-    Args:
-        labels_N: Class of every image.
-        sizes_N: Its bytes.
-        held_out_N: Whether it is of the validation split.
-        shard_bytes: Most bytes of a file; an image that is larger makes one of its own.
+    `sizes_N` are bytes; an image that is larger than a file may be makes one of its own.
     """
     order_N = np.argsort(labels_N, kind="stable")
     files: list[OutputFile] = []

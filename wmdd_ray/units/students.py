@@ -62,11 +62,6 @@ def longest_first(units: Sequence[str]) -> list[str]:
     return sorted(units, key=rank)
 
 
-def result_key(unit: str) -> str:
-    """Return the key of a student's result."""
-    return f"results/{unit}.json"
-
-
 def student_key(unit: str) -> str:
     """Return the key of a student's weights, where they are kept."""
     return f"students/{unit}.safetensors"
@@ -98,7 +93,8 @@ def open_student_trainer(
         network = _trained(unit, chosen, shown, config, device, keep, report)
         top1, top5 = accuracy(network, held_out)
         in_core = time.perf_counter() - in_core
-        per_class = _recall(network.eval(), held_out, shown.num_classes)
+        counts_YY = confusion(network.eval(), held_out, shown.num_classes)
+        recall_Y = np.diag(counts_YY) / np.maximum(counts_YY.sum(axis=1), 1)
         result = {
             "row": row,
             "arch": config.evaluate.for_labels(labels).network.arch,
@@ -111,10 +107,10 @@ def open_student_trainer(
             "labels": labels,
             "hardware": hardware(),
             "versions": versions()["versions"],
-            "recall_per_class": per_class,
+            "recall_per_class": [round(float(r), 4) for r in recall_Y],
         }
         of_labels = _label_statistics(row, labels, chosen)
-        payloads = {result_key(unit): documents.dump_json(result | of_labels)}
+        payloads = {f"results/{unit}.json": documents.dump_json(result | of_labels)}
         if kept:
             payloads[student_key(unit)] = codecs.encode_state(weights_of(network))
         room.commit_unit(
@@ -182,14 +178,8 @@ def read_student(
     room: Room, unit: str, config: DistillConfig, num_classes: int, device: torch.device
 ) -> torch.nn.Module:
     """Return a student of a committed room that keeps them, in evaluation mode."""
-    source = config.source
-    network = empty_network(
-        config.evaluate.for_labels(parts_of(unit)[1]).network,
-        num_classes=num_classes,
-        channels=source.channels,
-        image_size=source.image_size,
-        device=device,
-    )
+    student, shape = config.evaluate.for_labels(parts_of(unit)[1]), config.source.shape
+    network = empty_network(student.network, num_classes=num_classes, **shape, device=device)
     state = codecs.decode_state(room.read(room.committed().file(student_key(unit))))
     load_weights(network, {k: torch.tensor(v) for k, v in state.items()}, f"student {unit}")
     return network.eval()
@@ -202,8 +192,3 @@ def _label_statistics(row: str, labels: LabelKind, chosen: TrainingSet) -> dict[
     epochs = map(chosen.label_epoch, range(min(_MEASURED_EPOCHS, chosen.epochs)))
     statistics = label_statistics(epochs, len(chosen.images))
     return {name: round(value, 4) for name, value in statistics.items()}
-
-
-def _recall(network: torch.nn.Module, held_out: HeldOut, num_classes: int) -> list[float]:
-    counts_YY = confusion(network, held_out, num_classes)
-    return [round(float(r), 4) for r in np.diag(counts_YY) / np.maximum(counts_YY.sum(axis=1), 1)]

@@ -66,13 +66,8 @@ def read_teacher(room: Room, unit: str = UNIT) -> Teacher:
 
 def feature_width(config: DistillConfig, num_classes: int) -> int:
     """Return D, the width of the features of the network that the options name."""
-    network = empty_network(
-        config.squeeze.network,
-        num_classes=num_classes,
-        channels=config.source.channels,
-        image_size=config.source.image_size,
-        device="meta",
-    )
+    shape = config.source.shape
+    network = empty_network(config.squeeze.network, num_classes=num_classes, **shape, device="meta")
     return last_linear(network).in_features
 
 
@@ -207,13 +202,9 @@ def train_teacher(
     config, unit, room = training.config, training.unit, training.room
     torch.set_num_threads(1)  # gradients of a convolution are summed in another order on more
     torch.manual_seed(training.seed)
-    network = build_network(
-        config.squeeze.network,
-        num_classes=len(training.class_names),
-        channels=config.source.channels,
-        image_size=config.source.image_size,
-    ).to(device)
-    network.to(memory_format=torch.channels_last)
+    num_classes, shape = len(training.class_names), config.source.shape
+    network = build_network(config.squeeze.network, num_classes=num_classes, **shape)
+    network.to(device).to(memory_format=torch.channels_last)
     squeeze = config.squeeze.at_ipc(config.ipc)
     optimizer, average = optimizer_and_average(network, squeeze)
     keep = Checkpoints(room, unit, _STATE_EVERY_S)

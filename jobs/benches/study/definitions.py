@@ -142,12 +142,9 @@ class Table:
 
 
 def budget_of(group: Group, row: Row, num_images: int) -> Budget:
-    """Return what a student of the row is given: epochs are fewer where an image is read as tiles x tiles small ones.
+    """Return what a student of the row is given, who reads `num_images` in an epoch.
 
-    Args:
-        group: Its group.
-        row: The row.
-        num_images: Images that the student reads in an epoch.
+    Epochs are fewer where an image is read as tiles x tiles small ones.
     """
     student, scale = group.student, group.tiles**2
     passes, stored = student.epochs * scale, group.relabel.epochs * scale

@@ -48,12 +48,6 @@ def open_test(table: Table, rows: Sequence[Trained], study: Study, uri: str) -> 
     The record `opened/<data set>-<table>.json` is made before the images are read. Data sets go by their names: of the
     long-tailed digits the training images are others, and the test images the same.
 
-    Args:
-        table: The table.
-        rows: All its rows.
-        study: Where they were trained.
-        uri: Where the real images are.
-
     Raises:
         ConfigError: Students are missing, or the table was opened for another configuration.
     """

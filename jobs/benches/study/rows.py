@@ -33,15 +33,9 @@ def group_of(
     options: Options,
     teacher: TeacherRecipe | None = None,
 ) -> Group:
-    """Return a group by a recipe's labels and student: at least 5 students a row, 3 distilled sets up to ipc 10.
+    """Return a group by a recipe's labels, student and tiles: at least 5 students a row, 3 distilled sets up to ipc 10.
 
-    Args:
-        title: What stands above it.
-        ipc: Stored images a class; 0 where all real images are.
-        recipe: Its labels, student, and tiles.
-        rows: Its rows.
-        options: What the command line changes.
-        teacher: Instead of the recipe's own.
+    An `ipc` of 0 stands for all real images. A `teacher` takes the place of the recipe's own.
     """
     distill_seeds = options.distill_seeds or (3 if 0 < ipc <= 10 else 1)
     batch_size = min(recipe.evaluate.batch_size, 10 * ipc) if ipc else recipe.evaluate.batch_size

@@ -15,25 +15,14 @@ from wmdd_ray.config import (
     RecoverConfig,
     RelabelConfig,
 )
+from wmdd_ray.product.comparison import SOFT_ALONE
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.units.students import unit_ids
 
-from .definitions import Group, Kind, Row, Table, TeacherRecipe, budget_of
+from .definitions import Group, Row, Table, TeacherRecipe, budget_of
 from .engine import Job, Study, chain, student_rows, students
 
 LABELS: tuple[LabelKind, ...] = ("soft", "hard")
-# Options of the loss to soft labels.
-_SOFT = (
-    *("loss", "temperature", "ce_weight"),
-    *("sinkhorn_weight", "sinkhorn_regularization", "sinkhorn_iterations"),
-)
-_START: dict[Kind, str] = {
-    "random": "random",
-    "nearest": "nearest",
-    "herding": "herding",
-    "mosaic": "mosaic",
-    "full": "random",
-}
 
 
 @dataclass(frozen=True)
@@ -89,7 +78,7 @@ def jobs_of_row(table: Table, group: Group, row: Row, study: Study) -> Trained:
     )
     soft = replace(student, labels=("soft",), hard=HardLabelConfig())
     # By any loss to soft labels, so that groups that differ in it share them.
-    unread = {name: getattr(EvaluateConfig(), name) for name in _SOFT}
+    unread = {name: getattr(EvaluateConfig(), name) for name in SOFT_ALONE}
     hard = replace(student, labels=("hard",), **unread)
     sets: list[dict[str, Job]] = []
     of_kind: dict[LabelKind, list[Job]] = {kind: [] for kind in LABELS}
@@ -110,7 +99,8 @@ def _config(table: Table, group: Group, row: Row) -> DistillConfig:
     """Return the configuration that the images of a row come from."""
     recover = row.recover
     if row.kind != "recover":
-        real: dict[str, Any] = {"method": "real", "start": _START[row.kind]}
+        start = "random" if row.kind == "full" else row.kind
+        real: dict[str, Any] = {"method": "real", "start": start}
         recover = replace(
             RecoverConfig(), tiles=recover.tiles, crop_scale_min=recover.crop_scale_min, **real
         )

@@ -16,7 +16,7 @@ import numpy as np
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.base import RawImage, Shard, Source, class_shards
-from wmdd_ray.store.sources.classes import MAX_CLASSES, integer_names, match_classes
+from wmdd_ray.store.sources.classes import integer_names, match_classes
 from wmdd_ray.store.sources.files import reading
 from wmdd_ray.store.sources.labels import found_classes, label_of, number_places
 from wmdd_ray.store.sources.listing import Listing, Split, no_such_split
@@ -45,11 +45,7 @@ class ArraySource(Source):
 
     _transient = (*Source._transient, "_arrays")
 
-    def __init__(
-        self, root: str, files: dict[str, int], config: SourceConfig, class_names: tuple[str, ...]
-    ) -> None:
-        super().__init__(root=root, files=files, config=config, class_names=class_names)
-        self._arrays: tuple[np.ndarray, np.ndarray] | None = None
+    _arrays: tuple[np.ndarray, np.ndarray] | None = None
 
     @abc.abstractmethod
     def _load(self) -> tuple[np.ndarray, np.ndarray]:
@@ -140,7 +136,7 @@ class IdxSource(ArraySource):
 
     def __init__(self, listing: Listing, images_file: str, labels_file: str) -> None:
         files = {name: listing.files[name] for name in sorted((images_file, labels_file))}
-        super().__init__(listing.root, files, listing.config, integer_names(MAX_CLASSES))
+        super().__init__(listing.root, files, listing.config)
         self.images_file = images_file
         self.labels_file = labels_file
         self.sizes = files  # stays with a copy, unlike the listing

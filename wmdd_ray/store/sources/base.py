@@ -18,7 +18,7 @@ import pyarrow.fs as pafs
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources import labels
-from wmdd_ray.store.sources.classes import MAX_CLASSES, plain
+from wmdd_ray.store.sources.classes import MAX_CLASSES, integer_names, plain
 from wmdd_ray.store.sources.files import open_whole, read_ahead, reading, refuse_outside, streamed
 from wmdd_ray.store.sources.labels import Label, Places
 from wmdd_ray.store.sources.passed import PassedOver, shown_groups, total
@@ -95,16 +95,17 @@ class Source(abc.ABC):
 
     def __init__(
         self,
-        *,
         root: str,
         files: dict[str, int],
         config: SourceConfig,
-        class_names: tuple[str, ...],
+        class_names: tuple[str, ...] | None = None,
         places: Places = None,
     ) -> None:
         self.root = root
         self.config = config
-        self.name_classes(class_names, places)
+        # Numbers, until it is known how they are called.
+        names = integer_names(MAX_CLASSES) if class_names is None else class_names
+        self.name_classes(names, places)
         self.titles: tuple[str, ...] = ()
         self.passed_over: tuple[PassedOver, ...] = ()
         self.read_beside: set[str] = set()
@@ -280,13 +281,7 @@ def class_shards(
     chunk_images: int,
     files: Mapping[str, int] | None = None,
 ) -> list[Shard]:
-    """Cut each class into shards of at most `chunk_images` consecutive images.
-
-    Args:
-        keys_by_label: Label and its keys.
-        chunk_images: Most images of a shard.
-        files: Bytes of each key, where a key is a file.
-    """
+    """Cut each class into shards of at most `chunk_images` consecutive images; `files` has the bytes of keys that are files."""
     assert chunk_images >= 1, chunk_images
     return [
         Shard(
@@ -309,14 +304,7 @@ def file_shard_id(position: int) -> str:
 def told_counts(
     source: Source, num_images: int, num_bad: int, inside: Sequence[PassedOver] = ()
 ) -> str:
-    """Return the account of a pass over all files of a split, in a line. Driver only.
-
-    Args:
-        source: Knows which files are read, and which are passed over.
-        num_images: Good images.
-        num_bad: Images that were named and left out.
-        inside: Members of archives that were passed over.
-    """
+    """Return the account of a pass over all files of a split, in a line; `inside` are members of archives. Driver only."""
     read, passed = len(source.files), total(source.passed_over)
     account = (
         f"{read + passed:,} files seen = {read:,} read + {passed:,} passed over{shown_groups(source.passed_over)}; in those that "

@@ -56,15 +56,7 @@ def decoded_chunks(
 
     A record belongs to chunk `position // chunk_images`, where bad records count too. The chunk
     that holds the last record is `last`, also when it is full; an empty shard is one empty last
-    chunk.
-
-    Args:
-        source: Where the shard is from.
-        shard: What to read.
-        config: Sizes, channels and limits.
-        chunk_images: Records of a chunk.
-        skip: Chunks that are done: read past, neither decoded nor yielded (so the last may be
-        missing).
+    chunk. Those to `skip` are read past, neither decoded nor yielded (so the last may be missing).
 
     Raises:
         DataError: A label outside the classes, a malformed shard, or more bad images in one chunk
@@ -115,12 +107,7 @@ def _decode(record: RawImage, config: SourceConfig) -> np.ndarray:
 
 
 def refuse_too_many_bad(bad: Sequence[str], config: SourceConfig, where: str) -> None:
-    """Stop a run whose images are worse than it allows.
-
-    Args:
-        bad: "key: reason" of each bad image so far.
-        config: Holds the limit.
-        where: The source, for the message.
+    """Stop a run with more bad images, "key: reason" each, than it allows.
 
     Raises:
         DataError: More than `max_bad_images`; names the first few.
@@ -136,12 +123,7 @@ def refuse_too_many_bad(bad: Sequence[str], config: SourceConfig, where: str) ->
 def load_images(
     source: Source, config: SourceConfig, limit_bytes: int
 ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, tuple[str, ...]] | None:
-    """Decode a whole source into memory, in the order of its shards.
-
-    Args:
-        source: Fresh from `open_source`.
-        config: Sizes, channels and limits.
-        limit_bytes: Most bytes of decoded pixels.
+    """Decode a whole source, fresh from `open_source`, into memory, in the order of its shards.
 
     Returns:
         (keys, labels_N int64, images_NHWC uint8, bad), or None when the pixels would be more than

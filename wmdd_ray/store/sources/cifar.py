@@ -15,7 +15,7 @@ import numpy as np
 
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.arrays import FREE_BYTES, MAX_GZIP_RATIO, ArraySource
-from wmdd_ray.store.sources.classes import MAX_CLASSES, integer_names, match_classes
+from wmdd_ray.store.sources.classes import match_classes
 from wmdd_ray.store.sources.files import reading
 from wmdd_ray.store.sources.labels import found_classes, label_of, number_places
 from wmdd_ray.store.sources.listing import Listing, no_such_split
@@ -43,7 +43,7 @@ class CifarSource(ArraySource):
     format = "cifar"
 
     def __init__(self, listing: Listing, files: dict[str, int], column: str) -> None:
-        super().__init__(listing.root, files, listing.config, integer_names(MAX_CLASSES))
+        super().__init__(listing.root, files, listing.config)
         self.split = listing.split
         self.column = column
         # Stay with a copy, unlike the listing.

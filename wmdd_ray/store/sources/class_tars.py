@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.base import RawImage, Shard, Source
-from wmdd_ray.store.sources.classes import integer_names, match_classes, shown
+from wmdd_ray.store.sources.classes import match_classes, shown
 from wmdd_ray.store.sources.endings import is_image_name, is_system_name
 from wmdd_ray.store.sources.files import reading, streamed
 from wmdd_ray.store.sources.listing import Listing, files_of_split
 from wmdd_ray.store.sources.passed import NO_IMAGE, SYSTEM, Tally
 from wmdd_ray.store.sources.tar import Readable, tar_members
-from wmdd_ray.store.sources.tar_folders import open_folders, tars_of_split
+from wmdd_ray.store.sources.tar_folders import Place, open_folders, tars_of_split
 from wmdd_ray.store.sources.webdataset import WebDatasetSource, is_tar, open_webdataset
 from wmdd_ray.store.sources.webdataset_index import read_class_names
 
 _LOOKED_AT = 16
-
-
-class _ClassTar(NamedTuple):
-    file: str
-    offset: int
-    size_bytes: int
 
 
 class ClassTarSource(WebDatasetSource):
@@ -37,12 +30,10 @@ class ClassTarSource(WebDatasetSource):
         self,
         listing: Listing,
         files: dict[str, int],
-        tars: Mapping[str, _ClassTar],
+        tars: Mapping[str, Place],
         class_names: tuple[str, ...],
     ) -> None:
-        super().__init__(
-            root=listing.root, files=files, config=listing.config, class_names=class_names
-        )
+        super().__init__(listing.root, files, listing.config, class_names)
         self._tars = dict(tars)
 
     def shards(self, chunk_images: int) -> list[Shard]:
@@ -108,9 +99,7 @@ def open_tars(listing: Listing) -> Source:
     tars = {name: size for name, size in listing.files.items() if is_tar(name)}
     if "{class}" in listing.config.layout:
         return open_folders(listing, tars)
-    probe = WebDatasetSource(
-        root=listing.root, files=tars, config=listing.config, class_names=integer_names(1)
-    )
+    probe = WebDatasetSource(listing.root, tars, listing.config)
     some = tars_of_split(listing, tars) or tars
     first, size_bytes = next(iter(some.items()))
     names = [] if read_class_names(probe) else _first_names(probe, first, 0, size_bytes)
@@ -124,13 +113,13 @@ def open_tars(listing: Listing) -> Source:
     of_class = len(some) > 1 and all(_class_of(first) in name for name in images)
     if of_class or (listing.split == "train" and not any("/" in name for name in images)):
         files = files_of_split(listing, tars)
-        whole = [(_class_of(file), _ClassTar(file, 0, size)) for file, size in files.items()]
+        whole = [(_class_of(file), Place(file, 0, size)) for file, size in files.items()]
         return _open_class_tars(listing, files, whole, images)
     return open_folders(listing, tars)
 
 
 def _open_class_tars(
-    listing: Listing, files: dict[str, int], tars: list[tuple[str, _ClassTar]], names: list[str]
+    listing: Listing, files: dict[str, int], tars: list[tuple[str, Place]], names: list[str]
 ) -> Source:
     by_class = dict(tars)
     if len(by_class) < len(tars):
@@ -159,12 +148,12 @@ def _first_names(probe: Source, file: str, offset: int, size_bytes: int) -> list
     return [name for name in names if not any(map(is_system_name, name.split("/")))]
 
 
-def _inner_tars(probe: Source, file: str, size_bytes: int) -> Iterator[tuple[str, _ClassTar]]:
+def _inner_tars(probe: Source, file: str, size_bytes: int) -> Iterator[tuple[str, Place]]:
     """Yield the tars in a tar by their headers, whose contents are not read."""
     with reading(probe.url(file), "a tar archive"), probe.open_random(file, size_bytes) as handle:
         for member in tar_members(handle, probe.url(file), lambda *_: False, handle.seek):
             if is_tar(member.name) and not is_system_name(member.name.rpartition("/")[2]):
-                yield _class_of(member.name), _ClassTar(file, member.offset, member.size_bytes)
+                yield _class_of(member.name), Place(file, member.offset, member.size_bytes)
 
 
 def _class_of(name: str) -> str:

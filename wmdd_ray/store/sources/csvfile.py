@@ -16,13 +16,7 @@ from dataclasses import dataclass, replace
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.base import FileSource, RawImage, Shard, class_shards
-from wmdd_ray.store.sources.classes import (
-    MAX_CLASSES,
-    SHOWN,
-    integer_names,
-    one_line,
-    shown,
-)
+from wmdd_ray.store.sources.classes import SHOWN, one_line, shown
 from wmdd_ray.store.sources.endings import is_image_name
 from wmdd_ray.store.sources.files import reading, refuse_outside
 from wmdd_ray.store.sources.labels import Label, beside_classes, found_classes, label_of
@@ -73,16 +67,15 @@ class CsvSource(FileSource):
 
     def __init__(
         self,
-        *,
-        root: str,
+        listing: Listing,
         files: dict[str, int],
-        config: SourceConfig,
-        class_names: tuple[str, ...],
+        class_names: tuple[str, ...] | None = None,
+        *,
         tables: str = "",
         keys: Mapping[int, Sequence[str]] | None = None,
         problems: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(root=root, files=files, config=config, class_names=class_names)
+        super().__init__(listing.root, files, listing.config, class_names)
         self._tables = tables
         self._keys = dict(keys or {})
         self._problems = dict(problems or {})
@@ -131,12 +124,7 @@ def open_csv(listing: Listing) -> CsvSource:
     numbers. Paths are relative to the table; absolute ones and URIs must lie below its folder.
     """
     tables = {name: size for name, size in listing.files.items() if is_csv(name)}
-    source = CsvSource(
-        root=listing.root,
-        files=tables,
-        config=listing.config,
-        class_names=integer_names(MAX_CLASSES),
-    )
+    source = CsvSource(listing, tables)
     rows, digest = _rows_of_split(source, listing)
     images = _image_files(listing, rows)
     checked = [_checked(row, images) for row in _without_repeats(rows)]
@@ -158,15 +146,8 @@ def open_csv(listing: Listing) -> CsvSource:
             f"{listing.config.max_bad_images}; correct them, or raise the limit. The first: {first}"
         )
     used = {row.path: images[row.path] for row in checked if not row.problem}
-    return CsvSource(
-        root=listing.root,
-        files=dict(sorted({**used, **tables}.items())),
-        config=listing.config,
-        class_names=names,
-        tables=digest,
-        keys=keys,
-        problems=problems,
-    )
+    files = dict(sorted({**used, **tables}.items()))
+    return CsvSource(listing, files, names, tables=digest, keys=keys, problems=problems)
 
 
 def _rows_of_split(source: CsvSource, listing: Listing) -> tuple[list[_Row], str]:
@@ -174,6 +155,7 @@ def _rows_of_split(source: CsvSource, listing: Listing) -> tuple[list[_Row], str
     wanted = SPLIT_NAMES[listing.split]
     rows: list[_Row] = []
     digest = hashlib.sha256()
+    root = source.root.removesuffix("/") + "/"
     words = {table: split_word(table) for table in source.files}
     named = next((names for names in wanted if names & set(words.values())), frozenset())
     for table, size_bytes in source.files.items():
@@ -189,7 +171,7 @@ def _rows_of_split(source: CsvSource, listing: Listing) -> tuple[list[_Row], str
             text = content.decode("utf-8-sig")
         try:
             rows += (
-                replace(row, path=_relative(row.path, source.root))
+                replace(row, path=row.path.removeprefix(root).removeprefix("./"))
                 for row in _rows(text, source.url(table), table, word, listing.config)
             )
             digest.update(content)
@@ -312,11 +294,6 @@ def _image_files(listing: Listing, rows: Sequence[_Row]) -> dict[str, int]:
     )
     prefix = f"{common}/" if common else ""
     return {prefix + name: size for name, size in sizes.items()}
-
-
-def _relative(path: str, root: str) -> str:
-    """Return a path relative to the table's folder, where it lies below it."""
-    return path.removeprefix(root.removesuffix("/") + "/").removeprefix("./")
 
 
 def _without_repeats(rows: Sequence[_Row]) -> Iterator[_Row]:

@@ -93,13 +93,7 @@ def _is_storage_fault(error: Exception) -> bool:
 def open_whole(
     filesystem: pafs.FileSystem, path: str, where: str, size_bytes: int | None
 ) -> pa.NativeFile:
-    """Open a file for reads anywhere in it.
-
-    Args:
-        filesystem: Where it is.
-        path: Its path there.
-        where: What messages call it.
-        size_bytes: What the listing told, or None when nothing did.
+    """Open a file for reads anywhere in it; `size_bytes` is what the listing told, or None when nothing did.
 
     Raises:
         ArtifactError: It has another size than that. Reads raise it too, where a reply is shorter than was asked.

@@ -260,12 +260,11 @@ def _listed(
             f"{listing.root}: {len(problems)} of {len(images)} images are not named in {name}, --source.max-bad-images allows "
             f"{listing.config.max_bad_images}; complete it, or raise the limit. The first: {shown(list(problems)[:SHOWN])}"
         )
-    read = (*images.values(), name)
+    read = sorted((*images.values(), name))
     return csvfile.CsvSource(
-        root=listing.root,
-        files={path: listing.files[path] for path in sorted(read)},
-        config=listing.config,
-        class_names=names,
+        listing,
+        {path: listing.files[path] for path in read},
+        names,
         tables=hashlib.sha256(repr(sorted(label_of.items())).encode()).hexdigest(),
         keys=keys,
         problems=problems,

@@ -36,9 +36,7 @@ class ImageFolderSource(FileSource):
         layout: str,
         class_names: tuple[str, ...],
     ) -> None:
-        super().__init__(
-            root=listing.root, files=files, config=listing.config, class_names=class_names
-        )
+        super().__init__(listing.root, files, listing.config, class_names)
         self.pattern = pattern
         self.layout = layout
         self._label_of = {plain(name): label for label, name in enumerate(class_names)}

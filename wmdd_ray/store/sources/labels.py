@@ -149,14 +149,7 @@ def class_of(
     by_name: Mapping[str, int],
     where: str,
 ) -> int:
-    """Return the class of a label.
-
-    Args:
-        label: As its file has it.
-        places: Class of each number.
-        names: All class names.
-        by_name: Class of each plain name.
-        where: What has the label.
+    """Return the class of a label as its file has it, by the class of each number and of each plain name.
 
     Raises:
         DataError: It is none of the classes, or a number where nobody says what numbers mean.

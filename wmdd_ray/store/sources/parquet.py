@@ -13,12 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError, WmddError
 from wmdd_ray.store.sources.base import RawImage, Shard, Source, file_shard_id
 from wmdd_ray.store.sources.classes import (
     MAX_CLASSES,
-    integer_names,
     match_classes,
     one_line,
     plain,
@@ -53,11 +51,7 @@ class ParquetSource(Source):
     format = "parquet"
     _transient = (*Source._transient, "_footers")
 
-    def __init__(self, *, root: str, files: dict[str, int], config: SourceConfig) -> None:
-        super().__init__(
-            root=root, files=files, config=config, class_names=integer_names(MAX_CLASSES)
-        )
-        self._footers: dict[str, tuple[int, Names | None]] | None = None
+    _footers: dict[str, tuple[int, Names | None]] | None = None
 
     @property
     def num_images(self) -> int:
@@ -287,7 +281,7 @@ def open_parquet(listing: Listing) -> ParquetSource:
     file has any, the label columns are read once to find the classes.
     """
     files = files_of_split(listing, {n: s for n, s in listing.files.items() if is_parquet(n)})
-    source = ParquetSource(root=listing.root, files=files, config=listing.config)
+    source = ParquetSource(listing.root, files, listing.config)
     declared = [
         names for names in {n: None for _, n in source.footers.values()} if names is not None
     ]

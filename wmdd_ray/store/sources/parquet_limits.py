@@ -31,14 +31,8 @@ def bounded(
 ) -> Columns:
     """Return the columns with the largest value that each may have, as the footer and the pages' headers say.
 
-    Arrow's own accessors of a footer end the process where it was damaged.
-
-    Args:
-        handle: The file.
-        parquet: The same as Arrow understands it.
-        columns: Those that are read.
-        where: What messages call the file.
-        nearby: Whether a look at each page's header takes no request to a store; else the footer is taken at its word.
+    Arrow's own accessors of a footer end the process where it was damaged. `nearby` says that a look at each page's header takes no
+    request to a store; else the footer is taken at its word.
 
     Raises:
         DataError: A column says that it unpacks to much more than what it is made of, or the footer cannot be read.

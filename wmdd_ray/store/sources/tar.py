@@ -51,13 +51,9 @@ def tar_members(
     wanted: Callable[[str, int], bool],
     seek: Callable[[int], object] | None = None,
 ) -> Iterator[Member]:
-    """Yield the regular members in order; `wanted(name, size_bytes)` decides whose content is read.
+    """Yield the regular members of an archive in order; `wanted(name, size_bytes)` decides whose content is kept.
 
-    Args:
-        stream: The archive from its start.
-        where: What messages call it.
-        wanted: Whether a member's content is kept.
-        seek: Goes to a place in the stream, counted in bytes from the start; without it all content is read.
+    `seek` goes to a place in the stream, counted in bytes from the start; without it all content is read.
 
     Raises:
         DataError: A malformed header, a cut member, or no end marker.

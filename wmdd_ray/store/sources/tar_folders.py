@@ -37,7 +37,9 @@ logger = logging.getLogger(__name__)
 _LISTS = (".txt", ".csv", ".tsv")
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
+    """Where a member of a tar lies."""
+
     file: str
     offset: int
     size_bytes: int
@@ -47,7 +49,7 @@ class _Place(NamedTuple):
 class _Members(Listing):
     """A listing of what lies in tars, and of the files beside these that are no images."""
 
-    places: Mapping[str, _Place] = field(default_factory=dict)
+    places: Mapping[str, Place] = field(default_factory=dict)
 
     def read(self, name: str, max_bytes: int) -> bytes:
         if name not in self.places or self.files[name] > max_bytes:
@@ -70,9 +72,7 @@ class _Packed(WebDatasetSource):
         problems: Mapping[str, str] | None = None,
         passed: tuple[PassedOver, ...] = (),
     ) -> None:
-        super().__init__(
-            root=listing.root, files=files, config=listing.config, class_names=class_names
-        )
+        super().__init__(listing.root, files, listing.config, class_names)
         self._keys = dict(keys or {})
         self._problems = dict(problems or {})
         self._passed = passed
@@ -102,11 +102,9 @@ class _Packed(WebDatasetSource):
         if key in self._problems:
             return RawImage(key=key, label=-1, content=b"", problem=self._problems[key])
         file, offset, size_bytes, label = self._place(key)
-        return RawImage(
-            key=key, label=label, content=self.content(_Place(file, offset, size_bytes))
-        )
+        return RawImage(key=key, label=label, content=self.content(Place(file, offset, size_bytes)))
 
-    def content(self, place: _Place) -> bytes:
+    def content(self, place: Place) -> bytes:
         """Return the bytes at a place of a tar."""
         where = self.url(place.file)
         with (
@@ -131,11 +129,7 @@ def tars_of_split(listing: Listing, tars: Mapping[str, int]) -> dict[str, int]:
 
 
 def open_folders(listing: Listing, tars: Mapping[str, int]) -> Source:
-    """Return the images of the split that lie in tars.
-
-    Args:
-        listing: The tars, and what lies beside them.
-        tars: All tars.
+    """Return the images of the split that lie in the tars of a listing.
 
     Raises:
         NoSuchSplitError: None of them is of the split.
@@ -149,7 +143,7 @@ def open_folders(listing: Listing, tars: Mapping[str, int]) -> Source:
         listing.root, len(chosen),
     )  # fmt: skip
     prefix = listing.split if any(map(split_word, chosen)) else ""
-    places: dict[str, _Place] = {}
+    places: dict[str, Place] = {}
     for file, size_bytes in chosen.items():
         for name, place in _members(listing, file, size_bytes):
             path = join(prefix, name)
@@ -192,17 +186,17 @@ def open_folders(listing: Listing, tars: Mapping[str, int]) -> Source:
     return _packed(listing, chosen, opened, places)
 
 
-def _members(listing: Listing, file: str, size_bytes: int) -> Iterator[tuple[str, _Place]]:
+def _members(listing: Listing, file: str, size_bytes: int) -> Iterator[tuple[str, Place]]:
     """Yield name and place of the regular members of a tar, by their headers."""
     probe = _Packed(listing, {file: size_bytes})
     with reading(probe.url(file), "a tar archive"), probe.open_random(file, size_bytes) as handle:
         for member in tar_members(handle, probe.url(file), lambda *_: False, handle.seek):
             name = re.sub(r"^(\./|/)+", "", member.name)
-            yield name, _Place(file, member.offset, member.size_bytes)
+            yield name, Place(file, member.offset, member.size_bytes)
 
 
 def _packed(
-    listing: Listing, tars: dict[str, int], opened: Source, places: Mapping[str, _Place]
+    listing: Listing, tars: dict[str, int], opened: Source, places: Mapping[str, Place]
 ) -> Source:
     """Return the images of a source of files as what they are, members of tars."""
     source = _Packed(listing, tars)

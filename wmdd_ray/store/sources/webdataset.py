@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
-from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.base import RawImage, Shard, Source, file_shard_id
-from wmdd_ray.store.sources.classes import MAX_CLASSES, integer_names
+from wmdd_ray.store.sources.classes import MAX_CLASSES
 from wmdd_ray.store.sources.files import reading
 from wmdd_ray.store.sources.labels import Label, beside_classes, found_classes
 from wmdd_ray.store.sources.listing import Listing, files_of_split
@@ -31,16 +31,7 @@ class WebDatasetSource(Source):
     format = "webdataset"
     _transient = (*Source._transient, "_counts")
 
-    def __init__(
-        self,
-        *,
-        root: str,
-        files: dict[str, int],
-        config: SourceConfig,
-        class_names: tuple[str, ...],
-    ) -> None:
-        super().__init__(root=root, files=files, config=config, class_names=class_names)
-        self._counts: dict[str, int] = {}
+    _counts: Mapping[str, int] = MappingProxyType({})
 
     def count(self, counts: dict[str, int]) -> None:
         """Expect as many samples of each shard as an index says."""
@@ -162,12 +153,7 @@ def open_webdataset(listing: Listing) -> WebDatasetSource:
     are counted against `_info.json` or `sizes.json`.
     """
     files = files_of_split(listing, {n: s for n, s in listing.files.items() if is_tar(n)})
-    source = WebDatasetSource(
-        root=listing.root,
-        files=files,
-        config=listing.config,
-        class_names=integer_names(MAX_CLASSES),
-    )
+    source = WebDatasetSource(listing.root, files, listing.config)
     numbers = listing.config.numbers
     names, places = beside_classes(
         read_class_names(source), listing.class_names, numbers, listing.root
