@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from wmdd_ray import __version__
-from wmdd_ray.api import JOBS, job
+from wmdd_ray.api import JOBS, job, lacking
 
 _COMMANDS = ("distill", "prepare", "evaluate", "compare", "export", "report", "doctor", "bench")
 
@@ -32,7 +32,7 @@ def main() -> None:
     try:
         job("command_line").run(job(name).main)
     except ModuleNotFoundError as error:
-        print(f"error: {error}; for the commands: pip install 'wmdd_ray[distill]'", file=sys.stderr)
+        print(f"error: {lacking(error)}", file=sys.stderr)
         sys.exit(2)
 
 
