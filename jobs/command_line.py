@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from wmdd_ray.errors import ConfigError
+from wmdd_ray.spine.provenance import as_typed
 
 T = TypeVar("T")
 # Above it tyro puts boxes side by side.
@@ -66,7 +67,7 @@ def parse(
     """
     import tyro  # here: the benchmark of a GPU runs where it is not installed
 
-    keywords: dict[str, Any] = {"description": description}
+    keywords: dict[str, Any] = {"description": description and as_typed(description)}
     if default is not None:
         keywords["default"] = default
     for word in filter(lambda word: asks_for_help([word]), arguments):

@@ -147,7 +147,8 @@ def test_the_console_command_of_the_base_names_its_commands_and_what_they_need(
 
     shown = typed("--help")
     assert (
-        shown.returncode == 0 and "distill    Distill a labelled image data set\n" in shown.stdout
+        shown.returncode == 0
+        and "distill         Distill a labelled image data set\n" in shown.stdout
     )
     assert typed("--version").stdout == f"{wmdd_ray.__version__}\n"
     refused = typed("distil")
@@ -170,6 +171,8 @@ def test_the_commands_of_the_wheel_run_without_a_checkout(wheel: Path, tmp_path:
 
     assert typed("distill", "--dry-run").startswith(f"plan for {tmp_path}/runs/digits-ipc10\n")
     assert "ok       versions     Python 3." in typed("doctor", "--no-cluster")
+    shown = " ".join(typed("distill", "--help").split())
+    assert "Distill a labelled image data set: `wmdd-ray distill --ipc 10`." in shown
 
 
 def test_options_of_functions_are_those_of_the_command_line(

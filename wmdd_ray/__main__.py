@@ -10,7 +10,17 @@ from pathlib import Path
 from wmdd_ray import __version__
 from wmdd_ray.api import JOBS, job, lacking
 
-_COMMANDS = ("distill", "prepare", "evaluate", "compare", "export", "report", "doctor", "bench")
+_COMMANDS = (
+    "distill",
+    "prepare",
+    "evaluate",
+    "compare",
+    "export",
+    "report",
+    "doctor",
+    "train_diffusion",
+    "bench",
+)
 
 
 def main() -> None:
@@ -21,7 +31,7 @@ def main() -> None:
         sys.exit(0)
     if name not in _COMMANDS:
         wants_help = name in ("-h", "--help")
-        known = "\n".join(f"  {each:<10} {_about(each)}" for each in _COMMANDS)
+        known = "\n".join(f"  {each:<15} {_about(each)}" for each in _COMMANDS)
         print(
             f"{'' if wants_help else f'error: expected a command, got {name!r}'}\nusage: wmdd-ray COMMAND [OPTIONS]\n\n{known}\n\n"
             "`wmdd-ray COMMAND --help` explains the options.".lstrip(),
