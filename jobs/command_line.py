@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from wmdd_ray.errors import ConfigError
+from wmdd_ray.spine.provenance import as_typed
 
 T = TypeVar("T")
 # Above it tyro puts boxes side by side.
@@ -66,7 +67,7 @@ def parse(
     """
     import tyro  # here: the benchmark of a GPU runs where it is not installed
 
-    keywords: dict[str, Any] = {"description": description}
+    keywords: dict[str, Any] = {"description": description and as_typed(description)}
     if default is not None:
         keywords["default"] = default
     for word in filter(lambda word: asks_for_help([word]), arguments):
@@ -89,13 +90,16 @@ def _help(job_type: type, keywords: dict[str, Any]) -> str:
     columns = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = str(min(shutil.get_terminal_size().columns, _MOST_COLUMNS))
     try:
-        with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        # Later tyros draw boxes only for an output that says it can show them.
+        text = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
             tyro.cli(job_type, args=["--help"], **keywords)
     finally:
         del os.environ["COLUMNS"]
         if columns is not None:
             os.environ["COLUMNS"] = columns
-    return text.getvalue().rstrip()
+    text.seek(0)
+    return text.read().rstrip()
 
 
 def _portion(text: str, word: str, first: set[str]) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from wmdd_ray.config import Resources
 from wmdd_ray.errors import ConfigError, WmddError
 from wmdd_ray.redaction import PlainFormatter, plain
+from wmdd_ray.spine.provenance import as_typed
 from wmdd_ray.spine.run import Run
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.uris import local_path
@@ -56,7 +57,7 @@ def exit_code_of(
         if ending is None:
             raise
         code, text = ending
-        print(f"\n{reworded(text)}", file=sys.stderr)
+        print(f"\n{as_typed(reworded(text))}", file=sys.stderr)
         return code
 
 

@@ -29,7 +29,7 @@ from wmdd_ray.config import DistillConfig, Resources, refuse_secrets
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError, LostRaceError
 from wmdd_ray.product.tables import size
 from wmdd_ray.spine.claims import is_of, read_claim
-from wmdd_ray.spine.provenance import versions
+from wmdd_ray.spine.provenance import as_typed, versions
 from wmdd_ray.spine.run import Run, expected_plan, run_pipeline
 from wmdd_ray.store.documents import FileEntry, encode_manifest, entries_of, read_sealed
 from wmdd_ray.store.filesystem import Store, file_at
@@ -284,7 +284,7 @@ def print_summary(store: Store, manifest: dict[str, Any], seconds: float) -> Non
         print(f"look at         {text}")
     options = "" if manifest["validation"]["num_images"] else " --val-data HELD_OUT_URI"
     print(
-        f"distill it by   python jobs/distill.py --data {shlex.quote(store.uri)} --ipc 10{options}"
+        f"distill it by   {as_typed('python jobs/distill.py')} --data {shlex.quote(store.uri)} --ipc 10{options}"
     )
     print(f"this run took {duration(seconds)}")
 

@@ -24,6 +24,7 @@ from wmdd_ray.config import DistillConfig, refuse_secrets
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError, WmddError
 from wmdd_ray.product.tables import size
 from wmdd_ray.redaction import PlainFormatter
+from wmdd_ray.spine.provenance import as_typed
 from wmdd_ray.store.filesystem import Store, file_at
 from wmdd_ray.store.sources import Source
 from wmdd_ray.store.uris import check_named
@@ -77,7 +78,7 @@ def main(arguments: list[str]) -> int:
         )
         store.put(key, content)
     except WmddError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_typed(str(error))}", file=sys.stderr)
         return error.exit_code
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
         # A run is a folder of anybody's JSON.

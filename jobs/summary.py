@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from wmdd_ray.product.tables import ROW_NAMES, results_table, size
+from wmdd_ray.spine.provenance import as_typed
 from wmdd_ray.spine.rooms import StageCommit
 from wmdd_ray.spine.run import TAKEN, Run, Stage, StageRun, expected_plan
 from wmdd_ray.telling.progress import StageLine, duration
@@ -123,7 +124,7 @@ def print_several(
         )
         print(
             f"{_students_line(metrics)}\n"
-            f"all results     python jobs/compare.py {root}\n\n"
+            f"all results     {as_typed('python jobs/compare.py')} {root}\n\n"
             f"Top-1 % by {' / '.join(metrics['student']['labels'])} labels:\n\n"
             f"| ipc | images | size | {' | '.join(ROW_NAMES.get(row, row) for row in rows)} |\n"
             f"|---:|---:|---:|{'---:|' * len(rows)}"
@@ -156,7 +157,7 @@ def write_report(run: Run) -> str | None:
         logging.getLogger(__name__).info("the report", exc_info=error)
         print(
             f"warning: {run.store.url(REPORT_KEY)} was not written ({type(error).__name__}: {error}); the run is done, and "
-            f"`python jobs/report.py {run.store.uri}` writes it",
+            f"`{as_typed('python jobs/report.py')} {run.store.uri}` writes it",
             file=sys.stderr,
         )
         return None

@@ -31,7 +31,7 @@ from wmdd_ray.errors import DataError
 from wmdd_ray.options import check, fingerprint_options, option
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.spine.claims import is_of, plan_of, read_claim
-from wmdd_ray.spine.provenance import hardware, versions
+from wmdd_ray.spine.provenance import as_typed, hardware, versions
 from wmdd_ray.store.documents import seal
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, load_images, open_source
@@ -132,7 +132,7 @@ def train(job: Job) -> int:
     print(f"preview         {store.uri}/preview.png")
     print(f"weights         {sum(p.numel() for p in model.network.parameters()):,}")
     print(
-        f"sample it       python jobs/distill.py --recipe {job.recipe} --recover.method diffusion "
+        f"sample it       {as_typed('python jobs/distill.py')} --recipe {job.recipe} --recover.method diffusion "
         f"--recover.diffusion.model {store.uri}"
     )
     print(f"this run took {duration(time.monotonic() - started)}")

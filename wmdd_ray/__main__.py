@@ -8,9 +8,19 @@ import sys
 from pathlib import Path
 
 from wmdd_ray import __version__
-from wmdd_ray.api import JOBS, job
+from wmdd_ray.api import JOBS, job, lacking
 
-_COMMANDS = ("distill", "prepare", "evaluate", "compare", "export", "report", "doctor", "bench")
+_COMMANDS = (
+    "distill",
+    "prepare",
+    "evaluate",
+    "compare",
+    "export",
+    "report",
+    "doctor",
+    "train_diffusion",
+    "bench",
+)
 
 
 def main() -> None:
@@ -21,7 +31,7 @@ def main() -> None:
         sys.exit(0)
     if name not in _COMMANDS:
         wants_help = name in ("-h", "--help")
-        known = "\n".join(f"  {each:<10} {_about(each)}" for each in _COMMANDS)
+        known = "\n".join(f"  {each:<15} {_about(each)}" for each in _COMMANDS)
         print(
             f"{'' if wants_help else f'error: expected a command, got {name!r}'}\nusage: wmdd-ray COMMAND [OPTIONS]\n\n{known}\n\n"
             "`wmdd-ray COMMAND --help` explains the options.".lstrip(),
@@ -32,7 +42,7 @@ def main() -> None:
     try:
         job("command_line").run(job(name).main)
     except ModuleNotFoundError as error:
-        print(f"error: {error}; for the commands: pip install 'wmdd_ray[distill]'", file=sys.stderr)
+        print(f"error: {lacking(error)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -69,7 +69,7 @@ def distill(**options: Any) -> Run:
     Raises:
         WmddError: A subclass says what is wrong.
     """
-    command = job("distill")
+    command = _command("distill")
     jobs = _parsed(command.parse_all, _words(options))
     command.distill(jobs)
     return Run(Store(command.root_of(jobs[0])).uri)
@@ -88,7 +88,7 @@ def prepare(source: str, **options: Any) -> str:
     Raises:
         WmddError: A subclass says what is wrong.
     """
-    command = job("prepare")
+    command = _command("prepare")
     parsed = _parsed(
         lambda words: command.command_line.parse(command.Job, words, description=None),
         [source, *_words(options)],
@@ -110,7 +110,7 @@ def evaluate(uri: str, **options: Any) -> dict[str, Any]:
     Raises:
         WmddError: A subclass says what is wrong.
     """
-    command = job("evaluate")
+    command = _command("evaluate")
     parsed = _parsed(lambda words: command.parse(words, None), [uri, *_words(options)])
     command.evaluate(parsed)
     return read_sealed(Store(parsed.out), "results.json")
@@ -138,6 +138,18 @@ def load_dataset(uri: str, **options: Any) -> DistilledDataset:
 def job(name: str) -> Any:
     """Return the module of a command."""
     return importlib.import_module(f"{JOBS}.{name}")
+
+
+def lacking(error: ModuleNotFoundError) -> ConfigError:
+    """Return what to say of a command that imports something that is not installed."""
+    return ConfigError(f"{error}; for the commands: pip install 'wmdd_ray[distill]'")
+
+
+def _command(name: str) -> Any:
+    try:
+        return job(name)
+    except ModuleNotFoundError as error:
+        raise lacking(error) from error
 
 
 def _words(options: dict[str, Any]) -> list[str]:

@@ -250,11 +250,11 @@ class DistilledDataset(Dataset[Item]):
 
         Args:
             uri: images with the set's class names, in any layout that jobs/distill.py reads; None are those that lie beside the
-                images that the set was distilled from: digits, which come with this package.
+                images that the set was distilled from: digits, which come with scikit-learn.
             follow_data: whether any other place is opened because the set names it; say so of sets that are yours.
 
         Raises:
-            ConfigError: The set names another place, or one that no set may name.
+            ConfigError: The set names another place, or one that no set may name, or digits without scikit-learn.
             DataError: There are none, or they have other classes.
         """
         # Imported here: training alone reads no real image.

@@ -30,6 +30,7 @@ toc_object_entries_show_parents = "hide"
 html_theme = "alabaster"
 html_theme_options = {"page_width": "1200px", "body_max_width": "none", "show_powered_by": False}
 html_copy_source = False
+html_static_path = ["custom.css"]  # which the theme asks for
 
 CONTENTS = {
     "Guide": ["jobs/COOKBOOK", "jobs/TOUR", "cluster/README"],

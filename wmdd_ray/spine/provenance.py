@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -49,6 +50,16 @@ def _revision() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip()
+
+
+def as_typed(text: str) -> str:
+    """Return a text with its `python jobs/NAME.py` as they are typed here: of an installed package `wmdd-ray NAME`."""
+    is_installed = (_PACKAGE / "jobs").is_dir()
+    return (
+        re.sub(r"(?<![\w./-])(?:python )?jobs/(\w+)\.py", r"wmdd-ray \1", text)
+        if is_installed
+        else text
+    )
 
 
 @cache

@@ -128,9 +128,13 @@ def _labels_file(file: str) -> str:
         raise DataError(
             f"{file}: expected images_*.pt with labels_*.pt beside it, found images without labels"
         )
-    if match[1] is None and store.exists(f"images_zca_{match[2]}"):
+    # MTT writes them at each iteration that it keeps, and `best` beside it whitened alone; others write `best` as well.
+    undone = [key for key in store.list() if re.fullmatch(r"images_zca_[^/]+", key)]
+    if match[1] is None and undone:
+        same = f"images_zca_{match[2]}"
         raise DataError(
-            f"{file} is ZCA-whitened, which held-out images are not: pass {store.url(f'images_zca_{match[2]}')}, where it is undone"
+            f"{file} is ZCA-whitened, which held-out images are not: pass {same if same in undone else ' or '.join(undone)} beside "
+            "it, where it is undone"
         )
     return store.url(f"labels_{match[2]}")
 

@@ -16,6 +16,7 @@ from wmdd_ray.recipes import recipe_of
 from wmdd_ray.redaction import printable
 from wmdd_ray.spine.claims import flatten
 from wmdd_ray.spine.events import read_events
+from wmdd_ray.spine.provenance import as_typed
 from wmdd_ray.spine.rooms import Room, StageCommit, UnitMarker
 from wmdd_ray.spine.run import TAKEN, Stage
 from wmdd_ray.spine.taken import is_above, origin_of, runs_in
@@ -290,4 +291,4 @@ def command_of(facts: RunFacts) -> str:
                 [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
             )
     words = " \\\n    ".join(shlex.join(one) for one in given)
-    return printable(f"python jobs/distill.py {words}")
+    return as_typed("python jobs/distill.py ") + printable(words)

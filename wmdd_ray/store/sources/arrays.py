@@ -14,7 +14,7 @@ from typing import BinaryIO, cast
 import numpy as np
 
 from wmdd_ray.config import SourceConfig
-from wmdd_ray.errors import DataError
+from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.store.sources.base import RawImage, Shard, Source, class_shards
 from wmdd_ray.store.sources.classes import integer_names, match_classes
 from wmdd_ray.store.sources.files import reading
@@ -104,7 +104,12 @@ class DigitsSource(ArraySource):
 
     def _load(self) -> tuple[np.ndarray, np.ndarray]:
         # Imported here: half a second, for this source alone.
-        from sklearn.datasets import load_digits
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise ConfigError(
+                "the digits come with scikit-learn, which is not installed: pip install scikit-learn, or name other images"
+            ) from error
 
         digits = load_digits()
         images_NHW = np.rint(digits.images * (255 / 16)).astype(np.uint8)
