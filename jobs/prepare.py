@@ -270,8 +270,9 @@ def print_summary(store: Store, manifest: dict[str, Any], seconds: float) -> Non
         part = manifest[split]
         counts = part["class_counts"]
         files = many(part["num_files"], "file")
+        each = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
         print(
-            f"{split:<16}{part['num_images']} images, {min(counts)} to {max(counts)} a class, {size(part['size_bytes'])} in {files}"
+            f"{split:<16}{part['num_images']} images, {each} a class, {size(part['size_bytes'])} in {files}"
         )
     print(f"classes         {len(names)}: {shown(names)}")
     for split, account in manifest.get("files_seen", {}).items():
