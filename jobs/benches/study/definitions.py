@@ -23,16 +23,8 @@ from wmdd_ray.recipes import recipe_of
 
 Kind = Literal["random", "nearest", "herding", "mosaic", "recover", "full"]
 TableName = Literal[
-    "main",
-    "cross",
-    "digits",
-    "cifar10",
-    "cifar10_resnet18",
-    "ablation",
-    "longtail",
-    "alignment",
-    "alignment_digits",
-]
+    "main", "cross", "digits", "cifar10", "cifar10_resnet18", "ablation", "longtail", "alignment", "alignment_digits"
+]  # fmt: skip
 
 RANDOM, FULL = "random_real", "full_data"
 

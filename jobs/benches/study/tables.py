@@ -118,13 +118,13 @@ def _resnet18(dataset: str, ipcs: tuple[int, ...], options: Options) -> list[Gro
     """
 
     def change(config: DistillConfig) -> DistillConfig:
-        sgd: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 5e-4}
-        adamw: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 1e-3}
+        squeeze = replace(config.squeeze, optimizer="sgd", learning_rate=0.1, weight_decay=5e-4)
+        evaluate = replace(config.evaluate, optimizer="adamw", learning_rate=1e-3)
         return replace(
             config,
-            squeeze=replace(config.squeeze, network=_RESIDUAL, **sgd),
+            squeeze=replace(squeeze, network=_RESIDUAL),
             recover=replace(config.recover, mixed_precision=True),
-            evaluate=replace(config.evaluate, network=_RESIDUAL, **adamw),
+            evaluate=replace(evaluate, network=_RESIDUAL),
         )
 
     return _main(dataset, ipcs, options, change)
