@@ -178,7 +178,8 @@ def test_best_of_many_starts_is_the_optimal_quantization_of_a_line() -> None:
 @pytest.mark.parametrize("solver", ["uniform", "emd", "sinkhorn", "sliced"])
 def test_no_solver_beats_lloyd_on_clustered_features(solver: str, seed: int) -> None:
     features, _ = clusters(seed)
-    assert solve(features, 4, seed=seed).cost <= solve(features, 4, solver, seed).cost * (1 + 1e-9)
+    tolerance = cost_rounding(features) + atom_rounding(features)
+    assert solve(features, 4, seed=seed).cost <= solve(features, 4, solver, seed).cost + tolerance
 
 
 # What every solver keeps ------------------------------------------------------------------------
@@ -208,10 +209,12 @@ def test_weights_are_a_distribution(solver: str, seed: int, num: int, share: flo
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("solver", ["lloyd", "uniform", "emd"])
 def test_cost_never_increases(solver: str, seed: int) -> None:
-    found = solve(cloud(seed, num=200), 12, solver, seed, tol=0.0, max_iters=60)
+    features = cloud(seed, num=200)
+    found = solve(features, 12, solver, seed, tol=0.0, max_iters=60)
     assert len(found.cost_history) > 3
-    assert np.all(np.diff(found.cost_history) <= 1e-12 * found.cost_history[0])
-    assert found.cost <= found.cost_history[-1] * (1 + 1e-6)
+    assert np.all(np.diff(found.cost_history) <= cost_rounding(features))
+    tolerance = cost_rounding(features) + atom_rounding(features)
+    assert found.cost <= found.cost_history[-1] + tolerance
     # Lloyd's history is that of atoms which are not rounded yet.
     assert solver == "lloyd" or found.cost == found.cost_history[-1]
 
@@ -316,6 +319,7 @@ def test_fewer_distinct_images_than_atoms(solver: str, copies: tuple[int, ...]) 
     if solver == "lloyd" and len(copies) > 1:
         for image, count in zip(cloud(0, num=3), copies, strict=True):
             at_image = (found.atoms_KD == image).all(axis=1)
+            # A rounding a weight, of at most 10.
             assert_allclose(found.weights_K[at_image].sum(), count / 30, rtol=10 * EPS)
 
 

@@ -104,7 +104,7 @@ def required_batch_norms(network: nn.Module) -> list[nn.BatchNorm2d]:
 def check_teacher(network: nn.Module, *, channels: int, image_size: int, needs_norms: bool) -> None:
     """Refuse, before hours of training, a network that cannot be a teacher; one pass of two black images tells.
 
-    `needs_norms` says that moments of BatchNorm layers are used.
+    The input has `channels` C and sides of `image_size` pixels. `needs_norms` says that moments of BatchNorm layers are used.
 
     Raises:
         ConfigError: it lacks BatchNorm2d layers or a last Linear layer, or does not use them in one place each.
