@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from wmdd_ray.errors import ArtifactError, LostRaceError, WmddError
 from wmdd_ray.spine.rooms import MAX_ATTEMPTS, Room, StageCommit, UnitMarker
+from wmdd_ray.store import filesystem
 from wmdd_ray.store.documents import read_sealed, seal
 from wmdd_ray.store.filesystem import Store
 
@@ -56,6 +58,32 @@ def test_a_unit_that_comes_further_every_time_is_not_given_up(
     room = open_room("one")
     for point in range(4 * MAX_ATTEMPTS):
         room.begin_unit("g0", point=point // 2)
+
+
+def test_each_file_of_a_unit_is_flushed_before_it_has_its_name(
+    open_room: Callable[[str], Room], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush, link = os.fsync, os.link
+    flushed: dict[int, int] = {}  # inode -> bytes
+    named: list[str] = []
+
+    def flush_noted(descriptor: int) -> None:
+        flush(descriptor)
+        file = os.fstat(descriptor)
+        flushed[file.st_ino] = file.st_size
+
+    def link_noted(source: Path, target: Path) -> None:
+        file = source.stat()
+        if flushed.get(file.st_ino) == file.st_size:
+            named.append(target.relative_to(tmp_path / "images").as_posix())
+        link(source, target)
+
+    monkeypatch.setattr(filesystem.os, "fsync", flush_noted)
+    monkeypatch.setattr(filesystem.os, "link", link_noted)
+    room = open_room("one")
+    room.begin_unit("g0")
+    room.commit_unit("g0", {"g0.bin": b"pixels"}, attempt=1)
+    assert named == ["attempts/g0.json", "g0.bin", "units/g0.json"]
 
 
 def test_a_unit_that_is_finished_is_not_begun_again(open_room: Callable[[str], Room]) -> None:

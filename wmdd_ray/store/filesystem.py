@@ -345,6 +345,8 @@ def _staged(target: Path, content: bytes) -> Iterator[Path]:
         with open(staged, "wb") as file:
             file.write(content)
             file.flush()
+            # All three of a unit need it: after a crash of the machine ext4 and XFS keep names of files whose bytes they lost, a
+            # marker would name a payload that is gone, and an empty marker or attempt would end the next run.
             os.fsync(file.fileno())
         yield staged
     finally:
