@@ -102,13 +102,7 @@ class CsvSource(FileSource):
         path, _, label = key.rpartition("#")
         if not path or ".." in path.split("/") or not re.fullmatch("[0-9]{1,9}", label):
             raise DataError(f"{self.root}: no image {key!r}, expected PATH#LABEL")
-        where = self.url(path)
-        with reading(where, "an image file"), self.open_random(path, size_bytes) as file:
-            problem = self.too_large(file.size())
-            content = b"" if problem else file.read()
-        return RawImage(
-            key=key, label=self._class_of(int(label), key, None), content=content, problem=problem
-        )
+        return self._read_file(key, self._class_of(int(label), key, None), path, size_bytes)
 
 
 def is_csv(name: str) -> bool:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wmdd_ray.errors import DataError, WmddError
-from wmdd_ray.store.sources.base import RawImage, Shard, Source, file_shard_id
+from wmdd_ray.store.sources.base import RawImage, Shard, Source
 from wmdd_ray.store.sources.classes import (
     MAX_CLASSES,
     match_classes,
@@ -58,15 +58,7 @@ class ParquetSource(Source):
         return sum(num_rows for num_rows, _ in self.footers.values())
 
     def shards(self, chunk_images: int) -> list[Shard]:
-        return [
-            Shard(
-                id=file_shard_id(i),
-                file=file,
-                num_images=self.footers[file][0],
-                sizes=(size_bytes,),
-            )
-            for i, (file, size_bytes) in enumerate(self.files.items())
-        ]
+        return self._file_shards({file: rows for file, (rows, _) in self.footers.items()})
 
     @property
     def footers(self) -> dict[str, tuple[int, Names | None]]:
