@@ -197,7 +197,7 @@ def _require_something(job: Job, uri: str) -> None:
             f"{uri} holds a run for each ipc: pass {' or '.join(run.uri for run in inside)}"
         )
     try:
-        list_files(uri, follow_links=job.source.follow_links, access=job.source.bucket)
+        list_files(uri, job.source)
     except NothingThereError as error:
         raise DataError(
             f"{uri}: expected a distilled set (a run of jobs/distill.py, its dataset/, or images that somebody else distilled), "

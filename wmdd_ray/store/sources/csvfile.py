@@ -283,9 +283,7 @@ def _image_files(listing: Listing, rows: Sequence[_Row]) -> dict[str, int]:
     where = f"{listing.root}/{common}".rstrip("/")
     if not listing.config.follow_links:
         refuse_outside(listing.root, [common])
-    root, sizes = list_files(
-        where, follow_links=listing.config.follow_links, access=listing.config.bucket
-    )
+    _, sizes, _ = list_files(where, listing.config)
     prefix = f"{common}/" if common else ""
     return {prefix + name: size for name, size in sizes.items()}
 

@@ -27,7 +27,7 @@ from wmdd_ray.store.sources.listing import (
     Listing,
     NoSuchSplitError,
     Split,
-    list_all,
+    list_files,
     split_word,
 )
 
@@ -89,7 +89,7 @@ def open_source(
     """
     if config.format in ("auto", "digits") and uri == "digits":
         return arrays.open_digits(config, split, class_names)
-    root, files, hidden = list_all(uri, follow_links=config.follow_links, access=config.bucket)
+    root, files, hidden = list_files(uri, config)
     listing = Listing(
         root=root,
         files=files,
