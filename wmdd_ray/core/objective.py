@@ -23,7 +23,7 @@ from wmdd_ray.core.losses import (
     feature_loss_G,
 )
 from wmdd_ray.core.networks import features_and_logits, required_batch_norms
-from wmdd_ray.core.pixel_adam import State, to_array
+from wmdd_ray.core.optimizer import State, to_array
 from wmdd_ray.core.taps import Tap
 from wmdd_ray.errors import ConfigError
 

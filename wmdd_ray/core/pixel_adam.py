@@ -16,13 +16,7 @@ import torch
 from torch import Tensor
 
 from wmdd_ray.config import RecoverConfig
-
-State = dict[str, np.ndarray]
-
-
-def to_array(tensor: Tensor) -> np.ndarray:
-    """Return a copy of `tensor` as an array."""
-    return tensor.detach().cpu().numpy().copy()
+from wmdd_ray.core.optimizer import State, to_array
 
 
 class PixelAdam:

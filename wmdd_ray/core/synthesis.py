@@ -39,10 +39,12 @@ from wmdd_ray.core.networks import features_and_logits, required_batch_norms
 from wmdd_ray.core.objective import ClassTarget as ClassTarget
 from wmdd_ray.core.objective import Objective, Terms
 from wmdd_ray.core.objective import TeacherTarget as TeacherTarget
-from wmdd_ray.core.pixel_adam import PixelAdam, State, to_array
+from wmdd_ray.core.optimizer import State, to_array
+from wmdd_ray.core.pixel_adam import PixelAdam
+from wmdd_ray.core.resample import whole
 from wmdd_ray.core.taps import output_of, tapped
 from wmdd_ray.core.tiles import tile_side
-from wmdd_ray.core.views import crop, to_input
+from wmdd_ray.core.views import to_input
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.records import ClassImages
 
@@ -255,13 +257,8 @@ class _Curves:
 @torch.no_grad()
 def features_of(network: nn.Module, images_BCHW: Tensor, image_size: int) -> np.ndarray:
     """Return features_BD, float32, of whole images; small ones are enlarged as they are for every step."""
-    if images_BCHW.shape[-1] != image_size:
-        whole_B4 = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(images_BCHW), 1)
-        upright_B = torch.zeros(len(images_BCHW), dtype=torch.bool)
-        device = images_BCHW.device
-        images_BCHW = crop(images_BCHW, whole_B4.to(device), upright_B.to(device), image_size)
     with deterministic_convolutions():
-        features_BD, _ = features_and_logits(network, images_BCHW)
+        features_BD, _ = features_and_logits(network, whole(images_BCHW, image_size))
     return to_array(features_BD.float())
 
 
