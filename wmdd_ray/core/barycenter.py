@@ -129,14 +129,10 @@ def _uniform(
     """
     cloud = Cloud(features_ND)
     weights_K = np.full(ipc, 1.0 / ipc)
-    best: Barycenter | None = None
-    for _ in range(config.num_starts):
-        atoms_KD = features_ND[rng.choice(len(cloud), ipc, replace=False)].astype(np.float32)
-        barycenter = _balanced(cloud, atoms_KD, weights_K, config)
-        if best is None or barycenter.cost < best.cost:
-            best = barycenter
-    assert best is not None
-    return best
+    starts = (rng.choice(len(cloud), ipc, replace=False) for _ in range(config.num_starts))
+    first_atoms = (features_ND[rows_K].astype(np.float32) for rows_K in starts)
+    ends = (_balanced(cloud, atoms_KD, weights_K, config) for atoms_KD in first_atoms)
+    return min(ends, key=lambda one: one.cost)
 
 
 def _balanced(

@@ -40,16 +40,9 @@ def solve_lloyd(
         Lloyd 1982; Arthur and Vassilvitskii 2007, k-means++ with the greedy choice among candidates.
     """
     cloud = Cloud(features_ND)
-    best: Barycenter | None = None
-    for _ in range(config.num_starts):
-        atoms, history, converged = descend(
-            cloud, plus_plus(cloud, ipc, rng), config.max_iters, config.tol
-        )
-        barycenter = _with_voronoi_weights(cloud, atoms, history, converged)
-        if best is None or barycenter.cost < best.cost:
-            best = barycenter
-    assert best is not None
-    return best
+    starts = (plus_plus(cloud, ipc, rng) for _ in range(config.num_starts))
+    ends = (descend(cloud, start_KD, config.max_iters, config.tol) for start_KD in starts)
+    return min((_with_voronoi_weights(cloud, *end) for end in ends), key=lambda one: one.cost)
 
 
 class Cloud:
