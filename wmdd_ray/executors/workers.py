@@ -77,7 +77,7 @@ def _run_actors(
     """Work on isolated actors."""
     done = num_finished
 
-    def finish(unit: str, result: None) -> None:
+    def finish(unit: str) -> None:
         nonlocal done
         done += 1
         stage.progress.update(done)

@@ -58,20 +58,19 @@ class ClassSolver:
 
         return socket.gethostname()
 
-    def work(self, unit: str) -> float:
-        """Solve the class `unit`, or all at once, commit what is not finished, and return the seconds it took."""
-        started = time.perf_counter()
+    def work(self, unit: str) -> None:
+        """Solve the class `unit`, or all at once, and commit what is not finished."""
         if self._config.barycenters.label_weight is not None:
             self._work_all()
-            return time.perf_counter() - started
+            return
+        started = time.perf_counter()
         attempt = self._room.begin_unit(unit)
         if attempt is None:
-            return 0.0
+            return
         real = self._features.read(int(unit))
         in_core = time.perf_counter()
         barycenter = self._solve(real, self._config.num_atoms)
         self._commit(real, barycenter, attempt, started, in_core)
-        return time.perf_counter() - started
 
     def _work_all(self) -> None:
         from wmdd_ray.core.joint import solve_joint

@@ -56,12 +56,12 @@ class FileWriter:
         """Return the node's name once the actor can work."""
         return socket.gethostname()
 
-    def work(self, unit: str) -> float:
-        """Write the file `unit` and return the seconds it took."""
+    def work(self, unit: str) -> None:
+        """Write the file `unit`, unless it is finished."""
         started = time.perf_counter()
         attempt = self._room.begin_unit(unit)
         if attempt is None:
-            return 0.0
+            return
         kind = unit.partition("-")[0]
         make: dict[str, Callable[[str], tuple[str, bytes]]] = {
             "images": self._images,
@@ -72,7 +72,6 @@ class FileWriter:
         key, content = make[kind](unit)
         seconds = time.perf_counter() - started
         self._room.commit_unit(unit, {key: content}, attempt=attempt, seconds=seconds)
-        return seconds
 
     def _images(self, unit: str) -> tuple[str, bytes]:
         classes = read_images(self._images_room, self._files[unit])
