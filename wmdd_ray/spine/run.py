@@ -65,9 +65,9 @@ class Stage:
 
     name: str
     room: str
-    version: int
-    inputs: tuple[str, ...]
-    reads_data: bool
+    version: int = 1
+    inputs: tuple[str, ...] = ()
+    reads_data: bool = False
     options: Callable[[DistillConfig], dict[str, Any]]
     plan: Callable[[StageRun], Work]
     work: Callable[[StageRun], dict[str, Any]]

@@ -73,8 +73,6 @@ def sample_stage(config: DistillConfig, attack: AttackConfig) -> Stage:
     return Stage(
         name=SAMPLE,
         room=SAMPLE,
-        version=1,
-        inputs=(),
         reads_data=True,
         options=options,
         plan=lambda _: Work(
@@ -128,9 +126,7 @@ def attack_stage(
     return Stage(
         name=room,
         room=room,
-        version=1,
         inputs=(student, SAMPLE),
-        reads_data=False,
         options=options,
         plan=lambda _: Work(units=None, estimated_bytes=0),
         work=work,
