@@ -85,15 +85,18 @@ class StageCommit:
     finished: str
     space: str = ""
 
+    @property
+    def files(self) -> dict[str, FileEntry]:
+        """The files of all units by key."""
+        return {entry.key: entry for marker in self.units.values() for entry in marker.files}
+
     def file(self, key: str) -> FileEntry:
         """Return the committed file `key`."""
-        for marker in self.units.values():
-            for entry in marker.files:
-                if entry.key == key:
-                    return entry
-        raise ArtifactError(
-            f"stage {self.stage} committed no file {key}; run it again with --overwrite"
-        )
+        if (entry := self.files.get(key)) is None:
+            raise ArtifactError(
+                f"stage {self.stage} committed no file {key}; run it again with --overwrite"
+            )
+        return entry
 
 
 class Room:
@@ -274,7 +277,7 @@ class Room:
 
     def sweep(self, commit: StageCommit) -> None:
         """Remove payloads of attempts that lost, once the room is committed."""
-        files = [entry for marker in commit.units.values() for entry in marker.files]
+        files = commit.files.values()
         named = {entry.at or entry.key for entry in files}
         # What was at its key when an entry was stored elsewhere.
         lost = {entry.key for entry in files if entry.at} - named

@@ -103,7 +103,7 @@ def _checked(run: Run, stages: Sequence[Stage], option: str) -> dict[str, Any]:
                 "--features out"
             )
         commits[stage.room] = commit
-    teachers = {f.key: f.sha256 for m in commits["teacher"].units.values() for f in m.files}
+    teachers = {key: entry.sha256 for key, entry in commits["teacher"].files.items()}
     # Features of before there was this entry do not say.
     of = commits["features"].metrics.get("teacher_sha256")
     if of is not None and of not in teachers.values():

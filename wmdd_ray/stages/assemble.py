@@ -34,7 +34,7 @@ def plan(stage: StageRun) -> Work:
     config = stage.config
     num_classes = len(stage.run.source("train").class_names)
     commit = stage.run.room("labels").read_commit()
-    size = sum(f.size_bytes for m in commit.units.values() for f in m.files) if commit else 0
+    size = sum(f.size_bytes for f in commit.files.values()) if commit else 0
     units = [*image_files(config, num_classes), *labelers_of(config), "preview"]
     return Work(
         units=(*units, *(f"labels-{unit}" for unit in commit.units)) if commit else None,

@@ -100,12 +100,7 @@ def _all_real_depends_on(
         "evaluate": {k: v for k, v in options["evaluate"].items() if k not in others},
         "labels": [relabel.get(k) for k in ("views", "batch_size", "batch_statistics")],
         "inputs": [inputs[name] for name in ("data", "val_data")],
-        "teachers": {
-            file.key: file.sha256
-            for marker in dataset.units.values()
-            for file in marker.files
-            if file.key.startswith("teacher")
-        },
+        "teachers": {k: f.sha256 for k, f in dataset.files.items() if k.startswith("teacher")},
     }
 
 

@@ -153,9 +153,7 @@ class Inputs:
         ]
         self.source, self.config, self.device = source, config, device
         self._barycenters = barycenter_room
-        self._files = {
-            f.key: f for m in barycenter_room.committed().units.values() for f in m.files
-        }
+        self._files = barycenter_room.committed().files
 
     def barycenter(self, label: int) -> ClassBarycenter:
         """Return a class's atoms, moments and real images by key."""
@@ -356,7 +354,7 @@ def read_real(source: Source, keys: tuple[str, ...], config: DistillConfig) -> n
 
 def read_images(room: Room, labels: range | list[int]) -> list[ClassImages]:
     """Return the distilled images of some classes, verified, whatever units made them; several are read at a time."""
-    files = {f.key: f for m in room.committed().units.values() for f in m.files}
+    files = room.committed().files
 
     def read(label: int) -> ClassImages:
         entries = files_of(files, label)

@@ -227,7 +227,7 @@ def _baseline_images(
     row: str, room: Room, source: Source, config: DistillConfig, num_classes: int
 ) -> np.ndarray:
     """Return as many real images as the distilled set stores, in its order of classes."""
-    files = {f.key: f for m in room.committed().units.values() for f in m.files}
+    files = room.committed().files
     chosen = []
     for barycenter in read_ahead(partial(atoms.read_barycenter, room, files), range(num_classes)):
         keys = {
