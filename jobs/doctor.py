@@ -24,12 +24,13 @@ if __spec__ is None:  # a file, which goes on as the module that its imports are
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     runpy.run_module("jobs.doctor", run_name="__main__", alter_sys=True)
 
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import requires
 
 from packaging.requirements import Requirement
 
 from wmdd_ray.errors import ArtifactError, DataError, WmddError
 from wmdd_ray.redaction import plain
+from wmdd_ray.spine.provenance import installed
 from wmdd_ray.store.uris import local_path
 
 from . import command_line
@@ -182,9 +183,9 @@ def check_versions(visit: Visit) -> Iterator[Finding]:
     """Hold what is installed against the package's lower bounds and, in a checkout, the pins of requirements-run.txt."""
     bounds = _bounds()
     below = [
-        f"{bound.name} {_installed(bound.name)} (needs {bound.specifier})"
+        f"{bound.name} {installed(bound.name)} (needs {bound.specifier})"
         for bound in bounds
-        if not bound.specifier.contains(_installed(bound.name) or "0", prereleases=True)
+        if not bound.specifier.contains(installed(bound.name) or "0", prereleases=True)
     ]
     if below:
         advice = "-r requirements-run.txt" if _PINS.is_file() else "--upgrade 'wmdd_ray[distill]'"
@@ -196,10 +197,10 @@ def check_versions(visit: Visit) -> Iterator[Finding]:
     ]
     names = {bound.name for bound in bounds}
     moved = [
-        f"{pin.name} {_installed(pin.name)} (pinned {str(pin.specifier).removeprefix('==')})"
+        f"{pin.name} {installed(pin.name)} (pinned {str(pin.specifier).removeprefix('==')})"
         for pin in pins
         if pin.name in names
-        and not pin.specifier.contains(_installed(pin.name) or "0", prereleases=True)
+        and not pin.specifier.contains(installed(pin.name) or "0", prereleases=True)
     ]
     python = sys.version.partition(" ")[0]
     if moved:
@@ -210,7 +211,7 @@ def check_versions(visit: Visit) -> Iterator[Finding]:
         )
     elif not below:
         shown = ", ".join(
-            f"{name} {_installed(name)}" for name in ("ray", "torch", "pyarrow", "pillow")
+            f"{name} {installed(name)}" for name in ("ray", "torch", "pyarrow", "pillow")
         )
         rest = ", and the rest as in requirements-run.txt" if pins else ""
         yield Finding("ok", f"Python {python}, {shown}{rest}")
@@ -224,13 +225,6 @@ def _bounds() -> list[Requirement]:
     project = tomllib.loads(_PROJECT.read_text(encoding="utf-8"))["project"]
     needed = [*project["dependencies"], *project["optional-dependencies"]["distill"]]
     return [Requirement(text) for text in needed]
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _missing_folders(uri: str) -> list[Path]:
