@@ -20,9 +20,7 @@ from . import forecast
 def print_plan(root: str, runs: Sequence[tuple[Run, tuple[Stage, ...]]]) -> None:
     """Print what runs would do: a line a stage with its units, those finished, and the bytes to come.
 
-    Args:
-        root: Where they are.
-        runs: Each run with its stages; one that takes rooms comes after the run that makes them.
+    `root` is where they are. A run that takes rooms comes after the one that makes them.
     """
     names = [
         f"{run.store.uri}/{stage.room}/".removeprefix(f"{root}/")

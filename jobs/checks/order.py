@@ -23,10 +23,8 @@ from .images import held_out_sample
 def probe_class_order(spec: str, source: Source, recipe: str) -> float:
     """Return the top-1 of a teacher on some images of up to a hundred classes, in [0, 1].
 
-    Args:
-        spec: A committed teacher (a run, or its teacher/ folder), `torchvision:WEIGHTS`, `timm:MODEL`, or a checkpoint file.
-        source: The images.
-        recipe: Whose network and input a checkpoint file was trained with.
+    `spec` is a committed teacher (a run, or its teacher/ folder), `torchvision:WEIGHTS`, `timm:MODEL`, or a checkpoint file, which
+    was trained with network and input of `recipe`.
 
     Raises:
         ConfigError: There is no such teacher.

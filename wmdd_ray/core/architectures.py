@@ -40,11 +40,7 @@ def build_network(
     a 3x3 stride-1 one takes its place, and if the next layer that makes images smaller is a max-pool, that is dropped.
     Networks whose first convolution is not strided, or cuts the image into patches, have no such stem and ignore it.
 
-    Args:
-        config: architecture, width and stem.
-        num_classes: Y, outputs of the last layer.
-        channels: C of the input, 1 or 3.
-        image_size: side of the square input, pixels.
+    The input has `channels` C, 1 or 3, and sides of `image_size` pixels.
 
     Raises:
         ConfigError: there is no such architecture, it cannot take such images, or has a stem of another kind.

@@ -158,11 +158,8 @@ def network_of(
 ) -> nn.Module:
     """Return the teacher as a frozen network in eval mode on `device`; draws no random numbers.
 
-    Args:
-        teacher: its record.
-        device: where the network shall be.
-        own_code: whether an architecture `module:function` is imported: true of a run's own teachers, not of those that come
-            with data of others.
+    `own_code` says that an architecture `module:function` is imported: true of a run's own teachers, not of those that come with
+    data of others.
 
     Raises:
         ConfigError: the architecture cannot be built here.

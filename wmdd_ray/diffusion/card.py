@@ -93,9 +93,7 @@ def read_card(uri: str) -> ModelCard:
 def local_copy(uri: str, *, weights: bool) -> Iterator[tuple[Path, str, frozenset[str]]]:
     """Yield a model's folder on this machine, its identity, and the keys of all its files.
 
-    Args:
-        uri: a folder, a URI, or a repository's name on the hub.
-        weights: with its weights, or the JSON files alone.
+    `uri` is a folder, a URI, or a repository's name on the hub. Without `weights` the JSON files alone are there.
     """
     path = local_path(uri)
     is_uri = "://" in uri

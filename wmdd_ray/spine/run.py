@@ -241,10 +241,7 @@ def unit_seed(seed: int, stage: str, unit: str) -> int:
 def expected_plan(run: Run, stage: Stage, done: Mapping[str, str]) -> dict[str, Any]:
     """Return the plan of a stage's room: options, inputs and the fingerprint over both.
 
-    Args:
-        run: The run.
-        stage: The stage.
-        done: Room -> fingerprint of the rooms to the left.
+    `done` has the fingerprints of the rooms to the left.
     """
     inputs = {name: done[name] for name in stage.inputs}
     if stage.reads_data:
@@ -295,13 +292,9 @@ def run_pipeline(
 
 
 def bring(run: Run, stage: Stage, plan: dict[str, Any], *, overwrite: bool = False) -> StageCommit:
-    """Return the commit of a stage's room, after the work that is missing.
+    """Return the commit of a stage's room, after the work that is missing; the rooms that it reads are committed.
 
-    Args:
-        run: The run.
-        stage: The stage; the rooms that it reads are committed.
-        plan: Its `expected_plan`.
-        overwrite: Replace a room that was made with other options.
+    `plan` is its `expected_plan`. `overwrite` replaces a room that was made with other options.
 
     Raises:
         ConfigError: The room was made with other options and `overwrite` is off; the message names the options.

@@ -30,13 +30,7 @@ from wmdd_ray.units.students import unit_ids
 
 
 def stages(config: DistillConfig, student: Arch, attack: AttackConfig) -> tuple[Stage, ...]:
-    """Return a stage an attack and eps on the students of an architecture; `sample_stage` comes before them.
-
-    Args:
-        config: the students' configuration, of this architecture.
-        student: its room.
-        attack: attacks, budgets, and how many images.
-    """
+    """Return a stage an attack and eps on the students of an architecture, whose room is `student`; `sample_stage` comes before."""
     return tuple(
         attack_stage(config, student, name, eps)
         for name in attack.names

@@ -139,12 +139,7 @@ def _file_of(key: str, files: Mapping[str, int]) -> str:
 def open_split(
     config: DistillConfig, split: Split, class_names: tuple[str, ...] | None = None
 ) -> Source:
-    """Return the real images of a split, as the options of a run say.
-
-    Args:
-        config: Data, held-out data, how they are read, and the share that is cut off.
-        split: `train` or `val`.
-        class_names: Classes in label order that the images are matched to.
+    """Return the real images of a split, as the options of a run say; `class_names` are what they are matched to, in label order.
 
     Raises:
         DataError: As `open_source`; of a part cut off tar shards also as they are read.

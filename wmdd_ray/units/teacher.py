@@ -185,15 +185,10 @@ def train_teacher(
     world: int = 1,
     streamed: BatchesOfEpoch | None = None,
 ) -> None:
-    """Train a teacher on one of `world` workers. Rank 0 keeps the resumable state, measures the result and commits it.
+    """Train a teacher on one of `world` workers, which share the parts of each batch.
 
-    Args:
-        training: What to train.
-        report: Told how far the unit is; by rank 0.
-        device: Where this worker computes.
-        rank: Which worker this is.
-        world: How many there are; they share the parts of each batch.
-        streamed: The batches, where the images do not fit into memory.
+    Rank 0 keeps the resumable state, tells `report` how far the unit is, measures the result and commits it. `streamed` are the
+    batches, where the images do not fit into memory.
 
     Raises:
         DataError: The teacher is no better than chance, or its classes are in another order (`measure`).
@@ -362,11 +357,8 @@ def shuffled_stream(
     The order of the shards, and that of the images within a buffer of `SHUFFLED_IMAGES`, are drawn from (seed, epoch). Of
     several parts each reads shards of its own, and those with fewer images again.
 
-    Args:
-        training: The training.
-        source: Its images.
-        shards: All its shards, of `CHUNK_IMAGES` or whole files; listed by the driver.
-        decode: Decodes them; absent, one shard after another in this process.
+    `shards` are all of the source, of `CHUNK_IMAGES` or whole files, as the driver lists them. Without `decode` they are decoded
+    one after another in this process.
 
     Raises:
         ConfigError: There are fewer shards than parts of a batch.

@@ -91,11 +91,7 @@ class _JobRun(Run):
 
 
 class Study:
-    """The jobs of a study in a folder.
-
-    Args:
-        place: The folder, the real images that may be seen, and the device.
-    """
+    """The jobs of a study in a folder."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -138,9 +134,7 @@ class Study:
     def bring(self, jobs: Iterable[Job], processes: int = 1) -> None:
         """Do every job that is missing, as soon as its inputs are there, and say how far it is.
 
-        Args:
-            jobs: What is wanted.
-            processes: Processes of one computing thread each; 1 works in this one.
+        `processes` are of one computing thread each; 1 works in this one.
         """
         waiting = self.missing(jobs)
         total, open_ids = len(waiting), {self.id(job) for job in waiting}

@@ -41,13 +41,10 @@ _SECTIONS = {
 def render(
     facts: RunFacts, shown: list[dict[str, Any]], missing: list[str], card: str | None = None
 ) -> bytes:
-    """Return the page.
+    """Return the page of a run.
 
-    Args:
-        facts: the run.
-        shown: what `classes.shown_classes` found of the classes that are shown in full.
-        missing: sentences on what could not be shown.
-        card: where the set's card lies, seen from the page; None for no link.
+    `shown` is what `classes.shown_classes` found of the classes that are shown in full, `missing` are sentences on what could not
+    be shown. `card` is where the set's card lies, seen from the page; None for no link.
     """
     # Imported here: a run that writes no page needs it not.
     from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
