@@ -87,8 +87,7 @@ def open_attacker(
     slices = slices_of(len(labels_N), config)
 
     def do_unit(unit: str, report: Report) -> None:
-        started = time.perf_counter()
-        attempt = room.begin_unit(unit)
+        attempt = room.begin(unit)
         if attempt is None:
             return
         trained, _, number = unit.rpartition("-")
@@ -108,16 +107,13 @@ def open_attacker(
             seed=unit_seed(config.seed, "attack", f"{name}-{eps}-{number}"),
         )
         in_core = time.perf_counter() - in_core
-        room.commit_unit(
-            unit,
+        attempt.commit(
             {_flags_key(unit): documents.dump_json(_flags(attacked))},
             metrics={
                 "clean": float(attacked.clean_N.mean()),
                 "robust": float(attacked.robust_N.mean()),
                 "seconds_in_core": round(in_core, 4),
             },
-            attempt=attempt,
-            seconds=time.perf_counter() - started,
         )
 
     return do_unit

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import re
 import socket
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -186,6 +187,12 @@ class Room:
         self.store.put(key, seal({"attempts": [*attempts, attempt]}))
         return len(attempts) + 1
 
+    def begin(self, unit: str, *, point: int | None = None) -> Attempt | None:
+        """Begin a unit, as `begin_unit` does; None when it is finished."""
+        began = time.perf_counter()
+        number = self.begin_unit(unit, point=point)
+        return None if number is None else Attempt(self, unit, number, began)
+
     def commit_unit(
         self,
         unit: str,
@@ -288,6 +295,25 @@ class Room:
     def read(self, entry: FileEntry) -> bytes:
         """Return the verified content of a committed file."""
         return read_verified(self.store, entry)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A unit under way: the room, the number of the attempt over all runs, and when it began (`time.perf_counter`)."""
+
+    room: Room
+    unit: str
+    number: int
+    began: float
+
+    def commit(
+        self, payloads: Mapping[str, bytes], metrics: Mapping[str, Any] | None = None
+    ) -> UnitMarker:
+        """Commit the unit, as `Room.commit_unit` does, with the seconds that have gone by."""
+        seconds = time.perf_counter() - self.began
+        return self.room.commit_unit(
+            self.unit, payloads, attempt=self.number, metrics=metrics, seconds=seconds
+        )
 
 
 def _document(marker: UnitMarker) -> dict[str, Any]:

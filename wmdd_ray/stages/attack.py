@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -47,19 +46,15 @@ def sample_stage(config: DistillConfig, attack: AttackConfig) -> Stage:
 
     def work(stage: StageRun) -> dict[str, Any]:
         if SAMPLE_UNIT not in stage.room.finished():
-            started = time.perf_counter()
             stage.progress.start(1, 0)
-            attempt = stage.room.begin_unit(SAMPLE_UNIT)
+            attempt = stage.room.begin(SAMPLE_UNIT)
             assert attempt is not None, "the driver alone draws"
             val = Listed.of(stage.run.source("val"), config.source)
             images_NHWC, labels_N = draw_sample(val, attack.images, seed=config.seed)
             content = safetensors.numpy.save({"images_NHWC": images_NHWC, "labels_N": labels_N})
-            stage.room.commit_unit(
-                SAMPLE_UNIT,
+            attempt.commit(
                 {SAMPLE_KEY: content},
                 metrics={"images": len(labels_N), "classes": len(set(labels_N.tolist()))},
-                attempt=attempt,
-                seconds=time.perf_counter() - started,
             )
         stage.progress.update(1)
         return dict(stage.room.read_unit(SAMPLE_UNIT).metrics)

@@ -84,9 +84,8 @@ def _take_all_real(stage: StageRun) -> None:
                 continue
             payloads = {entry.key: other.read(entry) for entry in marker.files}
             metrics = {**marker.metrics, "seconds_in_core": 0.0, "taken_from": store.uri}
-            attempt = room.begin_unit(unit)
-            if attempt is not None:
-                room.commit_unit(unit, payloads, attempt=attempt, metrics=metrics)
+            if (attempt := room.begin(unit)) is not None:
+                attempt.commit(payloads, metrics)
 
 
 def _all_real_depends_on(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import socket
 import time
+from dataclasses import replace
 
 import numpy as np
 
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.records import Barycenter, ClassBarycenter, ClassFeatures
-from wmdd_ray.spine.rooms import Room
+from wmdd_ray.spine.rooms import Attempt, Room
 from wmdd_ray.spine.run import unit_seed
 from wmdd_ray.store import codecs, documents
 from wmdd_ray.units.class_features import ClassFeaturesReader
@@ -63,14 +64,12 @@ class ClassSolver:
         if self._config.barycenters.label_weight is not None:
             self._work_all()
             return
-        started = time.perf_counter()
-        attempt = self._room.begin_unit(unit)
+        attempt = self._room.begin(unit)
         if attempt is None:
             return
         real = self._features.read(int(unit))
         in_core = time.perf_counter()
-        barycenter = self._solve(real, self._config.num_atoms)
-        self._commit(real, barycenter, attempt, started, in_core)
+        self._commit(real, self._solve(real, self._config.num_atoms), attempt, in_core)
 
     def _work_all(self) -> None:
         from wmdd_ray.core.joint import solve_joint
@@ -88,10 +87,10 @@ class ClassSolver:
         )
         share = (time.perf_counter() - began) / len(classes)
         for real, barycenter in zip(classes, solved, strict=True):
-            attempt = self._room.begin_unit(unit_of(real.label))
+            attempt = self._room.begin(unit_of(real.label))
             if attempt is not None:
-                now = time.perf_counter()
-                self._commit(real, barycenter, attempt, now - share, now - share)
+                began = attempt.began - share
+                self._commit(real, barycenter, replace(attempt, began=began), began)
 
     def _solve(self, real: ClassFeatures, num_atoms: int) -> Barycenter:
         from wmdd_ray.core.selection import margin_of, solve_with_margin
@@ -110,21 +109,17 @@ class ClassSolver:
         )
 
     def _commit(
-        self,
-        real: ClassFeatures,
-        barycenter: Barycenter,
-        attempt: int,
-        started: float,
-        in_core: float,
+        self, real: ClassFeatures, barycenter: Barycenter, attempt: Attempt, in_core: float
     ) -> None:
         """Commit a class with the real images that recover and the baselines start from."""
         from wmdd_ray.core.barycenter import nearest_images
 
-        config, unit, count = self._config, unit_of(real.label), len(real.keys)
+        config, count = self._config, len(real.keys)
         nearest = whole = nearest_images(barycenter.atoms_KD, real.features_ND)
         if config.num_atoms > config.ipc:
             whole = nearest_images(self._solve(real, config.ipc).atoms_KD, real.features_ND)
-        rng = np.random.Generator(np.random.Philox(key=unit_seed(config.seed, "random_real", unit)))
+        seed = unit_seed(config.seed, "random_real", unit_of(real.label))
+        rng = np.random.Generator(np.random.Philox(key=seed))
         pool = min(count, max(4 * config.num_atoms, _POOL))
         drawn = rng.choice(count, size=pool, replace=False)
         record = ClassBarycenter(
@@ -136,19 +131,15 @@ class ClassSolver:
             random_keys=tuple(real.keys[i] for i in drawn),
             moments=real.moments,
         )
-        now = time.perf_counter()
-        self._room.commit_unit(
-            unit,
+        attempt.commit(
             {barycenter_key(real.label): codecs.encode_class_barycenter(record)},
             metrics={
                 "cost": barycenter.cost,
                 "num_iters": barycenter.num_iters,
                 "converged": barycenter.converged,
                 "num_images": count,
-                "seconds_in_core": round(now - in_core, 4),
+                "seconds_in_core": round(time.perf_counter() - in_core, 4),
             },
-            attempt=attempt,
-            seconds=now - started,
         )
 
     def _seed(self, label: int) -> int:

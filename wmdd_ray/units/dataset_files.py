@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -58,8 +57,7 @@ class FileWriter:
 
     def work(self, unit: str) -> None:
         """Write the file `unit`, unless it is finished."""
-        started = time.perf_counter()
-        attempt = self._room.begin_unit(unit)
+        attempt = self._room.begin(unit)
         if attempt is None:
             return
         kind = unit.partition("-")[0]
@@ -70,8 +68,7 @@ class FileWriter:
             "preview": self._preview,
         }
         key, content = make[kind](unit)
-        seconds = time.perf_counter() - started
-        self._room.commit_unit(unit, {key: content}, attempt=attempt, seconds=seconds)
+        attempt.commit({key: content})
 
     def _images(self, unit: str) -> tuple[str, bytes]:
         classes = read_images(self._images_room, self._files[unit])

@@ -101,8 +101,7 @@ def open_image_maker(
     def do_unit(unit: str, report: Report) -> None:
         if maker.prepare(unit, report):
             return
-        started = time.perf_counter()
-        attempt = room.begin_unit(unit)
+        attempt = room.begin(unit)
         if attempt is None:
             return
         keep = Checkpoints(room, unit, config.recover.checkpoint_s)
@@ -113,8 +112,7 @@ def open_image_maker(
 
         group = units[unit]
         images, in_core = maker.make(group, state=keep.load(), on_step=on_step)
-        room.commit_unit(
-            unit,
+        attempt.commit(
             {
                 images_key(record.label, group.positions.start): codecs.encode_class_images(record)
                 for record in images
@@ -124,8 +122,6 @@ def open_image_maker(
                 "losses": [record.losses for record in images],
                 "seconds_in_core": round(in_core, 4),
             },
-            attempt=attempt,
-            seconds=time.perf_counter() - started,
         )
         keep.clear()
 
