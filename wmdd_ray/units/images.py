@@ -45,6 +45,7 @@ class Maker(Protocol):
 
     def prepare(self, unit: str, report: Report) -> bool:
         """Do a unit that comes before all groups; return whether `unit` was one."""
+        return False
 
     def make(
         self, group: Group, *, state: State | None, on_step: OnStep
@@ -168,15 +169,12 @@ class Inputs:
         return read_real(self.source, self.barycenter(label).random_keys[:most], config)
 
 
-class Inversion:
+class Inversion(Maker):
     """Images whose features meet the atoms, and whose BatchNorm inputs meet the class's moments (`core/synthesis.py`)."""
 
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
         self.num_steps = inputs.config.recover.iterations
-
-    def prepare(self, unit: str, report: Report) -> bool:
-        return False
 
     def make(
         self, group: Group, *, state: State | None, on_step: OnStep
@@ -236,16 +234,13 @@ class Inversion:
         )
 
 
-class Selection:
+class Selection(Maker):
     """Real images as they are, or the teacher's easiest crops of them: what recover would begin from."""
 
     num_steps = 0
 
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
-
-    def prepare(self, unit: str, report: Report) -> bool:
-        return False
 
     def make(
         self, group: Group, *, state: State | None, on_step: OnStep
