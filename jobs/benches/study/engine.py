@@ -101,16 +101,11 @@ class Study:
         """Return the fingerprint of a job, which its room is named by."""
         return self._plan(job)["fingerprint"]
 
-    def commit(self, job: Job) -> StageCommit | None:
-        """Return what a job committed, or None when it is not done."""
-        return self.room(job).read_commit()
-
     def done(self, job: Job) -> StageCommit:
         """Return what a finished job committed; an ArtifactError when it is not done."""
         return self.room(job).committed()
 
     def room(self, job: Job) -> Room:
-        """Return the room of a job."""
         return self._run(job).room(job.made.room)
 
     def closure(self, jobs: Iterable[Job]) -> list[Job]:
@@ -129,7 +124,7 @@ class Study:
 
     def missing(self, jobs: Iterable[Job]) -> list[Job]:
         """Return those of the jobs, and of all that they need, that are not done."""
-        return [job for job in self.closure(jobs) if self.commit(job) is None]
+        return [job for job in self.closure(jobs) if self.room(job).read_commit() is None]
 
     def bring(self, jobs: Iterable[Job], processes: int = 1) -> None:
         """Do every job that is missing, as soon as its inputs are there, and say how far it is.
