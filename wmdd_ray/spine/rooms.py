@@ -33,6 +33,7 @@ from wmdd_ray.errors import ArtifactError, LostRaceError, WmddError
 from wmdd_ray.store.documents import (
     FileEntry,
     entry_of,
+    find_sealed,
     read_sealed,
     read_verified,
     seal,
@@ -141,10 +142,7 @@ class Room:
 
     def read_plan(self) -> dict[str, Any] | None:
         """Return what `plan.json` says, or None when nobody has claimed the room."""
-        try:
-            return read_sealed(self.store, "plan.json")
-        except FileNotFoundError:
-            return None
+        return find_sealed(self.store, "plan.json")
 
     def finished(self) -> set[str]:
         """Return the ids of the units that are committed, by one listing."""
@@ -257,9 +255,8 @@ class Room:
 
     def read_commit(self) -> StageCommit | None:
         """Return what `stage.json` says, or None when the room is not committed."""
-        try:
-            commit = read_sealed(self.store, "stage.json")
-        except FileNotFoundError:
+        commit = find_sealed(self.store, "stage.json")
+        if commit is None:
             return None
         check(commit, "the commit of a stage", self.store.url("stage.json"))
         units = {unit: marker_of(marker) for unit, marker in commit.pop("units").items()}

@@ -137,6 +137,14 @@ def read_sealed(store: Store, key: str) -> dict[str, Any]:
         return unseal(store.get(key), store.url(key))
 
 
+def find_sealed(store: Store, key: str) -> dict[str, Any] | None:
+    """Return a sealed document as `read_sealed` does, or None when there is no such object."""
+    try:
+        return read_sealed(store, key)
+    except FileNotFoundError:
+        return None
+
+
 def _checksum(plain: dict[str, Any]) -> str:
     canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
