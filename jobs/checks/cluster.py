@@ -226,7 +226,6 @@ def check_nodes(visit: Visit) -> Iterator[Finding]:
 
 
 def _problems(visit: Visit, node: Node, store_bytes: int, *, shared: bool) -> Iterator[Finding]:
-    """Yield what is wrong on a node."""
     here = versions_here()
     others = [
         f"{name} {node.versions[name]} (here {v})"

@@ -305,7 +305,6 @@ def _named_data(job: Job, own: Any) -> str | None:
 
 
 def _attacks_of(job: Job) -> AttackConfig:
-    """Return the attacks that are asked for."""
     names = _among("attacks", job.attacks, get_args(AttackName)) if job.attacks else ()
     typed: dict[str, Any] = {}
     if job.eps is not None:

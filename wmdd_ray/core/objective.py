@@ -144,7 +144,6 @@ class Objective:
         return dict(zip(self._averages, map(to_array, self.moment_loss.running), strict=True))
 
     def load(self, state: State) -> None:
-        """Continue from what `state` returned."""
         if self._averages[0] in state:
             assert self.moment_loss is not None
             mean, var = (torch.tensor(state[name], device=self.device) for name in self._averages)

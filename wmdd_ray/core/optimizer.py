@@ -163,7 +163,6 @@ class WeightAverage:
         return arrays | {"average_steps": np.array(self._steps)}
 
     def load(self, state: State) -> None:
-        """Put `state()` back."""
         self._steps = state["average_steps"].item()
         for name, average in self._averages.items():
             average.copy_(torch.tensor(state[f"average.{name}"]).reshape(average.shape))

@@ -42,7 +42,6 @@ class PixelAdam:
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(images_BCHW), torch.zeros_like(images_BCHW)
 
     def load(self, state: State) -> None:
-        """Continue from what `state` returned."""
         shape, device = self.images_BCHW.shape, self.images_BCHW.device
         assert state["images"].shape == shape, (state["images"].shape, shape)
         self.images_BCHW, self.exp_avg, self.exp_avg_sq = (

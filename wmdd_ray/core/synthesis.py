@@ -157,7 +157,6 @@ class _Descent:
         return state
 
     def load(self, state: State) -> None:
-        """Continue from what `state` returned."""
         self.adam.load(state)
         self.curves.load(state)
         for objective in self.objectives:
@@ -237,7 +236,6 @@ class _Curves:
         self._since: list[Terms] = []
 
     def load(self, state: State) -> None:
-        """Continue from what `state` returned."""
         self._before = {k: v for k, v in state.items() if k.startswith("curve_")}
 
     def add(self, iteration: int, terms: Terms) -> None:

@@ -159,7 +159,6 @@ class _Course:
         }
 
     def load(self, state: State) -> None:
-        """Continue from what `state` returned."""
         self.done_KGCHW = [torch.tensor(x, device=self._device) for x in state["latents"]]
         self.transport_KG = state["transport"].tolist()
         self.at = int(state["step"])

@@ -139,7 +139,6 @@ class Pool:
         self._give(actor)
 
     def end(self) -> None:
-        """End every actor."""
         for actor in (*self._nodes, *self._starting.values()):
             ray.kill(actor)
 
@@ -191,7 +190,6 @@ class UnitActor:
         return socket.gethostname()
 
     def work(self, unit: str) -> None:
-        """Do the unit and commit it."""
         torch.set_num_threads(self._cpus)  # of this thread: the actor has two
         self._unit = unit
         self._do_unit(unit, self._report)

@@ -74,7 +74,6 @@ def _run_group(
 def _run_actors(
     stage: StageRun, units: Sequence[str], open_worker: OpenWorker, wide: Width, num_finished: int
 ) -> None:
-    """Work on isolated actors."""
     done = num_finished
 
     def finish(unit: str) -> None:

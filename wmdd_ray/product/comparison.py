@@ -63,7 +63,6 @@ class Result:
 
     @property
     def mean(self) -> float:
-        """Mean top-1."""
         return statistics.fmean(self.top1)
 
     @property

@@ -93,7 +93,6 @@ class StageCommit:
         return {entry.key: entry for marker in self.units.values() for entry in marker.files}
 
     def file(self, key: str) -> FileEntry:
-        """Return the committed file `key`."""
         if (entry := self.files.get(key)) is None:
             raise ArtifactError(
                 f"stage {self.stage} committed no file {key}; run it again with --overwrite"
@@ -237,7 +236,6 @@ class Room:
         return replace(entry, at=at)
 
     def read_unit(self, unit: str) -> UnitMarker:
-        """Return the marker of a finished unit."""
         return marker_of(read_sealed(self.store, self.place("units", f"{unit}.json")))
 
     def read_units(self, units: Iterable[str]) -> dict[str, UnitMarker]:

@@ -116,7 +116,6 @@ class Run:
 
     @cached_property
     def events(self) -> EventLog:
-        """The event log of this run."""
         return EventLog(self.store, self.token)
 
     def begin_writing(self) -> None:
@@ -210,7 +209,6 @@ class StageRun:
 
     @property
     def config(self) -> DistillConfig:
-        """The configuration of the run."""
         return self.run.config
 
     @property

@@ -114,7 +114,6 @@ def scan(stage: StageRun) -> dict[str, Any]:
 
 
 def _told_counts(source: Source, split: str, markers: dict[str, UnitMarker]) -> str:
-    """Return the account of all files of a split."""
     metrics = [m.metrics for unit, m in markers.items() if unit.startswith(f"{split}-")]
     inside = Tally()
     for of_part in metrics:

@@ -49,7 +49,6 @@ class FileEntry:
             check_key(self.at)
 
     def document(self) -> dict[str, Any]:
-        """Return the entry as documents have it."""
         return {name: value for name, value in asdict(self).items() if value != ""}
 
 

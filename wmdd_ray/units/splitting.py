@@ -85,7 +85,6 @@ class PrepareConfig:
 
     @property
     def source(self) -> SourceConfig:
-        """How the source is read."""
         shared = {f.name for f in fields(self)} & {f.name for f in fields(SourceConfig)}
         options = {name: getattr(self, name) for name in shared}
         if self.classes and self.numbers == "auto":

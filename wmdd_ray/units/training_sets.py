@@ -122,7 +122,6 @@ class Sets(abc.ABC):
         """What they are shown."""
 
     def get(self, row: str, labels: LabelKind) -> TrainingSet:
-        """Return the training set of a row."""
         if (row, labels) not in self._held:
             self._held.clear()
             self._held[row, labels] = self._make(row, labels).kept(self.input)

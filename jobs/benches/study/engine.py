@@ -65,7 +65,6 @@ class Job:
 
     @property
     def made(self) -> Stage:
-        """The stage itself."""
         kind, *about = self.stage.split(":")
         if kind == "sample":
             return attack.sample_stage(self.config, AttackConfig(images=int(about[0])))
@@ -151,7 +150,6 @@ class Study:
         line.finish()
 
     def do(self, job: Job) -> None:
-        """Do one job, whose inputs are there, in this process."""
         bring(self._run(job), job.made, self._plan(job))
 
     def _plan_of(self, job: Job) -> dict[str, Any]:

@@ -41,7 +41,6 @@ class StageFacts:
 
     @property
     def state(self) -> str:
-        """How far the stage is, in words."""
         if self.commit is not None:
             return "finished"
         return "in part" if self.units else "not begun"

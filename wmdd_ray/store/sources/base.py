@@ -275,7 +275,6 @@ class FileSource(Source):
         """Return the record of a key, whose file must have the size that was listed, if given."""
 
     def _read_file(self, key: str, label: int, path: str, size_bytes: int | None) -> RawImage:
-        """Return the record of an image file."""
         with reading(self.url(path), "an image file"), self.open_random(path, size_bytes) as file:
             problem = self.too_large(file.size())
             content = b"" if problem else file.read()

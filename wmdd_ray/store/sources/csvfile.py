@@ -186,7 +186,6 @@ def _rows_of_split(source: CsvSource, listing: Listing) -> tuple[list[_Row], str
 
 
 def _rows(text: str, where: str, table: str, word: str, config: SourceConfig) -> Iterator[_Row]:
-    """Yield the rows of one table."""
     is_json = table == JSON_TABLE
     for place, (path, label, split) in (_json_cells if is_json else _cells)(text, where, config):
         named = label_of(label, config.numbers, is_text=not is_json)
