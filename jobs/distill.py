@@ -24,6 +24,7 @@ if __spec__ is None:  # a file, which goes on as the module that its imports are
 import tyro
 
 from wmdd_ray.config import DistillConfig, Reporting, Resources, StageName, refuse_secrets
+from wmdd_ray.core.published import is_published, published
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.recipes import full_table, recipe_of
 from wmdd_ray.spine.claims import fingerprint, flatten
@@ -167,11 +168,8 @@ def _parse(arguments: list[str], config: DistillConfig) -> Job:
 
 def _for_teacher(config: DistillConfig, teacher: str) -> DistillConfig:
     """Return the options with the input that published weights were trained with."""
-    if not teacher.startswith(("torchvision:", "timm:")):
+    if not is_published(teacher):
         return config
-    # Imported here: torch, which a wrong option should not have to wait for.
-    from wmdd_ray.core.published import published
-
     return replace(config, source=published(teacher).source(config.source))
 
 
@@ -189,7 +187,7 @@ def _parse_auto(
         int(known[name]) if known[name].isdecimal() else None for name in _MEASURED_FOR
     )
     teacher = known["teacher"]
-    if teacher.startswith(("torchvision:", "timm:")):
+    if is_published(teacher):
         given = _for_teacher(DistillConfig(), teacher).source
         size, channels = size or given.image_size, channels or given.channels
     job = _parse(arguments, own_data.placeholder(known["data"], ipc, channels))

@@ -25,6 +25,7 @@ from wmdd_ray.config import (
     ViewConfig,
     refuse_secrets,
 )
+from wmdd_ray.core.published import is_published, published
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.options import check
 from wmdd_ray.recipes import full_table, recipe_of
@@ -165,9 +166,7 @@ def parse(arguments: list[str], description: str | None) -> Evaluation:
         teacher, num_teachers = labelers
         class_names = teacher.class_names
         source = source_of_teacher(teacher, source)
-    elif known.teacher is not None and known.teacher.startswith(("torchvision:", "timm:")):
-        from wmdd_ray.core.published import published
-
+    elif known.teacher is not None and is_published(known.teacher):
         source = published(known.teacher).source(replace(source, format="auto"))
     else:
         source = replace(source, format="auto")
