@@ -1,7 +1,7 @@
 """Diffusion models at work: loaded, sampled from, made and saved, as pipelines of diffusers.
 
 Weights are safetensors: nothing is unpickled, and no code of a repository runs. Whatever scheduler the pipeline names, images
-are sampled by DDIM with its noise levels. What is known of a model without its weights is in diffusion_card.py.
+are sampled by DDIM with its noise levels. What is known of a model without its weights is in card.py.
 
 Legend: N images, B batch, C channels, H W pixels or latent positions.
 """
