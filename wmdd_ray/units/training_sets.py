@@ -70,9 +70,8 @@ class TrainingSet:
             return self
         made = cache(self.label_epoch)
         same = replace(self, label_epoch=lambda epoch: made(epoch % cycle))
-        if isinstance(images, torch.Tensor) or images.in_float:
-            return same
-        if num_views * view_size > _KEPT_BYTES:
+        too_many = num_views * view_size > _KEPT_BYTES
+        if isinstance(images, torch.Tensor) or images.in_float or too_many:
             return same
 
         @cache
@@ -163,18 +162,14 @@ class TrainingSets(Sets):
         config, teachers, device = self._config, self._teachers, self._device
         teacher = teachers[0]
         epochs = config.evaluate.epochs
-        weights_N = None
         if row == "distilled":
-            pixels, weights_N = self._dataset.images, self._dataset.weights
-            classes_N = self._dataset.labels
+            pixels, classes_N = self._dataset.images, self._dataset.labels
             label_epoch: LabelEpoch = self._dataset.label_epoch
             cycle = self._dataset.label_epochs
         elif row == "all_real":
             assert self._train is not None
-            (pixels, classes_N), epochs = (
-                load_all_real(self._train),
-                config.evaluate.all_real_epochs,
-            )
+            pixels, classes_N = load_all_real(self._train)
+            epochs = config.evaluate.all_real_epochs
             label_epoch, cycle = fresh_labels(pixels, teachers, config, device), epochs
         else:
             # Whole images are fewer than tiles: as many more label epochs make as many views, labels and steps.
@@ -192,8 +187,7 @@ class TrainingSets(Sets):
             )
             classes_N = np.repeat(np.arange(teacher.num_classes), own.num_atoms)
             label_epoch, cycle = _stored_labels(pixels, teachers, own, device), own.relabel.epochs
-        if weights_N is None:
-            weights_N = np.ones(len(pixels))
+        weights_N = self._dataset.weights if row == "distilled" else np.ones(len(pixels))
         if labels == "hard":
             label_epoch, cycle = hard_views(len(pixels), teacher.image_size, config), epochs
         images = StoredImages(pixels, teacher.mean_C, teacher.std_C, device)
