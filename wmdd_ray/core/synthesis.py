@@ -227,7 +227,6 @@ class _Curves:
     """The losses of some iterations. They stay on the device until they are asked for: no step waits for them."""
 
     def __init__(self, iterations: int) -> None:
-        """Prepare for so many iterations."""
         points = np.linspace(1, iterations, min(iterations, MAX_CURVE_POINTS))
         self.at_P = np.unique(points.round().astype(np.int32))
         """Which iterations those are, counted from 1; the last one is among them."""

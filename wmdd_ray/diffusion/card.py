@@ -23,6 +23,7 @@ import pyarrow as pa
 from wmdd_ray.errors import ArtifactError, ConfigError
 from wmdd_ray.store.documents import load_json, unseal
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.sources.classes import first_difference
 from wmdd_ray.store.uris import arrow_filesystem, local_path
 
 logger = logging.getLogger(__name__)
@@ -308,10 +309,7 @@ def class_ids_of(
         return (0,) * count
     if card.ordered:
         if card.class_names != class_names:
-            first = next(
-                (i for i, pair in enumerate(zip(card.class_names, class_names, strict=False)) if pair[0] != pair[1]),
-                min(count, len(card.class_names)),
-            )  # fmt: skip
+            first = first_difference(card.class_names, class_names)
             raise ConfigError(
                 f"{OPTION} {card.uri}: it was trained on other classes: {len(card.class_names)} against the data's {count}, "
                 f"first at class {first}: {card.class_names[first : first + 3]} against {class_names[first : first + 3]}; "
