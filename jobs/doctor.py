@@ -92,7 +92,8 @@ def main(arguments: list[str]) -> int:
     )
     for line in job.told:
         show("auto", Finding("ok", line))
-    created = _missing_folders(run.store.uri)
+    root = local_path(run.store.uri)
+    created = [p for p in (root, *root.parents) if not p.exists()] if root else []
     visit = Visit(job, run)
     marks: Counter[Mark] = Counter()
     worst = 0
@@ -225,12 +226,6 @@ def _bounds() -> list[Requirement]:
     project = tomllib.loads(_PROJECT.read_text(encoding="utf-8"))["project"]
     needed = [*project["dependencies"], *project["optional-dependencies"]["distill"]]
     return [Requirement(text) for text in needed]
-
-
-def _missing_folders(uri: str) -> list[Path]:
-    """Return the folders of a local root that are not there yet, the innermost first."""
-    path = local_path(uri)
-    return [] if path is None else [p for p in (path, *path.parents) if not p.exists()]
 
 
 def _tidy(visit: Visit, created: list[Path]) -> None:

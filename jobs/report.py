@@ -135,7 +135,8 @@ def page_of(
                 f"Real images, which are not read where the run read them ({facts.config.data}): {error}. Pass --data to "
                 "jobs/report.py where they are, or --follow-data if this run is yours."
             )
-    expected = facts.input_fingerprint("data")
+    features = facts.stages["features"].commit
+    expected = features and features.inputs.get("data")
     if source is not None and expected is not None and source.fingerprint() != expected:
         missing.append(
             f"Real images: those at {facts.config.data} are not the ones that the features were made from."

@@ -147,7 +147,9 @@ class _Descent:
         self.adam, self.objectives, self.jitter = adam, objectives, jitter
         self.start_BCHW, self.anchors_BCHW = start_BCHW, anchors_BCHW
         self.curves = _Curves(config.iterations)
-        self._blend_at = _blend_iterations(config)
+        # The ends of all parts but the last.
+        parts = config.residual_blends + 1
+        self._blend_at = {config.iterations * part // parts for part in range(1, parts)}
 
     def state(self) -> State:
         """Return copies of everything that the next step depends on, and the losses so far."""
@@ -257,12 +259,6 @@ def features_of(network: nn.Module, images_BCHW: Tensor, image_size: int) -> np.
     with deterministic_convolutions():
         features_BD, _ = features_and_logits(network, whole(images_BCHW, image_size))
     return to_array(features_BD.float())
-
-
-def _blend_iterations(config: RecoverConfig) -> frozenset[int]:
-    """Return after how many iterations the images are blended with their start: the ends of all parts but the last."""
-    num_parts = config.residual_blends + 1
-    return frozenset(config.iterations * part // num_parts for part in range(1, num_parts))
 
 
 def _anchors(

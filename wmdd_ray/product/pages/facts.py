@@ -64,11 +64,6 @@ class RunFacts:
         commit = self.stages[stage].commit
         return {} if commit is None else commit.metrics
 
-    def input_fingerprint(self, name: str) -> str | None:
-        """Return the fingerprint of the data that the features were made from."""
-        commit = self.stages["features"].commit
-        return None if commit is None else commit.inputs.get(name)
-
 
 def read_run(
     store: Store, stages: tuple[Stage, ...], config: DistillConfig | None, *, follow: bool = False
