@@ -7,7 +7,6 @@ Exit codes: 0 no check failed; else that of the worst failure: 2 options, versio
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import runpy
@@ -69,13 +68,12 @@ class Check:
 def main(arguments: list[str]) -> int:
     """Print the report and return the exit code."""
     signal.signal(signal.SIGTERM, _terminate)
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--no-cluster", action="store_true")
-    mine, arguments = own.parse_known_args(arguments)
+    with_cluster = "--no-cluster" not in arguments
+    arguments = [word for word in arguments if word != "--no-cluster"]
     if command_line.asks_for_help(arguments):
         print(__doc__)
     try:
-        job = _parsed(arguments, ask_cluster=not mine.no_cluster)
+        job = _parsed(arguments, ask_cluster=with_cluster)
         run = open_run(job)
     except WmddError as error:
         show("options", Finding("FAIL", str(error)))
@@ -98,7 +96,7 @@ def main(arguments: list[str]) -> int:
     marks: Counter[Mark] = Counter()
     worst = 0
     try:
-        for check in checks(job, cluster=not mine.no_cluster):
+        for check in checks(job, cluster=with_cluster):
             for finding in examine(check, visit):
                 show(check.name, finding)
                 marks[finding.mark] += 1
