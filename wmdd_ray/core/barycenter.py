@@ -28,12 +28,7 @@ from scipy.sparse import csr_array
 
 from wmdd_ray.config import BarycenterConfig
 from wmdd_ray.core.lloyd import Cloud, descend, plus_plus, solve_lloyd
-from wmdd_ray.core.transport import (
-    entropic_plan,
-    exact_plan,
-    one_thread,
-    squared_distances_KN,
-)
+from wmdd_ray.core.transport import entropic_plan, exact_plan, one_thread, squared_distances_KN
 from wmdd_ray.errors import DataError
 from wmdd_ray.records import Barycenter
 

@@ -10,14 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from wmdd_ray.config import (
-    BucketAccess,
-    Format,
-    Numbers,
-    SourceConfig,
-    TarKeys,
-    refuse_secrets,
-)
+from wmdd_ray.config import BucketAccess, Format, Numbers, SourceConfig, TarKeys, refuse_secrets
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.options import check, option
 

@@ -23,13 +23,7 @@ from wmdd_ray.store.sources.endings import (
     is_system_name,
     tells_nothing,
 )
-from wmdd_ray.store.sources.files import (
-    open_whole,
-    read_ahead,
-    reading,
-    refuse_outside,
-    walk_local,
-)
+from wmdd_ray.store.sources.files import open_whole, read_ahead, reading, refuse_outside, walk_local
 from wmdd_ray.store.sources.patterns import expand_braces, layout_pattern
 from wmdd_ray.store.uris import arrow_filesystem, local_path
 

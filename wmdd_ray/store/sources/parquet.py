@@ -15,20 +15,9 @@ import pyarrow.parquet as pq
 
 from wmdd_ray.errors import DataError, WmddError
 from wmdd_ray.store.sources.base import RawImage, Shard, Source
-from wmdd_ray.store.sources.classes import (
-    MAX_CLASSES,
-    match_classes,
-    one_line,
-    plain,
-)
+from wmdd_ray.store.sources.classes import MAX_CLASSES, match_classes, one_line, plain
 from wmdd_ray.store.sources.files import reading
-from wmdd_ray.store.sources.labels import (
-    Label,
-    Places,
-    found_classes,
-    label_of,
-    number_places,
-)
+from wmdd_ray.store.sources.labels import Label, Places, found_classes, label_of, number_places
 from wmdd_ray.store.sources.listing import Listing, files_of_split
 from wmdd_ray.store.sources.parquet_columns import Columns, find_columns
 from wmdd_ray.store.sources.parquet_limits import batch_rows, batches, bounded
