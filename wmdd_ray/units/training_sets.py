@@ -110,15 +110,11 @@ class Input:
 
 
 class Sets(abc.ABC):
-    """What students are trained on, by the row of the table; keeps the last set for the next seed."""
+    """What students are trained on, by the row of the table, and what they are shown; keeps the last set for the next seed."""
 
-    def __init__(self) -> None:
+    def __init__(self, shown: Input) -> None:
+        self.input = shown
         self._held: dict[tuple[str, LabelKind], TrainingSet] = {}
-
-    @property
-    @abc.abstractmethod
-    def input(self) -> Input:
-        """What they are shown."""
 
     def get(self, row: str, labels: LabelKind) -> TrainingSet:
         if (row, labels) not in self._held:
@@ -148,15 +144,11 @@ class TrainingSets(Sets):
         train: Listed | None,
         config: DistillConfig,
     ) -> None:
-        super().__init__()
         self._dataset = DistilledDataset(dataset_uri)
         self._teachers = self._dataset.teachers()
+        super().__init__(Input.of(self._teachers[0]))
         self._barycenter_room, self._source, self._train = barycenter_room, source, train
         self._config, self._device = config, device
-
-    @property
-    def input(self) -> Input:
-        return Input.of(self._teachers[0])
 
     def _make(self, row: str, labels: LabelKind) -> TrainingSet:
         config, teachers, device = self._config, self._teachers, self._device
