@@ -114,8 +114,7 @@ def labels(
     for one, num_seeds in zip(ipc, seeds, strict=True):
         base = _config(one, num_seeds, epochs, width, mixed_precision, teacher)
         options = options_of(replace(base.relabel, stored_views="rows"), steps, shared, alone)
-        relabels = {o: replace(o.relabel, epochs=epochs // o.shared) for o in options}
-        stored[one] = {o: chain(replace(base, relabel=way)) for o, way in relabels.items()}
+        stored[one] = {option: _chain(option, base) for option in options}
     learned = {one: _learned(chains) for one, chains in stored.items()}
     wanted = [jobs["assemble"] for of_ipc in stored.values() for jobs in of_ipc.values()]
     wanted += [job for of_ipc in learned.values() for job in of_ipc.values()]
@@ -136,6 +135,11 @@ def labels(
         "student": asdict(first["assemble"].config.evaluate),
     }
     report(rows, settings, out)
+
+
+def _chain(option: Option, base: DistillConfig) -> dict[str, Job]:
+    epochs = base.evaluate.epochs // option.shared
+    return chain(replace(base, relabel=replace(option.relabel, epochs=epochs)))
 
 
 def _learned(stored: dict[Option, dict[str, Job]]) -> dict[str, Job]:
