@@ -154,8 +154,7 @@ class Study:
 
     def _plan_of(self, job: Job) -> dict[str, Any]:
         done = {each.made.room: self.id(each) for each in job.inputs}
-        run = self._bare(job)
-        return expected_plan(run, job.made, done)
+        return expected_plan(self._bare(job), job.made, done)
 
     def _run(self, job: Job) -> _JobRun:
         run = self._bare(job)
