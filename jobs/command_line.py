@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import io
@@ -42,6 +43,14 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 def asks_for_help(arguments: Sequence[str]) -> bool:
     """Return whether a command line is a question about the options."""
     return any(word in ("-h", "--help") or word.startswith("--help-") for word in arguments)
+
+
+def typed(arguments: Sequence[str], *options: str) -> dict[str, str]:
+    """Return what a command line gives some options, "" for nothing: the defaults of all others may depend on these."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in options:
+        parser.add_argument(f"--{option}", f"--{option.replace('-', '_')}", dest=option, default="")
+    return vars(parser.parse_known_args(arguments)[0])
 
 
 def parse(

@@ -2,7 +2,7 @@
 
 One table of what runs, folders of several runs and evaluations found, from their sealed results alone. A line that has another
 student, training, number of views or other held-out images than the first of its data, ipc and labels is marked as not comparable.
-Exit codes: 0 done, 2 no results there or a wrong option, 5 storage.
+Exit codes: 0 done, 2 no results there or a wrong option, 5 storage, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import runpy
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,11 +22,11 @@ if __spec__ is None:  # a file, which goes on as the module that its imports are
 import tyro
 
 from wmdd_ray.config import refuse_secrets
-from wmdd_ray.errors import ConfigError, WmddError
+from wmdd_ray.errors import ConfigError
 from wmdd_ray.product.comparison import compared, ddranking_csv, results_of, written
 from wmdd_ray.store.filesystem import file_at
 
-from . import command_line
+from . import command_line, endings
 
 _NAMED = re.compile(r"([^/:=]+)=(.+)")
 
@@ -57,23 +58,24 @@ class Job:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the table and return the exit code."""
-    try:
-        job = command_line.parse(Job, arguments, description=__doc__)
-        listed = []
-        for word in job.results:
-            named = _NAMED.fullmatch(word)
-            listed += results_of(named[2], named[1]) if named else results_of(word)
-        results = compared(listed)
-        for out in job.out:
-            _write(out, written(results, out.rpartition(".")[2]))
-        if job.ddranking is not None:
-            _write(job.ddranking, ddranking_csv(results))
-        if not (job.out or job.ddranking):
-            print(written(results, "md"), end="")
-    except WmddError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    """Run the job and return its exit code."""
+    parse = partial(command_line.parse, Job, description=__doc__)
+    return endings.exit_code_of(arguments, parse, compare)
+
+
+def compare(job: Job) -> int:
+    """Write the table."""
+    listed = []
+    for word in job.results:
+        named = _NAMED.fullmatch(word)
+        listed += results_of(named[2], named[1]) if named else results_of(word)
+    results = compared(listed)
+    for out in job.out:
+        _write(out, written(results, out.rpartition(".")[2]))
+    if job.ddranking is not None:
+        _write(job.ddranking, ddranking_csv(results))
+    if not (job.out or job.ddranking):
+        print(written(results, "md"), end="")
     return 0
 
 

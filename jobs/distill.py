@@ -7,7 +7,6 @@ Exit codes: 0 done, 1 workers lost, 2 configuration, 3 lost a race for --out, 4 
 
 from __future__ import annotations
 
-import argparse
 import runpy
 import sys
 import time
@@ -24,6 +23,7 @@ if __spec__ is None:  # a file, which goes on as the module that its imports are
 import tyro
 
 from wmdd_ray.config import DistillConfig, Reporting, Resources, StageName, refuse_secrets
+from wmdd_ray.core.published import is_published, published
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.recipes import full_table, recipe_of
 from wmdd_ray.spine.claims import fingerprint, flatten
@@ -143,11 +143,8 @@ def parse(
     ask_cluster: bool = True,
 ) -> Job:
     """Return the job of a command line: a recipe's values, changed by the options given; `ipcs` are all of several."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option in ("recipe", "variant", "ipc", "teacher", "data", *_MEASURED_FOR):
-        first.add_argument(f"--{option}", f"--{option.replace('-', '_')}", dest=option, default="")
-    first.add_argument("--evaluate.full", action="store_true", dest="full")
-    known = vars(first.parse_known_args(arguments)[0])
+    names = ("recipe", "variant", "ipc", "teacher", "data", *_MEASURED_FOR)
+    known = command_line.typed(arguments, *names)
     # tyro says what is wrong with others
     ipc = int(known["ipc"]) if known["ipc"].isdecimal() else 10
     with_data = known["data"] not in ("", "digits")
@@ -156,28 +153,25 @@ def parse(
         job = _parse_auto(arguments, known, ipc, ipcs, auto, ask_cluster=ask_cluster)
     else:
         config = _for_teacher(recipe_of(recipe, ipc, known["variant"] or "best"), known["teacher"])
-        job = _parse(arguments, full_table(config) if known["full"] else config)
+        job = _parse(arguments, config)
     return replace(job, ipcs=ipcs)
 
 
 def _parse(arguments: list[str], config: DistillConfig) -> Job:
-    default = Job(config=config)
+    default = Job(config=full_table(config) if "--evaluate.full" in arguments else config)
     return command_line.parse(Job, arguments, description=__doc__, default=default, first=_FIRST)
 
 
 def _for_teacher(config: DistillConfig, teacher: str) -> DistillConfig:
     """Return the options with the input that published weights were trained with."""
-    if not teacher.startswith(("torchvision:", "timm:")):
+    if not is_published(teacher):
         return config
-    # Imported here: torch, which a wrong option should not have to wait for.
-    from wmdd_ray.core.published import published
-
     return replace(config, source=published(teacher).source(config.source))
 
 
 def _parse_auto(
     arguments: list[str],
-    known: dict[str, Any],
+    known: dict[str, str],
     ipc: int,
     ipcs: tuple[int, ...],
     auto: own_data.Auto | None,
@@ -189,7 +183,7 @@ def _parse_auto(
         int(known[name]) if known[name].isdecimal() else None for name in _MEASURED_FOR
     )
     teacher = known["teacher"]
-    if teacher.startswith(("torchvision:", "timm:")):
+    if is_published(teacher):
         given = _for_teacher(DistillConfig(), teacher).source
         size, channels = size or given.image_size, channels or given.channels
     job = _parse(arguments, own_data.placeholder(known["data"], ipc, channels))
@@ -208,7 +202,6 @@ def _parse_auto(
     # What was typed must not be at odds with what was not.
     warmup = min(config.squeeze.warmup_epochs, job.config.squeeze.epochs)
     config = replace(config, squeeze=replace(config.squeeze, warmup_epochs=warmup))
-    config = full_table(config) if known["full"] else config
     job = _parse(arguments, _for_teacher(config, teacher))
     choices = own_data.choice_lines(job.config, reasons, arguments)
     return replace(job, auto=auto, told=tuple(choices))

@@ -7,7 +7,6 @@ Exit codes: 0 no check failed; else that of the worst failure: 2 options, versio
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import runpy
@@ -24,12 +23,13 @@ if __spec__ is None:  # a file, which goes on as the module that its imports are
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     runpy.run_module("jobs.doctor", run_name="__main__", alter_sys=True)
 
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import requires
 
 from packaging.requirements import Requirement
 
 from wmdd_ray.errors import ArtifactError, DataError, WmddError
 from wmdd_ray.redaction import plain
+from wmdd_ray.spine.provenance import installed
 from wmdd_ray.store.uris import local_path
 
 from . import command_line
@@ -68,13 +68,12 @@ class Check:
 def main(arguments: list[str]) -> int:
     """Print the report and return the exit code."""
     signal.signal(signal.SIGTERM, _terminate)
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--no-cluster", action="store_true")
-    mine, arguments = own.parse_known_args(arguments)
+    with_cluster = "--no-cluster" not in arguments
+    arguments = [word for word in arguments if word != "--no-cluster"]
     if command_line.asks_for_help(arguments):
         print(__doc__)
     try:
-        job = _parsed(arguments, ask_cluster=not mine.no_cluster)
+        job = _parsed(arguments, ask_cluster=with_cluster)
         run = open_run(job)
     except WmddError as error:
         show("options", Finding("FAIL", str(error)))
@@ -91,12 +90,13 @@ def main(arguments: list[str]) -> int:
     )
     for line in job.told:
         show("auto", Finding("ok", line))
-    created = _missing_folders(run.store.uri)
+    root = local_path(run.store.uri)
+    created = [p for p in (root, *root.parents) if not p.exists()] if root else []
     visit = Visit(job, run)
     marks: Counter[Mark] = Counter()
     worst = 0
     try:
-        for check in checks(job, cluster=not mine.no_cluster):
+        for check in checks(job, cluster=with_cluster):
             for finding in examine(check, visit):
                 show(check.name, finding)
                 marks[finding.mark] += 1
@@ -182,9 +182,9 @@ def check_versions(visit: Visit) -> Iterator[Finding]:
     """Hold what is installed against the package's lower bounds and, in a checkout, the pins of requirements-run.txt."""
     bounds = _bounds()
     below = [
-        f"{bound.name} {_installed(bound.name)} (needs {bound.specifier})"
+        f"{bound.name} {installed(bound.name)} (needs {bound.specifier})"
         for bound in bounds
-        if not bound.specifier.contains(_installed(bound.name) or "0", prereleases=True)
+        if not bound.specifier.contains(installed(bound.name) or "0", prereleases=True)
     ]
     if below:
         advice = "-r requirements-run.txt" if _PINS.is_file() else "--upgrade 'wmdd_ray[distill]'"
@@ -196,10 +196,10 @@ def check_versions(visit: Visit) -> Iterator[Finding]:
     ]
     names = {bound.name for bound in bounds}
     moved = [
-        f"{pin.name} {_installed(pin.name)} (pinned {str(pin.specifier).removeprefix('==')})"
+        f"{pin.name} {installed(pin.name)} (pinned {str(pin.specifier).removeprefix('==')})"
         for pin in pins
         if pin.name in names
-        and not pin.specifier.contains(_installed(pin.name) or "0", prereleases=True)
+        and not pin.specifier.contains(installed(pin.name) or "0", prereleases=True)
     ]
     python = sys.version.partition(" ")[0]
     if moved:
@@ -210,7 +210,7 @@ def check_versions(visit: Visit) -> Iterator[Finding]:
         )
     elif not below:
         shown = ", ".join(
-            f"{name} {_installed(name)}" for name in ("ray", "torch", "pyarrow", "pillow")
+            f"{name} {installed(name)}" for name in ("ray", "torch", "pyarrow", "pillow")
         )
         rest = ", and the rest as in requirements-run.txt" if pins else ""
         yield Finding("ok", f"Python {python}, {shown}{rest}")
@@ -224,19 +224,6 @@ def _bounds() -> list[Requirement]:
     project = tomllib.loads(_PROJECT.read_text(encoding="utf-8"))["project"]
     needed = [*project["dependencies"], *project["optional-dependencies"]["distill"]]
     return [Requirement(text) for text in needed]
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _missing_folders(uri: str) -> list[Path]:
-    """Return the folders of a local root that are not there yet, the innermost first."""
-    path = local_path(uri)
-    return [] if path is None else [p for p in (path, *path.parents) if not p.exists()]
 
 
 def _tidy(visit: Visit, created: list[Path]) -> None:

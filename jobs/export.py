@@ -3,7 +3,7 @@
 Writes image folders (torchvision), WebDataset tar shards, or a Hugging Face data set, with the PNG files as they are, weights,
 class names, provenance and a card. The same command again finds its work done; a folder with anything else in it is refused.
 `--push-to-hub USER/NAME` then publishes the folder on the Hugging Face hub, and with `--dry-run` says what it would.
-Exit codes: 0 done, 2 an option is wrong or the output holds something else, 5 storage, 130 interrupted.
+Exit codes: 0 done, 2 an option is wrong or the output holds something else, 5 storage, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import runpy
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,13 +22,12 @@ if __spec__ is None:  # a file, which goes on as the module that its imports are
 import tyro
 
 from wmdd_ray.config import LabelKind, refuse_secrets
-from wmdd_ray.errors import WmddError
 from wmdd_ray.options import require
 from wmdd_ray.product import hub
 from wmdd_ray.product.export import Export, Format, export
 from wmdd_ray.product.tables import size
 
-from . import command_line
+from . import command_line, endings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,18 +75,16 @@ _OPENED_BY = {
 
 def main(arguments: list[str]) -> int:
     """Run the job and return its exit code."""
-    try:
-        job = command_line.parse(Job, arguments, description=__doc__)
-        done = export(job.uri, job.out, job.layout, labels=job.labels, license_name=job.license)
-        show(job, done)
-        if job.push_to_hub is not None:
-            publish(job, done, job.push_to_hub)
-    except WmddError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to finish", file=sys.stderr)
-        return 130
+    parse = partial(command_line.parse, Job, description=__doc__)
+    return endings.exit_code_of(arguments, parse, write)
+
+
+def write(job: Job) -> int:
+    """Write the export, and publish it where that is asked for."""
+    done = export(job.uri, job.out, job.layout, labels=job.labels, license_name=job.license)
+    show(job, done)
+    if job.push_to_hub is not None:
+        publish(job, done, job.push_to_hub)
     return 0
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from wmdd_ray.config import DistillConfig, NetworkConfig, Resources, SourceConfig
+from wmdd_ray.core.published import is_published
 from wmdd_ray.errors import DataError
 from wmdd_ray.recipes import fashion_mnist
 from wmdd_ray.store.documents import load_json, read_sealed
@@ -209,7 +210,7 @@ def told_network(network: NetworkConfig) -> str:
 def choice_lines(config: DistillConfig, reasons: dict[str, str], typed: Sequence[str]) -> list[str]:
     """Return five lines: what a run does, why `auto` chose it, and what changes it; what was `typed` wins."""
     source, squeeze, recover = config.source, config.squeeze, config.recover
-    if (config.teacher or "").startswith(("torchvision:", "timm:")):
+    if is_published(config.teacher or ""):
         reasons = reasons | dict.fromkeys(("size", "color"), f"as {config.teacher} was trained")
     values = [" ".join(f"{value:.3f}" for value in some) for some in (source.mean, source.std)]
     many = f" of {recover.tiles} x {recover.tiles} tiles" if recover.tiles > 1 else ""

@@ -98,7 +98,7 @@ def prepare(job: Job) -> int:
     run = open_run(job)
     # Imported here: Ray, which a wrong option should not have to wait for.
     from wmdd_ray.executors.dispatch import watch_of
-    from wmdd_ray.stages.prepare import SCAN, WRITE, delete_parts
+    from wmdd_ray.stages.prepare import PARTS_ROOM, SCAN, WRITE
 
     plans = {"scan": expected_plan(run, SCAN, {})}
     plans["write"] = expected_plan(run, WRITE, {SCAN.room: plans["scan"]["fingerprint"]})
@@ -125,7 +125,7 @@ def prepare(job: Job) -> int:
         manifest = _publish(run, plans, made.metrics, commits[SCAN.room].metrics, files)
     else:
         print("found whole     nothing to do")
-    delete_parts(run.store)
+    run.store.delete(PARTS_ROOM)  # the files have made the parts superfluous
     print_summary(run.store, manifest, time.monotonic() - started)
     return 0
 

@@ -2,15 +2,15 @@
 
 One HTML file without any network: pictures, accuracy, features, losses, bytes, time, options. `jobs/distill.py` writes it too,
 as report.html in the run's folder; here it can be made at any time, also of a run that is unfinished or on another machine.
-Exit codes: 0 done, 2 no run there, 4 the data given is none, 5 storage.
+Exit codes: 0 done, 2 no run there, 4 the data given is none, 5 storage, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
-import logging
 import runpy
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -23,16 +23,12 @@ import tyro
 from wmdd_ray.config import DistillConfig, refuse_secrets
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError, WmddError
 from wmdd_ray.product.tables import size
-from wmdd_ray.redaction import PlainFormatter
-from wmdd_ray.spine.provenance import as_typed
 from wmdd_ray.store.filesystem import Store, file_at
 from wmdd_ray.store.sources import Source
 from wmdd_ray.store.uris import check_named
 from wmdd_ray.units.cut import open_split
 
-logger = logging.getLogger(__name__)
-
-from . import command_line
+from . import command_line, endings
 
 REPORT_KEY = "report.html"
 CARD_KEY = "dataset/README.md"
@@ -62,41 +58,34 @@ class Report:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the page and return the exit code."""
-    shown = logging.StreamHandler()
-    shown.setFormatter(PlainFormatter("%(name)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[shown])
+    """Run the job and return its exit code."""
+    parse = partial(command_line.parse, Report, description=__doc__)
+    return endings.exit_code_of(arguments, parse, write)
+
+
+def write(report: Report) -> int:
+    """Write the page."""
+    run = Store(report.run)
+    store, key = (run, REPORT_KEY) if report.out is None else file_at(report.out)
     try:
-        report = command_line.parse(Report, arguments, description=__doc__)
-        store, key = _target(report)
         content = page_of(
-            Store(report.run),
+            run,
             classes=report.classes,
             data=report.data,
             card=CARD_KEY if report.out is None else None,
             follow_data=report.follow_data,
         )
-        store.put(key, content)
-    except WmddError as error:
-        print(f"error: {as_typed(str(error))}", file=sys.stderr)
-        return error.exit_code
+    except WmddError:
+        raise
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
         # A run is a folder of anybody's JSON.
-        logger.info("the report", exc_info=error)
-        refusal = ArtifactError(
+        raise ArtifactError(
             f"{report.run}: expected a run as this version of wmdd_ray writes it, found another ({type(error).__name__}: "
             f"{error}); make the page with the version that made the run"
-        )
-        print(f"error: {refusal}", file=sys.stderr)
-        return refusal.exit_code
+        ) from error
+    store.put(key, content)
     print(f"report          {store.url(key)} ({size(len(content))})")
     return 0
-
-
-def _target(report: Report) -> tuple[Store, str]:
-    if report.out is None:
-        return Store(report.run), REPORT_KEY
-    return file_at(report.out)
 
 
 def page_of(
@@ -146,7 +135,8 @@ def page_of(
                 f"Real images, which are not read where the run read them ({facts.config.data}): {error}. Pass --data to "
                 "jobs/report.py where they are, or --follow-data if this run is yours."
             )
-    expected = facts.input_fingerprint("data")
+    features = facts.stages["features"].commit
+    expected = features and features.inputs.get("data")
     if source is not None and expected is not None and source.fingerprint() != expected:
         missing.append(
             f"Real images: those at {facts.config.data} are not the ones that the features were made from."

@@ -20,9 +20,7 @@ from . import forecast
 def print_plan(root: str, runs: Sequence[tuple[Run, tuple[Stage, ...]]]) -> None:
     """Print what runs would do: a line a stage with its units, those finished, and the bytes to come.
 
-    Args:
-        root: Where they are.
-        runs: Each run with its stages; one that takes rooms comes after the run that makes them.
+    `root` is where they are. A run that takes rooms comes after the one that makes them.
     """
     names = [
         f"{run.store.uri}/{stage.room}/".removeprefix(f"{root}/")
@@ -51,7 +49,7 @@ def print_plan(root: str, runs: Sequence[tuple[Run, tuple[Stage, ...]]]) -> None
 def _planned(run: Run, stage: Stage, fingerprints: dict[str, str]) -> tuple[str, str, str]:
     """Return (state, units, bytes to come) of a room; `fingerprints` are of those to its left, and this one's is added."""
     room = run.room(stage.room)
-    commit = room.read_commit()
+    commit, begun = room.read_commit(), room.read_plan()
     state, ready = "to do", all(name in fingerprints for name in stage.inputs)
     plan = expected_plan(run, stage, fingerprints) if ready else None
     if commit is not None and plan is not None:
@@ -59,6 +57,8 @@ def _planned(run: Run, stage: Stage, fingerprints: dict[str, str]) -> tuple[str,
         state = "committed" if same else "other options: needs --overwrite"
         if same:
             fingerprints[stage.room] = commit.fingerprint
+    elif plan and begun and "vacant" not in begun and begun["fingerprint"] != plan["fingerprint"]:
+        state = "other options: needs --overwrite"
     work = stage.plan(StageRun(run=run, stage=stage, room=room, progress=StageLine(stage.name)))
     finished = room.finished()
     done = len(finished if work.units is None else finished & set(work.units))

@@ -8,7 +8,6 @@ Exit codes: 0 done, 2 configuration, 4 input, 5 storage, 130 interrupted, 143 te
 
 from __future__ import annotations
 
-import argparse
 import json
 import runpy
 import sys
@@ -86,11 +85,9 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]) -> Job:
     """Return the job of a command line: a recipe's values, changed by the options given."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="digits")
-    known, _ = first.parse_known_args(arguments)
-    recipe = recipe_of(known.recipe, 1)
-    default = Job(recipe=known.recipe, data=recipe.data, source=recipe.source)
+    name = command_line.typed(arguments, "recipe")["recipe"] or "digits"
+    recipe = recipe_of(name, 1)
+    default = Job(recipe=name, data=recipe.data, source=recipe.source)
     return command_line.parse(Job, arguments, description=__doc__, default=default, first=_FIRST)
 
 

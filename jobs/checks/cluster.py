@@ -10,10 +10,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError
 from wmdd_ray.product.tables import size
+from wmdd_ray.spine.provenance import installed
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Shard, Source
 
@@ -148,7 +148,7 @@ def look_at_node(
         except Exception as error:
             data_problem = str(error)
     return Node(
-        versions=installed(),
+        versions=versions_here(),
         temp_folder=temp_folder,
         temp_free_bytes=temp.free,
         temp_total_bytes=temp.total,
@@ -159,15 +159,10 @@ def look_at_node(
     )
 
 
-def installed() -> dict[str, str]:
+def versions_here() -> dict[str, str]:
     """Return the versions of Python and of `PACKAGES` where this runs."""
-    by_package = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            by_package[name] = version(name)
-        except PackageNotFoundError:
-            by_package[name] = "none"
-    return by_package
+    packages = {name: installed(name) or "none" for name in PACKAGES}
+    return {"python": platform.python_version(), **packages}
 
 
 def check_nodes(visit: Visit) -> Iterator[Finding]:
@@ -231,8 +226,7 @@ def check_nodes(visit: Visit) -> Iterator[Finding]:
 
 
 def _problems(visit: Visit, node: Node, store_bytes: int, *, shared: bool) -> Iterator[Finding]:
-    """Yield what is wrong on a node."""
-    here = installed()
+    here = versions_here()
     others = [
         f"{name} {node.versions[name]} (here {v})"
         for name, v in here.items()

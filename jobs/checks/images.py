@@ -168,7 +168,6 @@ def _spread(shards: Sequence[Shard], count: int) -> list[Shard]:
 
 
 def _span(values: Iterable[int]) -> str:
-    """Return the smallest and the largest of some numbers."""
     ordered = sorted(values)
     return f"{ordered[0]}" if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"
 

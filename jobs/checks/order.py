@@ -16,16 +16,15 @@ from wmdd_ray.units.given_teacher import given_network
 from wmdd_ray.units.held_out import Listed
 from wmdd_ray.units.teacher import measure, read_teacher
 
+from ..evaluation.own_set import source_of_teacher
 from .images import held_out_sample
 
 
 def probe_class_order(spec: str, source: Source, recipe: str) -> float:
     """Return the top-1 of a teacher on some images of up to a hundred classes, in [0, 1].
 
-    Args:
-        spec: A committed teacher (a run, or its teacher/ folder), `torchvision:WEIGHTS`, `timm:MODEL`, or a checkpoint file.
-        source: The images.
-        recipe: Whose network and input a checkpoint file was trained with.
+    `spec` is a committed teacher (a run, or its teacher/ folder), `torchvision:WEIGHTS`, `timm:MODEL`, or a checkpoint file, which
+    was trained with network and input of `recipe`.
 
     Raises:
         ConfigError: There is no such teacher.
@@ -57,15 +56,4 @@ def _input_of(spec: str, otherwise: SourceConfig) -> SourceConfig:
     if is_published(spec):
         return published(spec).source(otherwise)
     room = teacher_room(spec)
-    if room is None:
-        return otherwise
-    teacher = read_teacher(room)
-    return SourceConfig(
-        image_size=teacher.image_size,
-        resize=teacher.resize,
-        channels=3 if teacher.channels == 3 else 1,
-        mean=tuple(teacher.mean_C),
-        std=tuple(teacher.std_C),
-        interpolation=teacher.interpolation,
-        exif_orientation=teacher.exif_orientation,
-    )
+    return otherwise if room is None else source_of_teacher(read_teacher(room), SourceConfig())

@@ -34,7 +34,7 @@ def check_plan(visit: Visit) -> Iterator[Finding]:
         if all(name in fingerprints for name in stage.inputs):
             expected = expected_plan(run, stage, fingerprints)
         if expected and plan and plan["fingerprint"] != expected["fingerprint"]:
-            if (commit or finished) and not job.overwrite:
+            if not job.overwrite:
                 yield Finding(
                     "FAIL",
                     f"{room.store.uri} was made with {difference(plan, expected)}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from wmdd_ray.config import (
     ViewConfig,
     refuse_secrets,
 )
+from wmdd_ray.core.published import is_published, published
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.options import check
 from wmdd_ray.recipes import full_table, recipe_of
@@ -145,34 +145,29 @@ def parse(arguments: list[str], description: str | None) -> Evaluation:
     from wmdd_ray.units.given_set import on_this_disk
     from wmdd_ray.units.tensor_set import is_tensor_set
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option in ("--recipe", "--teacher", "--source.image-size", "--evaluate.epochs"):
-        first.add_argument(option)
-    known, _ = first.parse_known_args(arguments[1:])
+    known = command_line.typed(arguments[1:], "recipe", "teacher", "source.image-size")
+    spec, size = known["teacher"], known["source.image-size"]
     refuse_secrets("uri", arguments[0])
     place = on_this_disk(arguments[0])
     own = set_of_ours(place, arguments)
     class_names = None if own is None else own.class_names
     base = recipe_of_ours(own)
-    if known.recipe:
-        base = recipe_of(known.recipe, 10 if own is None else own.meta["ipc"])
+    if known["recipe"]:
+        base = recipe_of(known["recipe"], 10 if own is None else own.meta["ipc"])
     num_teachers = 1
     base = full_table(base)
     source = base.source
     if own is not None:
         source = source_of_ours(own, source)
-    elif known.teacher is not None and (labelers := committed_teachers(known.teacher)) is not None:
+    elif spec and (labelers := committed_teachers(spec)) is not None:
         teacher, num_teachers = labelers
         class_names = teacher.class_names
         source = source_of_teacher(teacher, source)
-    elif known.teacher is not None and known.teacher.startswith(("torchvision:", "timm:")):
-        from wmdd_ray.core.published import published
-
-        source = published(known.teacher).source(replace(source, format="auto"))
+    elif is_published(spec):
+        source = published(spec).source(replace(source, format="auto"))
     else:
         source = replace(source, format="auto")
-        size = vars(known)["source.image_size"]
-        if size is not None and size.isdecimal():
+        if size.isdecimal():
             side = max(8, int(size))
             source = replace(source, image_size=side, resize=max(side, source.resize))
     network = base.evaluate.network
@@ -197,7 +192,7 @@ def _require_something(job: Job, uri: str) -> None:
             f"{uri} holds a run for each ipc: pass {' or '.join(run.uri for run in inside)}"
         )
     try:
-        list_files(uri, follow_links=job.source.follow_links, access=job.source.bucket)
+        list_files(uri, job.source)
     except NothingThereError as error:
         raise DataError(
             f"{uri}: expected a distilled set (a run of jobs/distill.py, its dataset/, or images that somebody else distilled), "
@@ -305,7 +300,6 @@ def _named_data(job: Job, own: Any) -> str | None:
 
 
 def _attacks_of(job: Job) -> AttackConfig:
-    """Return the attacks that are asked for."""
     names = _among("attacks", job.attacks, get_args(AttackName)) if job.attacks else ()
     typed: dict[str, Any] = {}
     if job.eps is not None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from wmdd_ray.config import DistillConfig, EvaluateConfig, SourceConfig
+from wmdd_ray.core.published import is_published
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.recipes import RECIPES, recipe_of
 from wmdd_ray.records import Teacher
@@ -100,7 +101,7 @@ def source_of_teacher(teacher: Teacher, recipe: SourceConfig) -> SourceConfig:
 
 def committed_teachers(spec: str) -> tuple[Teacher, int] | None:
     """Return the first teacher of a run or a teacher room, and how many label; None when `spec` is another kind of teacher."""
-    if spec.startswith(("torchvision:", "timm:")):
+    if is_published(spec):
         return None
     room = teacher_room(spec)
     if room is None:

@@ -14,7 +14,7 @@ from wmdd_ray.core import pixel_adam, synthesis
 from wmdd_ray.core.embedding import features_and_moments
 from wmdd_ray.core.moments import variance_S
 from wmdd_ray.core.networks import batch_norms, build_network, last_linear
-from wmdd_ray.core.pixel_adam import to_array
+from wmdd_ray.core.optimizer import to_array
 from wmdd_ray.core.synthesis import ClassTarget, TeacherTarget, recover_group
 from wmdd_ray.core.tiles import shrink
 from wmdd_ray.core.views import to_input

@@ -167,9 +167,9 @@ def let_starve(stage: str, hunger: Hunger, monkeypatch: pytest.MonkeyPatch) -> N
 
     # Made here, so that they travel with what they are to do; by their own names, which Ray shows.
     class ClassSolver(barycenters.ClassSolver):
-        def work(self, unit: str) -> float:
+        def work(self, unit: str) -> None:
             hunger.eat(unit)
-            return super().work(unit)
+            super().work(unit)
 
     class Embedder(features.Embedder):
         def _features(self, chunk: DecodedChunk) -> FeatureChunk:
@@ -353,7 +353,7 @@ def open_small_worker(device: torch.device, *, room: Room) -> DoUnit:
 
 def small_units_in_actors(stage: StageRun, units: list[str]) -> None:
     actor = ray.remote(num_cpus=1)(SmallUnits)
-    fan_out(stage, actor, (stage.room,), units, max_actors=2, on_done=lambda unit, result: None)
+    fan_out(stage, actor, (stage.room,), units, max_actors=2, on_done=lambda unit: None)
 
 
 def small_units_on_workers(stage: StageRun, units: list[str]) -> None:

@@ -138,6 +138,17 @@ def test_results_that_were_changed_or_are_none_are_refused(
     assert compare.main([]) == 2
 
 
+def test_an_interrupted_comparison_ends_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "results_of", interrupted)
+    assert compare.main([str(tmp_path)]) == 130
+    assert capsys.readouterr().err.strip().startswith("interrupted; ")
+
+
 @pytest.mark.slow
 def test_a_run_its_set_and_an_evaluation_of_it_are_one_table(
     finished_run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]

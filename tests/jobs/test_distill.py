@@ -125,6 +125,9 @@ def test_a_dry_run_tells_what_is_committed_writes_nothing_and_starts_nothing(
     assert "committed" in half["squeeze"] and "1/1" in half["squeeze"]
     assert "in part" in half["features"] and "19/20" in half["features"]
     assert "0/10" in half["barycenters"] and "committed" not in half["barycenters"]
+    assert tiny.job(copied, "--dry-run", "--features.chunk-images", "50") == 0
+    other = plan_rows(capsys.readouterr().out)
+    assert "needs --overwrite" in other["features"] and "in part" not in other["features"]
 
     assert tiny.job(finished_run.out, "--dry-run", "--recover.iterations", "13") == 0
     changed = plan_rows(capsys.readouterr().out)

@@ -269,7 +269,7 @@ def test_data_that_is_not_there_fails_and_hides_nothing_else(
 
 @pytest.mark.slow  # the finished run of the session
 def test_a_finished_run_passes_and_another_one_on_its_folder_is_refused_by_option(
-    examine: Examine, finished_run: FinishedRun
+    examine: Examine, finished_run: FinishedRun, tmp_path: Path
 ) -> None:
     before = tiny.markers(finished_run.out)
     code, report = examine("--out", str(finished_run.out))
@@ -280,6 +280,11 @@ def test_a_finished_run_passes_and_another_one_on_its_folder_is_refused_by_optio
     assert (code, failures(report)) == (2, ["plan"])
     assert "images was made with recover.iterations=12 (this run asks for 13)" in report["plan"][0]
     assert examine("--out", str(finished_run.out), "--ipc", "5", "--overwrite")[0] == 0
+    begun = tiny.copy_rooms(finished_run.out, tmp_path / "begun", "teacher")
+    (begun / "teacher" / "stage.json").unlink()
+    (begun / "teacher" / "units" / "teacher.json").unlink()
+    code, report = examine("--out", str(begun), "--squeeze.epochs", "4")
+    assert code == 2 and "teacher was made with squeeze.epochs=3" in report["plan"][0]
     assert tiny.markers(finished_run.out) == before
 
 

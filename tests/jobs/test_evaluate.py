@@ -304,6 +304,15 @@ def test_images_of_others_may_lie_where_only_the_options_of_the_bucket_lead(
         s3fs.S3FileSystem.clear_instance_cache()
 
 
+@pytest.mark.parametrize("option", ["--source.image-size", "--source.image_size"])
+def test_a_side_is_the_input_of_images_of_others_however_the_option_is_written(
+    option: str, tmp_path: Path
+) -> None:
+    write_parquet(Store(str(tmp_path)))
+    source = asked.parse([str(tmp_path), option, "64", *LONG], None).config.source
+    assert (source.image_size, source.resize) == (64, 64)
+
+
 @pytest.mark.parametrize("has_gpu", [False, True])
 def test_students_of_an_automatic_run_are_those_that_it_chose(
     has_gpu: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture

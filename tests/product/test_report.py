@@ -399,7 +399,7 @@ def test_a_run_whose_record_is_of_another_kind_is_told_in_a_line(
     for content in ("[1]", '{"config": [2]}', '{"config": {"ipc": "<b>"}}', '{"versions": 3}'):
         (tmp_path / "run.json").write_text(content)
         assert report.main([str(tmp_path)]) == 5
-        (line,) = capsys.readouterr().err.splitlines()
+        (line,) = capsys.readouterr().err.strip().splitlines()
         assert line.startswith("error: ")
 
 

@@ -171,9 +171,9 @@ def commit_untrained(stage: StageRun) -> dict[str, Any]:
     network = build_network(
         _NETWORK, num_classes=len(names), channels=3, image_size=source.image_size
     )
-    commit_teacher(
-        stage.room, stage.config, _NETWORK, network, names, 1.0, time.perf_counter(), {}, attempt=1
-    )
+    attempt = stage.room.begin("teacher")
+    assert attempt is not None
+    commit_teacher(attempt, stage.config, _NETWORK, network, names, 1.0, {})
     return {"top1": 1.0}
 
 

@@ -18,7 +18,7 @@ from numpy.testing import assert_array_equal
 from tests.conftest import S3Uri, free_port
 from tests.store.faulty_s3 import FaultyS3
 from tests.store.written_sources import CONFIG, LABELS_N, PNGS, WRITERS
-from wmdd_ray.config import BucketAccess
+from wmdd_ray.config import BucketAccess, SourceConfig
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError
 from wmdd_ray.store import retries
 from wmdd_ray.store.filesystem import Store
@@ -139,7 +139,7 @@ def test_a_refusal_says_the_option_that_helps(
 ) -> None:
     elsewhere.break_down(status, times=1000)
     with pytest.raises(ArtifactError, match=message):
-        list_files(s3_server(), access=BucketAccess(endpoint=elsewhere.endpoint))
+        list_files(s3_server(), SourceConfig(bucket=BucketAccess(endpoint=elsewhere.endpoint)))
 
 
 def test_contradicting_and_secret_access_is_refused() -> None:
@@ -157,8 +157,8 @@ def test_keys_with_empty_parts_are_told_and_the_folder_behind_is_read(s3_server:
     for key in ("run//ant/0.png", "run//bee/1.png"):
         fs.pipe_file(f"{bucket}/{key}", b"content")
     with pytest.raises(DataError, match="2 with a doubled slash: '/ant/0.png'"):
-        list_files(uri)
-    assert list_files(f"{uri}//ant") == (f"{uri}//ant", {"0.png": 7})
+        list_files(uri, SourceConfig())
+    assert list_files(f"{uri}//ant", SourceConfig()) == (f"{uri}//ant", {"0.png": 7}, ())
 
 
 def test_a_store_without_checksums_says_which_variables_help(

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from tests.conftest import S3Uri, free_port
 from tests.store import contract
 from tests.store.fake_gcs import FaultyGcs
+from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.store import retries
 from wmdd_ray.store.filesystem import Store
@@ -256,7 +257,7 @@ def test_a_bucket_that_is_not_there_is_told_by_whoever_asks_for_more_than_an_obj
             with pytest.raises(ArtifactError, match=rf"{store.uri}.*no such bucket.*create it"):
                 do(store)
     with pytest.raises(ArtifactError, match="no such bucket.*create it"):
-        list_files(store.uri)
+        list_files(store.uri, SourceConfig())
 
 
 def test_the_probe_finds_a_store_that_ignores_conditions(
@@ -301,16 +302,17 @@ def test_arrow_lists_and_reads_what_the_store_wrote(store: Store) -> None:
     store.put("train/part-0.parquet", content)
     store.put("train/part-1.parquet", content)
     store.put("train/.hidden", b"x")
-    assert list_files(f"{store.uri}/train") == (
+    assert list_files(f"{store.uri}/train", SourceConfig()) == (
         f"{store.uri}/train",
         {f"part-{i}.parquet": len(content) for i in range(2)},
+        (".hidden",),
     )
-    assert list_files(f"{store.uri}/train/part-{{0..1}}.parquet")[1].keys() == {
+    assert list_files(f"{store.uri}/train/part-{{0..1}}.parquet", SourceConfig())[1].keys() == {
         "part-0.parquet",
         "part-1.parquet",
     }
     with pytest.raises(NothingThereError, match=f"{store.uri}/none: expected images"):
-        list_files(f"{store.uri}/none")
+        list_files(f"{store.uri}/none", SourceConfig())
     fs, path = arrow_filesystem(f"{store.uri}/train")
     with open_whole(fs, f"{path}/part-1.parquet", "part 1", len(content)) as file:
         assert pq.read_table(file).equals(table)
@@ -345,7 +347,7 @@ def test_a_store_of_images_that_fails_or_refuses_is_not_taken_for_an_empty_folde
     for status, told in ((503, "the store asks for fewer"), (403, "access denied .HTTP 403")):
         faulty.break_down(status, times=1000)
         with pytest.raises(ArtifactError, match=f"cannot read {store.uri}/images: {told}"):
-            list_files(f"{store.uri}/images")
+            list_files(f"{store.uri}/images", SourceConfig())
         assert len(faulty.requests) == (ATTEMPTS if status == 503 else 1)
         fs, path = arrow_filesystem(store.uri)
         with pytest.raises(OSError, match=f"HTTP {status}"):

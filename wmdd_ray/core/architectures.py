@@ -40,11 +40,7 @@ def build_network(
     a 3x3 stride-1 one takes its place, and if the next layer that makes images smaller is a max-pool, that is dropped.
     Networks whose first convolution is not strided, or cuts the image into patches, have no such stem and ignore it.
 
-    Args:
-        config: architecture, width and stem.
-        num_classes: Y, outputs of the last layer.
-        channels: C of the input, 1 or 3.
-        image_size: side of the square input, pixels.
+    The input has `channels` C, 1 or 3, and sides of `image_size` pixels.
 
     Raises:
         ConfigError: there is no such architecture, it cannot take such images, or has a stem of another kind.
@@ -195,6 +191,18 @@ def _of_the_users(arch: str, num_classes: int, channels: int, image_size: int) -
     return network
 
 
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Keep a network in eval mode; on leaving, each of its modules is in its own mode again."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 class _Passed(NamedTuple):
     """A convolution or pooling that images have passed, with their sides before and after."""
 
@@ -216,17 +224,14 @@ def _trial(network: nn.Module, channels: int, image_size: int) -> tuple[Any, lis
         for name, layer in network.named_modules()
         if isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)
     ]
-    modes = [(module, module.training) for module in network.modules()]
     weight = next(network.parameters())
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(network):
             images = torch.zeros(2, channels, image_size, image_size, device=weight.device)
-            return network.eval()(images), passed_L
+            return network(images), passed_L
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
 
 
 def _replace_stem(

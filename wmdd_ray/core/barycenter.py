@@ -28,12 +28,7 @@ from scipy.sparse import csr_array
 
 from wmdd_ray.config import BarycenterConfig
 from wmdd_ray.core.lloyd import Cloud, descend, plus_plus, solve_lloyd
-from wmdd_ray.core.transport import (
-    entropic_plan,
-    exact_plan,
-    one_thread,
-    squared_distances_KN,
-)
+from wmdd_ray.core.transport import entropic_plan, exact_plan, one_thread, squared_distances_KN
 from wmdd_ray.errors import DataError
 from wmdd_ray.records import Barycenter
 
@@ -129,14 +124,10 @@ def _uniform(
     """
     cloud = Cloud(features_ND)
     weights_K = np.full(ipc, 1.0 / ipc)
-    best: Barycenter | None = None
-    for _ in range(config.num_starts):
-        atoms_KD = features_ND[rng.choice(len(cloud), ipc, replace=False)].astype(np.float32)
-        barycenter = _balanced(cloud, atoms_KD, weights_K, config)
-        if best is None or barycenter.cost < best.cost:
-            best = barycenter
-    assert best is not None
-    return best
+    starts = (rng.choice(len(cloud), ipc, replace=False) for _ in range(config.num_starts))
+    first_atoms = (features_ND[rows_K].astype(np.float32) for rows_K in starts)
+    ends = (_balanced(cloud, atoms_KD, weights_K, config) for atoms_KD in first_atoms)
+    return min(ends, key=lambda one: one.cost)
 
 
 def _balanced(

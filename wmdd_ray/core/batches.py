@@ -42,23 +42,11 @@ def in_memory_batches(
     part: int = 0,
     num_parts: int = 1,
 ) -> Iterator[Batch]:
-    """Yield one part of each batch of one shuffled epoch.
+    """Yield one part of each batch of one shuffled epoch: (images uint8 NHWC, labels int64).
 
-    The order is drawn from (seed, epoch). Every part has `steps_of(N, batch_size)` batches of
-    the same size, and those of a step are disjoint.
-
-    Args:
-        images_NHWC: uint8 images.
-        labels_N: int64 classes.
-        batch_size: images of one step, summed over the parts; a remainder of the division by
-            `num_parts` is left out, as is an incomplete last batch.
-        seed: seed of the run.
-        epoch: which epoch.
-        part: which part.
-        num_parts: number of parts.
-
-    Yields:
-        (images uint8 NHWC, labels int64).
+    The order is drawn from (seed, epoch). Every part has `steps_of(N, batch_size)` batches of the same size, and those of a step
+    are disjoint. `batch_size` images are those of all parts of a step; a remainder of their division by `num_parts` is left out,
+    as is an incomplete last batch.
 
     Raises:
         ConfigError: A batch has fewer images than parts.
@@ -86,16 +74,7 @@ def eval_batches(
     batch_size: int,
     device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
-    """Yield (normalized float32 NCHW, int64 labels) of uint8 images, in order.
-
-    Args:
-        images_NHWC: pixels, uint8.
-        labels_N: their classes, int64.
-        mean_C: per-channel mean in [0, 1].
-        std_C: per-channel standard deviation in [0, 1], > 0.
-        batch_size: most images of a batch.
-        device: where the batches go.
-    """
+    """Yield (normalized float32 NCHW, int64 labels) of uint8 images, in order; mean in [0, 1], deviation in (0, 1], by channel."""
     for start in range(0, len(images_NHWC), batch_size):
         part = slice(start, start + batch_size)
         labels_B = torch.tensor(labels_N[part], device=device)

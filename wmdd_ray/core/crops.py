@@ -13,11 +13,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from wmdd_ray.core.jitter import class_generator
+from wmdd_ray.core.resample import crop, whole
 from wmdd_ray.core.tiles import shrink
-from wmdd_ray.core.views import crop, draw_crops, to_input
+from wmdd_ray.core.views import draw_crops, to_input
 from wmdd_ray.errors import DataError
 
 # Purposes 0 and 1 of a class's streams are those of `jitter.py`.
@@ -66,7 +67,7 @@ def easiest_crops(
         for first in range(0, num_images, at_once):
             rows = slice(first, first + at_once)
             pixels = _cropped(images_NHWC[rows], crop_NP4[rows], side, image_size)
-            inputs = _whole(to_input(pixels, mean_C, std_C, device), image_size)
+            inputs = whole(to_input(pixels, mean_C, std_C, device), image_size)
             label_B = torch.full((len(pixels),), label, device=device)
             loss_B = F.cross_entropy(network(inputs).float(), label_B, reduction="none")
             loss_NP = loss_B.view(-1, crops_per_image).cpu().numpy()
@@ -89,11 +90,3 @@ def _cropped(
     large = crop(repeated, crop_B4, torch.zeros(len(crop_B4), dtype=torch.bool), image_size)
     large_NHWC = large.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     return shrink(large_NHWC.numpy(), side)
-
-
-def _whole(images_BCHW: Tensor, image_size: int) -> Tensor:
-    """Return whole images resampled to `image_size`."""
-    device = images_BCHW.device
-    box_B4 = torch.tensor([0.0, 0.0, 1.0, 1.0], device=device).expand(len(images_BCHW), 4)
-    flip_B = torch.zeros(len(images_BCHW), dtype=torch.bool, device=device)
-    return crop(images_BCHW, box_B4, flip_B, image_size)

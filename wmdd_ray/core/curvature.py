@@ -21,14 +21,14 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wmdd_ray.config import CurvatureForm
+from wmdd_ray.core.architectures import evaluating
 
 
 def curvature(
@@ -97,17 +97,7 @@ def classifier_curvature(
         )
 
     with (
-        _evaluation_mode(network),
+        evaluating(network),
         torch.autocast(images_BCHW.device.type, enabled=False),
     ):
         return curvature(losses_of, images_BCHW, step=step, form=form)
-
-
-@contextmanager
-def _evaluation_mode(network: nn.Module) -> Iterator[None]:
-    was_training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(was_training)

@@ -29,15 +29,10 @@ class Group(NamedTuple):
 
 
 def plan_groups(num_classes: int, num_images: int, config: RecoverConfig) -> tuple[Group, ...]:
-    """Return the groups that make every image once, in the order of their classes, then positions.
+    """Return the groups that make each of the K images of every class once, in the order of their classes, then positions.
 
     For `moments="global"` the classes are split into the fewest nearly equal ranges of at most `images_per_group` (SRe2L leaves
-    the last of its ranges short: a range of one class would match the mixture by a single image).
-
-    Args:
-        num_classes: classes of the data.
-        num_images: K, those that a student sees of a class.
-        config: `moments` and `images_per_group`.
+    the last of its ranges short: a range of one class would match the mixture by a single image). `num_images` is K.
     """
     most = config.images_per_group
     if config.moments == "global":

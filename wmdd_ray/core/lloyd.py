@@ -26,30 +26,16 @@ def solve_lloyd(
 ) -> Barycenter:
     """Solve by exact block descent with free weights, from k-means++ starts; the start with the lowest cost wins.
 
-    Args:
-        features_ND: features of one class, float, finite, in any unit.
-        ipc: K, number of atoms, at most N.
-        config: number of starts, most iterations, and the relative fall of the cost that ends them.
-        rng: draws the starts.
-
-    Returns:
-        Atoms, weights (shares of the atoms' cells), the cost after every iteration in squared feature units, and whether it
-        converged.
+    Features are float, finite, in any unit; K is `ipc`, at most N. Weights are shares of the atoms' cells, costs those after every
+    iteration in squared feature units.
 
     References:
         Lloyd 1982; Arthur and Vassilvitskii 2007, k-means++ with the greedy choice among candidates.
     """
     cloud = Cloud(features_ND)
-    best: Barycenter | None = None
-    for _ in range(config.num_starts):
-        atoms, history, converged = descend(
-            cloud, plus_plus(cloud, ipc, rng), config.max_iters, config.tol
-        )
-        barycenter = _with_voronoi_weights(cloud, atoms, history, converged)
-        if best is None or barycenter.cost < best.cost:
-            best = barycenter
-    assert best is not None
-    return best
+    starts = (plus_plus(cloud, ipc, rng) for _ in range(config.num_starts))
+    ends = (descend(cloud, start_KD, config.max_iters, config.tol) for start_KD in starts)
+    return min((_with_voronoi_weights(cloud, *end) for end in ends), key=lambda one: one.cost)
 
 
 class Cloud:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wmdd_ray.config import NetworkConfig
 from wmdd_ray.core.architectures import build_network as build_network
-from wmdd_ray.core.architectures import is_ours, refuse_foreign_code
+from wmdd_ray.core.architectures import evaluating, is_ours, refuse_foreign_code
 from wmdd_ray.core.checkpoints import first_names, unwrapped
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.records import Teacher
@@ -113,17 +113,14 @@ def check_teacher(network: nn.Module, *, channels: int, image_size: int, needs_n
     names = {id(module): name for name, module in network.named_modules()}
     calls: Counter[int] = Counter()
     handles = [n.register_forward_hook(lambda norm, *_: calls.update([id(norm)])) for n in norms]
-    modes = [(module, module.training) for module in network.modules()]
     weight = last_linear(network).weight
     images = torch.zeros(2, channels, image_size, image_size, device=weight.device)
     try:
-        with torch.no_grad():
-            features_BD, logits_BY = features_and_logits(network.eval(), images)
+        with torch.no_grad(), evaluating(network):
+            features_BD, logits_BY = features_and_logits(network, images)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
     several = [names[id(norm)] for norm in norms if calls[id(norm)] != 1]
     if several:
         raise ConfigError(
@@ -161,11 +158,8 @@ def network_of(
 ) -> nn.Module:
     """Return the teacher as a frozen network in eval mode on `device`; draws no random numbers.
 
-    Args:
-        teacher: its record.
-        device: where the network shall be.
-        own_code: whether an architecture `module:function` is imported: true of a run's own teachers, not of those that come
-            with data of others.
+    `own_code` says that an architecture `module:function` is imported: true of a run's own teachers, not of those that come with
+    data of others.
 
     Raises:
         ConfigError: the architecture cannot be built here.

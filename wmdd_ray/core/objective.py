@@ -23,7 +23,7 @@ from wmdd_ray.core.losses import (
     feature_loss_G,
 )
 from wmdd_ray.core.networks import features_and_logits, required_batch_norms
-from wmdd_ray.core.pixel_adam import State, to_array
+from wmdd_ray.core.optimizer import State, to_array
 from wmdd_ray.core.taps import Tap
 from wmdd_ray.errors import ConfigError
 
@@ -144,7 +144,6 @@ class Objective:
         return dict(zip(self._averages, map(to_array, self.moment_loss.running), strict=True))
 
     def load(self, state: State) -> None:
-        """Continue from what `state` returned."""
         if self._averages[0] in state:
             assert self.moment_loss is not None
             mean, var = (torch.tensor(state[name], device=self.device) for name in self._averages)

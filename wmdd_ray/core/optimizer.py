@@ -19,6 +19,11 @@ from wmdd_ray.config import OptimizerName
 State = dict[str, np.ndarray]
 
 
+def to_array(tensor: Tensor) -> np.ndarray:
+    """Return a copy of a tensor as an array."""
+    return tensor.detach().cpu().numpy().copy()
+
+
 def make_optimizer(
     network: nn.Module,
     name: OptimizerName,
@@ -154,11 +159,10 @@ class WeightAverage:
 
     def state(self) -> State:
         """Return copies of everything that `load` needs, as plain arrays."""
-        arrays = {f"average.{name}": _array_of(value) for name, value in self._averages.items()}
+        arrays = {f"average.{name}": to_array(value) for name, value in self._averages.items()}
         return arrays | {"average_steps": np.array(self._steps)}
 
     def load(self, state: State) -> None:
-        """Put `state()` back."""
         self._steps = state["average_steps"].item()
         for name, average in self._averages.items():
             average.copy_(torch.tensor(state[f"average.{name}"]).reshape(average.shape))
@@ -200,11 +204,11 @@ def training_state(
     network: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None = None
 ) -> State:
     """Return copies of all weights, buffers and optimizer state as plain arrays, and of the average's."""
-    state = {f"network.{k}": _array_of(v) for k, v in network.state_dict().items()}
+    state = {f"network.{k}": to_array(v) for k, v in network.state_dict().items()}
     for index, slots in optimizer.state_dict()["state"].items():
         for name, value in slots.items():
             if value is not None:
-                state[f"optimizer.{index}.{name}"] = _array_of(value)
+                state[f"optimizer.{index}.{name}"] = to_array(value)
     return state if average is None else state | average.state()
 
 
@@ -240,7 +244,3 @@ def load_training_state(
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
     if average is not None:
         average.load(state)
-
-
-def _array_of(value: torch.Tensor) -> np.ndarray:
-    return value.detach().cpu().contiguous().numpy().copy()

@@ -16,13 +16,7 @@ import torch
 from torch import Tensor
 
 from wmdd_ray.config import RecoverConfig
-
-State = dict[str, np.ndarray]
-
-
-def to_array(tensor: Tensor) -> np.ndarray:
-    """Return a copy of `tensor` as an array."""
-    return tensor.detach().cpu().numpy().copy()
+from wmdd_ray.core.optimizer import State, to_array
 
 
 class PixelAdam:
@@ -48,7 +42,6 @@ class PixelAdam:
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(images_BCHW), torch.zeros_like(images_BCHW)
 
     def load(self, state: State) -> None:
-        """Continue from what `state` returned."""
         shape, device = self.images_BCHW.shape, self.images_BCHW.device
         assert state["images"].shape == shape, (state["images"].shape, shape)
         self.images_BCHW, self.exp_avg, self.exp_avg_sq = (

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # These two scale their input once more when they are built for their published weights.
 _OWN_SCALING = ("googlenet", "inception_v3")

@@ -34,6 +34,15 @@ def crop(
     return result
 
 
+def whole(images_BCHW: torch.Tensor, size: int) -> torch.Tensor:
+    """Return whole images, upright, as `crop` resamples them to `size` x `size`; as they are where they have that size."""
+    if images_BCHW.shape[-2:] == (size, size):
+        return images_BCHW
+    device, count = images_BCHW.device, len(images_BCHW)
+    box_B4 = torch.tensor([0.0, 0.0, 1.0, 1.0], device=device).expand(count, 4)
+    return crop(images_BCHW, box_B4, torch.zeros(count, dtype=torch.bool, device=device), size)
+
+
 class _Resample(torch.autograd.Function):
     """Separable bilinear interpolation: gathers forward, matrix products backward.
 

@@ -74,15 +74,8 @@ def solve_with_margin(
 
     round(margin_fraction K) atoms, the last ones, are the barycenter of the quarter of the images with the smallest
     margin; the others are that of all images. Each part has the share of the mass that it has of the atoms. The cost is
-    W2^2 of them all to the whole class; the history is that of the one solver and then of the other.
-
-    Args:
-        features_ND: float features of all images of the class.
-        margin_N: of each image, from `margin_of`.
-        ipc: K, at most N.
-        config: solver and `margin_fraction`.
-        seed: of both solvers, >= 0.
-        where: how messages call the class.
+    W2^2 of them all to the whole class; the history is that of the one solver and then of the other. `margin_N` is from
+    `margin_of`; the other arguments are those of `solve_barycenter`.
 
     Raises:
         DataError: as `solve_barycenter`.

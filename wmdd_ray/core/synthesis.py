@@ -39,10 +39,12 @@ from wmdd_ray.core.networks import features_and_logits, required_batch_norms
 from wmdd_ray.core.objective import ClassTarget as ClassTarget
 from wmdd_ray.core.objective import Objective, Terms
 from wmdd_ray.core.objective import TeacherTarget as TeacherTarget
-from wmdd_ray.core.pixel_adam import PixelAdam, State, to_array
+from wmdd_ray.core.optimizer import State, to_array
+from wmdd_ray.core.pixel_adam import PixelAdam
+from wmdd_ray.core.resample import whole
 from wmdd_ray.core.taps import output_of, tapped
 from wmdd_ray.core.tiles import tile_side
-from wmdd_ray.core.views import crop, to_input
+from wmdd_ray.core.views import to_input
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.records import ClassImages
 
@@ -145,7 +147,9 @@ class _Descent:
         self.adam, self.objectives, self.jitter = adam, objectives, jitter
         self.start_BCHW, self.anchors_BCHW = start_BCHW, anchors_BCHW
         self.curves = _Curves(config.iterations)
-        self._blend_at = _blend_iterations(config)
+        # The ends of all parts but the last.
+        parts = config.residual_blends + 1
+        self._blend_at = {config.iterations * part // parts for part in range(1, parts)}
 
     def state(self) -> State:
         """Return copies of everything that the next step depends on, and the losses so far."""
@@ -155,7 +159,6 @@ class _Descent:
         return state
 
     def load(self, state: State) -> None:
-        """Continue from what `state` returned."""
         self.adam.load(state)
         self.curves.load(state)
         for objective in self.objectives:
@@ -226,7 +229,6 @@ class _Curves:
     """The losses of some iterations. They stay on the device until they are asked for: no step waits for them."""
 
     def __init__(self, iterations: int) -> None:
-        """Prepare for so many iterations."""
         points = np.linspace(1, iterations, min(iterations, MAX_CURVE_POINTS))
         self.at_P = np.unique(points.round().astype(np.int32))
         """Which iterations those are, counted from 1; the last one is among them."""
@@ -235,7 +237,6 @@ class _Curves:
         self._since: list[Terms] = []
 
     def load(self, state: State) -> None:
-        """Continue from what `state` returned."""
         self._before = {k: v for k, v in state.items() if k.startswith("curve_")}
 
     def add(self, iteration: int, terms: Terms) -> None:
@@ -255,20 +256,9 @@ class _Curves:
 @torch.no_grad()
 def features_of(network: nn.Module, images_BCHW: Tensor, image_size: int) -> np.ndarray:
     """Return features_BD, float32, of whole images; small ones are enlarged as they are for every step."""
-    if images_BCHW.shape[-1] != image_size:
-        whole_B4 = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(images_BCHW), 1)
-        upright_B = torch.zeros(len(images_BCHW), dtype=torch.bool)
-        device = images_BCHW.device
-        images_BCHW = crop(images_BCHW, whole_B4.to(device), upright_B.to(device), image_size)
     with deterministic_convolutions():
-        features_BD, _ = features_and_logits(network, images_BCHW)
+        features_BD, _ = features_and_logits(network, whole(images_BCHW, image_size))
     return to_array(features_BD.float())
-
-
-def _blend_iterations(config: RecoverConfig) -> frozenset[int]:
-    """Return after how many iterations the images are blended with their start: the ends of all parts but the last."""
-    num_parts = config.residual_blends + 1
-    return frozenset(config.iterations * part // num_parts for part in range(1, num_parts))
 
 
 def _anchors(

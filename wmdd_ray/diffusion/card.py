@@ -23,6 +23,7 @@ import pyarrow as pa
 from wmdd_ray.errors import ArtifactError, ConfigError
 from wmdd_ray.store.documents import load_json, unseal
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.sources.classes import first_difference
 from wmdd_ray.store.uris import arrow_filesystem, local_path
 
 logger = logging.getLogger(__name__)
@@ -93,9 +94,7 @@ def read_card(uri: str) -> ModelCard:
 def local_copy(uri: str, *, weights: bool) -> Iterator[tuple[Path, str, frozenset[str]]]:
     """Yield a model's folder on this machine, its identity, and the keys of all its files.
 
-    Args:
-        uri: a folder, a URI, or a repository's name on the hub.
-        weights: with its weights, or the JSON files alone.
+    `uri` is a folder, a URI, or a repository's name on the hub. Without `weights` the JSON files alone are there.
     """
     path = local_path(uri)
     is_uri = "://" in uri
@@ -310,10 +309,7 @@ def class_ids_of(
         return (0,) * count
     if card.ordered:
         if card.class_names != class_names:
-            first = next(
-                (i for i, pair in enumerate(zip(card.class_names, class_names, strict=False)) if pair[0] != pair[1]),
-                min(count, len(card.class_names)),
-            )  # fmt: skip
+            first = first_difference(card.class_names, class_names)
             raise ConfigError(
                 f"{OPTION} {card.uri}: it was trained on other classes: {len(card.class_names)} against the data's {count}, "
                 f"first at class {first}: {card.class_names[first : first + 3]} against {class_names[first : first + 3]}; "

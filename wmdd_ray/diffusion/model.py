@@ -1,7 +1,7 @@
 """Diffusion models at work: loaded, sampled from, made and saved, as pipelines of diffusers.
 
 Weights are safetensors: nothing is unpickled, and no code of a repository runs. Whatever scheduler the pipeline names, images
-are sampled by DDIM with its noise levels. What is known of a model without its weights is in diffusion_card.py.
+are sampled by DDIM with its noise levels. What is known of a model without its weights is in card.py.
 
 Legend: N images, B batch, C channels, H W pixels or latent positions.
 """
@@ -168,12 +168,8 @@ def new_unet(
 ) -> tuple[Any, Any]:
     """Return an untrained UNet on pixels, with a class more that stands for none, and its noise levels (cosine).
 
-    Args:
-        widths: channels at each resolution, from the image's to the one halved len(widths) - 1 times, which has attention.
-        image_size: H = W, pixels.
-        channels: C.
-        num_classes: Y.
-        layers: blocks at each resolution.
+    `widths` are the channels of the `layers` blocks at each resolution, from the image's, H = W = `image_size`, to the one halved
+    len(widths) - 1 times, which has attention.
 
     Raises:
         ConfigError: The widths cannot be (`check_widths`), or diffusers is not installed.
@@ -225,11 +221,7 @@ def save_model(
 ) -> dict[str, bytes]:
     """Return the files of a UNet's pipeline by key, in diffusers' own format, with classes.json.
 
-    Args:
-        network: a UNet2DModel whose class `len(class_names)` stands for none.
-        scheduler: its noise levels.
-        class_names: of the data, in order.
-        about: what else classes.json says (data, options).
+    The class `len(class_names)` of the network, a UNet2DModel, stands for none. `about` is what else classes.json says.
     """
     from diffusers.pipelines import DDIMPipeline
 

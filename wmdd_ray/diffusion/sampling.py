@@ -29,8 +29,7 @@ from torch import Tensor
 
 from wmdd_ray.config import DiffusionConfig
 from wmdd_ray.core.jitter import class_generator
-from wmdd_ray.core.optimizer import State
-from wmdd_ray.core.pixel_adam import to_array
+from wmdd_ray.core.optimizer import State, to_array
 from wmdd_ray.diffusion.guidance import (
     deviation_direction,
     mean_spacing,
@@ -160,7 +159,6 @@ class _Course:
         }
 
     def load(self, state: State) -> None:
-        """Continue from what `state` returned."""
         self.done_KGCHW = [torch.tensor(x, device=self._device) for x in state["latents"]]
         self.transport_KG = state["transport"].tolist()
         self.at = int(state["step"])

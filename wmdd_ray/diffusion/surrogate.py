@@ -52,8 +52,7 @@ def make(
     pixels, twice that while they are put together. A resumed unit encodes them again. `read_real` is (label, side) -> real
     images of the class, uint8 (M, side, side, C), M at most `influence_latents`.
     """
-    started = time.perf_counter()
-    attempt = room.begin_unit(UNIT)
+    attempt = room.begin(UNIT)
     if attempt is None:
         return
     keep = Checkpoints(room, UNIT, config.recover.checkpoint_s)
@@ -90,13 +89,10 @@ def make(
             state=state,
             on_epoch=on_epoch,
         )
-    now = time.perf_counter()
-    room.commit_unit(
-        UNIT,
+    in_core = time.perf_counter() - in_core
+    attempt.commit(
         {_KEY: codecs.encode_state(weights)},
-        metrics={"epoch_losses": losses, "seconds_in_core": round(now - in_core, 4)},
-        attempt=attempt,
-        seconds=now - started,
+        metrics={"epoch_losses": losses, "seconds_in_core": round(in_core, 4)},
     )
     keep.clear()
 

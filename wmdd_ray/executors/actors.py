@@ -33,10 +33,10 @@ def fan_out(
     *,
     max_actors: int,
     first_actors: int = 0,
-    on_done: Callable[[str, Any], None],
+    on_done: Callable[[str], None],
     on_wait: Callable[[list[ActorHandle]], None] | None = None,
 ) -> None:
-    """Call `work(unit)` on actors for every unit, and hand each result to `on_done` in order of completion.
+    """Call `work(unit)` on actors for every unit, and `on_done` with each that is done.
 
     The pool starts with one actor a CPU of the cluster and keeps as many waiting for resources as are at work, so
     that an autoscaler sees the demand and a cluster of fixed size is not flooded with a thousand waiting actors. Units
@@ -51,7 +51,7 @@ def fan_out(
     pool = Pool(stage, actor_class, arguments, deque(units), max_actors, first_actors, on_done)
     looked = time.monotonic()
     try:
-        while pool.is_busy():
+        while pool.waiting or pool.working:
             pool.grow()
             pool.take_next(_LOOK_EVERY_S)
             if on_wait and time.monotonic() - looked >= _LOOK_EVERY_S:
@@ -72,7 +72,7 @@ class Pool:
         units: deque[str],
         max_actors: int,
         first_actors: int,
-        on_done: Callable[[str, Any], None],
+        on_done: Callable[[str], None],
     ) -> None:
         self._stage, self._on_done = stage, on_done
         self._actor_class: Any = actor_class
@@ -80,20 +80,16 @@ class Pool:
         self._max_actors = max_actors
         # A cluster without any CPU is one that will be as large as what is asked for.
         self._first = first_actors or int(ray.cluster_resources().get("CPU", 0)) or max_actors
-        self._waiting = units
+        self.waiting = units
         self._deaths: Counter[str] = Counter()
         self._nodes: dict[ActorHandle, str] = {}
         self._starting: dict[Any, ActorHandle] = {}
         self.working: dict[Any, tuple[ActorHandle, str, float]] = {}
         self._lost = 0
 
-    def is_busy(self) -> bool:
-        """Return whether there are units left or under way."""
-        return bool(self._waiting or self.working)
-
     def grow(self) -> None:
         """Start actors, as many as are at work, or so many as the cluster has CPUs."""
-        wanted = len(self._waiting) + len(self.working)
+        wanted = len(self.waiting) + len(self.working)
         most = min(self._max_actors, wanted, max(self._first, 2 * len(self._nodes)))
         while len(self._nodes) + len(self._starting) < most:
             actor = self._actor_class.remote(*self._arguments)
@@ -123,14 +119,14 @@ class Pool:
         actor, unit, began = self.working.pop(ref)
         about = self._about(actor, unit)
         try:
-            result = ray.get(ref)
+            ray.get(ref)
         except (ActorDiedError, ActorUnavailableError) as error:
             self._deaths[unit] += 1
             if self._deaths[unit] >= MAX_ATTEMPTS:
                 self._stage.event("unit_failed", **about, reason=last_line(error))
                 raise unit_given_up(unit, f"by {last_line(error)}") from error
             self._stage.event("unit_retried", **about, reason=last_line(error))
-            self._waiting.appendleft(unit)
+            self.waiting.appendleft(unit)
             self._lose(actor, error)
             return
         except RayError as error:
@@ -139,20 +135,19 @@ class Pool:
             raise cause from error
         self._lost = 0
         self._stage.event("unit_done", **about, seconds=round(time.monotonic() - began, 3))
-        self._on_done(unit, result)
+        self._on_done(unit)
         self._give(actor)
 
     def end(self) -> None:
-        """End every actor."""
         for actor in (*self._nodes, *self._starting.values()):
             ray.kill(actor)
 
     def _give(self, actor: ActorHandle) -> None:
-        if not self._waiting:
+        if not self.waiting:
             del self._nodes[actor]
             ray.kill(actor)
             return
-        unit = self._waiting.popleft()
+        unit = self.waiting.popleft()
         self._stage.event("unit_started", **self._about(actor, unit))
         self.working[actor.work.remote(unit)] = (actor, unit, time.monotonic())
 
@@ -195,7 +190,6 @@ class UnitActor:
         return socket.gethostname()
 
     def work(self, unit: str) -> None:
-        """Do the unit and commit it."""
         torch.set_num_threads(self._cpus)  # of this thread: the actor has two
         self._unit = unit
         self._do_unit(unit, self._report)

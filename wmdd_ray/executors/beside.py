@@ -77,7 +77,7 @@ def do_units(
                 queue.waiting,
                 most,
                 most,
-                lambda unit, _: queue.report(unit, 1.0, ""),
+                lambda unit: queue.report(unit, 1.0, ""),
             )
             pool.grow()
 

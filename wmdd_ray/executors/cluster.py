@@ -38,11 +38,8 @@ _TELL_EVERY_S = 60.0
 def connect(out: str | None, *, verbose: bool = False) -> None:
     """Join the cluster that `RAY_ADDRESS` names (as inside `ray job submit`), or start one on this machine.
 
-    A local Ray listens on 127.0.0.1 only and asks for a token that is made for this run alone.
-
-    Args:
-        out: Root URI of the run; None where nothing is written.
-        verbose: Show Ray's own log lines and those of the workers.
+    A local Ray listens on 127.0.0.1 only and asks for a token that is made for this run alone. `out` is the root URI of the run,
+    None where nothing is written. `verbose` shows Ray's own log lines and those of the workers.
 
     Raises:
         ConfigError: `out` is not a place that every worker sees.

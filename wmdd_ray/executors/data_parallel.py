@@ -33,12 +33,7 @@ from wmdd_ray.executors.workers import device_of_worker
 from wmdd_ray.spine.run import StageRun
 from wmdd_ray.store.sources import Shard, Source
 from wmdd_ray.store.sources.chunks import DecodedChunk, decoded_shards
-from wmdd_ray.units.teacher import (
-    CHUNK_IMAGES,
-    Training,
-    shuffled_stream,
-    train_teacher,
-)
+from wmdd_ray.units.teacher import CHUNK_IMAGES, Training, shuffled_stream, train_teacher
 
 logger = logging.getLogger(__name__)
 

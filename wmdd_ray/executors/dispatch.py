@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from wmdd_ray.spine.run import OpenWorker, Run, StageRun
@@ -58,21 +58,35 @@ def do_each(
     arguments: tuple[Any, ...],
     units: Sequence[str],
     *,
-    on_done: Callable[[str, Any], None],
+    together: bool = False,
     light: bool = False,
 ) -> None:
-    """Call `work(unit)` for every unit, on actors of one CPU each that grow with the cluster (`actors.fan_out`).
+    """Do every unit of a stage that is not finished yet, on actors of one CPU each that grow with the cluster (`actors.fan_out`).
 
     Args:
-        stage: The stage.
+        stage: The stage; its progress line shows units done.
         worker_class: A class with methods `work(unit)` and `ready()`.
         arguments: Its constructor's arguments.
-        units: Unfinished unit ids, most expensive first.
-        on_done: Called in the driver with unit and result.
+        units: All unit ids, most expensive first.
+        together: Whether one call does all that is left: it is told the first of these units, and commits each.
         light: Whether the driver does the units itself where the run has no workers.
     """
-    if not units:
+    finished = stage.room.finished()
+    left = [unit for unit in units if unit not in finished]
+    done = len(units) - len(left)
+    stage.progress.start(len(units), done)
+    if not left:
         return
+    told, others = (left[:1], left[1:]) if together else (left, [])
+
+    def on_done(unit: str) -> None:
+        nonlocal done
+        for other in others:
+            seconds = stage.room.read_unit(other).seconds
+            stage.event("unit_done", unit=other, attempt=1, seconds=seconds)
+        done += 1 + len(others)
+        stage.progress.update(done)
+
     if not is_here(stage):
         import ray
 
@@ -81,13 +95,13 @@ def do_each(
 
         if not (light and width(stage.resources).num_workers == 0):
             most = stage.resources.max_actors
-            await_room(stage, Width(min(most, len(units)), cpus=1, gpus=0.0))
+            await_room(stage, Width(min(most, len(told)), cpus=1, gpus=0.0))
             actor = ray.remote(num_cpus=1)(worker_class)
-            fan_out(stage, actor, arguments, units, max_actors=most, on_done=on_done)
+            fan_out(stage, actor, arguments, told, max_actors=most, on_done=on_done)
             return
     from wmdd_ray.executors import here
 
-    here.do_each(stage, worker_class(*arguments), units, on_done)
+    here.do_each(stage, worker_class(*arguments), told, on_done)
 
 
 def watch_of(run: Run, tracked: TrackedRun, trackers: Sequence[Tracker] = ()) -> LiveWatch:

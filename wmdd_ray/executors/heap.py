@@ -17,7 +17,7 @@ def keep_freed_memory() -> None:
     It does so above 32 MB by default, at 10,000 to 38,000 page faults an iteration of recover: 20 to 35 % of the time
     of a small network on CPU. Other C libraries have no such call.
     """
-    _set(2**31 - 1, 2**31 - 1)
+    _set(2**31 - 1)
 
 
 def return_freed_memory() -> None:
@@ -25,11 +25,11 @@ def return_freed_memory() -> None:
 
     A stream of pieces of many sizes otherwise leaves holes, which look like data that gather.
     """
-    _set(_FIRST_THRESHOLD_BYTES, _FIRST_THRESHOLD_BYTES)
+    _set(_FIRST_THRESHOLD_BYTES)
 
 
-def _set(mmap_threshold: int, trim_threshold: int) -> None:
+def _set(threshold_bytes: int) -> None:
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, mmap_threshold)
-        mallopt(_M_TRIM_THRESHOLD, trim_threshold)
+        mallopt(_M_MMAP_THRESHOLD, threshold_bytes)
+        mallopt(_M_TRIM_THRESHOLD, threshold_bytes)

@@ -65,7 +65,7 @@ def count_images(source: Source) -> int:
 
 
 def do_each(
-    stage: StageRun, worker: Any, units: Sequence[str], on_done: Callable[[str, Any], None]
+    stage: StageRun, worker: Any, units: Sequence[str], on_done: Callable[[str], None]
 ) -> None:
     """Call `worker.work(unit)` for every unit, as `executors.actors.fan_out` does on actors."""
     node = socket.gethostname()
@@ -73,9 +73,9 @@ def do_each(
         about = {"unit": unit, "node": node, "attempt": 1}
         stage.event("unit_started", **about)
         started = time.monotonic()
-        result = worker.work(unit)
+        worker.work(unit)
         stage.event("unit_done", **about, seconds=round(time.monotonic() - started, 3))
-        on_done(unit, result)
+        on_done(unit)
 
 
 def embedded(

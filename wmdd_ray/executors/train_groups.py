@@ -18,7 +18,7 @@ from wmdd_ray.errors import WmddError
 from wmdd_ray.executors.causes import last_line, root_cause
 from wmdd_ray.executors.cluster import Width
 from wmdd_ray.executors.dispatch import NOTES_FOLDER
-from wmdd_ray.executors.queue import UnitQueue
+from wmdd_ray.executors.queue import Queue, UnitQueue
 from wmdd_ray.spine.run import StageRun
 
 # Restarts of a group without any progress in between.
@@ -26,28 +26,24 @@ _MAX_RESTARTS = 8
 _POLL_S = 1.0
 
 
-class RemoteQueue:
+class RemoteQueue(Queue):
     """A queue in an actor, as the workers of a group call it."""
 
     def __init__(self, actor: ActorHandle) -> None:
         self._actor = actor
 
     def join(self, rank: int, world: int, node: str = "") -> None:
-        """Enter a group of workers."""
         ray.get(self._actor.join.remote(rank, world, node))
 
     def take(self, rank: int) -> str | None:
-        """Return the next unit."""
         return ray.get(self._actor.take.remote(rank))
 
     def report(
         self, unit: str, fraction: float, note: str, values: dict[str, float] | None = None
     ) -> None:
-        """Note how far a unit is."""
         ray.get(self._actor.report.remote(unit, fraction, note, values))
 
     def fail(self, unit: str, error: WmddError) -> None:
-        """Stop because of a deliberate error."""
         ray.get(self._actor.fail.remote(unit, error))
 
 

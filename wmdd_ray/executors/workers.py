@@ -74,10 +74,9 @@ def _run_group(
 def _run_actors(
     stage: StageRun, units: Sequence[str], open_worker: OpenWorker, wide: Width, num_finished: int
 ) -> None:
-    """Work on isolated actors."""
     done = num_finished
 
-    def finish(unit: str, result: None) -> None:
+    def finish(unit: str) -> None:
         nonlocal done
         done += 1
         stage.progress.update(done)

@@ -63,7 +63,6 @@ class Result:
 
     @property
     def mean(self) -> float:
-        """Mean top-1."""
         return statistics.fmean(self.top1)
 
     @property
@@ -120,11 +119,9 @@ def _lrs(alpha: float) -> float:
 
 
 def results_of(uri: str, name: str = "") -> list[Result]:
-    """Return the results of a run, of several in one folder, or of an evaluation.
+    """Return the results of a run, of several in one folder, or of an evaluation; `name` is what the method is to be called.
 
-    Args:
-        uri: --out of `jobs/distill.py` or `jobs/evaluate.py`, or the `dataset/` of a run.
-        name: what the method is to be called.
+    `uri` is --out of `jobs/distill.py` or `jobs/evaluate.py`, or the `dataset/` of a run.
 
     Raises:
         ConfigError: There are none.

@@ -25,8 +25,9 @@ import torch
 
 from wmdd_ray.config import LabelKind
 from wmdd_ray.core.networks import labeler_of
+from wmdd_ray.core.resample import whole
 from wmdd_ray.core.tiles import untile
-from wmdd_ray.core.views import crop, to_input
+from wmdd_ray.core.views import to_input
 from wmdd_ray.errors import ArtifactError, ConfigError
 from wmdd_ray.product.card import export_card, published
 from wmdd_ray.records import Teacher
@@ -379,12 +380,8 @@ def _labeler(teachers: Sequence[Teacher], side: int) -> Callable[[list[Row]], li
                 teacher.mean_C,
                 teacher.std_C,
             )
-            if images.shape[-1] != teacher.image_size:  # a tile, enlarged as its views are
-                whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(batch), 4)
-                unflipped = torch.zeros(len(batch), dtype=torch.bool)
-                images = crop(images, whole, unflipped, teacher.image_size)
-            with torch.inference_mode():
-                logits_BY = network(images).float().numpy()
+            with torch.inference_mode():  # a tile is enlarged as its views are
+                logits_BY = network(whole(images, teacher.image_size)).float().numpy()
             if not np.isfinite(logits_BY).all():
                 raise ArtifactError(
                     "expected finite logits of the set's teacher, found others: its weights are none of a trained network"

@@ -99,10 +99,8 @@ def behind_real(table: Sequence[dict[str, Any]]) -> list[str]:
 def classes_text(class_names: Sequence[str], table: list[dict[str, Any]]) -> str:
     """Return, in Markdown, what each class's recall is, and which classes are lost against all real images.
 
-    Args:
-        class_names: names of the classes.
-        table: accuracy rows with `recall_per_class`, the mean over the seeds, in [0, 1] (evaluations before there was that
-            entry have none).
+    `table` has accuracy rows with `recall_per_class`, the mean over the seeds, in [0, 1] (evaluations before there was that entry
+    have none).
     """
     recalls = {
         (row["labels"], row["row"]): 100 * np.array(row["recall_per_class"])

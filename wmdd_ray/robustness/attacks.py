@@ -122,15 +122,8 @@ def attack(
 ) -> Attacked:
     """Attack a classifier on uint8 images of known class.
 
-    Args:
-        name: the attack.
-        network: classifier of normalized images, in evaluation mode.
-        images_NHWC: uint8.
-        labels_N: int classes.
-        eps: largest change of a pixel, in (0, 1); not used by `cw`.
-        mean_C: per-channel mean of the network's input.
-        std_C: per-channel standard deviation of the network's input.
-        seed: seed of everything random.
+    The network is in evaluation mode and takes images normalized by mean and deviation of a channel. `eps` is the largest change of
+    a pixel, in (0, 1); `cw` does not use it.
 
     Raises:
         WmddError: the library changed a pixel by more than eps, or out of [0, 1].

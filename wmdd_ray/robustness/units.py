@@ -58,12 +58,6 @@ def draw_sample(val: Listed, count: int, *, seed: int) -> tuple[np.ndarray, np.n
     return images_NHWC, np.array([label for _, label in turns], dtype=np.int64)
 
 
-def read_sample(room: Room) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images that are attacked, uint8 (N, H, W, C), and their classes, int64."""
-    arrays = safetensors.numpy.load(room.read(room.committed().file(SAMPLE_KEY)))
-    return arrays["images_NHWC"], arrays["labels_N"]
-
-
 def slices_of(num_images: int, config: DistillConfig) -> list[slice]:
     """Return the images of each unit."""
     side = config.source.image_size
@@ -83,12 +77,12 @@ def open_attacker(
     num_classes: int,
 ) -> DoUnit:
     """Read the images, and return the function that attacks one student on a slice of them."""
-    images_NHWC, labels_N = read_sample(sample)
+    drawn = safetensors.numpy.load(sample.read(sample.committed().file(SAMPLE_KEY)))
+    images_NHWC, labels_N = drawn["images_NHWC"], drawn["labels_N"]
     slices = slices_of(len(labels_N), config)
 
     def do_unit(unit: str, report: Report) -> None:
-        started = time.perf_counter()
-        attempt = room.begin_unit(unit)
+        attempt = room.begin(unit)
         if attempt is None:
             return
         trained, _, number = unit.rpartition("-")
@@ -108,16 +102,13 @@ def open_attacker(
             seed=unit_seed(config.seed, "attack", f"{name}-{eps}-{number}"),
         )
         in_core = time.perf_counter() - in_core
-        room.commit_unit(
-            unit,
+        attempt.commit(
             {_flags_key(unit): documents.dump_json(_flags(attacked))},
             metrics={
                 "clean": float(attacked.clean_N.mean()),
                 "robust": float(attacked.robust_N.mean()),
                 "seconds_in_core": round(in_core, 4),
             },
-            attempt=attempt,
-            seconds=time.perf_counter() - started,
         )
 
     return do_unit

@@ -25,12 +25,8 @@ _SECONDS = "checkpoint_seconds"
 class Checkpoints:
     """Two objects that take turns, so that one of them is always whole; gone when the unit is finished.
 
-    A state is serialized when it is taken and put in the background, while the work goes on.
-
-    Args:
-        room: The stage's room; states lie under `partial/<unit>/`.
-        unit: Unit id.
-        every_s: Least seconds between two states.
+    A state is serialized when it is taken and put in the background, while the work goes on. States lie under `partial/<unit>/`
+    of the stage's room, `every_s` seconds apart at least.
     """
 
     def __init__(self, room: Room, unit: str, every_s: float) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from wmdd_ray.errors import ArtifactError, ConfigError, LostRaceError
 from wmdd_ray.spine.rooms import Room
-from wmdd_ray.store.documents import read_sealed, seal
+from wmdd_ray.store.documents import find_sealed, seal
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources.classes import shown
 
@@ -41,10 +41,9 @@ def read_claim(store: Store, key: str, mine: str, ours: tuple[str, ...] = ()) ->
     Raises:
         ConfigError: It holds neither, but files that do not begin as `ours`; `mine` says what would be right.
     """
-    try:
-        return read_sealed(store, key)
-    except FileNotFoundError:
-        foreign = [name for name in store.list() if not name.startswith(ours)]
+    if (there := find_sealed(store, key)) is not None:
+        return there
+    foreign = [name for name in store.list() if not name.startswith(ours)]
     if foreign:
         raise ConfigError(
             f"--out {store.uri}: expected an empty or new folder, or {mine}, found {len(foreign)} other files: {shown(foreign)}; "

@@ -18,13 +18,18 @@ _PACKAGES = ("ray", "torch", "torchvision", "POT", "numpy", "pyarrow")
 @cache
 def versions() -> dict[str, Any]:
     """Return the versions of Python and the main packages, and the revision of this code as far as it is known."""
-    by_package: dict[str, Any] = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            by_package[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    found = {name: installed(name) for name in _PACKAGES}
+    by_package = {name: number for name, number in found.items() if number is not None}
+    by_package = {"python": platform.python_version(), **by_package}
     return {"versions": by_package, "git_revision": _revision()}
+
+
+def installed(package: str) -> str | None:
+    """Return the version of a package here, None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _revision() -> str | None:
@@ -38,10 +43,7 @@ def _revision() -> str | None:
         return written.read_text().strip() or None
     project = root / "pyproject.toml"
     if not project.is_file() or 'name = "wmdd_ray"' not in project.read_text(encoding="utf-8"):
-        try:
-            return version("wmdd_ray")
-        except PackageNotFoundError:
-            return None
+        return installed("wmdd_ray")
     if not (root / ".git").exists():  # a copy, perhaps inside somebody else's repository
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=12"]

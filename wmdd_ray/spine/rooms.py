@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import re
 import socket
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +33,7 @@ from wmdd_ray.errors import ArtifactError, LostRaceError, WmddError
 from wmdd_ray.store.documents import (
     FileEntry,
     entry_of,
+    find_sealed,
     read_sealed,
     read_verified,
     seal,
@@ -85,15 +87,17 @@ class StageCommit:
     finished: str
     space: str = ""
 
+    @property
+    def files(self) -> dict[str, FileEntry]:
+        """The files of all units by key."""
+        return {entry.key: entry for marker in self.units.values() for entry in marker.files}
+
     def file(self, key: str) -> FileEntry:
-        """Return the committed file `key`."""
-        for marker in self.units.values():
-            for entry in marker.files:
-                if entry.key == key:
-                    return entry
-        raise ArtifactError(
-            f"stage {self.stage} committed no file {key}; run it again with --overwrite"
-        )
+        if (entry := self.files.get(key)) is None:
+            raise ArtifactError(
+                f"stage {self.stage} committed no file {key}; run it again with --overwrite"
+            )
+        return entry
 
 
 class Room:
@@ -137,10 +141,7 @@ class Room:
 
     def read_plan(self) -> dict[str, Any] | None:
         """Return what `plan.json` says, or None when nobody has claimed the room."""
-        try:
-            return read_sealed(self.store, "plan.json")
-        except FileNotFoundError:
-            return None
+        return find_sealed(self.store, "plan.json")
 
     def finished(self) -> set[str]:
         """Return the ids of the units that are committed, by one listing."""
@@ -182,6 +183,12 @@ class Room:
             raise unit_given_up(unit, f"on {here[-1]['host'] or 'one of the nodes'}")
         self.store.put(key, seal({"attempts": [*attempts, attempt]}))
         return len(attempts) + 1
+
+    def begin(self, unit: str, *, point: int | None = None) -> Attempt | None:
+        """Begin a unit, as `begin_unit` does; None when it is finished."""
+        began = time.perf_counter()
+        number = self.begin_unit(unit, point=point)
+        return None if number is None else Attempt(self, unit, number, began)
 
     def commit_unit(
         self,
@@ -229,7 +236,6 @@ class Room:
         return replace(entry, at=at)
 
     def read_unit(self, unit: str) -> UnitMarker:
-        """Return the marker of a finished unit."""
         return marker_of(read_sealed(self.store, self.place("units", f"{unit}.json")))
 
     def read_units(self, units: Iterable[str]) -> dict[str, UnitMarker]:
@@ -247,9 +253,8 @@ class Room:
 
     def read_commit(self) -> StageCommit | None:
         """Return what `stage.json` says, or None when the room is not committed."""
-        try:
-            commit = read_sealed(self.store, "stage.json")
-        except FileNotFoundError:
+        commit = find_sealed(self.store, "stage.json")
+        if commit is None:
             return None
         check(commit, "the commit of a stage", self.store.url("stage.json"))
         units = {unit: marker_of(marker) for unit, marker in commit.pop("units").items()}
@@ -274,7 +279,7 @@ class Room:
 
     def sweep(self, commit: StageCommit) -> None:
         """Remove payloads of attempts that lost, once the room is committed."""
-        files = [entry for marker in commit.units.values() for entry in marker.files]
+        files = commit.files.values()
         named = {entry.at or entry.key for entry in files}
         # What was at its key when an entry was stored elsewhere.
         lost = {entry.key for entry in files if entry.at} - named
@@ -285,6 +290,25 @@ class Room:
     def read(self, entry: FileEntry) -> bytes:
         """Return the verified content of a committed file."""
         return read_verified(self.store, entry)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A unit under way: the room, the number of the attempt over all runs, and when it began (`time.perf_counter`)."""
+
+    room: Room
+    unit: str
+    number: int
+    began: float
+
+    def commit(
+        self, payloads: Mapping[str, bytes], metrics: Mapping[str, Any] | None = None
+    ) -> UnitMarker:
+        """Commit the unit, as `Room.commit_unit` does, with the seconds that have gone by."""
+        seconds = time.perf_counter() - self.began
+        return self.room.commit_unit(
+            self.unit, payloads, attempt=self.number, metrics=metrics, seconds=seconds
+        )
 
 
 def _document(marker: UnitMarker) -> dict[str, Any]:

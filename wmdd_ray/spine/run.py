@@ -65,9 +65,9 @@ class Stage:
 
     name: str
     room: str
-    version: int
-    inputs: tuple[str, ...]
-    reads_data: bool
+    version: int = 1
+    inputs: tuple[str, ...] = ()
+    reads_data: bool = False
     options: Callable[[DistillConfig], dict[str, Any]]
     plan: Callable[[StageRun], Work]
     work: Callable[[StageRun], dict[str, Any]]
@@ -116,7 +116,6 @@ class Run:
 
     @cached_property
     def events(self) -> EventLog:
-        """The event log of this run."""
         return EventLog(self.store, self.token)
 
     def begin_writing(self) -> None:
@@ -210,7 +209,6 @@ class StageRun:
 
     @property
     def config(self) -> DistillConfig:
-        """The configuration of the run."""
         return self.run.config
 
     @property
@@ -241,10 +239,7 @@ def unit_seed(seed: int, stage: str, unit: str) -> int:
 def expected_plan(run: Run, stage: Stage, done: Mapping[str, str]) -> dict[str, Any]:
     """Return the plan of a stage's room: options, inputs and the fingerprint over both.
 
-    Args:
-        run: The run.
-        stage: The stage.
-        done: Room -> fingerprint of the rooms to the left.
+    `done` has the fingerprints of the rooms to the left.
     """
     inputs = {name: done[name] for name in stage.inputs}
     if stage.reads_data:
@@ -295,13 +290,9 @@ def run_pipeline(
 
 
 def bring(run: Run, stage: Stage, plan: dict[str, Any], *, overwrite: bool = False) -> StageCommit:
-    """Return the commit of a stage's room, after the work that is missing.
+    """Return the commit of a stage's room, after the work that is missing; the rooms that it reads are committed.
 
-    Args:
-        run: The run.
-        stage: The stage; the rooms that it reads are committed.
-        plan: Its `expected_plan`.
-        overwrite: Replace a room that was made with other options.
+    `plan` is its `expected_plan`. `overwrite` replaces a room that was made with other options.
 
     Raises:
         ConfigError: The room was made with other options and `overwrite` is off; the message names the options.

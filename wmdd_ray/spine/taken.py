@@ -14,7 +14,7 @@ from wmdd_ray.errors import ConfigError
 from wmdd_ray.spine.claims import difference
 from wmdd_ray.spine.rooms import Room, StageCommit
 from wmdd_ray.spine.run import TAKEN, Run, Stage, expected_plan
-from wmdd_ray.store.documents import read_sealed, seal
+from wmdd_ray.store.documents import find_sealed, seal
 from wmdd_ray.store.filesystem import Store
 
 KEY = "taken.json"
@@ -24,7 +24,7 @@ _ABOVE = ".."
 
 def origin_of(store: Store) -> Store | None:
     """Return the run whose teacher and features the run under `store` uses; None when it has its own."""
-    note = _read(store)
+    note = find_sealed(store, KEY)
     if note is None:
         return None
     uri = str(note["from"])
@@ -59,7 +59,7 @@ def take(run: Run, stages: Sequence[Stage], *, overwrite: bool = False, anew: bo
         ConfigError: They are not there, were made with other options or of other data, are not of each other, or the run was begun
             with others.
     """
-    noted, before = _read(run.store), origin_of(run.store)
+    noted, before = find_sealed(run.store, KEY), origin_of(run.store)
     if run.origin is None:
         if before is not None:
             raise ConfigError(
@@ -103,7 +103,7 @@ def _checked(run: Run, stages: Sequence[Stage], option: str) -> dict[str, Any]:
                 "--features out"
             )
         commits[stage.room] = commit
-    teachers = {f.key: f.sha256 for m in commits["teacher"].units.values() for f in m.files}
+    teachers = {key: entry.sha256 for key, entry in commits["teacher"].files.items()}
     # Features of before there was this entry do not say.
     of = commits["features"].metrics.get("teacher_sha256")
     if of is not None and of not in teachers.values():
@@ -120,19 +120,12 @@ def _checked(run: Run, stages: Sequence[Stage], option: str) -> dict[str, Any]:
 
 def note_runs(store: Store, ipcs: Sequence[int]) -> None:
     """Note that there is a run of each ipc in a folder of its own under `store`, beside those that are there."""
-    known = (_read(store, RUNS_KEY) or {}).get("ipcs", [])
+    known = (find_sealed(store, RUNS_KEY) or {}).get("ipcs", [])
     if not {*ipcs} <= {*known}:
         store.put(RUNS_KEY, seal({"ipcs": sorted({*known, *ipcs})}))
 
 
 def runs_in(store: Store) -> list[Store]:
     """Return the runs in the folders under `store`, by rising ipc."""
-    known = (_read(store, RUNS_KEY) or {}).get("ipcs", [])
+    known = (find_sealed(store, RUNS_KEY) or {}).get("ipcs", [])
     return [store.child(f"ipc{int(ipc)}") for ipc in known]
-
-
-def _read(store: Store, key: str = KEY) -> dict[str, Any] | None:
-    try:
-        return read_sealed(store, key)
-    except FileNotFoundError:
-        return None

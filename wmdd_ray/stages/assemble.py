@@ -34,7 +34,7 @@ def plan(stage: StageRun) -> Work:
     config = stage.config
     num_classes = len(stage.run.source("train").class_names)
     commit = stage.run.room("labels").read_commit()
-    size = sum(f.size_bytes for m in commit.units.values() for f in m.files) if commit else 0
+    size = sum(f.size_bytes for f in commit.files.values()) if commit else 0
     units = [*image_files(config, num_classes), *labelers_of(config), "preview"]
     return Work(
         units=(*units, *(f"labels-{unit}" for unit in commit.units)) if commit else None,
@@ -47,16 +47,6 @@ def work(stage: StageRun) -> dict[str, Any]:
     """Write every file that is not finished, then the manifest."""
     units = plan(stage).units
     assert units is not None, "labels are committed before they are assembled"
-    finished = stage.room.finished()
-    left = [unit for unit in units if unit not in finished]
-    done = len(units) - len(left)
-    stage.progress.start(len(units), done)
-
-    def show(unit: str, seconds: float) -> None:
-        nonlocal done
-        done += 1
-        stage.progress.update(done)
-
     class_names = stage.run.source("train").class_names
     arguments = (
         stage.room,
@@ -64,7 +54,7 @@ def work(stage: StageRun) -> dict[str, Any]:
         class_names,
         stage.config,
     )
-    do_each(stage, FileWriter, arguments, left, on_done=show, light=True)
+    do_each(stage, FileWriter, arguments, units, light=True)
     return _publish(stage, units, class_names)
 
 

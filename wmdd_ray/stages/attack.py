@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -30,13 +29,7 @@ from wmdd_ray.units.students import unit_ids
 
 
 def stages(config: DistillConfig, student: Arch, attack: AttackConfig) -> tuple[Stage, ...]:
-    """Return a stage an attack and eps on the students of an architecture; `sample_stage` comes before them.
-
-    Args:
-        config: the students' configuration, of this architecture.
-        student: its room.
-        attack: attacks, budgets, and how many images.
-    """
+    """Return a stage an attack and eps on the students of an architecture, whose room is `student`; `sample_stage` comes before."""
     return tuple(
         attack_stage(config, student, name, eps)
         for name in attack.names
@@ -53,19 +46,15 @@ def sample_stage(config: DistillConfig, attack: AttackConfig) -> Stage:
 
     def work(stage: StageRun) -> dict[str, Any]:
         if SAMPLE_UNIT not in stage.room.finished():
-            started = time.perf_counter()
             stage.progress.start(1, 0)
-            attempt = stage.room.begin_unit(SAMPLE_UNIT)
+            attempt = stage.room.begin(SAMPLE_UNIT)
             assert attempt is not None, "the driver alone draws"
             val = Listed.of(stage.run.source("val"), config.source)
             images_NHWC, labels_N = draw_sample(val, attack.images, seed=config.seed)
             content = safetensors.numpy.save({"images_NHWC": images_NHWC, "labels_N": labels_N})
-            stage.room.commit_unit(
-                SAMPLE_UNIT,
+            attempt.commit(
                 {SAMPLE_KEY: content},
                 metrics={"images": len(labels_N), "classes": len(set(labels_N.tolist()))},
-                attempt=attempt,
-                seconds=time.perf_counter() - started,
             )
         stage.progress.update(1)
         return dict(stage.room.read_unit(SAMPLE_UNIT).metrics)
@@ -73,8 +62,6 @@ def sample_stage(config: DistillConfig, attack: AttackConfig) -> Stage:
     return Stage(
         name=SAMPLE,
         room=SAMPLE,
-        version=1,
-        inputs=(),
         reads_data=True,
         options=options,
         plan=lambda _: Work(
@@ -128,9 +115,7 @@ def attack_stage(
     return Stage(
         name=room,
         room=room,
-        version=1,
         inputs=(student, SAMPLE),
-        reads_data=False,
         options=options,
         plan=lambda _: Work(units=None, estimated_bytes=0),
         work=work,

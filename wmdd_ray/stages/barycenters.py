@@ -43,31 +43,15 @@ def work(stage: StageRun) -> dict[str, Any]:
     """Solve every class that is not finished, largest class first."""
     counts = stage.inputs["features"].metrics["class_counts"]
     order = sorted(range(len(counts)), key=lambda label: -counts[label])
-    finished = stage.room.finished()
-    units = [unit_of(label) for label in order if unit_of(label) not in finished]
-    done = len(counts) - len(units)
-    stage.progress.start(len(counts), done)
-
-    # One task for all classes carries the name of the first, and commits the units of all.
+    arguments = (
+        stage.room,
+        stage.run.room("features"),
+        stage.run.source("train").class_names,
+        stage.config,
+        _last_layer(stage),
+    )
     joint = stage.config.barycenters.label_weight is not None
-
-    def show(unit: str, seconds: float) -> None:
-        nonlocal done
-        for other in units[1:] if joint else ():
-            marker = stage.room.read_unit(other)
-            stage.event("unit_done", unit=other, attempt=1, seconds=marker.seconds)
-        done += len(units) if joint else 1
-        stage.progress.update(done)
-
-    if units:
-        arguments = (
-            stage.room,
-            stage.run.room("features"),
-            stage.run.source("train").class_names,
-            stage.config,
-            _last_layer(stage),
-        )
-        do_each(stage, ClassSolver, arguments, units[:1] if joint else units, on_done=show)
+    do_each(stage, ClassSolver, arguments, [unit_of(label) for label in order], together=joint)
     markers = stage.room.read_units(unit_of(label) for label in range(len(counts)))
     costs = [marker.metrics["cost"] for marker in markers.values()]
     return {

@@ -84,9 +84,8 @@ def _take_all_real(stage: StageRun) -> None:
                 continue
             payloads = {entry.key: other.read(entry) for entry in marker.files}
             metrics = {**marker.metrics, "seconds_in_core": 0.0, "taken_from": store.uri}
-            attempt = room.begin_unit(unit)
-            if attempt is not None:
-                room.commit_unit(unit, payloads, attempt=attempt, metrics=metrics)
+            if (attempt := room.begin(unit)) is not None:
+                attempt.commit(payloads, metrics)
 
 
 def _all_real_depends_on(
@@ -100,12 +99,7 @@ def _all_real_depends_on(
         "evaluate": {k: v for k, v in options["evaluate"].items() if k not in others},
         "labels": [relabel.get(k) for k in ("views", "batch_size", "batch_statistics")],
         "inputs": [inputs[name] for name in ("data", "val_data")],
-        "teachers": {
-            file.key: file.sha256
-            for marker in dataset.units.values()
-            for file in marker.files
-            if file.key.startswith("teacher")
-        },
+        "teachers": {k: f.sha256 for k, f in dataset.files.items() if k.startswith("teacher")},
     }
 
 

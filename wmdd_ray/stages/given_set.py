@@ -10,12 +10,12 @@ from typing import Any
 from wmdd_ray.config import Arch, DistillConfig
 from wmdd_ray.options import fingerprint_options
 from wmdd_ray.spine.numbers import StageNumbers
-from wmdd_ray.spine.run import Stage, StageRun, Work
+from wmdd_ray.spine.run import Stage, StageRun
 from wmdd_ray.stages import evaluate
 from wmdd_ray.stages.pipeline import PIPELINE
 from wmdd_ray.units.given_set import OwnSet, listed_set, open_given
 from wmdd_ray.units.held_out import Listed
-from wmdd_ray.units.students import rows, unit_ids
+from wmdd_ray.units.students import rows
 from wmdd_ray.units.tensor_set import TensorSet
 
 
@@ -40,10 +40,6 @@ def config_of(config: DistillConfig, student: Arch) -> DistillConfig:
 
 def _stage_of(student: Arch, config: DistillConfig, real: str | None) -> Stage:
     own = config_of(config, student)
-
-    def plan(stage: StageRun) -> Work:
-        units = unit_ids(own)
-        return Work(units=units, estimated_bytes=2000 * len(units))
 
     def options(_: DistillConfig) -> dict[str, Any]:
         relabel = fingerprint_options(own.relabel)
@@ -70,7 +66,7 @@ def _stage_of(student: Arch, config: DistillConfig, real: str | None) -> Stage:
         inputs=("teacher",) if config.teacher is not None else (),
         reads_data=True,
         options=options,
-        plan=plan,
+        plan=evaluate.plan,
         work=work,
         numbers=evaluate.NUMBERS,
     )

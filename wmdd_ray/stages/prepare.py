@@ -21,7 +21,6 @@ from wmdd_ray.executors.dispatch import ray_or_here
 from wmdd_ray.spine.rooms import Room, UnitMarker
 from wmdd_ray.spine.run import Stage, StageRun, Work
 from wmdd_ray.store.documents import FileEntry
-from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.parts import decode_index
 from wmdd_ray.store.sources import Source, refuse_too_many_bad
 from wmdd_ray.store.sources.base import told_counts
@@ -115,7 +114,6 @@ def scan(stage: StageRun) -> dict[str, Any]:
 
 
 def _told_counts(source: Source, split: str, markers: dict[str, UnitMarker]) -> str:
-    """Return the account of all files of a split."""
     metrics = [m.metrics for unit, m in markers.items() if unit.startswith(f"{split}-")]
     inside = Tally()
     for of_part in metrics:
@@ -232,40 +230,23 @@ def _summary(markers: Sequence[UnitMarker], num_classes: int) -> dict[str, Any]:
     }
 
 
-def _scan_options(config: Any) -> dict[str, Any]:
-    return dict(config.scan_options())
-
-
-def _write_options(config: Any) -> dict[str, Any]:
-    return {"shard_mb": config.shard_mb, "val_fraction": config.val_fraction}
-
-
-def _plan(stage: StageRun) -> Work:
+def _plan(_: StageRun) -> Work:
     return Work(units=None, estimated_bytes=0)
 
 
 SCAN = Stage(
     name="scan",
     room=PARTS_ROOM,
-    version=1,
-    inputs=(),
     reads_data=True,
-    options=_scan_options,
+    options=lambda config: cast(PrepareConfig, config).scan_options(),
     plan=_plan,
     work=scan,
 )
 WRITE = Stage(
     name="write",
     room=DATA_ROOM,
-    version=1,
     inputs=(PARTS_ROOM,),
-    reads_data=False,
-    options=_write_options,
+    options=lambda config: {name: getattr(config, name) for name in ("shard_mb", "val_fraction")},
     plan=_plan,
     work=write,
 )
-
-
-def delete_parts(store: Store) -> None:
-    """Remove the parts, which the files have made superfluous."""
-    store.delete(PARTS_ROOM)

@@ -10,18 +10,15 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
-import numpy as np
-
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.executors.dispatch import do_units
 from wmdd_ray.options import fingerprint_options
 from wmdd_ray.spine.numbers import StageNumbers
 from wmdd_ray.spine.rooms import UnitMarker
 from wmdd_ray.spine.run import StageRun, Work
+from wmdd_ray.store.label_files import VIEW_BYTES
 from wmdd_ray.units.labels import blocks, by_seed, open_labeler
 
-# Bytes of a stored view besides its logits: two boxes, a mix box, indices, flips, share.
-_VIEW_BYTES = 54
 # Bytes of a label file without a view: Parquet's footer, and what views are drawn from.
 _FILE_BYTES = 2000
 
@@ -44,7 +41,7 @@ def plan(stage: StageRun) -> Work:
     if relabel.labels == "online":
         view_bytes = 0
     if not by_seed(config):
-        view_bytes += _VIEW_BYTES
+        view_bytes += VIEW_BYTES
     views = num_classes * config.num_atoms * relabel.epochs
     units = tuple(blocks(config, num_classes))
     return Work(units=units, estimated_bytes=views * view_bytes + len(units) * _FILE_BYTES)
@@ -70,9 +67,7 @@ def work(stage: StageRun) -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=1)
-def _blocks(config: DistillConfig, num_classes: int) -> dict[str, tuple[range, np.ndarray]]:
-    return blocks(config, num_classes)
+_blocks = lru_cache(maxsize=1)(blocks)
 
 
 def _images(stage: StageRun, marker: UnitMarker) -> int:

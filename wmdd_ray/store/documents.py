@@ -49,7 +49,6 @@ class FileEntry:
             check_key(self.at)
 
     def document(self) -> dict[str, Any]:
-        """Return the entry as documents have it."""
         return {name: value for name, value in asdict(self).items() if value != ""}
 
 
@@ -135,6 +134,14 @@ def read_sealed(store: Store, key: str) -> dict[str, Any]:
         return unseal(content, store.url(key))
     except ArtifactError:
         return unseal(store.get(key), store.url(key))
+
+
+def find_sealed(store: Store, key: str) -> dict[str, Any] | None:
+    """Return a sealed document as `read_sealed` does, or None when there is no such object."""
+    try:
+        return read_sealed(store, key)
+    except FileNotFoundError:
+        return None
 
 
 def _checksum(plain: dict[str, Any]) -> str:

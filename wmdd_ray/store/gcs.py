@@ -36,9 +36,7 @@ _SAID_CHARS = 300
 def gcs_filesystem(access: BucketAccess, *, repeats: bool) -> Gcs:
     """Return a client with the credentials that Google's own libraries would use, none with `STORAGE_EMULATOR_HOST`.
 
-    Args:
-        access: Whether without credentials, and whether this account pays.
-        repeats: Whether it asks again itself, as `retries.retried` does for those who do not go through a `Store`.
+    With `repeats` it asks again itself, as `retries.retried` does for those who go through a `Store`.
     """
     return (_RepeatingGcs if repeats else Gcs)(
         token="anon" if access.anonymous or os.environ.get("STORAGE_EMULATOR_HOST") else None,

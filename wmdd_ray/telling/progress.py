@@ -38,11 +38,9 @@ class AboveTheBar(logging.StreamHandler[TextIO]):
 
 
 class StageLine(Progress):
-    """The line of one stage. With log lines of level INFO in between (`--verbose`) it is plain on a terminal too.
+    """The line of one stage, on standard error where no `stream` is given, so that standard output holds results only.
 
-    Args:
-        name: Stage name.
-        stream: Where to write; standard error when None, so that standard output holds results only.
+    With log lines of level INFO in between (`--verbose`) it is plain on a terminal too.
     """
 
     def __init__(self, name: str, stream: TextIO | None = None) -> None:

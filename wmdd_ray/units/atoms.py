@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import socket
 import time
+from dataclasses import replace
 
 import numpy as np
 
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.records import Barycenter, ClassBarycenter, ClassFeatures
-from wmdd_ray.spine.rooms import Room
+from wmdd_ray.spine.rooms import Attempt, Room
 from wmdd_ray.spine.run import unit_seed
 from wmdd_ray.store import codecs, documents
 from wmdd_ray.units.class_features import ClassFeaturesReader
@@ -58,20 +59,17 @@ class ClassSolver:
 
         return socket.gethostname()
 
-    def work(self, unit: str) -> float:
-        """Solve the class `unit`, or all at once, commit what is not finished, and return the seconds it took."""
-        started = time.perf_counter()
+    def work(self, unit: str) -> None:
+        """Solve the class `unit`, or all at once, and commit what is not finished."""
         if self._config.barycenters.label_weight is not None:
             self._work_all()
-            return time.perf_counter() - started
-        attempt = self._room.begin_unit(unit)
+            return
+        attempt = self._room.begin(unit)
         if attempt is None:
-            return 0.0
+            return
         real = self._features.read(int(unit))
         in_core = time.perf_counter()
-        barycenter = self._solve(real, self._config.num_atoms)
-        self._commit(real, barycenter, attempt, started, in_core)
-        return time.perf_counter() - started
+        self._commit(real, self._solve(real, self._config.num_atoms), attempt, in_core)
 
     def _work_all(self) -> None:
         from wmdd_ray.core.joint import solve_joint
@@ -89,10 +87,10 @@ class ClassSolver:
         )
         share = (time.perf_counter() - began) / len(classes)
         for real, barycenter in zip(classes, solved, strict=True):
-            attempt = self._room.begin_unit(unit_of(real.label))
+            attempt = self._room.begin(unit_of(real.label))
             if attempt is not None:
-                now = time.perf_counter()
-                self._commit(real, barycenter, attempt, now - share, now - share)
+                began = attempt.began - share
+                self._commit(real, barycenter, replace(attempt, began=began), began)
 
     def _solve(self, real: ClassFeatures, num_atoms: int) -> Barycenter:
         from wmdd_ray.core.selection import margin_of, solve_with_margin
@@ -111,21 +109,17 @@ class ClassSolver:
         )
 
     def _commit(
-        self,
-        real: ClassFeatures,
-        barycenter: Barycenter,
-        attempt: int,
-        started: float,
-        in_core: float,
+        self, real: ClassFeatures, barycenter: Barycenter, attempt: Attempt, in_core: float
     ) -> None:
         """Commit a class with the real images that recover and the baselines start from."""
         from wmdd_ray.core.barycenter import nearest_images
 
-        config, unit, count = self._config, unit_of(real.label), len(real.keys)
+        config, count = self._config, len(real.keys)
         nearest = whole = nearest_images(barycenter.atoms_KD, real.features_ND)
         if config.num_atoms > config.ipc:
             whole = nearest_images(self._solve(real, config.ipc).atoms_KD, real.features_ND)
-        rng = np.random.Generator(np.random.Philox(key=unit_seed(config.seed, "random_real", unit)))
+        seed = unit_seed(config.seed, "random_real", unit_of(real.label))
+        rng = np.random.Generator(np.random.Philox(key=seed))
         pool = min(count, max(4 * config.num_atoms, _POOL))
         drawn = rng.choice(count, size=pool, replace=False)
         record = ClassBarycenter(
@@ -137,19 +131,15 @@ class ClassSolver:
             random_keys=tuple(real.keys[i] for i in drawn),
             moments=real.moments,
         )
-        now = time.perf_counter()
-        self._room.commit_unit(
-            unit,
+        attempt.commit(
             {barycenter_key(real.label): codecs.encode_class_barycenter(record)},
             metrics={
                 "cost": barycenter.cost,
                 "num_iters": barycenter.num_iters,
                 "converged": barycenter.converged,
                 "num_images": count,
-                "seconds_in_core": round(now - in_core, 4),
+                "seconds_in_core": round(time.perf_counter() - in_core, 4),
             },
-            attempt=attempt,
-            seconds=now - started,
         )
 
     def _seed(self, label: int) -> int:

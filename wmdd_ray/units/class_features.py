@@ -85,13 +85,11 @@ def encoded_parts(room: Room, unit: str) -> Iterator[tuple[int, bytes]]:
 
 def commit_class(room: Room, label: int, parts: Sequence[bytes]) -> None:
     """Merge a class's encoded parts, in the order of their chunks, and commit them, unless that is done."""
-    attempt = room.begin_unit(class_unit(label), point=0)
+    attempt = room.begin(class_unit(label), point=0)
     if attempt is None:
         return
     decoded = [codecs.decode_class_features(part) for part in parts]
-    room.commit_unit(
-        class_unit(label),
+    attempt.commit(
         {class_key(label): codecs.encode_class_features(merge_class_features(decoded))},
-        attempt=attempt,
         metrics={"num_images": sum(len(part.keys) for part in decoded)},
     )

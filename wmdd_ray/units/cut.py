@@ -6,7 +6,7 @@ Legend: N images.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import compress
@@ -49,7 +49,8 @@ class CutSource(Source):
         has_label_N = labels_N >= 0
         held_N[has_label_N] = held_out(labels_N[has_label_N], ranks_N[has_label_N], fraction)
         own_N = held_N == (split == "val")
-        files_N = [_file_of(key, whole.files) for key in keys]
+        # Keys of tables end in `#LABEL`.
+        files_N = [key if key in whole.files else key.rpartition("#")[0] for key in keys]
         own = {files_N[i] for i in np.flatnonzero(own_N)}
         other = {*files_N} & whole.files.keys() - own
         super().__init__(
@@ -131,20 +132,10 @@ def _images_in(whole: Source, shard: Shard) -> tuple[Sequence[str], np.ndarray]:
     return whole.images_in(shard)
 
 
-def _file_of(key: str, files: Mapping[str, int]) -> str:
-    """Return the file of an image that has one to itself; keys of tables end in `#LABEL`."""
-    return key if key in files else key.rpartition("#")[0]
-
-
 def open_split(
     config: DistillConfig, split: Split, class_names: tuple[str, ...] | None = None
 ) -> Source:
-    """Return the real images of a split, as the options of a run say.
-
-    Args:
-        config: Data, held-out data, how they are read, and the share that is cut off.
-        split: `train` or `val`.
-        class_names: Classes in label order that the images are matched to.
+    """Return the real images of a split, as the options of a run say; `class_names` are what they are matched to, in label order.
 
     Raises:
         DataError: As `open_source`; of a part cut off tar shards also as they are read.

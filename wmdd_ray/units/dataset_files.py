@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -56,12 +55,11 @@ class FileWriter:
         """Return the node's name once the actor can work."""
         return socket.gethostname()
 
-    def work(self, unit: str) -> float:
-        """Write the file `unit` and return the seconds it took."""
-        started = time.perf_counter()
-        attempt = self._room.begin_unit(unit)
+    def work(self, unit: str) -> None:
+        """Write the file `unit`, unless it is finished."""
+        attempt = self._room.begin(unit)
         if attempt is None:
-            return 0.0
+            return
         kind = unit.partition("-")[0]
         make: dict[str, Callable[[str], tuple[str, bytes]]] = {
             "images": self._images,
@@ -70,9 +68,7 @@ class FileWriter:
             "preview": self._preview,
         }
         key, content = make[kind](unit)
-        seconds = time.perf_counter() - started
-        self._room.commit_unit(unit, {key: content}, attempt=attempt, seconds=seconds)
-        return seconds
+        attempt.commit({key: content})
 
     def _images(self, unit: str) -> tuple[str, bytes]:
         classes = read_images(self._images_room, self._files[unit])

@@ -66,17 +66,15 @@ class Embedder:
 
     def embed(self, chunk: DecodedChunk) -> UnitMarker:
         """Commit the features and moments of a chunk, unless it is finished, and return its marker."""
-        started = time.perf_counter()
         unit = chunk_unit(chunk.shard_id, chunk.chunk)
-        attempt = self._room.begin_unit(unit, point=0)
+        attempt = self._room.begin(unit, point=0)
         if attempt is None:
             return self._room.read_unit(unit)
         in_core = time.perf_counter()
         record = self._features(chunk)
         in_core = time.perf_counter() - in_core
         counts = Counter(chunk.labels_N.tolist())
-        return self._room.commit_unit(
-            unit,
+        return attempt.commit(
             {f"chunks/{unit}.safetensors": codecs.encode_feature_chunk(record)},
             metrics={
                 "num_images": len(chunk.labels_N),
@@ -86,8 +84,6 @@ class Embedder:
                 "passed": [asdict(group) for group in chunk.passed],
                 "seconds_in_core": round(in_core, 4),
             },
-            attempt=attempt,
-            seconds=time.perf_counter() - started,
         )
 
     def _features(self, chunk: DecodedChunk) -> FeatureChunk:

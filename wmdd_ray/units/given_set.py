@@ -220,16 +220,12 @@ class GivenSets(Sets):
         config: DistillConfig,
         device: torch.device,
     ) -> None:
-        super().__init__()
-        self._given, self._input, self._teachers = given, shown, teachers
+        super().__init__(shown)
+        self._given, self._teachers = given, teachers
         self._real, self._config, self._device = real, config, device
 
-    @property
-    def input(self) -> Input:
-        return self._input
-
     def _make(self, row: str, labels: LabelKind) -> TrainingSet:
-        given, config, shown = self._given, self._config, self._input
+        given, config, shown = self._given, self._config, self.input
         epochs = config.evaluate.epochs
         pixels: Any = given.images
         classes_N, weights_N = given.classes_N, given.weights_N
@@ -264,7 +260,7 @@ class GivenSets(Sets):
         given, config, num_tiles = self._given, self._config, self._given.tiles**2
         if given.stored is None:
             seed = unit_seed(config.seed, "relabel", "0000")
-            views, size = config.relabel.views, self._input.image_size
+            views, size = config.relabel.views, self.input.image_size
             return draw_views(
                 len(given.images), size, views, seed=seed, epoch=epoch % given.label_epochs
             )
@@ -282,7 +278,7 @@ class GivenSets(Sets):
         """Return images as a network's input, looked up by index."""
         if isinstance(images, torch.Tensor):
             return images.to(self._device)
-        shown = self._input
+        shown = self.input
         return StoredImages(images, shown.mean_C, shown.std_C, self._device, in_float=in_float)
 
     def _labeled(self, pixels: np.ndarray | torch.Tensor) -> tuple[LabelEpoch, int]:

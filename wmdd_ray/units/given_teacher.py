@@ -17,17 +17,18 @@ from wmdd_ray.spine.taken import teacher_room
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source
+from wmdd_ray.store.sources.classes import first_difference
 from wmdd_ray.units.held_out import Listed
 from wmdd_ray.units.teacher import UNIT, commit_teacher, measure, teacher_key, units_of
 
 
 def import_teacher(stage: StageRun, spec: str, unit: str = UNIT) -> None:
     """Read a teacher that `spec` names, measure it on held-out images, and commit it."""
-    started = time.perf_counter()
-    attempt = stage.room.begin_unit(unit)
+    attempt = stage.room.begin(unit)
     if attempt is None:
         return
-    stage.event("unit_started", unit=unit, node=socket.gethostname(), attempt=attempt)
+    about = {"unit": unit, "node": socket.gethostname(), "attempt": attempt.number}
+    stage.event("unit_started", **about)
     source: Source = stage.run.source("train")
     network_config, network = given_network(stage.config, spec, source.class_names, unit)
     check_teacher(network, needs_norms=stage.config.needs_norms, **stage.config.source.shape)
@@ -36,20 +37,8 @@ def import_teacher(stage: StageRun, spec: str, unit: str = UNIT) -> None:
     val = Listed.of(stage.run.source("val"), stage.config.source)
     check_order = stage.config.squeeze.check_class_order
     top1 = measure(network, val, stage.config, spec, device, check_order=check_order)
-    commit_teacher(
-        stage.room,
-        stage.config,
-        network_config,
-        network,
-        source.class_names,
-        top1,
-        started,
-        {},
-        attempt=attempt,
-        unit=unit,
-    )
-    seconds = round(time.perf_counter() - started, 3)
-    stage.event("unit_done", unit=unit, node=socket.gethostname(), attempt=attempt, seconds=seconds)
+    commit_teacher(attempt, stage.config, network_config, network, source.class_names, top1, {})
+    stage.event("unit_done", **about, seconds=round(time.perf_counter() - attempt.began, 3))
 
 
 def check_given(run: Run, stage: Stage) -> None:
@@ -154,10 +143,7 @@ def _written(value: object) -> str:
 def check_names(teacher: tuple[str, ...], data: tuple[str, ...], spec: str) -> None:
     """Raise a DataError when a teacher's class names are not those of the data, in its order."""
     if teacher != data:
-        first = next(
-            (i for i, (a, b) in enumerate(zip(teacher, data, strict=False)) if a != b),
-            min(len(teacher), len(data)),
-        )
+        first = first_difference(teacher, data)
         raise DataError(
             f"--teacher {spec}: its {len(teacher)} classes differ from the data's {len(data)}, first at class {first}: "
             f"{teacher[first : first + 3]} against {data[first : first + 3]}; use the teacher of this data"

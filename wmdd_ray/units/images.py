@@ -45,6 +45,7 @@ class Maker(Protocol):
 
     def prepare(self, unit: str, report: Report) -> bool:
         """Do a unit that comes before all groups; return whether `unit` was one."""
+        return False
 
     def make(
         self, group: Group, *, state: State | None, on_step: OnStep
@@ -101,8 +102,7 @@ def open_image_maker(
     def do_unit(unit: str, report: Report) -> None:
         if maker.prepare(unit, report):
             return
-        started = time.perf_counter()
-        attempt = room.begin_unit(unit)
+        attempt = room.begin(unit)
         if attempt is None:
             return
         keep = Checkpoints(room, unit, config.recover.checkpoint_s)
@@ -113,8 +113,7 @@ def open_image_maker(
 
         group = units[unit]
         images, in_core = maker.make(group, state=keep.load(), on_step=on_step)
-        room.commit_unit(
-            unit,
+        attempt.commit(
             {
                 images_key(record.label, group.positions.start): codecs.encode_class_images(record)
                 for record in images
@@ -124,8 +123,6 @@ def open_image_maker(
                 "losses": [record.losses for record in images],
                 "seconds_in_core": round(in_core, 4),
             },
-            attempt=attempt,
-            seconds=time.perf_counter() - started,
         )
         keep.clear()
 
@@ -153,9 +150,7 @@ class Inputs:
         ]
         self.source, self.config, self.device = source, config, device
         self._barycenters = barycenter_room
-        self._files = {
-            f.key: f for m in barycenter_room.committed().units.values() for f in m.files
-        }
+        self._files = barycenter_room.committed().files
 
     def barycenter(self, label: int) -> ClassBarycenter:
         """Return a class's atoms, moments and real images by key."""
@@ -174,15 +169,12 @@ class Inputs:
         return read_real(self.source, self.barycenter(label).random_keys[:most], config)
 
 
-class Inversion:
+class Inversion(Maker):
     """Images whose features meet the atoms, and whose BatchNorm inputs meet the class's moments (`core/synthesis.py`)."""
 
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
         self.num_steps = inputs.config.recover.iterations
-
-    def prepare(self, unit: str, report: Report) -> bool:
-        return False
 
     def make(
         self, group: Group, *, state: State | None, on_step: OnStep
@@ -242,16 +234,13 @@ class Inversion:
         )
 
 
-class Selection:
+class Selection(Maker):
     """Real images as they are, or the teacher's easiest crops of them: what recover would begin from."""
 
     num_steps = 0
 
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
-
-    def prepare(self, unit: str, report: Report) -> bool:
-        return False
 
     def make(
         self, group: Group, *, state: State | None, on_step: OnStep
@@ -356,7 +345,7 @@ def read_real(source: Source, keys: tuple[str, ...], config: DistillConfig) -> n
 
 def read_images(room: Room, labels: range | list[int]) -> list[ClassImages]:
     """Return the distilled images of some classes, verified, whatever units made them; several are read at a time."""
-    files = {f.key: f for m in room.committed().units.values() for f in m.files}
+    files = room.committed().files
 
     def read(label: int) -> ClassImages:
         entries = files_of(files, label)

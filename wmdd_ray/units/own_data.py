@@ -231,9 +231,7 @@ def input_of(
 def doubts(shapes: Sequence[tuple[int, bool]], config: SourceConfig) -> list[tuple[str, str]]:
     """Return what an input does to images that it was not made for, and what to do about it.
 
-    Args:
-        shapes: (shorter side in pixels, whether it has colors) of sampled images.
-        config: The input.
+    `shapes` are (shorter side in pixels, whether it has colors) of sampled images.
     """
     side = median([side for side, _ in shapes])
     wanted = snapped(side)

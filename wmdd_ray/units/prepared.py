@@ -168,20 +168,13 @@ class Writer:
 
     def work(self, row: dict[str, Any]) -> Iterator[UnitMarker]:
         """Commit the file, unless it is finished, and yield its marker."""
-        started = time.perf_counter()
-        attempt = self._room.begin_unit(row["unit"], point=0)
+        attempt = self._room.begin(row["unit"], point=0)
         if attempt is None:
             yield self._room.read_unit(row["unit"])
             return
         rows_N = np.frombuffer(row["rows"], dtype=ROW_TYPE)
         content, metrics = self._table(rows_N)
-        yield self._room.commit_unit(
-            row["unit"],
-            {row["key"]: content},
-            attempt=attempt,
-            metrics={"split": row["split"], **metrics},
-            seconds=time.perf_counter() - started,
-        )
+        yield attempt.commit({row["key"]: content}, metrics={"split": row["split"], **metrics})
 
     def _table(self, rows_N: np.ndarray) -> tuple[bytes, dict[str, Any]]:
         """Return a Parquet file as Hugging Face `datasets` reads it, and what it holds."""

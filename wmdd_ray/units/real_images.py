@@ -18,14 +18,10 @@ _READ_KEYS = 64
 
 
 def random_real(real: Listed, classes_N: np.ndarray, *, seed: int) -> np.ndarray:
-    """Return a random real image for each entry of `classes_N`, without repetition, uint8 (N, H, W, C).
+    """Return a random real image of each class in `classes_N`, without repetition, uint8 (N, H, W, C).
 
-    Only what is chosen is decoded. Formats without random access are read through once. Unreadable images are passed over.
-
-    Args:
-        real: The real images.
-        classes_N: Class of each image wanted.
-        seed: Seed of the choice; a class's images depend on it and on the class alone.
+    The images of a class depend on `seed` and on the class alone. Only what is chosen is decoded. Formats without random access are
+    read through once. Unreadable images are passed over.
 
     Raises:
         DataError: A class has fewer images than wanted.

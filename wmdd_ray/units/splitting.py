@@ -5,19 +5,12 @@ Legend: N images, Y classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
-from wmdd_ray.config import (
-    BucketAccess,
-    Format,
-    Numbers,
-    SourceConfig,
-    TarKeys,
-    refuse_secrets,
-)
+from wmdd_ray.config import BucketAccess, Format, Numbers, SourceConfig, TarKeys, refuse_secrets
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.options import check, option
 
@@ -85,21 +78,11 @@ class PrepareConfig:
 
     @property
     def source(self) -> SourceConfig:
-        """How the source is read."""
-        return SourceConfig(
-            format=self.format,
-            max_bad_images=self.max_bad_images,
-            max_image_pixels=self.max_image_pixels,
-            follow_links=self.follow_links,
-            layout=self.layout,
-            tar_keys=self.tar_keys,
-            max_passed_over=self.max_passed_over,
-            label_column=self.label_column,
-            image_column=self.image_column,
-            # The file of --classes has the names in label order.
-            numbers="index" if self.classes and self.numbers == "auto" else self.numbers,
-            bucket=self.bucket,
-        )
+        shared = {f.name for f in fields(self)} & {f.name for f in fields(SourceConfig)}
+        options = {name: getattr(self, name) for name in shared}
+        if self.classes and self.numbers == "auto":
+            options["numbers"] = "index"  # the file of --classes has the names in label order
+        return SourceConfig(**options)
 
     @property
     def shard_bytes(self) -> int:

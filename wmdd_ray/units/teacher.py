@@ -22,7 +22,7 @@ from wmdd_ray.errors import DataError
 from wmdd_ray.options import require
 from wmdd_ray.records import Teacher
 from wmdd_ray.spine.checkpoints import Checkpoints
-from wmdd_ray.spine.rooms import Room
+from wmdd_ray.spine.rooms import Attempt, Room
 from wmdd_ray.spine.run import Report, unit_seed
 from wmdd_ray.store import codecs
 from wmdd_ray.store.sources import Shard, Source
@@ -114,17 +114,13 @@ def measure(
 
 
 def commit_teacher(
-    room: Room,
+    attempt: Attempt,
     config: DistillConfig,
     network_config: NetworkConfig,
     network: torch.nn.Module,
     class_names: tuple[str, ...],
     top1: float,
-    started: float,
     metrics: dict[str, Any],
-    *,
-    attempt: int,
-    unit: str = UNIT,
 ) -> None:
     """Store a measured network as a teacher of this run, with everything that is needed to feed it."""
     source = config.source
@@ -143,19 +139,9 @@ def commit_teacher(
         top1=top1,
         weights=weights_of(network),
     )
-    seconds = time.perf_counter() - started
-    room.commit_unit(
-        unit,
-        {teacher_key(unit): codecs.encode_teacher(teacher)},
-        metrics={
-            "top1": top1,
-            "arch": network_config.arch,
-            "seconds_in_core": round(seconds, 3),
-            **metrics,
-        },
-        attempt=attempt,
-        seconds=seconds,
-    )
+    in_core = round(time.perf_counter() - attempt.began, 3)
+    about = {"top1": top1, "arch": network_config.arch, "seconds_in_core": in_core}
+    attempt.commit({teacher_key(attempt.unit): codecs.encode_teacher(teacher)}, about | metrics)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,21 +171,16 @@ def train_teacher(
     world: int = 1,
     streamed: BatchesOfEpoch | None = None,
 ) -> None:
-    """Train a teacher on one of `world` workers. Rank 0 keeps the resumable state, measures the result and commits it.
+    """Train a teacher on one of `world` workers, which share the parts of each batch.
 
-    Args:
-        training: What to train.
-        report: Told how far the unit is; by rank 0.
-        device: Where this worker computes.
-        rank: Which worker this is.
-        world: How many there are; they share the parts of each batch.
-        streamed: The batches, where the images do not fit into memory.
+    Rank 0 keeps the resumable state, tells `report` how far the unit is, measures the result and commits it. `streamed` are the
+    batches, where the images do not fit into memory.
 
     Raises:
         DataError: The teacher is no better than chance, or its classes are in another order (`measure`).
     """
-    started = time.perf_counter()
     config, unit, room = training.config, training.unit, training.room
+    attempt = room.begin(unit) if rank == 0 else None
     torch.set_num_threads(1)  # gradients of a convolution are summed in another order on more
     torch.manual_seed(training.seed)
     num_classes, shape = len(training.class_names), config.source.shape
@@ -210,7 +191,6 @@ def train_teacher(
     keep = Checkpoints(room, unit, _STATE_EVERY_S)
     course = _Course(network, optimizer, average)
     first_epoch = course.resume(keep, rank, world)
-    attempt = room.begin_unit(unit) if rank == 0 else None
 
     def on_epoch(epoch: int, loss: float) -> None:
         course.losses.append(round(loss, 4))
@@ -241,7 +221,7 @@ def train_teacher(
         on_curvature=lambda _, term: course.curvatures.append(round(term, 4)),
     )
     if attempt is not None:
-        _commit(training, network, course, started, device, attempt)
+        _commit(training, network, course, device, attempt)
         keep.clear()
 
 
@@ -249,9 +229,8 @@ def _commit(
     training: Training,
     network: torch.nn.Module,
     course: _Course,
-    started: float,
     device: torch.device,
-    attempt: int,
+    attempt: Attempt,
 ) -> None:
     """Measure a trained teacher and commit it, with the course that its training took."""
     config, unit = training.config, training.unit
@@ -262,18 +241,7 @@ def _commit(
     metrics: dict[str, Any] = {"losses": course.losses}
     if course.curvatures:
         metrics |= {"curvatures": course.curvatures, "curvature_weight": squeeze.curvature_weight}
-    commit_teacher(
-        training.room,
-        config,
-        squeeze.network,
-        network,
-        training.class_names,
-        top1,
-        started,
-        metrics,
-        attempt=attempt,
-        unit=unit,
-    )
+    commit_teacher(attempt, config, squeeze.network, network, training.class_names, top1, metrics)
 
 
 class _Course:
@@ -362,11 +330,8 @@ def shuffled_stream(
     The order of the shards, and that of the images within a buffer of `SHUFFLED_IMAGES`, are drawn from (seed, epoch). Of
     several parts each reads shards of its own, and those with fewer images again.
 
-    Args:
-        training: The training.
-        source: Its images.
-        shards: All its shards, of `CHUNK_IMAGES` or whole files; listed by the driver.
-        decode: Decodes them; absent, one shard after another in this process.
+    `shards` are all of the source, of `CHUNK_IMAGES` or whole files, as the driver lists them. Without `decode` they are decoded
+    one after another in this process.
 
     Raises:
         ConfigError: There are fewer shards than parts of a batch.

@@ -54,12 +54,9 @@ def is_tensor_set(uri: str) -> bool:
 
 
 def open_tensor_set(uri: str, config: SourceConfig, class_names: tuple[str, ...]) -> TensorSet:
-    """Read a set once, and return what it is.
+    """Read a set, `FILE.pt` or `FILE.pt#K`, once, and return what it is.
 
-    Args:
-        uri: A torch file, `FILE.pt` or `FILE.pt#K`.
-        config: The students' input.
-        class_names: Classes in the order of the labels, which say no names.
+    `class_names` are in the order of the labels, which say no names; `config` is the students' input.
 
     Raises:
         DataError: The file holds something else, code, or images of another size, or labels of other classes.

@@ -70,9 +70,8 @@ class TrainingSet:
             return self
         made = cache(self.label_epoch)
         same = replace(self, label_epoch=lambda epoch: made(epoch % cycle))
-        if isinstance(images, torch.Tensor) or images.in_float:
-            return same
-        if num_views * view_size > _KEPT_BYTES:
+        too_many = num_views * view_size > _KEPT_BYTES
+        if isinstance(images, torch.Tensor) or images.in_float or too_many:
             return same
 
         @cache
@@ -111,18 +110,13 @@ class Input:
 
 
 class Sets(abc.ABC):
-    """What students are trained on, by the row of the table; keeps the last set for the next seed."""
+    """What students are trained on, by the row of the table, and what they are shown; keeps the last set for the next seed."""
 
-    def __init__(self) -> None:
+    def __init__(self, shown: Input) -> None:
+        self.input = shown
         self._held: dict[tuple[str, LabelKind], TrainingSet] = {}
 
-    @property
-    @abc.abstractmethod
-    def input(self) -> Input:
-        """What they are shown."""
-
     def get(self, row: str, labels: LabelKind) -> TrainingSet:
-        """Return the training set of a row."""
         if (row, labels) not in self._held:
             self._held.clear()
             self._held[row, labels] = self._make(row, labels).kept(self.input)
@@ -150,32 +144,24 @@ class TrainingSets(Sets):
         train: Listed | None,
         config: DistillConfig,
     ) -> None:
-        super().__init__()
         self._dataset = DistilledDataset(dataset_uri)
         self._teachers = self._dataset.teachers()
+        super().__init__(Input.of(self._teachers[0]))
         self._barycenter_room, self._source, self._train = barycenter_room, source, train
         self._config, self._device = config, device
-
-    @property
-    def input(self) -> Input:
-        return Input.of(self._teachers[0])
 
     def _make(self, row: str, labels: LabelKind) -> TrainingSet:
         config, teachers, device = self._config, self._teachers, self._device
         teacher = teachers[0]
         epochs = config.evaluate.epochs
-        weights_N = None
         if row == "distilled":
-            pixels, weights_N = self._dataset.images, self._dataset.weights
-            classes_N = self._dataset.labels
+            pixels, classes_N = self._dataset.images, self._dataset.labels
             label_epoch: LabelEpoch = self._dataset.label_epoch
             cycle = self._dataset.label_epochs
         elif row == "all_real":
             assert self._train is not None
-            (pixels, classes_N), epochs = (
-                load_all_real(self._train),
-                config.evaluate.all_real_epochs,
-            )
+            pixels, classes_N = load_all_real(self._train)
+            epochs = config.evaluate.all_real_epochs
             label_epoch, cycle = fresh_labels(pixels, teachers, config, device), epochs
         else:
             # Whole images are fewer than tiles: as many more label epochs make as many views, labels and steps.
@@ -193,8 +179,7 @@ class TrainingSets(Sets):
             )
             classes_N = np.repeat(np.arange(teacher.num_classes), own.num_atoms)
             label_epoch, cycle = _stored_labels(pixels, teachers, own, device), own.relabel.epochs
-        if weights_N is None:
-            weights_N = np.ones(len(pixels))
+        weights_N = self._dataset.weights if row == "distilled" else np.ones(len(pixels))
         if labels == "hard":
             label_epoch, cycle = hard_views(len(pixels), teacher.image_size, config), epochs
         images = StoredImages(pixels, teacher.mean_C, teacher.std_C, device)
@@ -227,7 +212,7 @@ def _baseline_images(
     row: str, room: Room, source: Source, config: DistillConfig, num_classes: int
 ) -> np.ndarray:
     """Return as many real images as the distilled set stores, in its order of classes."""
-    files = {f.key: f for m in room.committed().units.values() for f in m.files}
+    files = room.committed().files
     chosen = []
     for barycenter in read_ahead(partial(atoms.read_barycenter, room, files), range(num_classes)):
         keys = {

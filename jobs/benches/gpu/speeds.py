@@ -60,7 +60,6 @@ class Shape:
         return untrained(self.network, self.num_classes, self.image_size, self.device)
 
     def pixels(self) -> np.ndarray:
-        """Return random images."""
         shape = (self.num_images, self.image_size, self.image_size, 3)
         return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 

@@ -65,7 +65,6 @@ class Job:
 
     @property
     def made(self) -> Stage:
-        """The stage itself."""
         kind, *about = self.stage.split(":")
         if kind == "sample":
             return attack.sample_stage(self.config, AttackConfig(images=int(about[0])))
@@ -91,11 +90,7 @@ class _JobRun(Run):
 
 
 class Study:
-    """The jobs of a study in a folder.
-
-    Args:
-        place: The folder, the real images that may be seen, and the device.
-    """
+    """The jobs of a study in a folder."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -105,16 +100,11 @@ class Study:
         """Return the fingerprint of a job, which its room is named by."""
         return self._plan(job)["fingerprint"]
 
-    def commit(self, job: Job) -> StageCommit | None:
-        """Return what a job committed, or None when it is not done."""
-        return self.room(job).read_commit()
-
     def done(self, job: Job) -> StageCommit:
         """Return what a finished job committed; an ArtifactError when it is not done."""
         return self.room(job).committed()
 
     def room(self, job: Job) -> Room:
-        """Return the room of a job."""
         return self._run(job).room(job.made.room)
 
     def closure(self, jobs: Iterable[Job]) -> list[Job]:
@@ -133,14 +123,12 @@ class Study:
 
     def missing(self, jobs: Iterable[Job]) -> list[Job]:
         """Return those of the jobs, and of all that they need, that are not done."""
-        return [job for job in self.closure(jobs) if self.commit(job) is None]
+        return [job for job in self.closure(jobs) if self.room(job).read_commit() is None]
 
     def bring(self, jobs: Iterable[Job], processes: int = 1) -> None:
         """Do every job that is missing, as soon as its inputs are there, and say how far it is.
 
-        Args:
-            jobs: What is wanted.
-            processes: Processes of one computing thread each; 1 works in this one.
+        `processes` are of one computing thread each; 1 works in this one.
         """
         waiting = self.missing(jobs)
         total, open_ids = len(waiting), {self.id(job) for job in waiting}
@@ -162,13 +150,11 @@ class Study:
         line.finish()
 
     def do(self, job: Job) -> None:
-        """Do one job, whose inputs are there, in this process."""
         bring(self._run(job), job.made, self._plan(job))
 
     def _plan_of(self, job: Job) -> dict[str, Any]:
         done = {each.made.room: self.id(each) for each in job.inputs}
-        run = self._bare(job)
-        return expected_plan(run, job.made, done)
+        return expected_plan(self._bare(job), job.made, done)
 
     def _run(self, job: Job) -> _JobRun:
         run = self._bare(job)

@@ -268,10 +268,7 @@ def published_lines(dataset: str) -> list[str]:
 
 
 def render(readme: Path = README, results: Path = RESULTS) -> list[str]:
-    """Write all tables into the README of `results`, and their summary into the root README, between their markers.
-
-    Returns:
-        The names of the results.
+    """Write all tables into the README of `results` and their summary into the root README; return the names of the results.
 
     Raises:
         ArtifactError: A result may not be shown, or a page has no place for it.

@@ -66,7 +66,6 @@ class Place:
 
     @property
     def store(self) -> Store:
-        """The folder."""
         return Store(self.out)
 
     @property
@@ -91,7 +90,6 @@ class Place:
         return open_source(self.judged_uri, self.source, split="val", class_names=self.class_names)
 
     def load(self, part: str) -> Labeled:
-        """Return `train` or `val`."""
         return Labeled(*self.source_of(part)._load())
 
 

@@ -41,7 +41,6 @@ class Trained:
 
     @property
     def student_jobs(self) -> list[Job]:
-        """The jobs of its students."""
         return [job for kind in LABELS for job in self.students[kind]]
 
 

@@ -61,10 +61,7 @@ def shown_classes(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Return what the page shows of each class, and what of it is missing, in sentences.
 
-    Args:
-        facts: the run.
-        source: the real training images; None when they cannot be read.
-        labels: the classes.
+    `source` are the real training images, None when they cannot be read.
     """
     reader = _Reader(facts, source)
     side, most = reader.picture_size(labels)

@@ -41,7 +41,6 @@ class StageFacts:
 
     @property
     def state(self) -> str:
-        """How far the stage is, in words."""
         if self.commit is not None:
             return "finished"
         return "in part" if self.units else "not begun"
@@ -64,11 +63,6 @@ class RunFacts:
         """Return the metrics of a committed stage; nothing when it is not committed."""
         commit = self.stages[stage].commit
         return {} if commit is None else commit.metrics
-
-    def input_fingerprint(self, name: str) -> str | None:
-        """Return the fingerprint of the data that the features were made from."""
-        commit = self.stages["features"].commit
-        return None if commit is None else commit.inputs.get(name)
 
 
 def read_run(

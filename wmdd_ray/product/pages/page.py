@@ -41,20 +41,18 @@ _SECTIONS = {
 def render(
     facts: RunFacts, shown: list[dict[str, Any]], missing: list[str], card: str | None = None
 ) -> bytes:
-    """Return the page.
+    """Return the page of a run.
 
-    Args:
-        facts: the run.
-        shown: what `classes.shown_classes` found of the classes that are shown in full.
-        missing: sentences on what could not be shown.
-        card: where the set's card lies, seen from the page; None for no link.
+    `shown` is what `classes.shown_classes` found of the classes that are shown in full, `missing` are sentences on what could not
+    be shown. `card` is where the set's card lies, seen from the page; None for no link.
     """
     # Imported here: a run that writes no page needs it not.
     from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
     plotly, script, style = get_plotlyjs().encode(), _read("page.js"), _read("page.css")
     rows = [{**row, "name": ROW_NAMES.get(row["row"], row["row"])} for row in accuracy(facts)]
-    every_class, axis = classes(facts), Axis(facts.timeline)
+    every_class, axis, recover = classes(facts), Axis(facts.timeline), facts.config.recover
+    starts_nearest = recover.start == "nearest" and recover.tiles == 1
     data = {
         "classes": every_class,
         "shown": shown,
@@ -63,7 +61,7 @@ def render(
         "bytes": _bytes(facts),
         "time": _time(facts, axis),
         "real_caption": "real image nearest to its atom"
-        + (", its start" if _starts_nearest(facts) else ""),
+        + (", its start" if recover.method == "inversion" and starts_nearest else ""),
     }
     templates = Environment(
         loader=FileSystemLoader(_HERE),
@@ -132,12 +130,6 @@ def _json(data: Any) -> Markup:
 def _count(number: int, what: str) -> str:
     plural = what + ("es" if what.endswith("s") else "s")
     return f"{number:,} {what if number == 1 else plural}"
-
-
-def _starts_nearest(facts: RunFacts) -> bool:
-    recover = facts.config.recover
-    inverted = recover.method == "inversion"
-    return inverted and recover.start == "nearest" and recover.tiles == 1
 
 
 def _lead(facts: RunFacts) -> str:

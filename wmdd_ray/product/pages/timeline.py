@@ -62,11 +62,9 @@ class Timeline:
 def timeline_of(
     events: Iterable[Mapping[str, Any]], markers: Mapping[str, Mapping[str, UnitMarker]]
 ) -> Timeline:
-    """Return what happened when.
+    """Return what happened when, of events in order of time, as `read_events` returns them.
 
-    Args:
-        events: in order of time, as `wmdd_ray.events.read_events` returns them.
-        markers: stage -> finished units; they stand in for events that a kill lost.
+    `markers`, stage -> finished units, stand in for events that a kill lost.
     """
     sessions: dict[str, Session] = {}
     bars: list[Bar] = []

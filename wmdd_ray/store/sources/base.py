@@ -228,6 +228,13 @@ class Source(abc.ABC):
             self._filesystem = arrow_filesystem(self.root, self.config.bucket)
         return self._filesystem
 
+    def _file_shards(self, counts: Mapping[str, int]) -> list[Shard]:
+        """Return a shard a file, in the order of the listing, with its number of images where `counts` has it."""
+        return [
+            Shard(id=f"s{i:05d}", file=file, num_images=counts.get(file), sizes=(size_bytes,))
+            for i, (file, size_bytes) in enumerate(self.files.items())
+        ]
+
     def class_of(self, label: Label, key: str) -> int:
         """Return the class of a label found in a file.
 
@@ -267,6 +274,12 @@ class FileSource(Source):
     def _read_one(self, named: tuple[str, int | None]) -> RawImage:
         """Return the record of a key, whose file must have the size that was listed, if given."""
 
+    def _read_file(self, key: str, label: int, path: str, size_bytes: int | None) -> RawImage:
+        with reading(self.url(path), "an image file"), self.open_random(path, size_bytes) as file:
+            problem = self.too_large(file.size())
+            content = b"" if problem else file.read()
+        return RawImage(key=key, label=label, content=content, problem=problem)
+
     def read_shard(self, shard: Shard) -> Iterator[RawImage]:
         self._connected()  # once, and not in every thread
         yield from read_ahead(self._read_one, zip_longest(shard.keys, shard.sizes))
@@ -294,11 +307,6 @@ def class_shards(
         for label, keys in keys_by_label
         for number, start in enumerate(range(0, len(keys), chunk_images))
     ]
-
-
-def file_shard_id(position: int) -> str:
-    """Return the id of the shard that is the file at `position` of the sorted listing."""
-    return f"s{position:05d}"
 
 
 def told_counts(

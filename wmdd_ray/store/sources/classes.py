@@ -18,6 +18,12 @@ SHOWN = 5
 _MAX_LINE = 200
 
 
+def first_difference(names: Sequence[str], others: Sequence[str]) -> int:
+    """Return the first class that is not called alike; where one list begins the other, the first that it has not."""
+    pairs = enumerate(zip(names, others, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(names), len(others)))
+
+
 def match_classes(
     names: Sequence[str], wanted: Sequence[str], where: str
 ) -> tuple[int, ...] | None:

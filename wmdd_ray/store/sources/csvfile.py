@@ -102,13 +102,7 @@ class CsvSource(FileSource):
         path, _, label = key.rpartition("#")
         if not path or ".." in path.split("/") or not re.fullmatch("[0-9]{1,9}", label):
             raise DataError(f"{self.root}: no image {key!r}, expected PATH#LABEL")
-        where = self.url(path)
-        with reading(where, "an image file"), self.open_random(path, size_bytes) as file:
-            problem = self.too_large(file.size())
-            content = b"" if problem else file.read()
-        return RawImage(
-            key=key, label=self._class_of(int(label), key, None), content=content, problem=problem
-        )
+        return self._read_file(key, self._class_of(int(label), key, None), path, size_bytes)
 
 
 def is_csv(name: str) -> bool:
@@ -192,7 +186,6 @@ def _rows_of_split(source: CsvSource, listing: Listing) -> tuple[list[_Row], str
 
 
 def _rows(text: str, where: str, table: str, word: str, config: SourceConfig) -> Iterator[_Row]:
-    """Yield the rows of one table."""
     is_json = table == JSON_TABLE
     for place, (path, label, split) in (_json_cells if is_json else _cells)(text, where, config):
         named = label_of(label, config.numbers, is_text=not is_json)
@@ -289,9 +282,7 @@ def _image_files(listing: Listing, rows: Sequence[_Row]) -> dict[str, int]:
     where = f"{listing.root}/{common}".rstrip("/")
     if not listing.config.follow_links:
         refuse_outside(listing.root, [common])
-    root, sizes = list_files(
-        where, follow_links=listing.config.follow_links, access=listing.config.bucket
-    )
+    _, sizes, _ = list_files(where, listing.config)
     prefix = f"{common}/" if common else ""
     return {prefix + name: size for name, size in sizes.items()}
 

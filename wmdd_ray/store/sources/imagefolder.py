@@ -10,7 +10,6 @@ from wmdd_ray.store.sources import flat
 from wmdd_ray.store.sources.base import FileSource, RawImage, Shard, Source, class_shards
 from wmdd_ray.store.sources.classes import match_classes, plain, shown
 from wmdd_ray.store.sources.endings import is_image_name
-from wmdd_ray.store.sources.files import reading
 from wmdd_ray.store.sources.layout import Flat, doubt, find_classes, join
 from wmdd_ray.store.sources.listing import SPLIT_NAMES, Listing, no_such_split, split_word
 from wmdd_ray.store.sources.patterns import layout_pattern
@@ -60,12 +59,7 @@ class ImageFolderSource(FileSource):
 
     def _read_one(self, named: tuple[str, int | None]) -> RawImage:
         key, size_bytes = named
-        label = self._label(key)
-        where = self.url(key)
-        with reading(where, "an image file"), self.open_random(key, size_bytes) as file:
-            problem = self.too_large(file.size())
-            content = b"" if problem else file.read()
-        return RawImage(key=key, label=label, content=content, problem=problem)
+        return self._read_file(key, self._label(key), key, size_bytes)
 
 
 def is_class_image(name: str) -> bool:

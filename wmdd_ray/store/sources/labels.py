@@ -65,12 +65,8 @@ def found_classes(
 ) -> tuple[tuple[str, ...], Places]:
     """Return the classes of images whose files name none, by the labels that are there, and the class of each number.
 
-    Numbers are in the order of their values, names in that of their code points.
-
-    Args:
-        examples: Each label, and one image or file that has it.
-        numbers: What the user says of numbers.
-        where: The files, for messages.
+    Numbers are in the order of their values, names in that of their code points. `examples` has an image or file of each label,
+    for messages as `where` is.
 
     Raises:
         DataError: There is no label, numbers stand beside names, or a number is below 0.
@@ -123,11 +119,8 @@ def beside_classes(
 ) -> tuple[tuple[str, ...] | None, Places]:
     """Return the classes, and the class of each number, of files that say labels as text or JSON.
 
-    Args:
-        own: Names in label order that lie beside the files, if any.
-        wanted: The training classes, for held-out images. With neither of both the labels themselves have to tell.
-        numbers: What the user says of numbers.
-        where: The files, for messages.
+    `own` are the names in label order that lie beside the files, if any, `wanted` the training classes, for held-out images. With
+    neither of both the labels themselves have to tell.
 
     Raises:
         DataError: `own` are others than `wanted`, or are numbers in another order, so that 3 could be either.

@@ -109,7 +109,6 @@ def find_classes(listing: Listing) -> str | Flat:
 
 
 def _split_folder(listing: Listing, tree: Tree, base: str, splits: dict[str, str]) -> str:
-    """Return the folder of the split."""
     for names in SPLIT_NAMES[listing.split]:
         chosen = [name for name, word in splits.items() if word in names]
         if len(chosen) > 1:
@@ -142,7 +141,6 @@ def is_unlabeled(name: str) -> bool:
 
 
 def _is_flat(tree: Tree, folder: str) -> bool:
-    """Return whether all images in a folder lie in one folder."""
     return len(tree.below(tree.descend(folder))) <= 1
 
 

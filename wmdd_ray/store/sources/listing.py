@@ -13,7 +13,7 @@ from typing import Literal
 
 import pyarrow.fs as pafs
 
-from wmdd_ray.config import BucketAccess, SourceConfig
+from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.classes import shown
 from wmdd_ray.store.sources.endings import (
@@ -23,13 +23,7 @@ from wmdd_ray.store.sources.endings import (
     is_system_name,
     tells_nothing,
 )
-from wmdd_ray.store.sources.files import (
-    open_whole,
-    read_ahead,
-    reading,
-    refuse_outside,
-    walk_local,
-)
+from wmdd_ray.store.sources.files import open_whole, read_ahead, reading, refuse_outside, walk_local
 from wmdd_ray.store.sources.patterns import expand_braces, layout_pattern
 from wmdd_ray.store.uris import arrow_filesystem, local_path
 
@@ -103,25 +97,11 @@ class Listing:
         yield from itertools.compress(unknown, read_ahead(is_image, unknown))
 
 
-def list_files(
-    uri: str, *, follow_links: bool = False, access: BucketAccess | None = None
-) -> tuple[str, dict[str, int]]:
-    """Return (root, files) of a folder, a file, or a pattern such as `train-{000..012}.tar`, as `list_all`."""
-    return list_all(uri, follow_links=follow_links, access=access)[:2]
-
-
-def list_all(
-    uri: str, *, follow_links: bool = False, access: BucketAccess | None = None
-) -> tuple[str, dict[str, int], tuple[str, ...]]:
+def list_files(uri: str, config: SourceConfig) -> tuple[str, dict[str, int], tuple[str, ...]]:
     """Return (root, files, hidden) of a folder, a file, or a pattern such as `train-{000..012}.tar`.
 
-    What is hidden (a leading dot in any part: macOS writes `._x.jpg` beside `x.jpg`) or a system's is told apart.
-
-    Args:
-        uri: What to list.
-        follow_links: Whether links on the local disk may lead out of the folder; a file that is named is read in
-            any case.
-        access: How a bucket is reached.
+    What is hidden (a leading dot in any part: macOS writes `._x.jpg` beside `x.jpg`) or a system's is told apart. Of `config` it
+    takes how a bucket is reached, and whether links may lead out of the folder; a file that is named is read in any case.
 
     Raises:
         DataError: There is nothing, a file of the pattern is missing, links lead out of the folder, or keys have empty parts.
@@ -130,15 +110,15 @@ def list_all(
     path = local_path(uri)
     uri = (str(path) if path is not None else uri).rstrip("/")
     if "{" in uri and not (path is not None and path.exists()):
-        return *_list_pattern(uri, access, follow_links=follow_links), ()
-    filesystem, base = arrow_filesystem(uri, access)
+        return *_list_pattern(uri, config), ()
+    filesystem, base = arrow_filesystem(uri, config.bucket)
     with reading(uri, "files that can be listed"):
         top = filesystem.get_file_info(base)
         if top.type == pafs.FileType.File:
             folder, _, name = uri.rpartition("/")
             return folder, {name: top.size}, ()
         files, hidden = (
-            walk_local(uri, follow_links=follow_links)
+            walk_local(uri, follow_links=config.follow_links)
             if path is not None and top.type == pafs.FileType.Directory
             else _remote_files(filesystem, base)
         )
@@ -178,13 +158,11 @@ def refuse_empty_parts(uri: str, files: Iterable[str]) -> None:
         )
 
 
-def _list_pattern(
-    uri: str, access: BucketAccess | None, *, follow_links: bool
-) -> tuple[str, dict[str, int]]:
+def _list_pattern(uri: str, config: SourceConfig) -> tuple[str, dict[str, int]]:
     is_disk = local_path(uri) is not None
     root = _folder_of_pattern(uri, is_disk=is_disk)
     names = expand_braces(uri.removeprefix(root + "/"), uri)
-    filesystem, base = arrow_filesystem(root, access)
+    filesystem, base = arrow_filesystem(root, config.bucket)
     with reading(uri, "files that can be listed"):
         entries = filesystem.get_file_info([f"{base}/{name}" for name in names])
     missing = [
@@ -195,7 +173,7 @@ def _list_pattern(
             f"{uri}: expected {len(names)} files, {len(missing)} of them are missing: "
             f"{shown(missing)}; correct the pattern or restore the files"
         )
-    if not follow_links:
+    if not config.follow_links:
         refuse_outside(root, names)
     return root, {name: entry.size for name, entry in sorted(zip(names, entries, strict=True))}
 

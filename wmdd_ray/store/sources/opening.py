@@ -23,13 +23,7 @@ from wmdd_ray.store.sources.base import Source
 from wmdd_ray.store.sources.classes import check_class_names, shown
 from wmdd_ray.store.sources.endings import ending_of
 from wmdd_ray.store.sources.layout import Flat, find_classes
-from wmdd_ray.store.sources.listing import (
-    Listing,
-    NoSuchSplitError,
-    Split,
-    list_all,
-    split_word,
-)
+from wmdd_ray.store.sources.listing import Listing, NoSuchSplitError, Split, list_files, split_word
 
 PREPARED_KEY = "prepared.json"
 """What `jobs/prepare.py` writes last beside its Parquet files; a folder that holds it needs no format."""
@@ -89,7 +83,7 @@ def open_source(
     """
     if config.format in ("auto", "digits") and uri == "digits":
         return arrays.open_digits(config, split, class_names)
-    root, files, hidden = list_all(uri, follow_links=config.follow_links, access=config.bucket)
+    root, files, hidden = list_files(uri, config)
     listing = Listing(
         root=root,
         files=files,

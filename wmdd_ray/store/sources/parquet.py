@@ -14,21 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wmdd_ray.errors import DataError, WmddError
-from wmdd_ray.store.sources.base import RawImage, Shard, Source, file_shard_id
-from wmdd_ray.store.sources.classes import (
-    MAX_CLASSES,
-    match_classes,
-    one_line,
-    plain,
-)
+from wmdd_ray.store.sources.base import RawImage, Shard, Source
+from wmdd_ray.store.sources.classes import MAX_CLASSES, match_classes, one_line, plain
 from wmdd_ray.store.sources.files import reading
-from wmdd_ray.store.sources.labels import (
-    Label,
-    Places,
-    found_classes,
-    label_of,
-    number_places,
-)
+from wmdd_ray.store.sources.labels import Label, Places, found_classes, label_of, number_places
 from wmdd_ray.store.sources.listing import Listing, files_of_split
 from wmdd_ray.store.sources.parquet_columns import Columns, find_columns
 from wmdd_ray.store.sources.parquet_limits import batch_rows, batches, bounded
@@ -58,15 +47,7 @@ class ParquetSource(Source):
         return sum(num_rows for num_rows, _ in self.footers.values())
 
     def shards(self, chunk_images: int) -> list[Shard]:
-        return [
-            Shard(
-                id=file_shard_id(i),
-                file=file,
-                num_images=self.footers[file][0],
-                sizes=(size_bytes,),
-            )
-            for i, (file, size_bytes) in enumerate(self.files.items())
-        ]
+        return self._file_shards({file: rows for file, (rows, _) in self.footers.items()})
 
     @property
     def footers(self) -> dict[str, tuple[int, Names | None]]:

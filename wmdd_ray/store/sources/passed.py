@@ -53,7 +53,6 @@ class Tally:
         self._groups: dict[tuple[str, str, str], tuple[int, str]] = {}
 
     def add(self, reason: str, name: str) -> None:
-        """Count a file."""
         folder, slash, _ = name.partition("/")
         self._add((reason, ending_of(name), folder if slash else ""), 1, name)
 

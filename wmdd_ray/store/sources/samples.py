@@ -51,14 +51,8 @@ def samples(
     """Group members into samples; a stem with neither image nor label (a license) is none.
 
     A stem that comes again is a bad sample: shards that were joined or packed twice count their images twice. So is one with
-    several images, unless the user says which.
-
-    Args:
-        stream: The archive.
-        where: What messages call it.
-        max_content_bytes: Largest image whose content is kept.
-        config: Where a member's stem ends, which is the image, and where the label is.
-        passed: Counts the members that are no part of a sample.
+    several images, unless the user says which. Of images larger than `max_content_bytes` no content is kept; `passed` counts the
+    members that are no part of a sample.
 
     Raises:
         DataError: Stems that end at the last dot would be samples that those that end at the first are not, and `config` does

@@ -11,7 +11,7 @@ from types import MappingProxyType
 import numpy as np
 
 from wmdd_ray.errors import DataError
-from wmdd_ray.store.sources.base import RawImage, Shard, Source, file_shard_id
+from wmdd_ray.store.sources.base import RawImage, Shard, Source
 from wmdd_ray.store.sources.classes import MAX_CLASSES
 from wmdd_ray.store.sources.files import reading
 from wmdd_ray.store.sources.labels import Label, beside_classes, found_classes
@@ -44,15 +44,7 @@ class WebDatasetSource(Source):
         return sum(self._counts[file] for file in self.files) if known else None
 
     def shards(self, chunk_images: int) -> list[Shard]:
-        return [
-            Shard(
-                id=file_shard_id(i),
-                file=file,
-                num_images=self._counts.get(file),
-                sizes=(size_bytes,),
-            )
-            for i, (file, size_bytes) in enumerate(self.files.items())
-        ]
+        return self._file_shards(self._counts)
 
     def read_shard(self, shard: Shard) -> Iterator[RawImage]:
         return self._records(shard, self.max_content_bytes)

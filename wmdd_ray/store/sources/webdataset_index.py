@@ -49,11 +49,9 @@ def parse_class_names(text: str, base: str) -> tuple[str, ...]:
 
 
 def read_counts(source: Source, listed: Mapping[str, int]) -> dict[str, int]:
-    """Return the samples of each shard that `_info.json` (timm) or `sizes.json` (webdataset) names.
+    """Return the samples of each shard of a split that `_info.json` (timm) or `sizes.json` (webdataset) names.
 
-    Args:
-        source: Its `files` are the shards of one split.
-        listed: All names under the root. A listing that holds the index must hold all shards that the index names.
+    `listed` are all names under the root: a listing that holds the index must hold all shards that the index names.
 
     Raises:
         DataError: A shard that the index names is not there.
