@@ -56,16 +56,6 @@ def teacher_of(network: nn.Module) -> Teacher:
     )
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_instance_norm_keeps_the_memory_format_and_torchs_values(memory_format: Any) -> None:
-    network = build(replace(SMALL, norm="instance")).to(memory_format=memory_format)
-    images = torch.rand(2, 4, 16, 16).to(memory_format=memory_format)
-    torchs = nn.InstanceNorm2d(4, affine=True)
-    output = network.in1(images)
-    assert output.is_contiguous(memory_format=memory_format)
-    assert torch.equal(output, torchs(images))
-
-
 @pytest.mark.parametrize("arch", ["convnet3", "resnet18", "resnet50", "mobilenet_v2", "vit_tiny"])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("small_stem", [False, True])

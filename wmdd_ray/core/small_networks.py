@@ -9,23 +9,13 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from wmdd_ray.config import NetworkConfig
+from wmdd_ray.core.instance_norm import InstanceNorm
 from wmdd_ray.errors import ConfigError
-
-
-class _InstanceNorm(nn.InstanceNorm2d):
-    """torch's, whose output keeps the input's memory format; torch's own is always contiguous, and slows all layers after it."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        formed = input.is_contiguous(memory_format=torch.channels_last)
-        output = super().forward(input)
-        return output.contiguous(memory_format=torch.channels_last) if formed else output
 
 
 def convnet(
@@ -83,7 +73,7 @@ def resnetap10(
 
 
 def _norm(config: NetworkConfig) -> Callable[[int], nn.Module]:
-    return nn.BatchNorm2d if config.norm == "batch" else partial(_InstanceNorm, affine=True)
+    return nn.BatchNorm2d if config.norm == "batch" else InstanceNorm
 
 
 def vit_tiny(num_classes: int, channels: int, image_size: int) -> nn.Module:

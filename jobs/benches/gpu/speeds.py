@@ -56,8 +56,9 @@ class Shape:
         return replace(shape, network=network, **few) if quick else shape
 
     def teacher(self) -> torch.nn.Module:
-        """Return a random frozen network whose BatchNorm layers have seen noise."""
-        return untrained(self.network, self.num_classes, self.image_size, self.device)
+        """Return a random frozen network whose BatchNorm layers have seen noise, in the format of `network_of`."""
+        network = untrained(self.network, self.num_classes, self.image_size, self.device)
+        return network.to(memory_format=torch.channels_last)
 
     def pixels(self) -> np.ndarray:
         shape = (self.num_images, self.image_size, self.image_size, 3)
@@ -130,7 +131,7 @@ Make = Callable[[Shape], Work]
 
 def features(shape: Shape) -> Work:
     """Embed a chunk of one class."""
-    network = shape.teacher().to(memory_format=torch.channels_last)
+    network = shape.teacher()
     images_NCHW = to_input(shape.pixels(), **COLOR, device=shape.device)
     batch_size, labels_N = _RECIPE.features.batch_size, np.zeros(shape.num_images, np.int64)
 
