@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -603,6 +604,29 @@ def test_pictures_are_cropped_as_real_ones_are_and_those_of_the_right_size_left_
     np.testing.assert_array_equal(fit(resize=20, image_size=16), pixels)
     np.testing.assert_array_equal(fit(resize=16, image_size=12), pixels[:, 2:14, 2:14])
     assert fit(resize=32, image_size=28).shape == (2, 28, 28, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "key", "value"),
+    [
+        ("unet", "unet", "sample_size", None),
+        ("unet", "unet", "sample_size", [8, 16]),
+        ("unet", "unet", "in_channels", "3"),
+        ("unet", "unet", "num_class_embeds", -1),
+        ("unet", "scheduler", "num_train_timesteps", 1e30),
+        ("dit", "transformer", "num_embeds_ada_norm", None),
+        ("dit", "vae", "block_out_channels", 2),
+    ],
+)
+def test_numbers_of_a_foreign_model_that_cannot_be_are_named(
+    kind: str, part: str, key: str, value: Any, dit: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(dit if kind == "dit" else saved_unet(tmp_path / "unet", DIGITS), model)
+    file = model / part / f"{'scheduler_' if part == 'scheduler' else ''}config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(ArtifactError, match=rf"{key} as a .*, found {re.escape(repr(value))}"):
+        read_card(str(model))
 
 
 def test_a_model_that_knows_no_classes_is_sampled_without_any(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from wmdd_ray.config import DistillConfig
 from wmdd_ray.errors import ArtifactError
 from wmdd_ray.product.pages import page
 from wmdd_ray.product.pages.classes import PICTURE_BYTES, chosen_labels, shown_classes
-from wmdd_ray.product.pages.facts import config_of, read_run
+from wmdd_ray.product.pages.facts import classes, config_of, read_run
 from wmdd_ray.product.pages.projection import project
 from wmdd_ray.product.pages.thumbnails import fit, thumbnail
 from wmdd_ray.product.pages.timeline import Axis, Bar, Timeline, lanes, timeline_of
@@ -197,6 +197,13 @@ def test_an_unfinished_run_has_a_page_that_says_what_is_missing(
     )
     assert charts == [f"chart-{name}" for name in drawn]
     assert all(window.ask("[...document.images].map((i) => i.complete && i.naturalWidth > 0)"))
+
+
+def test_classes_that_only_some_rooms_know_are_shown_by_number(finished_run: FinishedRun) -> None:
+    facts = read_run(Store(str(finished_run.out)), PIPELINE, None)
+    known = facts.class_names
+    facts.class_names = known[:2]
+    assert [one["name"] for one in classes(facts)][1:4] == [known[1], "class 2", "class 3"]
 
 
 @slow

@@ -50,6 +50,8 @@ _LEVELS = {
     "prediction_type": ("epsilon", "sample", "v_prediction"),
     "timestep_type": ("discrete",),
 }
+# Above any size, channels, classes and steps of a model that there is, and any depth of an autoencoder.
+_LARGEST_COUNT, _MOST_BLOCKS = 2**20, 16
 _CONVERT = (
     'convert them once, where you trust them: python -c "from diffusers import DiTPipeline; '
     "DiTPipeline.from_pretrained('NAME').save_pretrained('FOLDER')\", and pass FOLDER"
@@ -227,16 +229,22 @@ def card_of(uri: str, folder: Path, identity: str, keys: frozenset[str]) -> Mode
             read_json(folder, "transformer/config.json", uri),
             read_json(folder, "vae/config.json", uri),
         )
-        factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
-        image_size, channels = int(model["sample_size"]) * factor, int(vae.get("out_channels", 3))
-        num_classes = null = int(model["num_embeds_ada_norm"])
+        blocks = vae.get("block_out_channels", [0])
+        if not isinstance(blocks, list) or not 1 <= len(blocks) <= _MOST_BLOCKS:
+            raise ArtifactError(
+                f"{uri}: expected the VAE's block_out_channels as a list of at most {_MOST_BLOCKS}, found {blocks!r}"
+            )
+        factor, channels = 2 ** (len(blocks) - 1), _count(vae, "out_channels", uri, 3)
+        num_classes = null = _count(model, "num_embeds_ada_norm", uri)
         labels = index.get("id2label") or {}
         if len(labels) == num_classes:
             names = tuple(str(labels[str(i)]) for i in range(num_classes))
     else:
         model = read_json(folder, "unet/config.json", uri)
-        image_size, channels = int(model["sample_size"]), int(model["in_channels"])
-        num_classes = model.get("num_class_embeds")
+        factor, channels = 1, _count(model, "in_channels", uri)
+        if model.get("num_class_embeds") is not None:
+            num_classes = _count(model, "num_class_embeds", uri)
+    side = _count(model, "sample_size", uri)
     if CLASSES_KEY in keys:
         about = unseal((folder / CLASSES_KEY).read_bytes(), f"{uri}/{CLASSES_KEY}")
         names, ordered = tuple(about["class_names"]), True
@@ -244,16 +252,27 @@ def card_of(uri: str, folder: Path, identity: str, keys: frozenset[str]) -> Mode
     return ModelCard(
         uri=uri,
         kind="dit" if latent else "unet",
-        image_size=image_size,
+        image_size=side * factor,
         channels=channels,
-        shape_CHW=(int(model["in_channels"]), int(model["sample_size"]), int(model["sample_size"])),
+        shape_CHW=(_count(model, "in_channels", uri), side, side),
         num_classes=num_classes,
         null_class=null,
         class_names=names,
         ordered=ordered,
-        train_steps=int(scheduler.get("num_train_timesteps", 1000)),
+        train_steps=_count(scheduler, "num_train_timesteps", uri, 1000),
         identity=identity,
     )
+
+
+def _count(document: dict[str, Any], key: str, uri: str, default: int | None = None) -> int:
+    """Return a positive whole number of one of a model's JSON files; an ArtifactError when it is none."""
+    value = document.get(key, default)
+    if type(value) is not int or not 0 < value <= _LARGEST_COUNT:
+        raise ArtifactError(
+            f"{OPTION} {uri}: expected {key} as a whole number from 1 to {_LARGEST_COUNT}, found {value!r}; images that are not "
+            "square, or a model whose file does not say their size, are not supported"
+        )
+    return value
 
 
 def _check_levels(levels: dict[str, Any], named: object, uri: str) -> None:

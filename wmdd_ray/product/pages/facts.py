@@ -221,18 +221,18 @@ def classes(facts: RunFacts) -> list[dict[str, Any]]:
         for marker in facts.stages["recover"].units.values()
         for label, loss in zip(marker.metrics["labels"], marker.metrics["losses"], strict=True)
     }
-    recall = recall_per_class(facts)
-    num_classes = max([len(facts.class_names), len(counts), *(label + 1 for label in solved)])
+    recall, names = recall_per_class(facts), facts.class_names
+    num_classes = max([len(names), len(counts), *(label + 1 for label in solved)])
     return [
         {
             "label": label,
-            "name": facts.class_names[label] if facts.class_names else f"class {label}",
+            "name": names[label] if label < len(names) else f"class {label}",
             "num_images": counts[label] if label < len(counts) else None,
             "cost": solved[label]["cost"] if label in solved else None,
             "num_iters": solved[label]["num_iters"] if label in solved else None,
             "converged": solved[label]["converged"] if label in solved else None,
             "losses": losses.get(label, {}),
-            "recall": {row: values[label] for row, values in recall.items()},
+            "recall": {row: v[label] for row, v in recall.items() if label < len(v)},
         }
         for label in range(num_classes)
     ]
