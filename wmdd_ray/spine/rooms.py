@@ -26,6 +26,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 from uuid import uuid4
 
@@ -87,7 +88,7 @@ class StageCommit:
     finished: str
     space: str = ""
 
-    @property
+    @cached_property
     def files(self) -> dict[str, FileEntry]:
         """The files of all units by key."""
         return {entry.key: entry for marker in self.units.values() for entry in marker.files}
