@@ -78,8 +78,7 @@ def open_labeler(
         return held[labels.tobytes()]
 
     def do_unit(unit: str, report: Report) -> None:
-        started = time.perf_counter()
-        attempt = room.begin_unit(unit)
+        attempt = room.begin(unit)
         if attempt is None:
             return
         epochs, labels = units[unit]
@@ -109,12 +108,9 @@ def open_labeler(
         in_core = time.perf_counter() - in_core
         if by_seed(config):
             block = replace(block, draw=draw)
-        room.commit_unit(
-            unit,
+        attempt.commit(
             {f"labels/{unit}.parquet": codecs.encode_soft_labels(block)},
-            metrics={"epochs": [epochs.start, epochs.stop], "seconds_in_core": round(in_core, 4)},
-            attempt=attempt,
-            seconds=time.perf_counter() - started,
+            {"epochs": [epochs.start, epochs.stop], "seconds_in_core": round(in_core, 4)},
         )
 
     return do_unit

@@ -82,8 +82,7 @@ def open_student_trainer(
     held_out = HeldOut(val, shown.mean_C, shown.std_C, device)
 
     def do_unit(unit: str, report: Report) -> None:
-        started = time.perf_counter()
-        attempt = room.begin_unit(unit)
+        attempt = room.begin(unit)
         if attempt is None:
             return
         row, labels, number = parts_of(unit)
@@ -113,13 +112,8 @@ def open_student_trainer(
         payloads = {f"results/{unit}.json": documents.dump_json(result | of_labels)}
         if kept:
             payloads[student_key(unit)] = codecs.encode_state(weights_of(network))
-        room.commit_unit(
-            unit,
-            payloads,
-            metrics={"top1": top1, **of_labels, "seconds_in_core": round(in_core, 4)},
-            attempt=attempt,
-            seconds=time.perf_counter() - started,
-        )
+        metrics = {"top1": top1, **of_labels, "seconds_in_core": round(in_core, 4)}
+        attempt.commit(payloads, metrics)
         keep.clear()
 
     return do_unit
