@@ -219,7 +219,8 @@ def test_images_per_second_of_a_training_that_goes_on_leave_out_what_was_done_be
     watch.units("squeeze", 0.5, 1, final=True)
     stage.run.end(0)
     ((_, rate),) = heard.series("progress/squeeze/images_per_second")
-    assert 0 < rate <= 100 / 0.2  # 100 images in 0.2 s or more, and not 3,200
+    # 100 images in 0.2 s, by clocks that are read a little early or late, and not 3,200.
+    assert 0 < rate < 2 * 100 / 0.2
     assert [value for _, value in heard.series("progress/squeeze/images_done")] == [3200]
 
 

@@ -500,7 +500,7 @@ def assert_ended(exit_code: int, by: signal.Signals, stderr: str, out: Path, sta
 
 def wait_for_work(out: Path, stage: str) -> None:
     """Return when the first unit of a stage is under way."""
-    within(60, lambda: any((out / ROOM_OF[stage] / "attempts").glob("*.json")))
+    within(240, lambda: any((out / ROOM_OF[stage] / "attempts").glob("*.json")))
 
 
 @pytest.mark.chaos
