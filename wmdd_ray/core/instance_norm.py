@@ -8,14 +8,23 @@ Legend: B batch, C channels, H W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Numbers that are worked on at once on a CPU: they stay in its cache, while fresh memory costs more than the arithmetic.
+# Numbers of images that are worked on at once on a CPU.
 _AT_ONCE = 2**18
+
+
+def images_at_once(x_BCHW: Tensor) -> int:
+    """Return how many images are worked on together.
+
+    On a CPU those that stay in its cache: fresh memory costs more than the arithmetic.
+    """
+    return len(x_BCHW) if x_BCHW.is_cuda else max(1, _AT_ONCE // x_BCHW[0].numel())
 
 
 class InstanceNorm(nn.InstanceNorm2d):
@@ -49,7 +58,7 @@ class _Normalized(torch.autograd.Function):
         exact = torch.promote_types(x_BCHW.dtype, torch.float32)
         y_BCHW = torch.empty_like(x_BCHW)
         moments = []
-        for x, y in zip(*_split(x_BCHW, y_BCHW), strict=True):
+        for x, y in _parts(x_BCHW, y_BCHW):
             mean = x.mean((2, 3), keepdim=True, dtype=exact)
             rstd = (x - mean).square_().mean((2, 3), keepdim=True).add_(eps).rsqrt_()
             scale = rstd * weight_C[:, None, None]
@@ -72,9 +81,7 @@ class _Normalized(torch.autograd.Function):
             return *torch.autograd.grad(y_BCHW, of, gy_BCHW, create_graph=True), None
         gx_BCHW, pixels = torch.empty_like(x_BCHW), x_BCHW[0, 0].numel()
         exact, sums = rstd_BC11.dtype, []
-        for x, gy, gx, mean, rstd in zip(
-            *_split(x_BCHW, gy_BCHW, gx_BCHW, mean_BC11, rstd_BC11), strict=True
-        ):
+        for x, gy, gx, mean, rstd in _parts(x_BCHW, gy_BCHW, gx_BCHW, mean_BC11, rstd_BC11):
             gy = gy.to(exact)
             sum_gy = gy.sum((2, 3), keepdim=True)
             sum_gyx = (gy * x).sum((2, 3), keepdim=True)
@@ -88,7 +95,7 @@ class _Normalized(torch.autograd.Function):
         return gx_BCHW, gweight_C, gbias_C, None
 
 
-def _split(x_BCHW: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
-    """Return some images of every array at a time."""
-    together = max(1, _AT_ONCE // x_BCHW[0].numel())
-    return [array.split(together) for array in (x_BCHW, *others)]
+def _parts(*arrays: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield some images of every array at a time; the first is that of all channels and pixels."""
+    together = images_at_once(arrays[0])
+    return zip(*(array.split(together) for array in arrays), strict=True)

@@ -14,13 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from wmdd_ray.core.instance_norm import images_at_once
 from wmdd_ray.core.networks import batch_norms, norm_activation
 
 Tap = tuple[Tensor, Tensor]
-
-# Numbers of a bfloat16 array that are upcast at once on a CPU: they stay in its cache, while the upcast copy of a wide
-# layer is fresh memory, which costs four times the arithmetic.
-_UPCAST_AT_ONCE = 2**18
 
 
 @contextmanager
@@ -135,7 +132,7 @@ class TappedNorm(torch.autograd.Function):
         b_BC11, scale_C11 = b_BC[:, :, None, None], scale_C[:, None, None]
         gx_BCHW = x_BCHW if ctx.may_overwrite else x_BCHW.clone()
         if gx_BCHW.dtype == torch.bfloat16:
-            n = _images_at_once(gx_BCHW)
+            n = images_at_once(gx_BCHW)
             parts = (t.split(n) for t in (gx_BCHW, gy_BCHW, b_BC11, a_BC11))
             for gx, gy, b, a in zip(*parts, strict=True):
                 gx.copy_(gx.float().mul_(b).add_(a).addcmul_(gy.float(), scale_C11))
@@ -149,15 +146,10 @@ class TappedNorm(torch.autograd.Function):
         return gx_BCHW, None, None, None, None, None
 
 
-def _images_at_once(x_BCHW: Tensor) -> int:
-    """Return how many images of a bfloat16 array are upcast together."""
-    return len(x_BCHW) if x_BCHW.is_cuda else max(1, _UPCAST_AT_ONCE // x_BCHW[0].numel())
-
-
 def _upcast_moments(x_BCHW: Tensor) -> Tap:
     """Return the moments (mean_BC, var_BC) of a bfloat16 array, computed in float32."""
     means, variances = [], []
-    for part in x_BCHW.split(_images_at_once(x_BCHW)):
+    for part in x_BCHW.split(images_at_once(x_BCHW)):
         x = part.float()
         mean = x.mean(dim=(2, 3), keepdim=True)
         norm = torch.linalg.vector_norm(x.sub_(mean), dim=(2, 3))
