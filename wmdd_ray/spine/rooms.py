@@ -324,6 +324,11 @@ def unit_given_up(unit: str, cause: str) -> WmddError:
     )
 
 
+def seconds_in_core(markers: Mapping[str, UnitMarker]) -> float:
+    """Return what units took inside core functions, added up."""
+    return round(sum(marker.metrics["seconds_in_core"] for marker in markers.values()), 3)
+
+
 def marker_of(marker: Any) -> UnitMarker:
     """Return the marker that was written as JSON; an ArtifactError when it is another document."""
     check(marker, "the marker of a unit", "units")

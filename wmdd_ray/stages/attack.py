@@ -23,6 +23,7 @@ from wmdd_ray.robustness.units import (
     slices_of,
 )
 from wmdd_ray.spine.provenance import hardware, versions
+from wmdd_ray.spine.rooms import seconds_in_core
 from wmdd_ray.spine.run import Stage, StageRun, Work
 from wmdd_ray.units.held_out import Listed
 from wmdd_ray.units.students import unit_ids
@@ -103,9 +104,7 @@ def attack_stage(
         markers = stage.room.read_units(units)
         return {
             "images": num_images,
-            "seconds_in_core": round(
-                sum(m.metrics["seconds_in_core"] for m in markers.values()), 3
-            ),
+            "seconds_in_core": seconds_in_core(markers),
             "hardware": hardware(),
             **versions(),
             "libraries": libraries(),

@@ -15,7 +15,7 @@ from wmdd_ray.core.networks import last_linear, network_of
 from wmdd_ray.executors.dispatch import do_each
 from wmdd_ray.options import fingerprint_options
 from wmdd_ray.spine.numbers import Number, StageNumbers
-from wmdd_ray.spine.rooms import UnitMarker
+from wmdd_ray.spine.rooms import UnitMarker, seconds_in_core
 from wmdd_ray.spine.run import StageRun, Work
 from wmdd_ray.units.atoms import ClassSolver, unit_of
 from wmdd_ray.units.teacher import feature_width, read_teacher
@@ -58,7 +58,7 @@ def work(stage: StageRun) -> dict[str, Any]:
         "cost_per_class": costs,
         "mean_cost": float(np.mean(costs)),
         "not_converged": [unit for unit, m in markers.items() if not m.metrics["converged"]],
-        "seconds_in_core": round(sum(m.metrics["seconds_in_core"] for m in markers.values()), 3),
+        "seconds_in_core": seconds_in_core(markers),
     }
 
 

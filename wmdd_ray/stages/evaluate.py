@@ -19,7 +19,7 @@ from wmdd_ray.executors.dispatch import do_units
 from wmdd_ray.options import fingerprint_options
 from wmdd_ray.spine.numbers import Number, StageNumbers
 from wmdd_ray.spine.provenance import hardware, versions
-from wmdd_ray.spine.rooms import Room, StageCommit, UnitMarker
+from wmdd_ray.spine.rooms import Room, StageCommit, UnitMarker, seconds_in_core
 from wmdd_ray.spine.run import StageRun, Work
 from wmdd_ray.store import documents
 from wmdd_ray.units.held_out import Listed
@@ -146,7 +146,7 @@ def train_students(
         "student": asdict(config.evaluate),
         "hardware": hardware(),
         **versions(),
-        "seconds_in_core": round(sum(m.metrics["seconds_in_core"] for m in markers.values()), 3),
+        "seconds_in_core": seconds_in_core(markers),
     }
 
 

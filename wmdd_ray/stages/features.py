@@ -15,7 +15,7 @@ from typing import Any
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.executors.dispatch import ray_or_here
 from wmdd_ray.options import fingerprint_options
-from wmdd_ray.spine.rooms import Room, UnitMarker
+from wmdd_ray.spine.rooms import Room, UnitMarker, seconds_in_core
 from wmdd_ray.spine.run import StageRun, Work
 from wmdd_ray.store.sources import Shard, Source, refuse_too_many_bad
 from wmdd_ray.store.sources.base import told_counts
@@ -99,7 +99,7 @@ def work(stage: StageRun) -> dict[str, Any]:
         "bad_images": bad,
         "files_seen": told_counts(source, images, len(bad), inside.groups()),
         "regrouped": regroup,
-        "seconds_in_core": round(sum(m.metrics["seconds_in_core"] for m in markers.values()), 3),
+        "seconds_in_core": seconds_in_core(markers),
     }
 
 

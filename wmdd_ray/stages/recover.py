@@ -17,7 +17,7 @@ from wmdd_ray.diffusion.card import read_card
 from wmdd_ray.executors.dispatch import do_units
 from wmdd_ray.options import fingerprint_options
 from wmdd_ray.spine.numbers import Number, StageNumbers
-from wmdd_ray.spine.rooms import UnitMarker
+from wmdd_ray.spine.rooms import UnitMarker, seconds_in_core
 from wmdd_ray.spine.run import StageRun, Work
 from wmdd_ray.store import codecs
 from wmdd_ray.units.images import groups, open_image_maker
@@ -96,7 +96,7 @@ def work(stage: StageRun) -> dict[str, Any]:
     losses = [loss for unit in units for loss in markers[unit].metrics["losses"]]
     return {
         "losses": {name: float(np.mean([loss[name] for loss in losses])) for name in losses[0]},
-        "seconds_in_core": round(sum(m.metrics["seconds_in_core"] for m in markers.values()), 3),
+        "seconds_in_core": seconds_in_core(markers),
     }
 
 

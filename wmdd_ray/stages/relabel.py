@@ -14,7 +14,7 @@ from wmdd_ray.config import DistillConfig
 from wmdd_ray.executors.dispatch import do_units
 from wmdd_ray.options import fingerprint_options
 from wmdd_ray.spine.numbers import StageNumbers
-from wmdd_ray.spine.rooms import UnitMarker
+from wmdd_ray.spine.rooms import UnitMarker, seconds_in_core
 from wmdd_ray.spine.run import StageRun, Work
 from wmdd_ray.store.label_files import VIEW_BYTES
 from wmdd_ray.units.labels import blocks, by_seed, open_labeler
@@ -63,7 +63,7 @@ def work(stage: StageRun) -> dict[str, Any]:
     markers = stage.room.read_units(units)
     return {
         "label_bytes": sum(f.size_bytes for m in markers.values() for f in m.files),
-        "seconds_in_core": round(sum(m.metrics["seconds_in_core"] for m in markers.values()), 3),
+        "seconds_in_core": seconds_in_core(markers),
     }
 
 
