@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from wmdd_ray.product.tables import ROW_NAMES, results_table, size
+from wmdd_ray.spine.outlook import Outlook, outlooks
 from wmdd_ray.spine.provenance import as_typed
 from wmdd_ray.spine.rooms import StageCommit
-from wmdd_ray.spine.run import TAKEN, Run, Stage, StageRun, expected_plan
-from wmdd_ray.telling.progress import StageLine, duration
+from wmdd_ray.spine.run import Run, Stage
+from wmdd_ray.telling.progress import duration
 from wmdd_ray.units.own_data import doubts_of
 
 from . import forecast
@@ -30,13 +31,10 @@ def print_plan(root: str, runs: Sequence[tuple[Run, tuple[Stage, ...]]]) -> None
     wide = max(13, *(len(name) + 1 for name in names))
     print(f"plan for {root}")
     print(f"{'stage':<12} {'room':<{wide}} {'state':<34} {'units':>12} {'about':>9}")
-    fingerprints: dict[str, str] = {}
-    for run, stages in runs:
-        fingerprints = {name: of for name, of in fingerprints.items() if name in TAKEN}
-        for stage in stages:
-            state, units, about = _planned(run, stage, fingerprints)
-            name = names.pop(0)
-            print(f"{stage.name:<12} {name:<{wide}} {state:<34} {units:>12} {about:>9}")
+    for one, name in zip(outlooks(runs), names, strict=True):
+        units = f"{one.num_finished}/{'?' if one.num_units is None else one.num_units}"
+        about = size(one.work.estimated_bytes)
+        print(f"{one.stage.name:<12} {name:<{wide}} {_state(one):<34} {units:>12} {about:>9}")
     for run, stages in runs:
         if stages[-1].name == "evaluate" and (prices := forecast.price_line(run)) is not None:
             print(prices)
@@ -46,30 +44,16 @@ def print_plan(root: str, runs: Sequence[tuple[Run, tuple[Stage, ...]]]) -> None
             print(f"warning: {doubt}; {advice}")
 
 
-def _planned(run: Run, stage: Stage, fingerprints: dict[str, str]) -> tuple[str, str, str]:
-    """Return (state, units, bytes to come) of a room; `fingerprints` are of those to its left, and this one's is added."""
-    room = run.room(stage.room)
-    commit, begun = room.read_commit(), room.read_plan()
-    state, ready = "to do", all(name in fingerprints for name in stage.inputs)
-    plan = expected_plan(run, stage, fingerprints) if ready else None
-    if commit is not None and plan is not None:
-        same = commit.fingerprint == plan["fingerprint"]
-        state = "committed" if same else "other options: needs --overwrite"
-        if same:
-            fingerprints[stage.room] = commit.fingerprint
-    elif plan and begun and "vacant" not in begun and begun["fingerprint"] != plan["fingerprint"]:
-        state = "other options: needs --overwrite"
-    work = stage.plan(StageRun(run=run, stage=stage, room=room, progress=StageLine(stage.name)))
-    finished = room.finished()
-    done = len(finished if work.units is None else finished & set(work.units))
-    if plan is None:
-        state = "follows the rooms above"
-    elif not run.owns(stage.room):
-        state = "taken" if state == "committed" else "not as here: cannot be taken"
-    elif state == "to do" and finished:
-        state = "in part: resumed"
-    units = f"{done}/{'?' if work.units is None else len(work.units)}"
-    return state, units, size(work.estimated_bytes)
+def _state(one: Outlook) -> str:
+    if one.plan is None:
+        return "follows the rooms above"
+    if not one.run.owns(one.stage.room):
+        return "taken" if one.commit else "not as here: cannot be taken"
+    if one.other:
+        return "other options: needs --overwrite"
+    if one.commit:
+        return "committed"
+    return "in part: resumed" if one.finished else "to do"
 
 
 def print_summary(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.product.tables import size
 from wmdd_ray.spine.claims import difference
-from wmdd_ray.spine.rooms import Room
-from wmdd_ray.spine.run import Progress, StageRun, expected_plan
+from wmdd_ray.spine.outlook import outlooks
 
 from .report import Finding, Visit
 from .storage import free_bytes
@@ -22,36 +20,27 @@ def check_plan(visit: Visit) -> Iterator[Finding]:
     from wmdd_ray.stages.pipeline import PIPELINE
 
     run, job = visit.run, visit.job
-    fingerprints: dict[str, str] = {}
     states: list[str] = []
     to_come = 0
-    for stage in PIPELINE:
-        room = run.room(stage.room)
-        work = stage.plan(StageRun(run=run, stage=stage, room=room, progress=Progress()))
-        finished, plan, commit = room.finished(), _plan_of(room), room.read_commit()
-        # Without the rooms to its left, nobody can say what a room will be made of.
-        expected = None
-        if all(name in fingerprints for name in stage.inputs):
-            expected = expected_plan(run, stage, fingerprints)
-        if expected and plan and plan["fingerprint"] != expected["fingerprint"]:
+    for one in outlooks([(run, PIPELINE)]):
+        done, room = one.num_finished, one.stage.room
+        if one.plan and one.other:
             if not job.overwrite:
                 yield Finding(
                     "FAIL",
-                    f"{room.store.uri} was made with {difference(plan, expected)}",
+                    f"{one.room.store.uri} was made with {difference(one.other, one.plan)}",
                     "pass --overwrite to replace this room and those after it, or another --out to keep both"
-                    if run.owns(stage.room)
+                    if run.owns(room)
                     else "give both runs the same, or leave --features out",
                     exit_code=ConfigError.exit_code,
                 )
-            commit, finished = None, set()
-        if expected and commit:
-            fingerprints[stage.room] = commit.fingerprint
-            states.append(f"{stage.name} done")
+            done = 0
+        if one.commit:
+            states.append(f"{one.stage.name} done")
             continue
-        total = "?" if work.units is None else len(work.units)
-        done = len(finished if work.units is None else finished & {*work.units})
-        states.append(f"{stage.name} {f'{done}/' if done else ''}{total}")
-        to_come += work.estimated_bytes
+        total = "?" if one.num_units is None else one.num_units
+        states.append(f"{one.stage.name} {f'{done}/' if done else ''}{total}")
+        to_come += one.work.estimated_bytes
     yield Finding("ok", f"units: {', '.join(states)}")
     free = free_bytes(run.store)
     fits = free is None or free >= _MARGIN * to_come
@@ -61,8 +50,3 @@ def check_plan(visit: Visit) -> Iterator[Finding]:
         f"about {size(to_come)} to come{on_disk}",
         "" if fits else "make room, or put --out on another disk",
     )
-
-
-def _plan_of(room: Room) -> dict[str, Any] | None:
-    plan = room.read_plan()
-    return None if plan is None or "vacant" in plan else plan
