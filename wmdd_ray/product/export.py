@@ -48,7 +48,7 @@ from wmdd_ray.store.documents import (
 )
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.images import decode_png, encode_png, png_shape
-from wmdd_ray.store.packing import check_budget, checked
+from wmdd_ray.store.packing import IMAGE, check_budget, checked, image_features
 from wmdd_ray.store.schemas import check
 
 Format = Literal["imagefolder", "webdataset", "huggingface"]
@@ -420,23 +420,18 @@ def _tar_shard(rows: list[Row], place: _Target) -> dict[str, bytes]:
 
 
 def _parquet(rows: list[Row], place: _Target) -> dict[str, bytes]:
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     columns: dict[str, pa.Array] = {
-        "image": pa.array([{"bytes": r.png, "path": f"{r.stem}.png"} for r in rows], type=image),
+        "image": pa.array([{"bytes": r.png, "path": f"{r.stem}.png"} for r in rows], type=IMAGE),
         "label": pa.array([r.label for r in rows], type=pa.int64()),
         "weight": pa.array([r.weight for r in rows], type=pa.float64()),
     }
-    features: dict[str, Any] = {
-        "image": {"_type": "Image"},
-        "label": {"names": list(place.class_names), "_type": "ClassLabel"},
-        "weight": {"dtype": "float64", "_type": "Value"},
-    }
+    others: dict[str, Any] = {"weight": {"dtype": "float64", "_type": "Value"}}
     if rows[0].logits_Y is not None:
         logits = [row.logits_Y for row in rows]
         columns["logits"] = pa.array(logits, type=pa.list_(pa.float32()))
-        features["logits"] = {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "List"}
-    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+        others["logits"] = {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "List"}
     sink = io.BytesIO()
-    table = pa.table(columns).replace_schema_metadata(metadata)
+    about = image_features(place.class_names, **others)
+    table = pa.table(columns).replace_schema_metadata(about)
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return {f"data/train-{place.part:05d}-of-{place.num_parts:05d}.parquet": sink.getvalue()}

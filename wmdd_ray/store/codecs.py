@@ -6,7 +6,6 @@ Never a pickle. `packing` says how a record lies in bytes; `label_files` has the
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -26,19 +25,18 @@ from wmdd_ray.store.images import encode_png
 from wmdd_ray.store.label_files import decode_soft_labels as decode_soft_labels
 from wmdd_ray.store.label_files import encode_soft_labels as encode_soft_labels
 from wmdd_ray.store.packing import (
+    IMAGE,
     check_columns,
     check_range,
     checked,
     digest,
+    image_features,
     pack,
     read_parquet,
     unpack,
     write_parquet,
 )
 from wmdd_ray.store.schemas import check
-
-_HUGGINGFACE = b"huggingface"
-_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 # Teacher ---------------------------------------------------------------------------------------
 
@@ -260,18 +258,13 @@ def encode_images(
     )
     table = pa.table(
         {
-            "image": pa.array(rows, type=_IMAGE),
+            "image": pa.array(rows, type=IMAGE),
             "label": pa.array(labels_N, type=pa.int64()),
             "weight": weights,
         }
     )
-    features = {
-        "image": {"_type": "Image"},
-        "label": {"names": list(class_names), "_type": "ClassLabel"},
-        "weight": number if one_each else {"feature": number, "_type": "List"},
-    }
-    meta = {_HUGGINGFACE: json.dumps({"info": {"features": features}}).encode()}
-    return write_parquet(table.replace_schema_metadata(meta))
+    weight = number if one_each else {"feature": number, "_type": "List"}
+    return write_parquet(table.replace_schema_metadata(image_features(class_names, weight=weight)))
 
 
 @checked
@@ -291,7 +284,7 @@ def decode_png_rows(
     types = {field.name: field.type for field in table.schema}
     # One number of a stored image, or a list of those of its tiles.
     weight = pa.float64() if types.get("weight") == pa.float64() else pa.list_(pa.float64())
-    check_columns(table, {"image": _IMAGE, "label": pa.int64(), "weight": weight})
+    check_columns(table, {"image": IMAGE, "label": pa.int64(), "weight": weight})
     pngs = [row["bytes"] for row in table["image"].to_pylist()]
     labels_N = table["label"].to_numpy()
     check_range("labels", labels_N, 0, num_classes - 1 if num_classes else np.iinfo(np.int32).max)

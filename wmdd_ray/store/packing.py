@@ -10,7 +10,7 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -30,6 +30,9 @@ BUDGET_BYTES = 256 << 20
 """What a file of any size may decode to: a stranger's small file does not take the machine."""
 BUDGET_RATIO = 64
 """How many times its own size a larger file may decode to. Distilled images compress to a half, logits to a tenth."""
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+"""A column of images as Hugging Face `datasets` has it: encoded files, and their names."""
 
 _BATCH_ROWS = 64
 
@@ -94,6 +97,19 @@ def checked(decode: Callable[P, R]) -> Callable[P, R]:
             ) from error
 
     return decode_or_tell
+
+
+def image_features(class_names: Sequence[str], **others: Any) -> dict[bytes, bytes]:
+    """Return the schema metadata that tells Hugging Face `datasets` of a column `image`, of `IMAGE`, and of the integers `label`.
+
+    `others` describe the other columns, by their names.
+    """
+    features = {
+        "image": {"_type": "Image"},
+        "label": {"names": list(class_names), "_type": "ClassLabel"},
+        **others,
+    }
+    return {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
 
 
 def write_parquet(table: pa.Table) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ from PIL import Image
 from wmdd_ray.errors import ArtifactError, BadImageError, DataError
 from wmdd_ray.spine.rooms import Room, UnitMarker
 from wmdd_ray.store.documents import FileEntry
+from wmdd_ray.store.packing import IMAGE, image_features
 from wmdd_ray.store.parts import decode_frame, encode_frame, encode_part, rank_of
 from wmdd_ray.store.shrink import kept_image
 from wmdd_ray.store.sources import RawImage, Shard, Source
@@ -178,15 +178,8 @@ class Writer:
 
     def _table(self, rows_N: np.ndarray) -> tuple[bytes, dict[str, Any]]:
         """Return a Parquet file as Hugging Face `datasets` reads it, and what it holds."""
-        features = {
-            "image": {"_type": "Image"},
-            "label": {"names": list(self._class_names), "_type": "ClassLabel"},
-        }
-        image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-        schema = pa.schema(
-            [("image", image), ("label", pa.int64())],
-            metadata={"huggingface": json.dumps({"info": {"features": features}})},
-        )
+        columns = [("image", IMAGE), ("label", pa.int64())]
+        schema = pa.schema(columns, metadata=image_features(self._class_names))
         sink = io.BytesIO()
         means: list[tuple[float, ...]] = []
         squares: list[tuple[float, ...]] = []
@@ -212,7 +205,7 @@ class Writer:
                 held += len(kept.content)
                 if held >= _GROUP_BYTES or len(group) >= _GROUP_ROWS or len(means) == len(rows_N):
                     writer.write_table(
-                        pa.table({"image": pa.array(group, image), "label": labels}, schema=schema)
+                        pa.table({"image": pa.array(group, IMAGE), "label": labels}, schema=schema)
                     )
                     group, labels, held = [], [], 0
         counts = Counter(rows_N["label"].tolist())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,6 +16,7 @@ from wmdd_ray.recipes import recipe_of
 from wmdd_ray.spine.run import Progress, Run, Stage, run_pipeline
 from wmdd_ray.stages.pipeline import PIPELINE
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.packing import image_features
 from wmdd_ray.store.sources import RawImage, Source, open_source
 from wmdd_ray.units.cut import open_split
 
@@ -63,14 +63,12 @@ def write_parquet(
     folder: Path, split: str, rows: Sequence[tuple[int, str, Any]], class_names: list[str]
 ) -> None:
     """Write images (label, key, content) as a Parquet file that names its classes."""
-    features = {"image": {"_type": "Image"}, "label": {"names": class_names, "_type": "ClassLabel"}}
     images = [{"bytes": content, "path": key} for _, key, content in rows]
     table = pa.table({"image": images, "label": [label for label, _, _ in rows]})
-    about = {"huggingface": json.dumps({"info": {"features": features}})}
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{split}-00000-of-00001.parquet"
     # Whoever reads an image reads its row group.
-    table = table.replace_schema_metadata(about)
+    table = table.replace_schema_metadata(image_features(class_names))
     pq.write_table(table, file, compression="none", row_group_size=500)
 
 
