@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import ExifTags, Image
 from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler
 
 from tests.manifests import manifest_of
-from wmdd_ray.config import EvaluateConfig, NetworkConfig, RelabelConfig, ViewConfig
+from wmdd_ray.config import EvaluateConfig, NetworkConfig, RelabelConfig, SourceConfig, ViewConfig
 from wmdd_ray.core.networks import build_network
 from wmdd_ray.core.soft_labels import compress, decompress, take_labels
 from wmdd_ray.core.training import train_student
@@ -30,7 +31,7 @@ from wmdd_ray.errors import ArtifactError, ConfigError, DataError
 from wmdd_ray.records import SoftLabelBlock, SoftLabels, Teacher, ViewDraw
 from wmdd_ray.store import codecs, documents
 from wmdd_ray.store.filesystem import Store
-from wmdd_ray.store.images import encode_png
+from wmdd_ray.store.images import decode_image, encode_png
 
 NAMES = ("cat", "dog", "emu")
 IPC, SIZE, EPOCHS, N = 4, 10, 5, 12
@@ -493,6 +494,44 @@ def test_held_out_images_are_those_beside_the_source_or_at_a_uri_as_students_see
         torch.testing.assert_close(images, ((value - mean) / std).expand_as(images))
     with pytest.raises(DataError, match="val"):
         next(DistilledDataset(dataset.uri).held_out(f"{real}/train/cat"))
+
+
+@pytest.mark.parametrize("bicubic", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+def test_held_out_images_are_resized_and_turned_as_the_teacher_s_were(
+    bicubic: bool, turned: bool, tmp_path: Path
+) -> None:
+    given: Any = {"interpolation": "bicubic" if bicubic else "bilinear", "exif_orientation": turned}
+    teacher = codecs.encode_teacher(replace(small_teacher(), **given))
+    uri = write_dataset(str(tmp_path / "set"), changes={"teacher.safetensors": teacher})
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 24, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    contents = []
+    for name in NAMES:
+        (tmp_path / "real" / name).mkdir(parents=True)
+        file = tmp_path / "real" / name / "0.jpg"
+        Image.fromarray(pixels).save(file, exif=exif)
+        contents.append(file.read_bytes())
+    batches = DistilledDataset(uri).held_out(str(tmp_path / "real"))
+    images = torch.cat([images for images, _ in batches])
+    config = SourceConfig(image_size=SIZE, resize=SIZE, channels=3, **given)
+    shown = np.stack([decode_image(content, config, "") for content in contents])
+    mean, std = (torch.tensor(x).reshape(1, 3, 1, 1) for x in (MEAN, STD))
+    expected = (torch.from_numpy(shown).permute(0, 3, 1, 2) / 255 - mean) / std
+    torch.testing.assert_close(images, expected)
+
+
+def test_held_out_images_that_were_cut_off_the_training_images_are_asked_for(
+    tmp_path: Path,
+) -> None:
+    about = {**manifest_of()["source"], "uri": "real", "val_fraction": 0.1}
+    dataset = DistilledDataset(write_dataset(str(tmp_path / "set"), source=about))
+    (tmp_path / "run.json").write_text(
+        json.dumps({"config": {"data": real_images(tmp_path / "real")}})
+    )
+    with pytest.raises(ConfigError, match="tested on 0.1 of the training images"):
+        next(dataset.held_out(follow_data=True))
 
 
 def readme_lines() -> str:

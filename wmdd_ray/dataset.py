@@ -254,7 +254,8 @@ class DistilledDataset(Dataset[Item]):
             follow_data: whether any other place is opened because the set names it; say so of sets that are yours.
 
         Raises:
-            ConfigError: The set names another place, or one that no set may name, or digits without scikit-learn.
+            ConfigError: The set names another place, or one that no set may name, or digits without scikit-learn; or its
+                students were tested on images that `--val-fraction` cut off its training images.
             DataError: There are none, or they have other classes.
         """
         # Imported here: training alone reads no real image.
@@ -268,12 +269,20 @@ class DistilledDataset(Dataset[Item]):
                     "URI of held-out images, or follow_data=True if this set is yours"
                 )
             named = documents.real_images_of(self.uri, self.manifest)
+        if uri is None and (share := self.manifest["source"].get("val_fraction")):
+            raise ConfigError(
+                f"{self.uri}: its students were tested on {share:g} of the training images, which jobs/evaluate.py holds out "
+                "again; here pass the URI of held-out images"
+            )
+        teacher = self.teacher()
         config = SourceConfig(
             image_size=self.image_size,
-            resize=self.teacher().resize,
+            resize=teacher.resize,
             channels=self.manifest["channels"],
             mean=self.mean_C,
             std=self.std_C,
+            interpolation=teacher.interpolation,
+            exif_orientation=teacher.exif_orientation,
         )
         source = open_source(
             uri or named,
