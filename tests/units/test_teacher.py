@@ -1,10 +1,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+import torch
+
 from wmdd_ray.recipes import recipe_of
+from wmdd_ray.spine.rooms import Room
+from wmdd_ray.store.filesystem import Store
 from wmdd_ray.units import teacher
 
 
@@ -30,3 +36,26 @@ def test_training_tells_of_its_steps_long_before_an_epoch_ends() -> None:
         (0.5, "teacher-1, epoch 3/3, step 0/2, loss 0.500"),
         (0.625, "teacher-1, epoch 3/3, step 1/2, loss 0.500"),
     ]
+
+
+def test_a_teacher_that_an_earlier_attempt_finished_is_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = Room(Store(str(tmp_path)), "teacher", "run")
+    for _ in range(2):  # the first ended before it could say that it was done
+        attempt = room.begin("teacher")
+    assert attempt is not None
+    attempt.commit({"teacher.safetensors": b"kept"}, {"top1": 0.9})
+    monkeypatch.setattr(teacher, "train_classifier", lambda *_, **__: pytest.fail("trained again"))
+    nothing: Any = None
+    training = teacher.Training(
+        unit="teacher",
+        room=room,
+        config=recipe_of("digits", 1),
+        class_names=tuple("0123456789"),
+        num_images=20,
+        train=nothing,
+        val=nothing,
+    )
+    teacher.train_teacher(training, nothing, device=torch.device("cpu"))
+    assert (tmp_path / "teacher" / "teacher.safetensors").read_bytes() == b"kept"

@@ -174,7 +174,7 @@ def train_teacher(
     """Train a teacher on one of `world` workers, which share the parts of each batch.
 
     Rank 0 keeps the resumable state, tells `report` how far the unit is, measures the result and commits it. `streamed` are the
-    batches, where the images do not fit into memory.
+    batches, where the images do not fit into memory. A teacher that an earlier attempt has finished is left as it is.
 
     Raises:
         DataError: The teacher is no better than chance, or its classes are in another order (`measure`).
@@ -190,7 +190,13 @@ def train_teacher(
     optimizer, average = optimizer_and_average(network, squeeze)
     keep = Checkpoints(room, unit, _STATE_EVERY_S)
     course = _Course(network, optimizer, average)
-    first_epoch = course.resume(keep, rank, world)
+    # Of rank 0 alone: two looks at a store can find two states, and all workers have to begin at one, or not at all.
+    is_left, state = _of_first(
+        (attempt is not None, keep.load()) if rank == 0 else None, world, device
+    )
+    if not is_left:
+        return
+    first_epoch = course.resume(state)
 
     def on_epoch(epoch: int, loss: float) -> None:
         course.losses.append(round(loss, 4))
@@ -267,20 +273,22 @@ class _Course:
         state |= {"epoch": np.array(epoch), "losses": np.array(self.losses)}
         return state | ({"curvatures": np.array(self.curvatures)} if self.curvatures else {})
 
-    def resume(self, keep: Checkpoints, rank: int, world: int) -> int:
+    def resume(self, state: State | None) -> int:
         """Load the state of an interrupted training, and return the epoch that it goes on with."""
-        held = [keep.load() if rank == 0 else None]
-        if world > 1:
-            # Read once, because two readings of a store can find two states, and all workers have to begin at one.
-            device = next(self._network.parameters()).device
-            torch.distributed.broadcast_object_list(held, src=0, device=device)
-        state = held[0]
         if state is None:
             return 0
         epoch, self.losses = int(state.pop("epoch")), state.pop("losses").tolist()
         self.curvatures = state.pop("curvatures", np.zeros(0)).tolist()
         load_training_state(self._network, self._optimizer, state, self._average)
         return epoch
+
+
+def _of_first(value: Any, world: int, device: torch.device) -> Any:
+    """Return the value of rank 0 on every worker."""
+    held = [value]
+    if world > 1:
+        torch.distributed.broadcast_object_list(held, src=0, device=device)
+    return held[0]
 
 
 def _epoch_of(training: Training, epoch: int) -> str:
