@@ -102,10 +102,30 @@ def test_a_value_that_stands_in_many_rows_is_unpacked_in_few_of_them(
     (content,) = table({"image": pa.array([image] * 40), "label": [0] * 40}).values()
     parquet = pq.ParquetFile(io.BytesIO(content))
     columns = find_columns(parquet.schema_arrow, CONFIG, "x")
-    columns = parquet_limits.bounded(pa.BufferReader(content), parquet, columns, "x", nearby=True)
+    columns = parquet_limits.Bounds().bounded(
+        pa.BufferReader(content), parquet, columns, "x", nearby=True
+    )
     assert len(image) <= columns.image_bytes < 4 * len(image)
     rows = [len(batch) for batch in parquet_limits.batches(parquet, columns, 32)]
     assert sum(rows) == 40 and max(rows) <= 10_000 // len(image)
+
+
+def test_a_file_is_looked_at_once_and_again_when_it_was_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+    look = parquet_limits.bounded
+    monkeypatch.setattr(parquet_limits, "bounded", lambda *a, **k: looks.append(a) or look(*a, **k))
+    (content,) = table({"image": pa.array(PNGS[:2]), "label": [0, 1]}).values()
+    (tmp_path / "x.parquet").write_bytes(content)
+    source = open_source(str(tmp_path), CONFIG, split="train")
+    before = len(looks)
+    assert [source.read_keys([f"x.parquet#{row}"])[0].content for row in (0, 1)] == [*PNGS[:2]]
+    assert len(looks) == before, "opening it has looked"
+    (content,) = long_label(4 << 20, 20).values()
+    (tmp_path / "x.parquet").write_bytes(content)
+    with pytest.raises(DataError, match="column label says that"):
+        source.read_keys(["x.parquet#0"])
 
 
 def test_images_that_shrink_as_real_ones_do_are_read(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from wmdd_ray.store.sources.files import reading
 from wmdd_ray.store.sources.labels import Label, Places, found_classes, label_of, number_places
 from wmdd_ray.store.sources.listing import Listing, files_of_split
 from wmdd_ray.store.sources.parquet_columns import Columns, find_columns
-from wmdd_ray.store.sources.parquet_limits import batch_rows, batches, bounded
+from wmdd_ray.store.sources.parquet_limits import Bounds, batch_rows, batches
 from wmdd_ray.store.uris import local_path
 
 # Rows that are in memory at once, beside the pages they come from.
@@ -38,9 +38,10 @@ class ParquetSource(Source):
     """Parquet files, a shard each. The key of an image is `FILE#ROW`."""
 
     format = "parquet"
-    _transient = (*Source._transient, "_footers")
+    _transient = (*Source._transient, "_footers", "_bounds")
 
     _footers: dict[str, tuple[int, Names | None]] | None = None
+    _bounds: Bounds | None = None
 
     @property
     def num_images(self) -> int:
@@ -84,7 +85,9 @@ class ParquetSource(Source):
             parquet = _parquet_file(handle, where)
             columns = find_columns(parquet.schema_arrow, self.config, where)
             nearby = local_path(self.root) is not None
-            yield parquet, bounded(handle, parquet, columns, where, nearby=nearby)
+            if self._bounds is None:
+                self._bounds = Bounds()
+            yield parquet, self._bounds.bounded(handle, parquet, columns, where, nearby=nearby)
 
     def label_counts(self, file: str, size_bytes: int | None = None) -> Counter[Label]:
         """Return label -> rows of a file, reading its label column alone; rows without a label are left out."""

@@ -6,6 +6,7 @@ of a dictionary can stand in all rows, so few enough are unpacked at once.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,8 +27,36 @@ _HEADER_BYTES = 512
 _NUM_VALUES, _UNPACKED = 5, 6
 
 
+class Bounds:
+    """What the columns of files may unpack to: looked at once a file and process, and again where its footer is another one.
+
+    A look parses the footer and every page's header in Python, 7 ms for 44 row groups, and every class opens the file for itself.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[bytes, Columns]] = {}
+
+    def bounded(
+        self,
+        handle: pa.NativeFile,
+        parquet: pq.ParquetFile,
+        columns: Columns,
+        where: str,
+        *,
+        nearby: bool,
+    ) -> Columns:
+        """Return what `bounded` does of the file at `where`."""
+        content = _Content(handle)
+        identity = hashlib.sha256(b"%d " % handle.size() + _footer(content)).digest()
+        known, kept = self._known.get(where, (b"", columns))
+        if known != identity:
+            kept = bounded(content, parquet, columns, where, nearby=nearby)
+            self._known[where] = identity, kept
+        return kept
+
+
 def bounded(
-    handle: pa.NativeFile, parquet: pq.ParquetFile, columns: Columns, where: str, *, nearby: bool
+    content: _Content, parquet: pq.ParquetFile, columns: Columns, where: str, *, nearby: bool
 ) -> Columns:
     """Return the columns with the largest value that each may have, as the footer and the pages' headers say.
 
@@ -38,10 +67,9 @@ def bounded(
         DataError: A column says that it unpacks to much more than what it is made of, or the footer cannot be read.
     """
     paths = [parquet.schema.column(i).path for i in range(len(parquet.schema))]
-    content = _Content(handle)
     largest = {}
     try:
-        groups = _row_groups(content)
+        groups = pages._struct(_footer(content), 0)[0][pages._ROW_GROUPS]
         for path in (columns.image_path, columns.label):
             at = paths.index(path)
             chunks = [group[pages._COLUMNS][at] for group in groups]
@@ -77,10 +105,9 @@ def batch_rows(value_bytes: int, most: int) -> int:
     return max(1, min(most, _MAX_BATCH_BYTES // max(1, value_bytes)))
 
 
-def _row_groups(content: _Content) -> Any:
+def _footer(content: _Content) -> bytes:
     footer_bytes = int.from_bytes(content[-8:-4], "little")
-    footer, _ = pages._struct(content[-8 - footer_bytes : -8], 0)
-    return footer[pages._ROW_GROUPS]
+    return bytes(content[-8 - footer_bytes : -8])
 
 
 def _unpacked(
