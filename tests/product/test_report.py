@@ -226,6 +226,23 @@ def test_class_names_are_text_wherever_they_stand(
     assert window.ask("document.querySelector('#costs td').textContent") == evil
 
 
+@slow
+def test_every_term_of_the_loss_has_a_curve(
+    window: Browser, finished_run: FinishedRun, tmp_path: Path
+) -> None:
+    facts = read_run(Store(str(finished_run.out)), PIPELINE, None)
+    shown, _ = shown_classes(facts, None, [0])
+    terms = shown[0]["curves"]["terms"]
+    terms |= {"anchor": terms["bn"], "new_term": terms["bn"]}
+    path = tmp_path / "report.html"
+    path.write_bytes(page.render(facts, shown, []))
+    window.open(path)
+    assert window.complaints() == []
+    titles = "Object.entries(document.getElementById('chart-curves').layout)"
+    titles += ".filter(([k]) => k.startsWith('yaxis')).map(([, a]) => a.title.text)"
+    assert window.ask(titles) == ["total", "feature", "moments", "anchors", "new_term"]
+
+
 ATTACKS = (
     "</script><script>window.hit=1</script>",
     "<img src=x onerror='window.hit=1'>",

@@ -251,12 +251,12 @@
     byId("chart-curves").hidden = none;
     if (none) return;
     const looks = { total: ["total", color("ink")], feature: ["feature", color("accent")], bn: ["moments", color("second")],
-      ce: ["cross-entropy", color("third")] };
-    const terms = Object.keys(looks).filter((term) => term in curves.terms);
+      ce: ["cross-entropy", color("third")], anchor: ["anchors", color("third")] };
+    const terms = [...new Set([...Object.keys(looks), ...Object.keys(curves.terms)])].filter((term) => term in curves.terms);
     const all = facts.shown.filter((other) => other.curves && other.curves.at.length === curves.at.length);
     const traces = [], axes = {};
     terms.forEach((term, i) => {
-      const [name, ink] = looks[term], yaxis = i ? `y${i + 1}` : "y", values = curves.terms[term];
+      const [name, ink] = looks[term] ?? [term, color("ink")], yaxis = i ? `y${i + 1}` : "y", values = curves.terms[term];
       traces.push({ x: curves.at, y: values, yaxis, mode: curves.at.length > 1 ? "lines" : "markers", name: nameOf(picked),
         line: { color: ink, width: 1.5 }, hovertemplate: "%{y:.4g}" });
       if (all.length > 1) {
