@@ -335,7 +335,7 @@ def test_features_of_zeros_have_barycenter_zero(solver: str) -> None:
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_fewer_images_than_atoms_is_an_error_that_names_the_class(solver: str) -> None:
-    expected = r'^class 7 \("tench"\) has 1 images but ipc is 2; lower --ipc or drop the class$'
+    expected = r'^class 7 \("tench"\) has 1 images for 2 atoms; lower --ipc or drop the class$'
     with pytest.raises(DataError, match=expected):
         solve_barycenter(cloud(0, num=1), 2, config_of(solver), seed=0, where='class 7 ("tench")')
 

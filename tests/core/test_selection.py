@@ -106,7 +106,7 @@ def test_all_atoms_can_be_margin_atoms_even_when_a_quarter_is_fewer() -> None:
 
 
 def test_fewer_images_than_atoms_are_an_error_that_names_the_class() -> None:
-    with pytest.raises(DataError, match="class 7 has 3 images but ipc is 4"):
+    with pytest.raises(DataError, match="class 7 has 3 images for 4 atoms"):
         solve_with_margin(normal(3, 2), normal(3), 4, HALF, seed=0, where="class 7")
 
 

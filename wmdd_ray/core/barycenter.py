@@ -41,7 +41,7 @@ _WEIGHT_STEPS = 5
 
 
 def solve_barycenter(
-    features_ND: np.ndarray, ipc: int, config: BarycenterConfig, *, seed: int, where: str = ""
+    features_ND: np.ndarray, num_atoms: int, config: BarycenterConfig, *, seed: int, where: str = ""
 ) -> Barycenter:
     """Return the barycenter of one class.
 
@@ -49,9 +49,9 @@ def solve_barycenter(
 
     Args:
         features_ND: float features of all images of the class.
-        ipc: K, at most N.
+        num_atoms: K, at most N.
         config: solver and its limits.
-        seed: of the k-means++ starts and random projections, >= 0.
+        seed: of the starts (random images, k-means++) and of random projections, >= 0.
         where: how messages call the class, such as 'class 7 ("tench")'.
 
     Returns:
@@ -66,9 +66,9 @@ def solve_barycenter(
             f"{where}: expected features of shape (images, width), got {features_ND.shape}"
         )
     num_images = len(features_ND)
-    if num_images < ipc:
+    if num_images < num_atoms:
         raise DataError(
-            f"{where} has {num_images} images but ipc is {ipc}; lower --ipc or drop the class"
+            f"{where} has {num_images} images for {num_atoms} atoms; lower --ipc or drop the class"
         )
     if not np.isfinite(features_ND).all():
         bad = int((~np.isfinite(features_ND)).any(axis=1).sum())
@@ -79,8 +79,10 @@ def solve_barycenter(
     with one_thread():
         scale = _scale_of(features_ND)
         if scale == 1:
-            return _SOLVERS[config.solver](features_ND, ipc, config, rng)
-        scaled = _SOLVERS[config.solver](features_ND.astype(np.float64) / scale, ipc, config, rng)
+            return _SOLVERS[config.solver](features_ND, num_atoms, config, rng)
+        scaled = _SOLVERS[config.solver](
+            features_ND.astype(np.float64) / scale, num_atoms, config, rng
+        )
     return replace(
         scaled,
         atoms_KD=(scaled.atoms_KD.astype(np.float64) * scale).astype(np.float32),
@@ -108,14 +110,14 @@ def nearest_images(atoms_KD: np.ndarray, features_ND: np.ndarray) -> np.ndarray:
 # Fixed weights ----------------------------------------------------------------------------------
 
 
-def _start_of(features_ND: np.ndarray, ipc: int, rng: np.random.Generator) -> np.ndarray:
+def _start_of(features_ND: np.ndarray, num_atoms: int, rng: np.random.Generator) -> np.ndarray:
     cloud = Cloud(features_ND)
-    atoms_KD, _, _ = descend(cloud, plus_plus(cloud, ipc, rng), _WARM_UP_ROUNDS, 0.0)
+    atoms_KD, _, _ = descend(cloud, plus_plus(cloud, num_atoms, rng), _WARM_UP_ROUNDS, 0.0)
     return atoms_KD + cloud.center_D
 
 
 def _uniform(
-    features_ND: np.ndarray, ipc: int, config: BarycenterConfig, rng: np.random.Generator
+    features_ND: np.ndarray, num_atoms: int, config: BarycenterConfig, rng: np.random.Generator
 ) -> Barycenter:
     """Balanced quantization: exact plan for weights 1/K, then every atom to the mean of its mass (Cuturi, Doucet 2014).
 
@@ -123,8 +125,8 @@ def _uniform(
     spreads them, costs more time than it saves rounds.
     """
     cloud = Cloud(features_ND)
-    weights_K = np.full(ipc, 1.0 / ipc)
-    starts = (rng.choice(len(cloud), ipc, replace=False) for _ in range(config.num_starts))
+    weights_K = np.full(num_atoms, 1.0 / num_atoms)
+    starts = (rng.choice(len(cloud), num_atoms, replace=False) for _ in range(config.num_starts))
     first_atoms = (features_ND[rows_K].astype(np.float32) for rows_K in starts)
     ends = (_balanced(cloud, atoms_KD, weights_K, config) for atoms_KD in first_atoms)
     return min(ends, key=lambda one: one.cost)
@@ -155,12 +157,12 @@ def _means(cloud: Cloud, plan_KN: np.ndarray, atoms_KD: np.ndarray) -> np.ndarra
 
 
 def _sinkhorn(
-    features_ND: np.ndarray, ipc: int, config: BarycenterConfig, rng: np.random.Generator
+    features_ND: np.ndarray, num_atoms: int, config: BarycenterConfig, rng: np.random.Generator
 ) -> Barycenter:
     """As `uniform`, with an entropic plan (reg x mean squared distance): atoms are drawn towards the mean."""
-    weights_K = np.full(ipc, 1.0 / ipc)
+    weights_K = np.full(num_atoms, 1.0 / num_atoms)
     x_ND = features_ND.astype(np.float64)
-    atoms_KD = _start_of(features_ND, ipc, rng)
+    atoms_KD = _start_of(features_ND, num_atoms, rng)
     history: list[float] = []
     converged = False
     for _ in range(config.max_iters):
@@ -179,7 +181,7 @@ def _sinkhorn(
 
 
 def _sliced(
-    features_ND: np.ndarray, ipc: int, config: BarycenterConfig, rng: np.random.Generator
+    features_ND: np.ndarray, num_atoms: int, config: BarycenterConfig, rng: np.random.Generator
 ) -> Barycenter:
     """Weights 1/K; descent on D times the sliced W2^2, from the k-means start; the last half of the iterates is averaged.
 
@@ -190,8 +192,8 @@ def _sliced(
     """
     num_images, width = features_ND.shape
     x_ND = features_ND.astype(np.float64)
-    atoms_KD = _start_of(features_ND, ipc, rng)
-    quantiles_KN = _quantile_means(ipc, num_images)
+    atoms_KD = _start_of(features_ND, num_atoms, rng)
+    quantiles_KN = _quantile_means(num_atoms, num_images)
     num_directions = min(config.num_projections, width)
     tail: list[np.ndarray] = []
     history: list[float] = []
@@ -214,22 +216,27 @@ def _sliced(
         if width * squared_move <= config.tol * history[-1]:
             converged, tail = True, [atoms_KD]
             break
-    return _exact(np.mean(tail, axis=0), np.full(ipc, 1.0 / ipc), features_ND, history, converged)
+    return _exact(
+        np.mean(tail, axis=0), np.full(num_atoms, 1.0 / num_atoms), features_ND, history, converged
+    )
 
 
-def _quantile_means(ipc: int, num_images: int) -> np.ndarray:
+def _quantile_means(num_atoms: int, num_images: int) -> np.ndarray:
     """Return the (K, N) matrix whose row j averages sorted values over the quantiles from j/K to (j+1)/K."""
     edges = np.arange(num_images + 1) / num_images
-    low, high = np.arange(ipc)[:, None] / ipc, (np.arange(ipc)[:, None] + 1) / ipc
+    low, high = (
+        np.arange(num_atoms)[:, None] / num_atoms,
+        (np.arange(num_atoms)[:, None] + 1) / num_atoms,
+    )
     overlap_KN = np.minimum(edges[1:], high) - np.maximum(edges[:-1], low)
-    return np.maximum(overlap_KN, 0) * ipc
+    return np.maximum(overlap_KN, 0) * num_atoms
 
 
 # The paper's alternation ------------------------------------------------------------------------
 
 
 def _emd(
-    features_ND: np.ndarray, ipc: int, config: BarycenterConfig, rng: np.random.Generator
+    features_ND: np.ndarray, num_atoms: int, config: BarycenterConfig, rng: np.random.Generator
 ) -> Barycenter:
     """Subgradient steps on the weights and one Newton step on the atoms a round, neither of which raises the cost.
 
@@ -239,8 +246,8 @@ def _emd(
     the result is projected onto the simplex (not renormalized), and weights and atoms belong together.
     """
     cloud = Cloud(features_ND)
-    atoms_KD = _start_of(features_ND, ipc, rng).astype(np.float32)
-    weights_K = walking_K = np.full(ipc, 1.0 / ipc)
+    atoms_KD = _start_of(features_ND, num_atoms, rng).astype(np.float32)
+    weights_K = walking_K = np.full(num_atoms, 1.0 / num_atoms)
     history: list[float] = []
     kept_KD, converged = atoms_KD, False
     while len(history) < config.max_iters and not converged:

@@ -39,7 +39,7 @@ class Jitter:
     def __init__(
         self,
         labels: Sequence[int],
-        ipc: int,
+        num_atoms: int,
         config: RecoverConfig,
         *,
         image_size: int,
@@ -47,12 +47,12 @@ class Jitter:
         device: torch.device | str,
         positions: range | None = None,
     ) -> None:
-        """Prepare the streams of `labels`, `ipc` images each, as the network sees them: `image_size` pixels a side.
+        """Prepare the streams of `labels`, `num_atoms` images each, as the network sees them: `image_size` pixels a side.
 
         With `positions` only these of the images of every class are there; each is treated as in the company of all.
         """
-        self.labels, self.ipc, self.config = tuple(labels), ipc, config
-        self.of_class = range(ipc) if positions is None else positions
+        self.labels, self.num_atoms, self.config = tuple(labels), num_atoms, config
+        self.of_class = range(num_atoms) if positions is None else positions
         self.image_size, self.seed, self.device = image_size, seed, device
         self._block = -1
         self._crop_TB4 = self._flip_TB = self._roll_TB2 = torch.empty(0)
@@ -66,12 +66,12 @@ class Jitter:
         return roll(views_BCHW, self._roll_TB2[t]) if self.config.roll_px else views_BCHW
 
     def _draw(self, block: int) -> None:
-        shape = (_BLOCK, self.ipc)
+        shape = (_BLOCK, self.num_atoms)
         reach = self.config.roll_px
         crops, flips, rolls = [], [], []
         for label in self.labels:
             rng = class_generator(self.seed, label, _JITTER, block)
-            boxes = draw_crops(rng, _BLOCK * self.ipc, self.config.crop_scale_min)
+            boxes = draw_crops(rng, _BLOCK * self.num_atoms, self.config.crop_scale_min)
             crops.append(boxes.reshape(*shape, 4)[:, self.of_class])
             flips.append(((rng.random(shape) < 0.5) & self.config.flip)[:, self.of_class])
             rolls.append(rng.integers(-reach, reach + 1, (*shape, 2))[:, self.of_class])

@@ -22,18 +22,18 @@ from wmdd_ray.records import Barycenter
 
 
 def solve_lloyd(
-    features_ND: np.ndarray, ipc: int, config: BarycenterConfig, rng: np.random.Generator
+    features_ND: np.ndarray, num_atoms: int, config: BarycenterConfig, rng: np.random.Generator
 ) -> Barycenter:
     """Solve by exact block descent with free weights, from k-means++ starts; the start with the lowest cost wins.
 
-    Features are float, finite, in any unit; K is `ipc`, at most N. Weights are shares of the atoms' cells, costs those after every
-    iteration in squared feature units.
+    Features are float, finite, in any unit; K is `num_atoms`, at most N. Weights are shares of the atoms' cells, costs those after
+    every iteration in squared feature units.
 
     References:
         Lloyd 1982; Arthur and Vassilvitskii 2007, k-means++ with the greedy choice among candidates.
     """
     cloud = Cloud(features_ND)
-    starts = (plus_plus(cloud, ipc, rng) for _ in range(config.num_starts))
+    starts = (plus_plus(cloud, num_atoms, rng) for _ in range(config.num_starts))
     ends = (descend(cloud, start_KD, config.max_iters, config.tol) for start_KD in starts)
     return min((_with_voronoi_weights(cloud, *end) for end in ends), key=lambda one: one.cost)
 
@@ -69,20 +69,20 @@ class Cloud:
         distances += self.squared64_N
         return np.maximum(distances, 0.0, out=distances)
 
-    def cells(self, cell_N: np.ndarray, ipc: int) -> csr_array:
+    def cells(self, cell_N: np.ndarray, num_atoms: int) -> csr_array:
         """Return the (K, N) indicator of an assignment: its product with the features sums every cell."""
         order_N = np.argsort(cell_N, kind="stable")
-        starts = np.concatenate([[0], np.cumsum(np.bincount(cell_N, minlength=ipc))])
-        return csr_array((np.ones(len(cell_N)), order_N, starts), shape=(ipc, len(cell_N)))
+        starts = np.concatenate([[0], np.cumsum(np.bincount(cell_N, minlength=num_atoms))])
+        return csr_array((np.ones(len(cell_N)), order_N, starts), shape=(num_atoms, len(cell_N)))
 
 
-def plus_plus(cloud: Cloud, ipc: int, rng: np.random.Generator) -> np.ndarray:
+def plus_plus(cloud: Cloud, num_atoms: int, rng: np.random.Generator) -> np.ndarray:
     """Return K distinct rows as first atoms: greedy k-means++, the best of 2 + log K candidates each time."""
-    num_candidates = 2 + int(np.log(ipc))
+    num_candidates = 2 + int(np.log(num_atoms))
     chosen = [int(rng.integers(len(cloud)))]
     closest_N = cloud.distances_NK(cloud.x_ND[chosen])[:, 0]
     closest_N[chosen] = 0
-    for _ in range(1, ipc):
+    for _ in range(1, num_atoms):
         mass_N = np.cumsum(closest_N, dtype=np.float64)
         if mass_N[-1] <= 0:
             # Only copies of chosen points are left: any unused row will do.
@@ -107,18 +107,18 @@ def descend(
     The cost of a round is exact for its cells and their means: (sum_n |x_n|^2 - sum_j n_j |z_j|^2) / N. A round that
     does not lower it by more than `tol`, relatively, ends the descent; one that raises it (rounding) is undone.
     """
-    ipc = len(atoms_KD)
+    num_atoms = len(atoms_KD)
     history: list[float] = []
     cell_N: np.ndarray | None = None
     for _ in range(max_iters):
         distances_NK = cloud.distances_NK(atoms_KD)
         new_cell_N = distances_NK.argmin(axis=1)
-        _fill_empty_cells(new_cell_N, distances_NK, ipc)
+        _fill_empty_cells(new_cell_N, distances_NK, num_atoms)
         if cell_N is not None and np.array_equal(new_cell_N, cell_N):
             return atoms_KD, history, True
         cell_N = new_cell_N
-        count_K = np.bincount(cell_N, minlength=ipc)
-        sums_KD = cloud.cells(cell_N, ipc) @ cloud.x64_ND
+        count_K = np.bincount(cell_N, minlength=num_atoms)
+        sums_KD = cloud.cells(cell_N, num_atoms) @ cloud.x64_ND
         means_KD = np.where(
             count_K[:, None] > 0, sums_KD / np.maximum(count_K, 1)[:, None], atoms_KD
         )
@@ -133,9 +133,9 @@ def descend(
     return atoms_KD, history, False
 
 
-def _fill_empty_cells(cell_N: np.ndarray, distances_NK: np.ndarray, ipc: int) -> None:
+def _fill_empty_cells(cell_N: np.ndarray, distances_NK: np.ndarray, num_atoms: int) -> None:
     """Give every empty cell the point that is farthest from its atom and not alone in its cell, in place."""
-    count_K = np.bincount(cell_N, minlength=ipc)
+    count_K = np.bincount(cell_N, minlength=num_atoms)
     empty = np.flatnonzero(count_K == 0)
     if len(empty) == 0:
         return

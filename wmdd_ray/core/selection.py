@@ -64,7 +64,7 @@ def margin_of(
 def solve_with_margin(
     features_ND: np.ndarray,
     margin_N: np.ndarray,
-    ipc: int,
+    num_atoms: int,
     config: BarycenterConfig,
     *,
     seed: int,
@@ -80,16 +80,18 @@ def solve_with_margin(
     Raises:
         DataError: as `solve_barycenter`.
     """
-    num_margin = round(config.margin_fraction * ipc)
-    if num_margin == 0 or len(features_ND) < ipc:
-        return solve_barycenter(features_ND, ipc, config, seed=seed, where=where)
+    num_margin = round(config.margin_fraction * num_atoms)
+    if num_margin == 0 or len(features_ND) < num_atoms:
+        return solve_barycenter(features_ND, num_atoms, config, seed=seed, where=where)
     num_near = max(num_margin, math.ceil(_MARGIN_SHARE * len(features_ND)))
     near_ND = features_ND[np.sort(np.argsort(margin_N, kind="stable")[:num_near])]
     near = solve_barycenter(near_ND, num_margin, config, seed=seed, where=where)
-    parts, shares = [near], [num_margin / ipc]
-    if num_margin < ipc:
-        whole = solve_barycenter(features_ND, ipc - num_margin, config, seed=seed, where=where)
-        parts, shares = [whole, near], [1 - num_margin / ipc, num_margin / ipc]
+    parts, shares = [near], [num_margin / num_atoms]
+    if num_margin < num_atoms:
+        whole = solve_barycenter(
+            features_ND, num_atoms - num_margin, config, seed=seed, where=where
+        )
+        parts, shares = [whole, near], [1 - num_margin / num_atoms, num_margin / num_atoms]
     atoms_KD = np.concatenate([part.atoms_KD for part in parts])
     weights_K = np.concatenate(
         [share * part.weights_K for share, part in zip(shares, parts, strict=True)]

@@ -1,4 +1,4 @@
-"""Entropic optimal transport between two batches of outputs, as a loss.
+"""Entropic optimal transport between two batches of outputs, as a loss. The barycenters' solver `sinkhorn` is in `transport.py`.
 
 Legend: B outputs of the first batch, M of the second, C values of an output (classes).
 
@@ -48,12 +48,6 @@ def sinkhorn_distance(
     g_M = _potential(costs_BM.detach(), regularization, iterations)
     softmin_B = _softmin(costs_BM, g_M, regularization, dim=1)
     return g_M.mean() + softmin_B.mean()
-
-
-def entropic_plan(costs_BM: Tensor, *, regularization: float | Tensor, iterations: int) -> Tensor:
-    """Return the plan of `sinkhorn_distance`, which is its gradient: (B, M), row sums 1/B."""
-    g_M = _potential(costs_BM.detach(), regularization, iterations)
-    return torch.softmax((g_M - costs_BM.detach()) / regularization, dim=1) / len(costs_BM)
 
 
 def _potential(costs_BM: Tensor, regularization: float | Tensor, iterations: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Exact optimal transport between a small weighted point set and the features of a class.
+"""Optimal transport, exact and entropic, between a small weighted point set and the features of a class.
 
 POT's letters a, b, M (two weight vectors, a cost matrix) stay inside this module.
 
