@@ -1,8 +1,8 @@
 """Turn any labelled images into class-contiguous Parquet shards: `python jobs/prepare.py SOURCE_URI --out URI`.
 
-SOURCE_URI holds class folders, WebDataset tar shards, Parquet files, IDX files, or a CSV of paths and labels; local, s3://, or any
-fsspec URI. --out gets data/train-*.parquet and data/validation-*.parquet, which `jobs/distill.py --data` and Hugging Face
-`datasets` read with their class names; prepared.json, written last, with counts, mean and std, and checksums; and
+SOURCE_URI holds class folders, WebDataset tar shards, Parquet files, IDX files, CIFAR's, or a CSV of paths and labels; local,
+s3://, or any fsspec URI. --out gets data/train-*.parquet and data/validation-*.parquet, which `jobs/distill.py --data` and Hugging
+Face `datasets` read with their class names; prepared.json, written last, with counts, mean and std, and checksums; and
 bad_images.jsonl, which names every image that was left out. Run the same command again after any interruption: finished
 parts and files are kept. While it works, --out holds the kept images twice.
 Exit codes: 0 done, 1 workers lost, 2 configuration, 3 lost a race for --out, 4 input, 5 storage, 130 interrupted, 143 terminated.

@@ -1,4 +1,4 @@
-"""The same 24 gray images of three classes, written in every format that `open_source` reads."""
+"""The same 24 gray images of three classes, written in the formats of files that are read alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where units of work run: the only code of the package, beside the stages, that knows Ray."""
+"""Where units of work run: the only code of the package that knows Ray."""
 
 import os
 import secrets

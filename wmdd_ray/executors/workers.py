@@ -29,7 +29,7 @@ from wmdd_ray.executors.train_groups import RemoteQueue, fit_until_done, queue_a
 from wmdd_ray.spine.run import OpenWorker, StageRun
 
 # A larger group loses too much by its restarts, and one with few units a worker by waiting for its last, for it gives its
-# machines back together (measured by simulation: the comment at --executor has the numbers).
+# machines back together (by simulation: jobs/benches/README.md).
 _MAX_GROUP, _MIN_SHARE = 8, 4
 
 

@@ -1,6 +1,6 @@
 """evaluate: students trained from `dataset/` alone, and the real-image baselines under the identical recipe.
 
-Students are independent: one (row, seed) is a unit, and units run side by side on Ray Train workers. The held-out
+Students are independent: one (row, labels, seed) is a unit, and units run side by side. The held-out
 images are opened once a worker and used after training only; the last epoch is what counts.
 """
 
@@ -23,7 +23,7 @@ from wmdd_ray.spine.rooms import Room, StageCommit, UnitMarker, seconds_in_core
 from wmdd_ray.spine.run import StageRun, Work
 from wmdd_ray.store import documents
 from wmdd_ray.units.held_out import Listed
-from wmdd_ray.units.students import longest_first, open_student_trainer, rows, unit_ids
+from wmdd_ray.units.students import longest_first, open_student_trainer, parts_of, rows, unit_ids
 from wmdd_ray.units.training_sets import OpenSets, TrainingSets
 
 # Of the labels, which all students of a row share.
@@ -151,14 +151,14 @@ def train_students(
 
 
 def _series(unit: str) -> tuple[str, str]:
-    row, labels, seed = unit.rsplit("-", 2)
-    return f"{row}-{labels}", seed
+    series, _, seed = unit.rpartition("-")
+    return series, seed
 
 
 def _numbers(stage: StageRun, marker: UnitMarker) -> list[Number]:
-    part, seed = _series(marker.unit)
+    row, labels, seed = parts_of(marker.unit)
     name, top1 = stage.stage.name, marker.metrics["top1"]
-    return [Number(stage=name, metric="top1", part=part, value=top1, step=int(seed[1:]))]
+    return [Number(stage=name, metric="top1", part=f"{row}-{labels}", value=top1, step=seed)]
 
 
 NUMBERS = StageNumbers(series=_series, numbers=_numbers)

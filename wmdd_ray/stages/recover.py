@@ -1,4 +1,4 @@
-"""recover: the distilled images, on Ray Train workers that take groups of classes from a load-balanced stream.
+"""recover: the distilled images, by workers that take groups of classes from one queue.
 
 They are optimized against the teacher (`core/synthesis.py`), or sampled from a diffusion model (`diffusion/`); whoever
 reads the room need not know. Where samples are led by their influence, a classifier of latents is a unit before all groups.

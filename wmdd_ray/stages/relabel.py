@@ -1,4 +1,4 @@
-"""relabel: the teachers' soft labels of self-contained views, stored by label epoch, on Ray Train workers.
+"""relabel: the teachers' soft labels of self-contained views, stored by label epoch, by workers.
 
 A unit is a block of label epochs of a slice of the data set: whole classes, drawn anew every block, that fit a
 worker's memory and mix among themselves. A set of up to `slice_images` images is one slice.

@@ -25,6 +25,7 @@ from wmdd_ray.store.documents import load_json, read_manifest
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.units.auto import choose
 from wmdd_ray.units.own_data import Measured
+from wmdd_ray.units.students import parts_of
 
 T = TypeVar("T")
 _TEACHER_KEY = "teacher.safetensors"
@@ -183,7 +184,7 @@ def accuracy(facts: RunFacts) -> list[dict[str, Any]]:
         return table
     by_row: dict[tuple[str, str], list[float]] = {}
     for unit, marker in facts.stages["evaluate"].units.items():
-        row, labels, _ = unit.rsplit("-", 2)
+        row, labels, _ = parts_of(unit)
         by_row.setdefault((row, labels), []).append(float(marker.metrics["top1"]))
     return [
         {
@@ -204,7 +205,7 @@ def recall_per_class(facts: RunFacts) -> dict[str, list[float]]:
     kinds = facts.config.evaluate.labels
     by_row: dict[str, list[list[float]]] = {}
     for unit, marker in stage.units.items():
-        row, labels, _ = unit.rsplit("-", 2)
+        row, labels, _ = parts_of(unit)
         if row in ("distilled", "all_real") and labels == kinds[0]:
             entry = marker.files[0]
             result = load_json(stage.room.read(entry), entry.key)
