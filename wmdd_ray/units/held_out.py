@@ -10,7 +10,13 @@ import torch
 
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.core.batches import Batch, eval_batches
-from wmdd_ray.store.sources import Shard, Source, decoded_chunks
+from wmdd_ray.store.sources import (
+    Shard,
+    Source,
+    decoded_chunks,
+    load_images,
+    refuse_too_many_bad,
+)
 
 _BATCH_IMAGES = 256
 _MEMORY_BYTES = 2 << 30
@@ -31,20 +37,20 @@ class Listed:
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield (images uint8 NHWC, labels int64) in the source's order."""
+        bad: list[str] = []
         for shard in self.shards:
             for chunk in decoded_chunks(self.source, shard, self.config, _BATCH_IMAGES):
+                bad += chunk.bad
+                refuse_too_many_bad(bad, self.config, self.source.root)
                 yield chunk.images_NHWC, chunk.labels_N
 
     def load(self, limit_bytes: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Return all images and labels, or None when the pixels would be more than `limit_bytes`."""
-        images, labels, held = [], [], 0
-        for images_NHWC, labels_N in self.chunks():
-            held += images_NHWC.nbytes
-            if held > limit_bytes:
-                return None
-            images.append(images_NHWC)
-            labels.append(labels_N)
-        return np.concatenate(images), np.concatenate(labels)
+        loaded = load_images(self.source, self.config, limit_bytes, self.shards)
+        if loaded is None:
+            return None
+        _, labels_N, images_NHWC, _ = loaded
+        return images_NHWC, labels_N
 
 
 class HeldOut:

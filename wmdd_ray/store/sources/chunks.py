@@ -121,9 +121,18 @@ def refuse_too_many_bad(bad: Sequence[str], config: SourceConfig, where: str) ->
 
 
 def load_images(
-    source: Source, config: SourceConfig, limit_bytes: int
+    source: Source,
+    config: SourceConfig,
+    limit_bytes: int,
+    shards: Sequence[Shard] | None = None,
 ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, tuple[str, ...]] | None:
-    """Decode a whole source, fresh from `open_source`, into memory, in the order of its shards.
+    """Decode a whole source into memory, in the order of its shards.
+
+    Args:
+        source: Fresh from `open_source`, where no shards are given.
+        config: Size, channels, and how many bad images may be left out.
+        limit_bytes: Most bytes of pixels.
+        shards: Its shards, listed by the driver.
 
     Returns:
         (keys, labels_N int64, images_NHWC uint8, bad), or None when the pixels would be more than
@@ -134,13 +143,15 @@ def load_images(
         ArtifactError: The storage fails.
     """
     image_bytes = config.image_size**2 * config.channels
-    if source.num_images is not None and source.num_images * image_bytes > limit_bytes:
-        return None
+    if shards is None:
+        if source.num_images is not None and source.num_images * image_bytes > limit_bytes:
+            return None
+        shards = source.shards(_LOAD_CHUNK_IMAGES)
     keys: list[str] = []
     labels: list[np.ndarray] = []
     parts: deque[np.ndarray] = deque()
     bad: list[str] = []
-    for shard in source.shards(_LOAD_CHUNK_IMAGES):
+    for shard in shards:
         for chunk in decoded_chunks(source, shard, config, _LOAD_CHUNK_IMAGES):
             keys += chunk.keys
             labels.append(chunk.labels_N)
