@@ -135,7 +135,7 @@ def open_run(job: Job) -> Run:
     config, reading = job.config, job.config.source
     names = None if config.classes is None else _read_names(config.classes)
 
-    def open_split(split: str) -> Any:
+    def opened(split: str) -> Any:
         if split == "train":
             return open_source(job.source, reading, split="train", class_names=names)
         return _open_held_out(job, run.source("train"))
@@ -145,7 +145,7 @@ def open_run(job: Job) -> Run:
         # The spine hands the options on and reads none of them.
         config=cast(DistillConfig, config),
         resources=Resources(),
-        open_source=open_split,
+        open_source=opened,
         progress=StageLine,
         connect=lambda: endings.join_cluster(job.out, run.resources, verbose=job.verbose),
         unsafe_commits=job.allow_unsafe_commits,

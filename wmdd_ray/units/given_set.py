@@ -18,18 +18,16 @@ import torch
 from wmdd_ray.config import DistillConfig, LabelKind
 from wmdd_ray.core.architectures import refuse_foreign_code
 from wmdd_ray.core.networks import labeler_of
-from wmdd_ray.core.soft_labels import compress, decompress
-from wmdd_ray.core.views import Images, StoredImages, draw_views, take
+from wmdd_ray.core.views import Images, StoredImages, take
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.errors import ArtifactError, DataError
 from wmdd_ray.records import Teacher, Views
 from wmdd_ray.spine.rooms import Room
-from wmdd_ray.spine.run import unit_seed
 from wmdd_ray.store.documents import load_json, read_manifest, set_id
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source
 from wmdd_ray.units.held_out import Listed
-from wmdd_ray.units.labels import logits_of
+from wmdd_ray.units.labels import stored_logits, views_of
 from wmdd_ray.units.real_images import random_real
 from wmdd_ray.units.teacher import labelers_of, read_teacher
 from wmdd_ray.units.tensor_set import TensorSet
@@ -259,15 +257,12 @@ class GivenSets(Sets):
         """Return the views of an epoch: those that the set has stored, dealt out to whole images where it has tiles."""
         given, config, num_tiles = self._given, self._config, self._given.tiles**2
         if given.stored is None:
-            seed = unit_seed(config.seed, "relabel", "0000")
-            views, size = config.relabel.views, self.input.image_size
-            return draw_views(
-                len(given.images), size, views, seed=seed, epoch=epoch % given.label_epochs
-            )
-        views_of, _ = given.stored(epoch // num_tiles)
+            epoch %= given.label_epochs
+            return views_of(config, len(given.images), self.input.image_size, "0000", epoch)
+        stored, _ = given.stored(epoch // num_tiles)
         if num_tiles == 1:
-            return views_of
-        part = take(views_of, np.flatnonzero(views_of.image_V % num_tiles == epoch % num_tiles))
+            return stored
+        part = take(stored, np.flatnonzero(stored.image_V % num_tiles == epoch % num_tiles))
         return replace(
             part,
             image_V=part.image_V // num_tiles,
@@ -290,7 +285,6 @@ class GivenSets(Sets):
 
         def label_epoch(epoch: int) -> tuple[Views, np.ndarray | None]:
             views = self._views(epoch % period)
-            logits_VY = logits_of(network, images, views, teacher.image_size, config)
-            return views, decompress(compress(logits_VY, config.relabel))
+            return views, stored_logits(network, images, views, teacher.image_size, config)
 
         return label_epoch, period

@@ -10,7 +10,7 @@ import torch
 
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.networks import labeler_of
-from wmdd_ray.core.soft_labels import compress, concatenate_labels, label_views
+from wmdd_ray.core.soft_labels import compress, concatenate_labels, decompress, label_views
 from wmdd_ray.core.views import (
     Images,
     StoredImages,
@@ -82,12 +82,7 @@ def open_labeler(
         if attempt is None:
             return
         epochs, labels = units[unit]
-        index_N = (
-            (labels[:, None] * config.num_atoms + np.arange(config.num_atoms))
-            .reshape(-1)
-            .astype(np.int32)
-        )
-        name = unit.partition("-s")[2]
+        index_N, name = rows_of(labels, config), slice_name(unit)
         draw = draw_of(config, index_N, image_size=teacher.image_size, name=name)
         in_core = time.perf_counter()
         if config.relabel.labels == "online":
@@ -114,6 +109,33 @@ def open_labeler(
         )
 
     return do_unit
+
+
+def slice_name(unit: str) -> str:
+    """Return the name of the slice that a block is of, which its views are drawn by."""
+    return unit.partition("-s")[2]
+
+
+def rows_of(labels: np.ndarray, config: DistillConfig) -> np.ndarray:
+    """Return where the images of classes stand in the data set, int32 (N,)."""
+    rows_CK = labels[:, None] * config.num_atoms + np.arange(config.num_atoms)
+    return rows_CK.reshape(-1).astype(np.int32)
+
+
+def views_of(
+    config: DistillConfig, num_images: int, image_size: int, name: str, epoch: int
+) -> Views:
+    """Draw the views of one epoch of the slice `name`, which depend on it, the seed and the epoch alone, not on the images."""
+    seed = unit_seed(config.seed, "relabel", name)
+    return draw_views(num_images, image_size, config.relabel.views, seed=seed, epoch=epoch)
+
+
+def stored_logits(
+    network: torch.nn.Module, images: Images, views: Views, image_size: int, config: DistillConfig
+) -> np.ndarray:
+    """Return `logits_of` as they are after they were stored, rounded and cut off alike."""
+    logits_VY = logits_of(network, images, views, image_size, config)
+    return decompress(compress(logits_VY, config.relabel))
 
 
 def draw_of(config: DistillConfig, index_N: np.ndarray, *, image_size: int, name: str) -> ViewDraw:
@@ -160,15 +182,10 @@ def label_block(
     name: str,
     report: Report,
 ) -> SoftLabelBlock:
-    """Draw the views of every image in every epoch of a block, and label them.
-
-    The views depend on (seed, `name` of the slice, epoch, image) alone, so that baselines with other images are labeled
-    on the same views.
-    """
-    seed = unit_seed(config.seed, "relabel", name)
+    """Draw the views of every image in every epoch of a block of the slice `name`, and label them."""
     views, labels = [], []
     for epoch in epochs:
-        drawn = draw_views(len(images), image_size, config.relabel.views, seed=seed, epoch=epoch)
+        drawn = views_of(config, len(images), image_size, name, epoch)
         views.append(drawn)
         # Epoch by epoch: with 10,000 classes the logits of a block are 4 GB, and 20 on their way through compression.
         labels.append(

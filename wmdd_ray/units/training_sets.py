@@ -12,7 +12,6 @@ import torch
 
 from wmdd_ray.config import DistillConfig, LabelKind
 from wmdd_ray.core.networks import labeler_of
-from wmdd_ray.core.soft_labels import compress, decompress
 from wmdd_ray.core.tiles import shrink, tile_side
 from wmdd_ray.core.views import (
     Images,
@@ -33,7 +32,7 @@ from wmdd_ray.store.sources.files import read_ahead
 from wmdd_ray.units import atoms
 from wmdd_ray.units.held_out import Listed
 from wmdd_ray.units.images import read_real
-from wmdd_ray.units.labels import blocks, logits_of
+from wmdd_ray.units.labels import blocks, logits_of, rows_of, slice_name, stored_logits, views_of
 
 _ALL_REAL_BYTES = 4 << 30
 # Views and labels are kept for the next pass and the next seed up to so many bytes, and rendered views up to as many again.
@@ -234,12 +233,9 @@ def fresh_labels(
     """Return epoch -> new views of all images and the teachers' logits, made when asked for."""
     network, teacher = labeler_of(teachers, device, own_code=True), teachers[0]
     images = StoredImages(pixels_NHWC, teacher.mean_C, teacher.std_C, device)
-    seed = unit_seed(config.seed, "relabel", "all_real")
 
     def label_epoch(epoch: int) -> tuple[Views, np.ndarray | None]:
-        views = draw_views(
-            len(images), teacher.image_size, config.relabel.views, seed=seed, epoch=epoch
-        )
+        views = views_of(config, len(images), teacher.image_size, "all_real", epoch)
         return views, logits_of(network, images, views, teacher.image_size, config)
 
     return label_epoch
@@ -257,20 +253,16 @@ def _stored_labels(
     slices_of_epoch: dict[int, list[tuple[str, np.ndarray]]] = {}
     for unit, (epochs, labels) in blocks(config, teacher.num_classes).items():
         for epoch in epochs:
-            slices_of_epoch.setdefault(epoch, []).append((unit.partition("-s")[2], labels))
+            slices_of_epoch.setdefault(epoch, []).append((slice_name(unit), labels))
 
     def label_epoch(epoch: int) -> tuple[Views, np.ndarray | None]:
         epoch %= config.relabel.epochs
         parts = []
         for name, labels in slices_of_epoch[epoch]:
-            index_N = (labels[:, None] * config.num_atoms + np.arange(config.num_atoms)).reshape(-1)
-            seed = unit_seed(config.seed, "relabel", name)
-            drawn = draw_views(
-                len(index_N), teacher.image_size, config.relabel.views, seed=seed, epoch=epoch
-            )
-            parts.append(renamed(drawn, index_N.astype(np.int32)))
+            index_N = rows_of(labels, config)
+            drawn = views_of(config, len(index_N), teacher.image_size, name, epoch)
+            parts.append(renamed(drawn, index_N))
         views = concatenate_views(parts)
-        logits_VY = logits_of(network, images, views, teacher.image_size, config)
-        return views, decompress(compress(logits_VY, config.relabel))
+        return views, stored_logits(network, images, views, teacher.image_size, config)
 
     return label_epoch
