@@ -242,7 +242,8 @@ class BarycenterConfig:
     solver: Literal["lloyd", "uniform", "emd", "sinkhorn", "sliced"] = "uniform"
     """`uniform` fixes the weights to 1/K, which is what images stand for unless --recover.weighted-moments and
     --evaluate.weighted-loss count their weights; `lloyd` is exact block descent with free ones, `emd` the paper's alternation for
-    them; the atoms of `sliced`, 1/K each, spread as far as the class in every direction, where the others' are means."""
+    them; the atoms of `sliced`, 1/K each, spread as far as the class in every direction, where the others' are means;
+    `sinkhorn` draws those of `uniform` to the middle by an entropic plan."""
     max_iters: int = option(100, ge=1)
     """Most iterations of a start."""
     tol: float = option(1e-6, ge=0)

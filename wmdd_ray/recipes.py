@@ -361,6 +361,7 @@ def _as_published(best: DistillConfig, *, is_weighted: bool) -> DistillConfig:
             start="noise",
             tiles=1,
             residual_blends=0,
+            teachers=1,
             mixed_precision=False,
             images_per_group=best.recover.images_per_group,
             crop_scale_min=0.08,
