@@ -9,6 +9,8 @@ import numpy as np
 # Matplotlib brings this font along, so a preview is the same on every machine.
 _FONT = "DejaVu Sans"
 _CELL_INCHES = 0.55
+# Of a cell, between its image and the next.
+_GAP = 0.06
 # A picture's side stays below matplotlib's limit of 2^16 pixels.
 _MOST_PIXELS = 60_000
 
@@ -28,32 +30,31 @@ def preview(rows: list[tuple[int, str, np.ndarray]]) -> bytes:
     width, height = _CELL_INCHES * columns + margin, _CELL_INCHES * len(rows)
     # A figure of its own, not pyplot's: nothing of the caller's matplotlib is changed.
     figure = Figure(figsize=(width, height), dpi=min(150.0, _MOST_PIXELS / max(width, height)))
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for axes_row, name, (_, _, images_KHWC) in zip(grid, names, rows, strict=True):
-        for axis in axes_row:
-            axis.axis("off")
-        for axis, image in zip(axes_row, images_KHWC, strict=False):
-            pixels = image[:, :, 0] if image.shape[2] == 1 else image
-            axis.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes_row[0].text(
+    # One pair of axes in units of cells: a pair an image takes ten times as long.
+    axes = figure.add_axes((margin / width, 0.01, 0.99 - margin / width, 0.98))
+    for row, (name, (_, _, images_KHWC)) in enumerate(zip(names, rows, strict=True)):
+        for column, image in enumerate(images_KHWC):
+            left, top, right, bottom = column, row, column + 1 - _GAP, row + 1 - _GAP
+            axes.imshow(
+                image[:, :, 0] if image.shape[2] == 1 else image,
+                extent=(left, right, bottom, top),
+                cmap="gray",
+                vmin=0,
+                vmax=255,
+                interpolation="nearest",
+            )
+        axes.text(
             -0.15,
-            0.5,
+            row + 0.5,
             name,
-            transform=axes_row[0].transAxes,
             ha="right",
             va="center",
             fontsize=8,
             family=_FONT,
             parse_math=False,  # a name may hold dollar signs
         )
-    figure.subplots_adjust(
-        left=margin / width,
-        right=0.99,
-        top=0.99,
-        bottom=0.01,
-        wspace=0.06,
-        hspace=0.06,
-    )
+    axes.set(xlim=(0, columns - _GAP), ylim=(len(rows) - _GAP, 0), aspect="auto")
+    axes.axis("off")
     sink = io.BytesIO()
     figure.savefig(sink, format="png", metadata={"Software": None})
     return sink.getvalue()
