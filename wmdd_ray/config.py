@@ -678,7 +678,8 @@ class Resources:
     training computes on one, for more of them round in another way."""
     executor: Literal["auto", "train", "actors", "here"] = "auto"
     """Where units run: `here`, in this process without Ray; `train`, one Ray Train group, which a lost worker starts again as a
-    whole; `actors`, of which a lost one costs its own unit; `auto` takes a group up to 8 workers with 4 units each."""
+    whole; `actors`, of which a lost one costs its own unit; `auto` takes a group up to 8 workers with 4 units each, and
+    on a laptop the driver alone for the features and barycenters of up to 20,000 images."""
     max_actors: int = option(1000, ge=1)
     """Most barycenter and embedding actors."""
     worker_timeout_s: float = option(3600.0, gt=0)

@@ -205,7 +205,12 @@ STARVING = [
     pytest.param("barycenters", "00002", (), marks=pytest.mark.chaos_long),
     pytest.param("features", "c00000-0001-00000", ()),
     pytest.param("recover", "g00002", ("--num-workers", "1"), marks=pytest.mark.chaos_long),
-    pytest.param("recover", "g00002", ("--num-workers", "2"), marks=pytest.mark.chaos_long),
+    pytest.param(
+        "recover",
+        "g00002",
+        ("--num-workers", "2", "--executor", "auto"),
+        marks=pytest.mark.chaos_long,
+    ),
     pytest.param(
         "recover",
         "g00002",
@@ -285,7 +290,12 @@ def test_memory_that_is_refused_names_the_unit(
         patch.setattr(
             recover, "open_image_maker", partial(greedy_worker, inner=recover.open_image_maker)
         )
-        assert tiny.job(out, "--until", "recover", "--num-workers", str(num_workers)) == 1
+        assert (
+            tiny.job(
+                out, "--until", "recover", "--num-workers", str(num_workers), "--executor", "auto"
+            )
+            == 1
+        )
     line = the_error(capsys)
     assert line.startswith("error: unit g00002: ")
     assert "MemoryError" in line

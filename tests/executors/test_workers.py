@@ -16,6 +16,7 @@ import torch
 
 from tests.stages import tiny
 from tests.stages.tiny import FinishedRun
+from wmdd_ray.executors import dispatch
 from wmdd_ray.spine.events import read_events
 from wmdd_ray.spine.run import DoUnit, Report
 from wmdd_ray.stages import recover
@@ -38,8 +39,22 @@ def test_three_workers_write_the_same_labels_as_the_driver(
     finished_run: FinishedRun, tmp_path: Path
 ) -> None:
     out = tiny.copy_rooms(finished_run.out, tmp_path / "run", *tiny.ROOMS[:4])
-    assert tiny.job(out, "--until", "relabel", "--num-workers", "3") == 0
+    assert tiny.job(out, "--until", "relabel", "--num-workers", "3", "--executor", "auto") == 0
     tiny.assert_same_payloads(out, finished_run.payloads, "labels")
+
+
+def test_a_laptop_s_driver_embeds_and_solves_few_images_by_itself(
+    finished_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("streams.embedded", "actors.fan_out"):
+        monkeypatch.setattr(f"wmdd_ray.executors.{name}", lambda *_, **__: pytest.fail("on Ray"))
+    out = tiny.copy_rooms(finished_run.out, tmp_path / "run", "teacher")
+    assert tiny.job(out, "--until", "barycenters", "--executor", "auto") == 0
+    tiny.assert_same_payloads(out, finished_run.payloads, "features", "barycenters")
+    out = tiny.copy_rooms(finished_run.out, tmp_path / "other", "teacher")
+    monkeypatch.setattr(dispatch, "_SMALL_IMAGES", 1000)
+    with pytest.raises(pytest.fail.Exception, match="on Ray"):
+        tiny.job(out, "--until", "features", "--executor", "auto")
 
 
 def dying_worker(

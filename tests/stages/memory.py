@@ -138,7 +138,9 @@ def stage_peaks(
     run = Run(
         store=Store(folder),
         config=config,
-        resources=Resources(num_workers=1 if measured == "features" else 0, max_actors=2),
+        resources=Resources(
+            num_workers=1 if measured == "features" else 0, max_actors=2, executor="train"
+        ),
         open_source=open_split,
         progress=lambda name: Progress(),
         connect=lambda: None,

@@ -65,6 +65,8 @@ OPTIONS = (
     # One computing thread and one actor: on two cores more of them only cost their start.
     "--cpus-per-worker", "1",
     "--max-actors", "1",
+    # Ray also for what a laptop's driver would do by itself.
+    "--executor", "train",
 )
 # fmt: on
 

@@ -13,15 +13,31 @@ from wmdd_ray.telling.watch import LiveWatch
 NOTES_FOLDER = "train"
 """Where Ray Train keeps its own notes of a group under a run's root; nothing there counts, and it goes with the group."""
 
+# An actor takes 2 to 3 seconds of a processor to start, as long as the driver takes for the barycenters of so many images.
+_SMALL_IMAGES = 20_000
+
 
 def is_here(stage: StageRun) -> bool:
     """Return whether the run works in this process, without Ray."""
     return stage.resources.executor == "here"
 
 
-def ray_or_here(stage: StageRun, module: str) -> Any:
-    """Return `executors.here`, or the module of `executors` that does the same on Ray."""
-    return importlib.import_module(f"wmdd_ray.executors.{'here' if is_here(stage) else module}")
+def ray_or_here(stage: StageRun, module: str, *, small: bool = False) -> Any:
+    """Return `executors.here`, also for what is small, or the module of `executors` that does the same on Ray."""
+    chosen = "here" if small or is_here(stage) else module
+    return importlib.import_module(f"wmdd_ray.executors.{chosen}")
+
+
+def is_small(stage: StageRun, num_images: int | None) -> bool:
+    """Return whether a laptop's driver has embedded and solved so many images before actors have started.
+
+    It does not where an executor is named.
+    """
+    if stage.resources.executor != "auto" or num_images is None or num_images > _SMALL_IMAGES:
+        return False
+    from wmdd_ray.executors.cluster import width
+
+    return width(stage.resources).num_workers == 0
 
 
 def do_units(

@@ -12,7 +12,7 @@ import torch
 
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.networks import last_linear, network_of
-from wmdd_ray.executors.dispatch import do_each
+from wmdd_ray.executors.dispatch import do_each, is_small
 from wmdd_ray.options import fingerprint_options
 from wmdd_ray.spine.numbers import Number, StageNumbers
 from wmdd_ray.spine.rooms import UnitMarker, seconds_in_core
@@ -50,8 +50,16 @@ def work(stage: StageRun) -> dict[str, Any]:
         stage.config,
         _last_layer(stage),
     )
-    joint = stage.config.barycenters.label_weight is not None
-    do_each(stage, ClassSolver, arguments, [unit_of(label) for label in order], together=joint)
+    options = stage.config.barycenters
+    do_each(
+        stage,
+        ClassSolver,
+        arguments,
+        [unit_of(label) for label in order],
+        together=options.label_weight is not None,
+        # The others take a second and more a class.
+        light=options.solver in ("lloyd", "uniform") and is_small(stage, sum(counts)),
+    )
     markers = stage.room.read_units(unit_of(label) for label in range(len(counts)))
     costs = [marker.metrics["cost"] for marker in markers.values()]
     return {

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from wmdd_ray.config import DistillConfig
-from wmdd_ray.executors.dispatch import ray_or_here
+from wmdd_ray.executors.dispatch import is_small, ray_or_here
 from wmdd_ray.options import fingerprint_options
 from wmdd_ray.spine.rooms import Room, UnitMarker, seconds_in_core
 from wmdd_ray.spine.run import StageRun, Work
@@ -59,7 +59,7 @@ def work(stage: StageRun) -> dict[str, Any]:
     stage.progress.start(None if units is None else len(units), len(finished))
     images = sum(marker.metrics["num_images"] for marker in finished.values())
     left = _unfinished(shards, finished)
-    executor = ray_or_here(stage, "streams")
+    executor = ray_or_here(stage, "streams", small=is_small(stage, source.num_images))
     if left:
         check_listed(shards, source, stage.config)
         reader = ChunkReader(stage.room, source, stage.config.source, config.chunk_images)
