@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wmdd_ray.config import NetworkConfig
-from wmdd_ray.core.networks import batch_norms, build_network
+from wmdd_ray.core.networks import batch_norms, build_network, check_teacher
 from wmdd_ray.core.taps import TappedNorm, tapped
+from wmdd_ray.errors import ConfigError
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -117,8 +118,48 @@ def test_overwriting_what_another_operation_needs_is_noticed() -> None:
         torch.autograd.grad(y.sum() + square.sum(), x)
 
 
+def test_a_norm_behind_an_activation_leaves_it_its_output() -> None:
+    x = normal(2, 3, 8, 8).requires_grad_(True)
+    norm = nn.BatchNorm2d(4)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), norm, nn.Flatten(), nn.Linear(144, 3)).eval()
+    (expected,) = torch.autograd.grad(net(x).square().sum(), x)
+    with tapped(net):
+        (found,) = torch.autograd.grad(net(x).square().sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+class Shared(nn.Module):
+    """A norm whose input another operation squares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.first(x)
+        return self.last((y.square() + self.norm(y)).mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+def test_a_network_of_norms_behind_activations_may_be_a_teacher() -> None:
+    check_teacher(network("timm:repvgg_a0"), channels=3, image_size=32, needs_norms=True)
+
+
+def test_a_norm_whose_input_others_need_is_refused_before_training() -> None:
+    with pytest.raises(ConfigError, match=r"got a Shared .*modified by an inplace.*moments none"):
+        check_teacher(Shared(), channels=3, image_size=8, needs_norms=True)
+    check_teacher(Shared(), channels=3, image_size=8, needs_norms=False)
+
+
 @pytest.mark.parametrize(
-    "arch", ["convnet3", "resnet18", "mobilenet_v2", "timm:efficientnet_b0", "timm:regnetx_002"]
+    "arch",
+    [
+        "convnet3",
+        "resnet18",
+        "mobilenet_v2",
+        "timm:efficientnet_b0",
+        "timm:regnetx_002",
+    ],
 )
 def test_a_tapped_network_has_the_outputs_moments_and_gradients_of_the_plain_one(arch: Any) -> None:
     net = network(arch)

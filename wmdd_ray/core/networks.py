@@ -107,7 +107,8 @@ def check_teacher(network: nn.Module, *, channels: int, image_size: int, needs_n
     The input has `channels` C and sides of `image_size` pixels. `needs_norms` says that moments of BatchNorm layers are used.
 
     Raises:
-        ConfigError: it lacks BatchNorm2d layers or a last Linear layer, or does not use them in one place each.
+        ConfigError: it lacks BatchNorm2d layers or a last Linear layer, or does not use them in one place each, or gradients
+            do not pass its tapped BatchNorm2d layers.
     """
     norms = required_batch_norms(network) if needs_norms else batch_norms(network)
     names = {id(module): name for name, module in network.named_modules()}
@@ -133,6 +134,11 @@ def check_teacher(network: nn.Module, *, channels: int, image_size: int, needs_n
             f"{type(network).__name__}, whose layer {names[id(last_linear(network))]} maps {tuple(features_BD.shape)} where the "
             f"logits are {tuple(logits_BY.shape)}; choose another architecture"
         )
+    if needs_norms:
+        from wmdd_ray.core.taps import check_taps  # which knows this module
+
+        with evaluating(network):
+            check_taps(network, images)
 
 
 def features_and_logits(network: nn.Module, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:

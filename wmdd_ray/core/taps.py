@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from wmdd_ray.core.instance_norm import images_at_once
 from wmdd_ray.core.networks import batch_norms, norm_activation
+from wmdd_ray.errors import ConfigError
 
 Tap = tuple[Tensor, Tensor]
 
@@ -50,6 +51,21 @@ def tapped(network: nn.Module) -> Iterator[list[Tap]]:
             parameter.requires_grad_(True)
 
 
+def check_taps(network: nn.Module, images_BCHW: Tensor) -> None:
+    """Raise a ConfigError where gradients do not pass the tapped layers of a network in eval mode."""
+    images_BCHW = images_BCHW.clone().requires_grad_(True)
+    try:
+        with tapped(network) as taps:
+            logits = network(images_BCHW)
+            total = logits.sum() + sum(mean.sum() + variance.sum() for mean, variance in taps)
+            torch.autograd.grad(total, images_BCHW)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--squeeze.network.arch: expected a teacher of which nothing but BatchNorm2d layers needs what they are given, got "
+            f"a {type(network).__name__} ({str(error).partition(';')[0][:200]}); choose another, or --recover.moments none"
+        ) from error
+
+
 @contextmanager
 def output_of(layer: nn.Module) -> Iterator[list[Tensor]]:
     """Yield a list that after each forward pass holds the layer's output, as what follows left it."""
@@ -82,8 +98,9 @@ class TappedNorm(torch.autograd.Function):
         gx = scale_C gy + b_BC x + a_BC,   b = 2 g_var / HW,   a = g_mean / HW - b mean,
     so that it needs no graph and no reduction (torch's own BatchNorm backward does reduce, for the gradients of
     parameters that nobody asked for: this is where the time for the moments comes from). It is written over x, the
-    saved output of the convolution before: fresh memory costs more than the arithmetic. Should another operation
-    need x in its own backward pass, torch notices the overwriting and raises.
+    saved output of the convolution before: fresh memory costs more than the arithmetic. An x that the operation before
+    needs in its own backward pass, as ReLU does, is left as it is. Should another one that is given x need it, torch
+    notices the overwriting and raises (`check_taps`).
 
     Under autocast x is bfloat16: y and gx are too, but the moments and their gradient are computed in float32.
     """
@@ -118,7 +135,9 @@ class TappedNorm(torch.autograd.Function):
         scale_C = torch.rsqrt(running_var_C + eps)
         ctx.save_for_backward(x_BCHW, mean_BC, scale_C if weight_C is None else scale_C * weight_C)
         # A leaf, or a view of one, is the caller's own array.
-        ctx.may_overwrite = x_BCHW.grad_fn is not None and x_BCHW._base is None
+        made_by = x_BCHW.grad_fn
+        is_ours = made_by is not None and x_BCHW._base is None
+        ctx.may_overwrite = is_ours and not hasattr(type(made_by), "_saved_result")
         return y, mean_BC, var_BC
 
     @staticmethod
