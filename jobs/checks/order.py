@@ -14,9 +14,8 @@ from wmdd_ray.spine.taken import teacher_room
 from wmdd_ray.store.sources import Source
 from wmdd_ray.units.given_teacher import given_network
 from wmdd_ray.units.held_out import Listed
-from wmdd_ray.units.teacher import measure, read_teacher
+from wmdd_ray.units.teacher import measure, read_teacher, source_of
 
-from ..evaluation.own_set import source_of_teacher
 from .images import held_out_sample
 
 
@@ -56,4 +55,4 @@ def _input_of(spec: str, otherwise: SourceConfig) -> SourceConfig:
     if is_published(spec):
         return published(spec).source(otherwise)
     room = teacher_room(spec)
-    return otherwise if room is None else source_of_teacher(read_teacher(room), SourceConfig())
+    return otherwise if room is None else source_of(read_teacher(room), SourceConfig())

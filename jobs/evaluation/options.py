@@ -40,7 +40,6 @@ from .own_set import (
     recipe_of_ours,
     set_of_ours,
     source_of_ours,
-    source_of_teacher,
     stored_as,
 )
 
@@ -162,7 +161,9 @@ def parse(arguments: list[str], description: str | None) -> Evaluation:
     elif spec and (labelers := committed_teachers(spec)) is not None:
         teacher, num_teachers = labelers
         class_names = teacher.class_names
-        source = source_of_teacher(teacher, source)
+        from wmdd_ray.units.teacher import source_of
+
+        source = replace(source_of(teacher, source), format="auto")
     elif is_published(spec):
         source = published(spec).source(replace(source, format="auto"))
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from wmdd_ray.config import DistillConfig, EvaluateConfig, SourceConfig
 from wmdd_ray.core.published import is_published
@@ -78,25 +78,12 @@ def recipe_of_ours(own: Any) -> DistillConfig:
 
 def source_of_ours(own: Any, recipe: SourceConfig) -> SourceConfig:
     """Return how real images are brought to the input of a set of ours."""
+    from wmdd_ray.units.teacher import source_of  # which loads torch
+
     meta, content = own.meta, Store(own.uri).get("teacher.safetensors")
     teacher = codecs.decode_teacher_of(meta, content, f"{own.uri}/teacher.safetensors")
-    source = source_of_teacher(teacher, recipe)
+    source = replace(source_of(teacher, recipe), format="auto")
     return replace(source, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
-
-
-def source_of_teacher(teacher: Teacher, recipe: SourceConfig) -> SourceConfig:
-    """Return how real images are brought to the input of a teacher."""
-    return replace(
-        recipe,
-        format="auto",
-        image_size=teacher.image_size,
-        resize=teacher.resize,
-        channels=cast(Any, teacher.channels),
-        mean=teacher.mean_C,
-        std=teacher.std_C,
-        interpolation=teacher.interpolation,
-        exif_orientation=teacher.exif_orientation,
-    )
 
 
 def committed_teachers(spec: str) -> tuple[Teacher, int] | None:

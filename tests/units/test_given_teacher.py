@@ -14,8 +14,11 @@ from wmdd_ray.config import NetworkConfig, SourceConfig
 from wmdd_ray.core.networks import build_network
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.recipes import recipe_of
+from wmdd_ray.spine.rooms import Room, StageCommit
+from wmdd_ray.store.filesystem import Store
 from wmdd_ray.units import given_teacher
 from wmdd_ray.units.given_teacher import given_network
+from wmdd_ray.units.teacher import commit_teacher
 
 NAMES = tuple(f"{label:04d}" for label in range(1000))
 
@@ -42,6 +45,37 @@ def test_another_input_than_that_of_published_weights_is_refused_before_their_do
     gray = replace(config, source=SourceConfig(channels=1, mean=(0.5,), std=(0.5,)))
     with pytest.raises(ConfigError, match=r"--source.mean 0.5 0.5 0.5 \(is 0.5\), --source.std"):
         given_network(gray, "timm:vit_tiny_patch16_224", NAMES)
+
+
+def test_a_committed_teacher_of_another_input_is_refused_by_the_names_of_the_options(
+    tmp_path: Path,
+) -> None:
+    config = recipe_of("digits", 1)
+    shape = config.source.shape
+    network = build_network(config.squeeze.network, num_classes=1000, **shape)
+    room = Room(Store(str(tmp_path)), "teacher", "run")
+    attempt = room.begin("teacher")
+    assert attempt is not None
+    commit_teacher(attempt, config, config.squeeze.network, network, NAMES, 0.9, {})
+    about = {"stage": "squeeze", "version": 1, "fingerprint": "f", "options": {}, "inputs": {}}
+    room.commit(
+        StageCommit(
+            **about,
+            units=room.read_units(["teacher"]),
+            metrics={},
+            seconds=1.0,
+            host="",
+            run="run",
+            finished="",
+        )
+    )
+    given_network(config, str(tmp_path), NAMES)
+    other = replace(config.source, mean=(0.25,), exif_orientation=False)
+    with pytest.raises(
+        ConfigError,
+        match=r"expect --source.mean \S+ \(is 0.25\), --source.exif-orientation True \(is False\)",
+    ):
+        given_network(replace(config, source=other), str(tmp_path), NAMES)
 
 
 def test_published_weights_fill_the_network_of_their_own_name(

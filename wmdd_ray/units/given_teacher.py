@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import socket
 import time
+from dataclasses import fields
 
 import torch
 
 from wmdd_ray.config import DistillConfig, NetworkConfig, SourceConfig
 from wmdd_ray.core.checkpoints import read_checkpoint
 from wmdd_ray.core.networks import build_network, check_teacher, load_weights
-from wmdd_ray.core.published import Published, download, is_published, published
+from wmdd_ray.core.published import download, is_published, published
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError
 from wmdd_ray.spine.run import Run, Stage, StageRun, expected_plan
 from wmdd_ray.spine.taken import teacher_room
@@ -19,7 +20,7 @@ from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source
 from wmdd_ray.store.sources.classes import first_difference
 from wmdd_ray.units.held_out import Listed
-from wmdd_ray.units.teacher import UNIT, commit_teacher, measure, teacher_key, units_of
+from wmdd_ray.units.teacher import UNIT, commit_teacher, measure, source_of, teacher_key, units_of
 
 
 def import_teacher(stage: StageRun, spec: str, unit: str = UNIT) -> None:
@@ -84,7 +85,7 @@ def _given_weights(
     if is_published(spec):
         _require_first(config, spec, unit, "weights of one")
         about = published(spec)
-        _check_input(config.source, about, spec)
+        _check_input(about.source(config.source), config.source, spec)
         if about.num_classes != len(class_names):
             raise DataError(
                 f"--teacher {spec}: its {about.num_classes} classes are not the data's {len(class_names)}; train it on this data "
@@ -98,6 +99,7 @@ def _given_weights(
             _require_first(config, spec, unit, f"a run with {len(commit.units)}")
         teacher = codecs.decode_teacher(room.read(commit.file(teacher_key(unit))))
         check_names(teacher.class_names, class_names, spec)
+        _check_input(source_of(teacher, config.source), config.source, spec)
         network = NetworkConfig(
             arch=teacher.arch, width=teacher.width, small_stem=teacher.small_stem
         )
@@ -123,21 +125,19 @@ def _require_first(config: DistillConfig, spec: str, unit: str, what: str) -> No
         )
 
 
-def _check_input(source: SourceConfig, about: Published, spec: str) -> None:
-    """Raise a ConfigError that names each option of the input that is not as the published weights expect."""
-    expected = about.source(source)
-    names = ("image_size", "resize", "channels", "mean", "std", "interpolation")
+def _check_input(expected: SourceConfig, source: SourceConfig, spec: str) -> None:
+    """Raise a ConfigError that names each option of the input that is not as the weights expect."""
     wrong = [
-        f"--source.{name.replace('_', '-')} {_written(getattr(expected, name))} (is {_written(getattr(source, name))})"
-        for name in names
-        if getattr(expected, name) != getattr(source, name)
+        f"--source.{f.name.replace('_', '-')} {_written(getattr(expected, f.name))} (is {_written(getattr(source, f.name))})"
+        for f in fields(source)
+        if getattr(expected, f.name) != getattr(source, f.name)
     ]
     if wrong:
         raise ConfigError(f"--teacher {spec}: these weights expect {', '.join(wrong)}")
 
 
 def _written(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return " ".join(map(_written, value)) if isinstance(value, tuple) else str(value)
 
 
 def check_names(teacher: tuple[str, ...], data: tuple[str, ...], spec: str) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
-from wmdd_ray.config import DistillConfig, NetworkConfig
+from wmdd_ray.config import DistillConfig, NetworkConfig, SourceConfig
 from wmdd_ray.core.batches import ORDER, Batch, in_memory_batches, steps_of
 from wmdd_ray.core.class_order import confusion, permuted_classes
 from wmdd_ray.core.networks import build_network, empty_network, last_linear, weights_of
@@ -62,6 +62,20 @@ def teacher_key(unit: str) -> str:
 def read_teacher(room: Room, unit: str = UNIT) -> Teacher:
     """Return a teacher of a committed room, verified."""
     return codecs.decode_teacher(room.read(room.committed().file(teacher_key(unit))))
+
+
+def source_of(teacher: Teacher, source: SourceConfig) -> SourceConfig:
+    """Return `source` with real images brought to the input of a teacher as its own were."""
+    return replace(
+        source,
+        image_size=teacher.image_size,
+        resize=teacher.resize,
+        channels=cast(Any, teacher.channels),
+        mean=teacher.mean_C,
+        std=teacher.std_C,
+        interpolation=teacher.interpolation,
+        exif_orientation=teacher.exif_orientation,
+    )
 
 
 def feature_width(config: DistillConfig, num_classes: int) -> int:
