@@ -86,6 +86,16 @@ def test_the_files_of_mtt_are_images_with_labels_beside(tmp_path: Path) -> None:
         assert torch.equal(open_tensor_set(undone, SOURCE, NAMES).read()[0], IMAGES + 1)
 
 
+def test_classes_in_a_column_are_classes_and_rows_of_soft_labels_their_likeliest(
+    tmp_path: Path,
+) -> None:
+    column = open_tensor_set(saved(tmp_path / "a.pt", [IMAGES, LABELS[:, None]]), SOURCE, NAMES)
+    assert column.read()[1].tolist() == LABELS.tolist() and "likeliest" not in column.told
+    soft = 0.5 * torch.eye(10).flip(0)
+    learned = open_tensor_set(saved(tmp_path / "b.pt", [IMAGES, soft]), SOURCE, NAMES)
+    assert learned.read()[1].tolist() == LABELS.flip(0).tolist() and "likeliest" in learned.told
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -95,6 +105,8 @@ def test_the_files_of_mtt_are_images_with_labels_beside(tmp_path: Path) -> None:
             r"shape \(N, 1, 8, 8\), as --source.channels .*\(10, 1, 4, 8\)",
         ),
         ([IMAGES, LABELS[:4]], "for each of 10 images, found torch.int64 of shape"),
+        ([IMAGES, torch.eye(10)[:, :9]], "expected learned labels of 10 classes.* found rows of 9"),
+        ([IMAGES, LABELS[:, None].float()], "found rows of 1"),
         ([IMAGES, LABELS.float()], "for each of 10 images, found torch.float32"),
         ([IMAGES.abs() * 100, LABELS], "finite values, either in .*from 0.* to 300"),
         ([IMAGES * torch.nan, LABELS], "finite values"),

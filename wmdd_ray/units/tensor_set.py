@@ -44,7 +44,7 @@ class TensorSet:
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (inputs float32 NCHW, normalized as the students' are; classes int64)."""
-        images, classes_N, _, _ = _read(self.uri, self.config)
+        images, classes_N, _, _ = _read(self.uri, self.config, len(self.class_names))
         return images, classes_N
 
 
@@ -61,7 +61,7 @@ def open_tensor_set(uri: str, config: SourceConfig, class_names: tuple[str, ...]
     Raises:
         DataError: The file holds something else, code, or images of another size, or labels of other classes.
     """
-    images, classes_N, told, contents = _read(uri, config)
+    images, classes_N, told, contents = _read(uri, config, len(class_names))
     most = int(classes_N.max())
     if most >= len(class_names):
         raise DataError(
@@ -81,7 +81,9 @@ def open_tensor_set(uri: str, config: SourceConfig, class_names: tuple[str, ...]
     )
 
 
-def _read(uri: str, config: SourceConfig) -> tuple[torch.Tensor, torch.Tensor, str, list[bytes]]:
+def _read(
+    uri: str, config: SourceConfig, num_classes: int
+) -> tuple[torch.Tensor, torch.Tensor, str, list[bytes]]:
     """Return (inputs, classes, how the values were taken, the files' contents)."""
     match = _FILE.fullmatch(uri)
     assert match is not None, uri
@@ -101,8 +103,15 @@ def _read(uri: str, config: SourceConfig) -> tuple[torch.Tensor, torch.Tensor, s
     if number >= len(pairs):
         raise DataError(f"{uri}: expected #0 to #{len(pairs) - 1}, of the sets that the file holds")
     images, labels = pairs[number]
+    if labels.ndim == 2 and labels.shape[1] == 1 and not labels.dtype.is_floating_point:
+        labels = labels[:, 0]
     inputs, told = _inputs(images, labels, config, uri)
     if labels.ndim == 2:
+        if labels.shape[1] != num_classes:
+            raise DataError(
+                f"{uri}: expected learned labels of {num_classes} classes, as many as the held-out images have, found rows of "
+                f"{labels.shape[1]}"
+            )
         told += ", the likeliest class of each learned label"
         labels = labels.argmax(dim=1)
     which = f"set {number} of {len(pairs)}, " if len(pairs) > 1 else ""
