@@ -84,6 +84,19 @@ def test_crops_of_other_classes_are_drawn_differently() -> None:
     assert not np.array_equal(one, two)
 
 
-def test_more_crops_than_images_are_refused_with_the_class() -> None:
-    with pytest.raises(DataError, match="class 1 has 3 images to crop but 4 crops"):
-        crops(gradients(3), 1, 4)
+def test_few_images_give_their_easiest_crops_first_and_then_their_second() -> None:
+    images = gradients(3)
+    each = {
+        i: [crop.mean() for crop in crops(images[i : i + 1], 1, 5, crops_per_image=5)]
+        for i in range(3)
+    }
+    assert all(means == sorted(means, reverse=True) for means in each.values())
+    found = crops(images, 1, 8)
+    assert len(found) == 8 and len({crop.tobytes() for crop in found}) == 8
+    # The brightest image's easiest crop leads, and no second crop stands before any first.
+    np.testing.assert_array_equal(found[:3], crops(images, 1, 3))
+
+
+def test_more_crops_than_images_can_give_are_refused_with_the_class() -> None:
+    with pytest.raises(DataError, match="class 1 has 3 images .* at most 5 times each, but 16"):
+        crops(gradients(3), 1, 16)

@@ -42,20 +42,23 @@ def easiest_crops(
 ) -> np.ndarray:
     """Return the easiest crop of each of the `count` easiest images, easiest first: uint8 (count, side, side, C).
 
+    Of a class of fewer images than `count` each gives several, the easiest of all of them first.
+
     Ease is the teacher's cross-entropy on what will be stored: the crop at `side` pixels, enlarged to the network's
     input as a view of it is. (RDED pads a small crop with zeros for its teacher, and draws square boxes only.) At side
     image_size // t, `tiles.tile` makes RDED's mosaic of t x t of them. RDED takes 300
     real images at random, five crops of each, of 0.08 of the area or more.
 
     Raises:
-        DataError: fewer images than crops asked for.
+        DataError: not enough images, though each gives all its crops.
     """
     assert not network.training, "crops are scored by a network in eval mode"
     num_images = len(images_NHWC)
-    if num_images < count:
+    crops_each = -(-count // num_images)
+    if crops_each > crops_per_image:
         raise DataError(
-            f"class {label} has {num_images} images to crop but {count} crops of different images are needed; lower "
-            "--ipc or --recover.tiles, or drop the class"
+            f"class {label} has {num_images} images to crop, at most {crops_per_image} times each, but {count} crops are needed; "
+            "lower --ipc or --recover.tiles, or drop the class"
         )
     rng = class_generator(seed, label, _CROPS, 0)
     crop_NP4 = draw_crops(rng, num_images * crops_per_image, crop_scale_min)
@@ -71,12 +74,14 @@ def easiest_crops(
             label_B = torch.full((len(pixels),), label, device=device)
             loss_B = F.cross_entropy(network(inputs).float(), label_B, reduction="none")
             loss_NP = loss_B.view(-1, crops_per_image).cpu().numpy()
-            best_N = loss_NP.argmin(axis=1)
-            each_N = np.arange(len(best_N))
-            crops.append(pixels.reshape(-1, crops_per_image, *pixels.shape[1:])[each_N, best_N])
-            losses.append(loss_NP[each_N, best_N])
-    easiest = np.argsort(np.concatenate(losses), kind="stable")[:count]
-    return np.concatenate(crops)[easiest]
+            best_NE = loss_NP.argsort(axis=1, kind="stable")[:, :crops_each]
+            each_N1 = np.arange(len(best_NE))[:, None]
+            crops.append(pixels.reshape(-1, crops_per_image, *pixels.shape[1:])[each_N1, best_NE])
+            losses.append(loss_NP[each_N1, best_NE])
+    # The easiest of each image first, then the second of each.
+    images_EN = np.concatenate(losses).argsort(axis=0, kind="stable").T
+    picked = np.concatenate(crops)[images_EN, np.arange(crops_each)[:, None]]
+    return picked.reshape(-1, *picked.shape[2:])[:count]
 
 
 def _cropped(
