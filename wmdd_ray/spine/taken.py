@@ -16,6 +16,7 @@ from wmdd_ray.spine.rooms import Room, StageCommit
 from wmdd_ray.spine.run import TAKEN, Run, Stage, expected_plan
 from wmdd_ray.store.documents import find_sealed, seal
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.uris import check_named
 
 KEY = "taken.json"
 RUNS_KEY = "runs.json"
@@ -28,7 +29,12 @@ def origin_of(store: Store) -> Store | None:
     if note is None:
         return None
     uri = str(note["from"])
-    return Store(store.uri.rpartition("/")[0] if uri == _ABOVE else uri)
+    if uri == _ABOVE:
+        return Store(store.uri.rpartition("/")[0])
+    # What lies in a store that the user has opened may name others there, and no other kind of store.
+    if uri.partition("://")[0] != store.uri.partition("://")[0]:
+        check_named(uri, store.url(KEY), "pass the run that is meant")
+    return Store(uri)
 
 
 def is_above(origin: Store, store: Store) -> bool:

@@ -36,7 +36,7 @@ def check_uri(uri: str) -> None:
         raise ConfigError(fault)
 
 
-def check_named(uri: str, where: str) -> None:
+def check_named(uri: str, where: str, remedy: str = "pass --data with where they are") -> None:
     """Raise a ConfigError when a URI that the artefact `where` names may not be opened, although the user said so.
 
     A path, or a URI of a store that credentials of the user's lead to: with any other scheme of fsspec's the artefact
@@ -46,7 +46,7 @@ def check_named(uri: str, where: str) -> None:
     scheme, is_uri, _ = uri.partition("://")
     if is_uri and scheme not in _NAMED_SCHEMES:
         raise ConfigError(
-            f"{where} names {uri!r} as its real images: expected a path, s3:// or gs://; pass --data with where they are"
+            f"{where} names {uri!r} as where it is from: expected a path, s3:// or gs://; {remedy}"
         )
 
 
