@@ -73,6 +73,32 @@ def test_both_parts_hold_every_image_once_with_its_class(format: str, tmp_path: 
         assert [raw.key for raw in worker.read_keys(sorted(keys_of(part)))] == sorted(keys_of(part))
 
 
+@pytest.mark.parametrize("is_nested", [True, False])
+def test_tars_of_classes_are_cut_a_class_at_a_time(is_nested: bool, tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    tars = [
+        (
+            f"{name}.tar",
+            tar_of([(f"{name}_{i}.png", PNGS[i]) for i in np.flatnonzero(y == LABELS_N)]),
+        )
+        for y, name in enumerate(NAMES)
+    ]
+    for name, content in [("set.tar", tar_of(tars))] if is_nested else tars:
+        store.put(name, content)
+    whole = open_split(asked(store, None), "train")
+    labels = {raw.key: raw.label for s in whole.shards(5) for raw in whole.read_shard(s)}
+    assert sorted(labels.values()) == sorted(LABELS_N.tolist())
+    read = {}
+    for split, number in (("train", 6), ("val", 2)):
+        part = open_split(asked(store), cast(Split, split), whole.class_names)
+        worker = pickle.loads(pickle.dumps(part))
+        images = [raw for shard in part.shards(5) for raw in worker.read_shard(shard)]
+        assert np.bincount([raw.label for raw in images]).tolist() == [number] * 3
+        assert part.num_images == len(images)
+        read |= {raw.key: raw.label for raw in images}
+    assert read == labels
+
+
 def test_those_of_the_lowest_ranks_are_held_out_as_prepare_does(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     write_imagefolder(store)

@@ -80,7 +80,7 @@ class CutSource(Source):
         ends = np.cumsum([len(named) for named, _ in images])
         # Which records of a shard that is read whole are of this part.
         self._own = {
-            shard.file: of_N
+            shard.id: of_N
             for shard, of_N in zip(shards, np.split(own_N, ends[:-1]), strict=True)
             if shard.file
         }
@@ -99,13 +99,13 @@ class CutSource(Source):
         if not self._own:
             return class_shards(sorted(self._keys.items()), chunk_images, self._sizes)
         return [
-            replace(shard, num_images=int(self._own[shard.file].sum()))
+            replace(shard, num_images=int(self._own[shard.id].sum()))
             for shard in self._whole.shards(chunk_images)
             if shard.file in self.files
         ]
 
     def read_shard(self, shard: Shard) -> Iterator[RawImage]:
-        own_N = self._own.get(shard.file)
+        own_N = self._own.get(shard.id)
         if own_N is None:
             yield from self._whole.read_shard(shard)
         else:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 
+import numpy as np
+
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.base import RawImage, Shard, Source
 from wmdd_ray.store.sources.classes import match_classes, shown
@@ -47,6 +49,12 @@ class ClassTarSource(WebDatasetSource):
             for label, name in enumerate(self.class_names)
             if (tar := self._tars.get(name))
         ]
+
+    def images_in(self, shard: Shard) -> tuple[list[str], np.ndarray]:
+        """Return key and class of every image of a class's tar, which is read through for them."""
+        keys = [image.key for image in self.read_shard(shard)]
+        assert shard.labels is not None
+        return keys, np.full(len(keys), shard.labels[0])
 
     def read_shard(self, shard: Shard) -> Iterator[RawImage]:
         assert shard.labels is not None
