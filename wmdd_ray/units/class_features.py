@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -53,12 +54,17 @@ class ClassFeaturesReader:
         if class_unit(label) in self._commit.units:
             entry = self._commit.file(class_key(label))
             return codecs.decode_class_features(self._room.read(entry))
-        units = [
-            unit
-            for unit, marker in sorted(self._commit.units.items())
-            if str(label) in marker.metrics["label_counts"]
-        ]
-        return merge_class_features([class_part(self._chunk(unit), label) for unit in units])
+        parts = [class_part(self._chunk(unit), label) for unit in self._units_of[label]]
+        return merge_class_features(parts)
+
+    @cached_property
+    def _units_of(self) -> dict[int, list[str]]:
+        """Class -> the chunks that hold images of it, in source order; ten thousand classes ask one after another."""
+        units_of: dict[int, list[str]] = defaultdict(list)
+        for unit, marker in sorted(self._commit.units.items()):
+            for label in marker.metrics.get("label_counts", ()):
+                units_of[int(label)].append(unit)
+        return units_of
 
     def _read_chunk(self, unit: str) -> FeatureChunk:
         entry = self._commit.units[unit].files[0]

@@ -41,7 +41,8 @@ def match_classes(
             f"{where}: two training classes have one name, so these cannot be matched by name"
         )
     unknown = [name for name in names if name not in place]
-    missing = [name for name in wanted if name not in set(names)]
+    there = set(names)
+    missing = [name for name in wanted if name not in there]
     if unknown:
         raise DataError(
             f"{where}: expected the {len(wanted)} training classes, found {len(unknown)} others: "

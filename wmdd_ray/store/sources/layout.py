@@ -174,7 +174,8 @@ def _refuse_doubts(listing: Listing, tree: Tree, folder: str, classes: list[str]
             join(folder, "*/{class}"),
         )
     same = sorted(set.intersection(*(set(names) for names in below.values())))
-    uneven = [name for name in classes if name not in direct and len(below[name]) > 1]
+    upper = set(direct)
+    uneven = [name for name in classes if name not in upper and len(below[name]) > 1]
     if direct and (same or uneven):
         doubtful = (
             f"every class holds a folder {shown(same)} beside its images"

@@ -155,7 +155,8 @@ def open_folders(listing: Listing, tars: Mapping[str, int]) -> Source:
             places[path] = place
     sizes = {path: place.size_bytes for path, place in sorted(places.items())}
     hidden = tuple(path for path in sizes if any(map(is_system_name, path.split("/"))))
-    seen = {path: size for path, size in sizes.items() if path not in {*hidden}}
+    left_out = {*hidden}
+    seen = {path: size for path, size in sizes.items() if path not in left_out}
     # Without tables: those name files, and these are none.
     said = {p: s for p, s in seen.items() if is_image_name(p) or p.lower().endswith(_LISTS)}
     beside = {
