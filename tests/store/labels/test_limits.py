@@ -101,9 +101,9 @@ def test_a_value_that_stands_in_many_rows_is_unpacked_in_few_of_them(
     image = PNGS[0] + bytes(range(256)) * 8
     (content,) = table({"image": pa.array([image] * 40), "label": [0] * 40}).values()
     parquet = pq.ParquetFile(io.BytesIO(content))
-    columns = find_columns(parquet.schema_arrow, CONFIG, "x")
+    found = find_columns(parquet.schema_arrow, CONFIG, "x")
     columns = parquet_limits.Bounds().bounded(
-        pa.BufferReader(content), parquet, columns, "x", nearby=True
+        pa.BufferReader(content), parquet, lambda: found, "x", nearby=True
     )
     assert len(image) <= columns.image_bytes < 4 * len(image)
     rows = [len(batch) for batch in parquet_limits.batches(parquet, columns, 32)]

@@ -147,6 +147,8 @@ def load_images(
         if source.num_images is not None and source.num_images * image_bytes > limit_bytes:
             return None
         shards = source.shards(_LOAD_CHUNK_IMAGES)
+    if sum(shard.num_images or 0 for shard in shards) * image_bytes > limit_bytes:
+        return None
     keys: list[str] = []
     labels: list[np.ndarray] = []
     parts: deque[np.ndarray] = deque()

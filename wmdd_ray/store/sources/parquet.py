@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -38,10 +39,11 @@ class ParquetSource(Source):
     """Parquet files, a shard each. The key of an image is `FILE#ROW`."""
 
     format = "parquet"
-    _transient = (*Source._transient, "_footers", "_bounds")
+    _transient = (*Source._transient, "_footers", "_bounds", "_places_of")
 
     _footers: dict[str, tuple[int, Names | None]] | None = None
     _bounds: Bounds | None = None
+    _places_of: dict[Names, Places] | None = None
 
     @property
     def num_images(self) -> int:
@@ -83,11 +85,11 @@ class ParquetSource(Source):
         where = self.url(file)
         with reading(where, "a Parquet file"), self.open_random(file, size_bytes) as handle:
             parquet = _parquet_file(handle, where)
-            columns = find_columns(parquet.schema_arrow, self.config, where)
+            find = partial(find_columns, parquet.schema_arrow, self.config, where)
             nearby = local_path(self.root) is not None
             if self._bounds is None:
                 self._bounds = Bounds()
-            yield parquet, self._bounds.bounded(handle, parquet, columns, where, nearby=nearby)
+            yield parquet, self._bounds.bounded(handle, parquet, find, where, nearby=nearby)
 
     def label_counts(self, file: str, size_bytes: int | None = None) -> Counter[Label]:
         """Return label -> rows of a file, reading its label column alone; rows without a label are left out."""
@@ -145,9 +147,13 @@ class ParquetSource(Source):
         """Return the class of each number in a file that declares these names."""
         if names is None:
             return self.places
-        if [*map(plain, names)] == [*map(plain, self._label_names)]:
-            return None
-        return tuple(self.class_of(name, "any") for name in names)
+        if self._places_of is None:
+            self._places_of = {}
+        if names not in self._places_of:
+            is_same = [*map(plain, names)] == [*map(plain, self._label_names)]
+            places = None if is_same else tuple(self.class_of(name, "any") for name in names)
+            self._places_of[names] = places
+        return self._places_of[names]
 
     def read_shard(self, shard: Shard) -> Iterator[RawImage]:
         row = 0
