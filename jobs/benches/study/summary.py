@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ def summary_lines(results: Iterable[dict[str, Any]]) -> list[str]:
         published = _NONE
         if "best" in by_name and network["width"] == _PUBLISHED_WIDTH:
             tiled = by_name["best"]["num_read"] > by_name["best"]["num_stored"]
-            published = _published(dataset, f"ipc {ipc}", "more_floats" if tiled else "same_budget")
+            budgets = ("same_budget", "more_floats") if tiled else ("same_budget",)
+            published = _published(dataset, f"ipc {ipc}", budgets)
         student = f"`{dataset}`, {network['arch']} of width {network['width']}"
         kinds = [cells.get(name, _NONE) for name in _ROWS]
         lines.append(line_of(student, str(ipc or "all"), *kinds, published))
@@ -76,7 +77,7 @@ def published_numbers() -> dict[str, Any]:
     return numbers
 
 
-def _published(dataset: str, column: str, budget: str) -> str:
+def _published(dataset: str, column: str, budgets: Sequence[str]) -> str:
     """Return the best numbers of distilled images by soft labels and by hard ones, of those whose source was read."""
     published = published_numbers().get(dataset)
     if published is None:
@@ -86,6 +87,7 @@ def _published(dataset: str, column: str, budget: str) -> str:
     for kind in ("soft", "hard"):
         values = {
             name: float(values[index].split()[0])
+            for budget in budgets
             for name, labels, values, source in published[budget]
             if labels.startswith(kind)
             and "real images" not in name.lower()
