@@ -90,6 +90,15 @@ def test_a_card_begins_with_what_the_hub_reads_and_ends_with_provenance() -> Non
     )
 
 
+def test_a_card_of_chosen_real_images_calls_them_real() -> None:
+    about = {**META["provenance"], "options": {"recover": {"method": "real"}}}
+    card = dataset_card({**META, "provenance": about}, recipe_of("digits", 10), TABLE)
+    assert yaml.safe_load(card.split("---\n", 2)[1])["tags"] == ["dataset-distillation"]
+    assert "20 chosen real images of 2 classes" in card
+    assert "synthetic" not in card.lower() and "optimized for" not in card
+    assert "these are real images, with the rights and the privacy" in card
+
+
 @pytest.mark.parametrize(
     "uri", ["flowers", "/home/me/flowers/", "file:/home/me/flowers", "C:\\me\\flowers"]
 )

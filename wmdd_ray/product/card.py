@@ -178,7 +178,7 @@ def _front(meta: dict[str, Any], license_name: str, extra: dict[str, Any]) -> st
         license=license_name,
         task_categories=["image-classification"],
         size_categories=[next((name for most, name in _SIZES if num_images < most), "n>1T")],
-        tags=["dataset-distillation", "synthetic"],
+        tags=["dataset-distillation", *([] if _is_real(meta) else ["synthetic"])],
         **extra,
     )
     return f"---\n{data.to_yaml()}\n---"
@@ -202,13 +202,18 @@ def _card(
     is_online = meta.get("labels", {}).get("labels") == "online"
     given = f" with {meta['label_epochs']} epochs of soft labels" if is_whole else ""
     given += ", which the teacher gives while one trains," if is_whole and is_online else ""
+    kind, made = "synthetic", "optimized for"
+    likeness = "images that start from real ones can look like them"
+    if _is_real(meta):
+        kind, made = "chosen real", "real ones, chosen by"
+        likeness = "these are real images, with the rights and the privacy of those whom they show"
     classes = classes_text(meta["class_names"], table) if table else ""
     classes = f"## Classes\n\n{classes}\n\n" if classes else ""
     return f"""{front}
 
 # Distilled {_code(real["uri"])}: {_per_class(meta)}
 
-{meta["num_images"]} synthetic images of {len(meta["class_names"])} classes{given} in place of {real["num_images"]} real images.
+{meta["num_images"]} {kind} images of {len(meta["class_names"])} classes{given} in place of {real["num_images"]} real images.
 Made by wmdd_ray (dataset distillation by Wasserstein barycenters).
 
 {"![preview](preview.png)" if preview else ""}
@@ -230,10 +235,10 @@ Made by wmdd_ray (dataset distillation by Wasserstein barycenters).
 ## Intended use and limits
 
 For training small image classifiers, and for research on dataset distillation, under the license above, which follows from the
-real images. The images are optimized for one teacher and {meta["image_size"]} pixels: other architectures, other sizes and
-other tasks than this classification gain less, and have to be measured. Synthetic images can carry the biases, the label errors
+real images. The images are {made} one teacher and {meta["image_size"]} pixels: other architectures, other sizes and
+other tasks than this classification gain less, and have to be measured. Distilled images can carry the biases, the label errors
 and the personal content of the images that they are made from, and make the rare rarer. Distillation is no anonymization:
-images that start from real ones can look like them.
+{likeness}.
 
 ## Citation
 
@@ -245,6 +250,12 @@ The method, and the software that made this set:
 
 {_provenance(meta, options, teacher_sha256)}
 """
+
+
+def _is_real(meta: dict[str, Any]) -> bool:
+    """Return whether the set holds chosen real images (`--recover.method real`)."""
+    recover = meta["provenance"].get("options", {}).get("recover", {})
+    return bool(recover.get("method") == "real")
 
 
 def _accuracy(meta: dict[str, Any], table: list[dict[str, Any]], student: str | None) -> str:
