@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from wmdd_ray.recipes import cifar10, fashion_mnist, imagenet1k, imagenette, tiny_imagenet
+from wmdd_ray.recipes import (
+    cifar10,
+    fashion_mnist,
+    imagenet1k,
+    imagenette,
+    recipe_of,
+    tiny_imagenet,
+)
 from wmdd_ray.units.auto import choose
 from wmdd_ray.units.own_data import Measured, snapped
 
@@ -154,3 +161,17 @@ def test_the_variant_of_the_paper_keeps_data_and_networks() -> None:
 )
 def test_a_side_is_snapped_to_the_size_that_is_nearest_in_ratio(side: int, size: int) -> None:
     assert snapped(side) == size
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "classes"), [("tiny_imagenet", 64, 200), ("imagenet1k", 375, 1000)]
+)
+def test_as_published_lambda_and_rate_are_those_of_the_recipe_that_was_chosen(
+    name: str, side: int, classes: int
+) -> None:
+    measured = seen(shorter_side=side, num_classes=classes, num_images=1_000_000)
+    chosen, _ = choose(measured, True, 10, variant="paper")
+    recover = recipe_of(name, 10, "paper").recover
+    assert (chosen.recipe, chosen.variant) == ("auto", "paper")
+    assert chosen.recover.bn_weight == recover.bn_weight
+    assert chosen.recover.learning_rate == recover.learning_rate

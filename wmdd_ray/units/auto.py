@@ -62,7 +62,6 @@ def choose(
     fitted = _fitted(like, round(measured.num_images * (1 - (fraction or 0))), has_gpu)
     config = replace(
         like,
-        recipe="auto",
         data="",
         val_fraction=fraction,
         source=input_of(side, measured.channels, measured.mean, measured.std),
@@ -70,7 +69,8 @@ def choose(
         recover=recover,
         evaluate=replace(fitted.evaluate, network=network),
     )
-    config = variant_of(config, variant)
+    # As published by the name of the recipe, whose lambda and rate these are.
+    config = replace(variant_of(config, variant), recipe="auto")
     return config, _reasons(measured, name, has_gpu=has_gpu, fits=fits, fraction=fraction)
 
 
