@@ -160,7 +160,7 @@ def test_numbers_are_classes_by_number_and_by_name_where_names_lie_beside(store:
 
 
 def test_the_order_of_classes_beside_the_table_is_kept(store: Store) -> None:
-    store.put("classes.txt", b"cat\nbee\nant\n")
+    store.put("classes.txt", b"\xef\xbb\xbfcat\nbee\nant\n")  # as an editor of Windows writes it
     source = opened(write(store, *ROWS))
     assert source.class_names == ("cat", "bee", "ant")
     assert labels_by_path(source) == EXPECTED
@@ -224,7 +224,15 @@ def test_more_bad_rows_than_allowed_stop_at_once(store: Store) -> None:
     [
         (b"a,b,c\n1,2,3\n", "expected a header with a column of paths .* found 'a', 'b', 'c'"),
         (b'path,label\n"x,ant\n', "line 2 is malformed"),
-        (b"path,label\nimages/000.png,\xff\n", "expected a table in UTF-8"),
+        (
+            b"path,label\nimages/000.png,\xff\n",
+            "expected a table in UTF-8, found text in another encoding .*; save it as UTF-8",
+        ),
+        (b"000,ant\n001,bee\n", r"the first line \('000', 'ant'\) may name the columns or be an"),
+        (
+            b"path,label,split\na.png,ant,train\nb.png,ant,holdout\nc.png,ant,holdout\nd.png,bee,\n",
+            r"expected a column split of dev, .*found 'nothing' \(1 rows\), 'holdout' \(2 rows\)",
+        ),
         (b"path,label\n", "expected rows with paths and labels, found none"),
         (b"", "expected a header .* found an empty table"),
     ],

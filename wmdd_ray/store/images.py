@@ -29,6 +29,8 @@ from wmdd_ray.errors import BadImageError
 # GIF, BMP and TIFF pictures are refused with a reason instead of being opened by the less-tested
 # decoders.
 _FORMATS = ("JPEG", "PNG", "WEBP")
+# How GIF, BMP and TIFF begin.
+_OTHERS = (b"GIF8", b"BM", b"II*\0", b"MM\0*")
 
 # What Pillow raises for malformed content. OSError: truncated or unidentified; SyntaxError: broken
 # chunk or marker structure; ValueError: limits and impossible headers; struct.error, IndexError,
@@ -141,9 +143,10 @@ def decoding(content: bytes | np.ndarray, where: str) -> Iterator[None]:
     except UnidentifiedImageError as error:
         # Pillow's text holds a memory address, and a reason should be the same in every run.
         start = content[:8] if isinstance(content, bytes) else b""
+        remedy = "; convert it to one of these" if start.startswith(_OTHERS) else ""
         raise BadImageError(
             f"{where}: expected a JPEG, PNG or WebP image, got {len(content)} bytes that "
-            f"start with {start!r}"
+            f"start with {start!r}{remedy}"
         ) from error
     except _DECODE_ERRORS as error:
         raise BadImageError(f"{where}: {type(error).__name__}: {error}") from error

@@ -10,6 +10,7 @@ import json
 import logging
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,7 @@ from wmdd_ray.store.sources.files import reading, refuse_outside
 from wmdd_ray.store.sources.labels import Label, beside_classes, found_classes, label_of
 from wmdd_ray.store.sources.listing import (
     SPLIT_NAMES,
+    SPLIT_WORDS,
     Listing,
     list_files,
     no_such_split,
@@ -177,12 +179,26 @@ def _rows_of_split(source: CsvSource, listing: Listing) -> tuple[list[_Row], str
     for names in wanted:
         selected = [row for row in rows if row.split in names]
         if selected:
+            _refuse_other_splits(rows, listing)
             return selected, digest.hexdigest()
     if not any(row.split for row in rows) and (listing.split == "train" or listing.dedicated):
         if rows:
             return rows, digest.hexdigest()
         raise DataError(f"{listing.root}: expected rows with paths and labels, found none")
     raise no_such_split(listing, sorted({row.split for row in rows} - {""}) or list(source.files))
+
+
+def _refuse_other_splits(rows: Sequence[_Row], listing: Listing) -> None:
+    """Raise a DataError where rows beside those of a split say another word than those of training and held-out images."""
+    others = Counter(row.split for row in rows if row.split not in SPLIT_WORDS)
+    if others:
+        words = ", ".join(
+            f"{word or 'nothing'!r} ({count} rows)" for word, count in sorted(others.items())
+        )
+        raise DataError(
+            f"{listing.root}: expected a column split of {', '.join(sorted(SPLIT_WORDS))}, found {words} beside them; rename "
+            "these, or take their rows out of the table"
+        )
 
 
 def _rows(text: str, where: str, table: str, word: str, config: SourceConfig) -> Iterator[_Row]:
@@ -203,8 +219,9 @@ def _cells(
         first = next(lines, [])
         path_at, label_at, split_at = _columns(first, config, where, by_place=True)
         width = max(path_at, label_at, -1 if split_at is None else split_at) + 1
-        has_header = not is_image_name(first[path_at].strip())
-        for cells in lines if has_header else itertools.chain([first], lines):
+        second = next(lines, [])
+        rows = [second] if _is_header(first, second, path_at, config, where) else [first, second]
+        for cells in itertools.chain(rows, lines):
             if not any(cell.strip() for cell in cells):
                 continue
             cells = [cell.strip() for cell in cells] + [""] * (width - len(cells))
@@ -215,6 +232,24 @@ def _cells(
             f"{where}: line {lines.line_num} is malformed ({error}); expected cells separated by {delimiter!r}, and "
             'those that hold it, or a quote, in double quotes ("a ""b""")'
         ) from error
+
+
+def _is_header(
+    first: list[str], second: list[str], path_at: int, config: SourceConfig, where: str
+) -> bool:
+    """Return whether the first line of a table names its columns: by their usual names, or by what lies below."""
+    named = {_column_name(cell) for cell in first}
+    asked = {_column_name(name) for name in (config.image_column, config.label_column) if name}
+    if named & {*_PATH_NAMES, *_LABEL_NAMES, _SPLIT_NAME, *asked}:
+        return True
+    if is_image_name(first[path_at].strip()):
+        return False
+    if len(second) > path_at and is_image_name(second[path_at].strip()):
+        return True
+    raise DataError(
+        f"{where}: the first line ({shown(first)}) may name the columns or be an image's row; put a line `path,label` above it, or "
+        "call its columns so"
+    )
 
 
 def _json_cells(

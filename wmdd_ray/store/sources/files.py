@@ -49,6 +49,10 @@ def reading(where: str, what: str) -> Iterator[None]:
             raise ArtifactError(f"cannot read {where}: {remedy(error, where)}") from error
         if _is_storage_fault(error):
             raise ArtifactError(f"cannot read {where}: {error}; {_remedy(error)}") from error
+        if isinstance(error, UnicodeError):
+            raise DataError(
+                f"{where}: expected {what}, found text in another encoding ({error}); save it as UTF-8"
+            ) from error
         raise DataError(
             f"{where}: expected {what}, found cut or malformed content ({type(error).__name__}: "
             f"{error}); restore the file from its origin"

@@ -46,7 +46,7 @@ SPLIT_NAMES: dict[Split, tuple[frozenset[str], ...]] = {
     "train": (frozenset({"train", "training"}),),
     "val": (frozenset({"val", "valid", "validation", "dev"}), frozenset({"test", "testing"})),
 }
-_SPLIT_WORDS = frozenset().union(*itertools.chain.from_iterable(SPLIT_NAMES.values()))
+SPLIT_WORDS = frozenset().union(*itertools.chain.from_iterable(SPLIT_NAMES.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +232,7 @@ def _place(name: str) -> str:
 @lru_cache(1 << 16)
 def split_word(name: str) -> str:
     """Return the last word of a path that names a split: files count more than their folders."""
-    words = [word for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLIT_WORDS]
+    words = [word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_WORDS]
     return words[-1] if words else ""
 
 

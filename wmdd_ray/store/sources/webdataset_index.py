@@ -23,7 +23,7 @@ def read_class_names(source: Source) -> tuple[str, ...] | None:
     for name, content in _beside(source, ("classes.txt", "classes.json")):
         base = name.rpartition("/")[2]
         try:
-            return parse_class_names(content.decode("utf-8"), base)
+            return parse_class_names(content.decode("utf-8-sig"), base)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f"{source.url(name)}: expected one name a line (classes.txt), or a JSON list or an "
