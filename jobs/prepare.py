@@ -321,6 +321,8 @@ def _place(uri: str) -> str:
 
 def _in_our_words(text: str, named: bool) -> str:
     """Return a message of the sources with this job's names for their options; `named` says that --classes was given."""
+    if "there is no such option" in text:  # what was typed stays as it was typed
+        return text
     if named:
         text = text.replace(" training classes, found", " classes of --classes, found")
         text = text.replace(

@@ -628,3 +628,11 @@ def test_options_of_labels_reach_the_source_and_count_only_where_they_are_used()
     used = PrepareConfig(label_column="fine_label", numbers="index-from-1")
     assert (used.source.numbers, used.source.label_column) == ("index-from-1", "fine_label")
     assert used.scan_options().keys() - plain.scan_options().keys() == {"label_column", "numbers"}
+
+
+def test_an_option_of_another_job_is_called_as_it_was_typed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert prepare.main(["x", "--out", "y", "--source.format", "csv"]) == 2
+    said = capsys.readouterr().err
+    assert "--source.format: there is no such option; did you mean --format?" in said
