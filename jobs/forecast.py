@@ -53,9 +53,10 @@ ASSUMED = UnitTimes("L4", "assumed", 514, 1000 / 4.25, 514, 200)
 
 @dataclass(frozen=True)
 class Price:
-    """GPU hours to the set and of its students, and how many these are."""
+    """GPU hours to the set, those of its teachers among them, and of its students, and how many these are."""
 
     making_h: float
+    teacher_h: float
     students_h: float
     num_students: int
 
@@ -108,9 +109,9 @@ def price(config: DistillConfig, num_classes: int, num_images: int, times: UnitT
         making_h += hours(seen * config.recover.iterations, times.recover, teacher)
     if config.relabel.labels == "stored":
         making_h += label_h
-    if config.teacher is None:
-        trained = num_images * config.squeeze.epochs * config.num_teachers
-        making_h += hours(trained, times.students, teacher)
+    trained = 0 if config.teacher else num_images * config.squeeze.epochs * config.num_teachers
+    teacher_h = hours(trained, times.students, teacher)
+    making_h += teacher_h
     students_h, units = 0.0, unit_ids(config)
     for row, labels, _ in map(parts_of, units):
         passes = seen * config.evaluate.epochs
@@ -120,7 +121,7 @@ def price(config: DistillConfig, num_classes: int, num_images: int, times: UnitT
         # Real images are labeled while their student trains.
         if labels == "soft" and row != "distilled":
             students_h += hours(passes, times.relabel, teacher) if row == "all_real" else label_h
-    return Price(making_h, students_h, len(units))
+    return Price(making_h, teacher_h, students_h, len(units))
 
 
 def price_line(run: Run) -> str | None:
@@ -178,7 +179,10 @@ def _row(
         "gpu_h_2": few.students_h,
         "gpu_h_18": full.students_h,
     }
-    row |= {f"hours{which}": hours / gpus + _START_H for which, hours in gpu_h.items()}
+    # Nobody but the workers that share a teacher's batches trains it.
+    trained_h = few.teacher_h / min(gpus, config.squeeze.batch_parts)
+    for which, hours in gpu_h.items():
+        row[f"hours{which}"] = trained_h + (hours - few.teacher_h) / gpus + _START_H
     for which, hours in gpu_h.items():
         dollars = [
             f"{hours * price + row[f'hours{which}'] * _HEAD_DOLLARS:.{0 if hours > 2 else 1}f}"
