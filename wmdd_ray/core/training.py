@@ -276,8 +276,10 @@ class _StudentLoss:
         return soft if hard is None else soft + config.ce_weight * hard
 
 
-def accuracy(network: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
-    """Return (top-1, top-5) as fractions; top-5 is top-Y when there are fewer than 5 classes.
+def accuracy(network: nn.Module, batches: Iterable[Batch]) -> tuple[float, float, np.ndarray]:
+    """Return (top-1, top-5, recall_Y) as fractions; top-5 is top-Y when there are fewer than 5 classes.
+
+    The recall of a class is the share of its images that are told right, 0 where it has none.
 
     Args:
         network: classifier; evaluated in eval mode, and put back into its mode.
@@ -286,17 +288,23 @@ def accuracy(network: nn.Module, batches: Iterable[Batch]) -> tuple[float, float
     was_training = network.training
     network.eval()
     hits, count = [0, 0], 0
+    told_Y = of_class_Y = torch.zeros(0)
     with torch.inference_mode():
         for images, labels_B in batches:
             logits_BY = network(images)
             best_BK = logits_BY.topk(min(5, logits_BY.shape[1]), dim=1).indices
             hit_BK = best_BK == labels_B[:, None]
             hits[0] += int(hit_BK[:, 0].sum())
+            if not count:
+                told_Y, of_class_Y = logits_BY.new_zeros(2, logits_BY.shape[1], dtype=torch.int64)
+            of_class_Y += labels_B.bincount(minlength=len(of_class_Y))
+            told_Y += labels_B[hit_BK[:, 0]].bincount(minlength=len(told_Y))
             hits[1] += int(hit_BK.sum())
             count += len(labels_B)
     network.train(was_training)
     assert count > 0, "accuracy of no images"
-    return hits[0] / count, hits[1] / count
+    recall_Y = (told_Y.double() / of_class_Y.clamp(min=1)).cpu().numpy()
+    return hits[0] / count, hits[1] / count, recall_Y
 
 
 class _Part:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
 from wmdd_ray.config import DistillConfig, LabelKind
-from wmdd_ray.core.class_order import confusion
 from wmdd_ray.core.networks import build_network, empty_network, load_weights, weights_of
 from wmdd_ray.core.optimizer import State
 from wmdd_ray.core.soft_labels import label_statistics
@@ -90,10 +88,8 @@ def open_student_trainer(
         in_core = time.perf_counter()
         keep = Checkpoints(room, unit, _STATE_EVERY_S)
         network = _trained(unit, chosen, shown, config, device, keep, report)
-        top1, top5 = accuracy(network, held_out)
+        top1, top5, recall_Y = accuracy(network, held_out)
         in_core = time.perf_counter() - in_core
-        counts_YY = confusion(network.eval(), held_out, shown.num_classes)
-        recall_Y = np.diag(counts_YY) / np.maximum(counts_YY.sum(axis=1), 1)
         result = {
             "row": row,
             "arch": config.evaluate.for_labels(labels).network.arch,
