@@ -215,6 +215,7 @@ def distill(jobs: Sequence[Job]) -> int:
         print(f"auto: {line}", flush=True)
     # Imported here: stages load torch and Ray, which a wrong option should not have to wait for.
     from wmdd_ray.stages.pipeline import PIPELINE
+    from wmdd_ray.units.features import check_listed
     from wmdd_ray.units.given_teacher import check_given
 
     shared = tuple(stage for stage in PIPELINE if stage.room in TAKEN)
@@ -227,6 +228,9 @@ def distill(jobs: Sequence[Job]) -> int:
         run.sources = runs[0][1].sources
     if first.dry_run:
         check_given((above or runs)[0][1], PIPELINE[0])
+        for _, run in runs:
+            source = run.source("train")
+            check_listed(source.shards(run.config.features.chunk_images), source, run.config)
         own = tuple(stage for stage in PIPELINE if stage not in shared) if above else PIPELINE
         root = (above or runs)[0][1].store.uri
         print_plan(root, [(run, shared) for _, run in above] + [(run, own) for _, run in runs])

@@ -224,8 +224,11 @@ def test_tar_shards_without_held_out_images_are_cut_and_stay_so_on_resume(
 
 
 def test_a_class_smaller_than_ipc_is_refused_with_what_helps(photos: Path, capsys: Said) -> None:
-    assert distill.main(["--data", str(photos), *TINY[2:], "--ipc", "11"]) == 4
-    assert 'class 0 ("ant") has 10 images but ipc is 11; lower --ipc' in capsys.readouterr().err
+    for asked in (["--dry-run"], []):
+        assert distill.main(["--data", str(photos), *TINY[2:], "--ipc", "11", *asked]) == 4
+        said = capsys.readouterr()
+        assert 'class 0 ("ant") has 10 images but ipc is 11; lower --ipc' in said.err
+        assert "plan for" not in said.out
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_webdataset])
