@@ -12,6 +12,7 @@ from wmdd_ray.spine.outlook import Outlook, outlooks
 from wmdd_ray.spine.provenance import as_typed
 from wmdd_ray.spine.rooms import StageCommit
 from wmdd_ray.spine.run import Run, Stage
+from wmdd_ray.store.sources.passed import left_out
 from wmdd_ray.telling.progress import duration
 from wmdd_ray.units.own_data import doubts_of
 
@@ -39,6 +40,8 @@ def print_plan(root: str, runs: Sequence[tuple[Run, tuple[Stage, ...]]]) -> None
         if stages[-1].name == "evaluate" and (prices := forecast.price_line(run)) is not None:
             print(prices)
     run = runs[0][0]
+    if passed := left_out(run.source("train").passed_over):
+        print(f"training images: {passed}")
     if run.config.data != "digits":
         for doubt, advice in doubts_of(run.source("train"), run.config.source):
             print(f"warning: {doubt}; {advice}")

@@ -8,6 +8,7 @@ from wmdd_ray.errors import BadImageError
 from wmdd_ray.product.tables import size
 from wmdd_ray.store.images import decode_image
 from wmdd_ray.store.sources import Shard, Source
+from wmdd_ray.store.sources.passed import left_out
 from wmdd_ray.units.own_data import class_counts, doubts, sample, shape_of
 
 from ..own_data import told_network
@@ -35,10 +36,12 @@ def check_data(visit: Visit) -> Iterator[Finding]:
         each = (
             f"{_span(counts.values())} of each" if counts else "how many of each only reading tells"
         )
+        passed = left_out(source.passed_over)
         yield Finding(
             "ok",
             f"{split}: {'an unknown number of' if total is None else total} images ({source.format}, "
-            f"{size(source.total_bytes)}) of {len(names)} classes ({_shown(called)}), {each}",
+            f"{size(source.total_bytes)}) of {len(names)} classes ({_shown(called)}), {each}"
+            + (f"; {passed}" if passed else ""),
         )
         absent = [
             k

@@ -224,6 +224,12 @@ def test_tar_shards_without_held_out_images_are_cut_and_stay_so_on_resume(
 
 
 def test_a_class_smaller_than_ipc_is_refused_with_what_helps(photos: Path, capsys: Said) -> None:
+    (photos / "ant" / "notes.pdf").write_bytes(b"x")
+    assert distill.main(["--data", str(photos), *TINY[2:], "--ipc", "1", "--dry-run"]) == 0
+    assert (
+        "training images: 1 files passed over [1 x .pdf in ant/ (no image: ant/notes.pdf)]"
+        in capsys.readouterr().out
+    )
     for asked in (["--dry-run"], []):
         assert distill.main(["--data", str(photos), *TINY[2:], "--ipc", "11", *asked]) == 4
         said = capsys.readouterr()

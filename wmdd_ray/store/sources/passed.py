@@ -92,6 +92,12 @@ def lost(groups: Iterable[PassedOver]) -> tuple[PassedOver, ...]:
     )
 
 
+def left_out(groups: Iterable[PassedOver]) -> str:
+    """Say what of a split is not read, before anything is; nothing where all is read or of another split."""
+    own = [group for group in groups if group.reason not in (OTHER_SPLIT, SYSTEM, LABELS)]
+    return f"{total(own):,} files passed over{shown_groups(own)}" if own else ""
+
+
 def shown_groups(groups: Sequence[PassedOver]) -> str:
     """Return the largest groups in brackets; nothing when there is none."""
     if not groups:
