@@ -131,7 +131,8 @@ def _refuse_others(listing: Listing, tree: Tree, base: str, others: list[str]) -
             listing,
             f"folders of images lie beside those of the splits, and would not be read: {shown(doubtful)}",
             join(base, "{split}/{class}"),
-            otherwise="pass the folder of one data set as --data",
+            otherwise="pass the folder of one data set as --data, or, where these are held-out images, theirs as --val-data "
+            "beside that of the training images",
         )
 
 
