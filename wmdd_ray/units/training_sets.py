@@ -211,7 +211,7 @@ def _baseline_images(
     row: str, room: Room, source: Source, config: DistillConfig, num_classes: int
 ) -> np.ndarray:
     """Return as many real images as the distilled set stores, in its order of classes."""
-    files = room.committed().files
+    files, side = room.committed().files, tile_side(config.source.image_size, config.recover.tiles)
     chosen = []
     for barycenter in read_ahead(partial(atoms.read_barycenter, room, files), range(num_classes)):
         keys = {
@@ -220,8 +220,8 @@ def _baseline_images(
             "random_tiles": barycenter.random_keys[: config.num_atoms],
             "nearest_tiles": barycenter.nearest_keys,
         }[row]
-        chosen.append(read_real(source, keys, config))
-    return shrink(np.concatenate(chosen), tile_side(config.source.image_size, config.recover.tiles))
+        chosen.append(shrink(read_real(source, keys, config), side))
+    return np.concatenate(chosen)
 
 
 def fresh_labels(
