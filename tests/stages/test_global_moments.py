@@ -13,7 +13,7 @@ from tests.stages.tiny import FinishedRun
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.store.filesystem import Store
-from wmdd_ray.units.images import groups, read_images
+from wmdd_ray.units.images import ClassImagesReader, groups
 
 OPTIONS = ("--recover.moments", "global", "--recover.images-per-group", "10")
 
@@ -31,7 +31,7 @@ def test_a_unit_is_a_position_of_every_class_and_the_set_has_all_of_them(
     room = Room(Store(str(out)), "images")
     commit = room.committed()
     assert sorted(commit.units) == list(planned)
-    classes = read_images(room, range(10))
+    classes = ClassImagesReader(room).read(range(10))
     assert [record.label for record in classes] == list(range(10))
     assert all(record.images_KHWC.shape == (4, 16, 16, 1) for record in classes)
     stored = DistilledDataset(str(out / "dataset")).images
