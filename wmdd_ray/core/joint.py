@@ -29,6 +29,8 @@ from wmdd_ray.records import Barycenter
 
 # Images whose distances to all atoms are in memory at once.
 _BLOCK = 4096
+# Squared differences of equal embeddings, in units of their squared length.
+_ROUNDING = 1e-14
 
 
 def solve_joint(
@@ -106,10 +108,13 @@ def label_costs(
     Its mean over different classes is `label_weight` times the mean squared distance of a feature from its class's mean.
     """
     e_YE = embedding_YE.astype(np.float64)
-    squared_YY = ((e_YE[:, None] - e_YE) ** 2).sum(axis=2)
+    squared_Y = (e_YE * e_YE).sum(axis=1)
+    # Not the differences themselves: (Y, Y, E) of 10,000 classes would be terabytes.
+    squared_YY = np.maximum(squared_Y[:, None] + squared_Y - 2 * (e_YE @ e_YE.T), 0)
+    np.fill_diagonal(squared_YY, 0)
     num_classes = len(e_YE)
     mean = squared_YY.sum() / (num_classes * (num_classes - 1))
-    if not np.isfinite(mean) or mean == 0:
+    if not np.isfinite(mean) or mean <= _ROUNDING * squared_Y.mean():
         raise DataError(
             "--barycenters.label-weight: expected label embeddings that are finite and differ between classes, and the "
             "teacher's last layer has none; check the teacher"
