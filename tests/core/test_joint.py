@@ -143,6 +143,14 @@ def test_a_class_whose_atoms_nobody_wants_keeps_them_at_equal_weights() -> None:
         assert np.isfinite(one.atoms_KD).all() and one.weights_K.sum() == pytest.approx(1)
 
 
+def test_atoms_at_one_place_share_its_mass() -> None:
+    pair = np.array([[0, 0], [0, 0], [0, 0], [4, 0]], np.float32)
+    for one in joint([pair, pair + 100], 1e6):
+        at_pair_K = one.atoms_KD[:, 0] % 100 < 1
+        expected_K = np.where(at_pair_K, 0.75 / at_pair_K.sum(), 0.25 / (~at_pair_K).sum())
+        np.testing.assert_allclose(one.weights_K, expected_K)
+
+
 def test_one_class_is_its_own_barycenter() -> None:
     features = classes(50)
     (found,) = joint(features, 1.0)

@@ -23,6 +23,7 @@ from scipy.sparse import csr_array
 
 from wmdd_ray.config import BarycenterConfig
 from wmdd_ray.core.barycenter import solve_barycenter
+from wmdd_ray.core.lloyd import share_with_copies
 from wmdd_ray.core.transport import exact_cost, one_thread
 from wmdd_ray.errors import DataError
 from wmdd_ray.records import Barycenter
@@ -85,6 +86,8 @@ def solve_joint(
             atoms_YKD = means_YKD
         stored_YKD = atoms_YKD.astype(np.float32)
         _, mass_YK, _ = _round(features, stored_YKD.astype(np.float64), price_YY)
+        for mass_K, stored_KD in zip(mass_YK, stored_YKD, strict=True):
+            share_with_copies(mass_K, stored_KD)
         total_Y1 = mass_YK.sum(axis=1, keepdims=True)
         weights_YK = np.where(total_Y1 > 0, mass_YK / np.maximum(total_Y1, 1), 1 / num_atoms)
         return tuple(
@@ -109,7 +112,7 @@ def label_costs(
     """
     e_YE = embedding_YE.astype(np.float64)
     squared_Y = (e_YE * e_YE).sum(axis=1)
-    # Not the differences themselves: (Y, Y, E) of 10,000 classes would be terabytes.
+    # Not the differences themselves: (Y, Y, E) of 10,000 classes is hundreds of gigabytes.
     squared_YY = np.maximum(squared_Y[:, None] + squared_Y - 2 * (e_YE @ e_YE.T), 0)
     np.fill_diagonal(squared_YY, 0)
     num_classes = len(e_YE)
