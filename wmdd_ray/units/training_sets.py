@@ -257,12 +257,13 @@ def _stored_labels(
 
     def label_epoch(epoch: int) -> tuple[Views, np.ndarray | None]:
         epoch %= config.relabel.epochs
-        parts = []
+        parts, logits = [], []
         for name, labels in slices_of_epoch[epoch]:
             index_N = rows_of(labels, config)
             drawn = views_of(config, len(index_N), teacher.image_size, name, epoch)
             parts.append(renamed(drawn, index_N))
-        views = concatenate_views(parts)
-        return views, stored_logits(network, images, views, teacher.image_size, config)
+            # A slice is labeled by itself, as the distilled set's: with the batch's statistics its company is in the label.
+            logits.append(stored_logits(network, images, parts[-1], teacher.image_size, config))
+        return concatenate_views(parts), np.concatenate(logits)
 
     return label_epoch
