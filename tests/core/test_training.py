@@ -215,6 +215,16 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(arch: Any, expected: 
     assert [p.shape for p in optimizer.param_groups[0]["params"]] == [(6, 6)]
 
 
+def test_muon_without_a_hidden_matrix_is_adamw() -> None:
+    network = build_network(
+        NetworkConfig(arch="convnet1", width=4), num_classes=3, channels=1, image_size=8
+    )
+    optimizer = make_optimizer(network, "muon", learning_rate=0.1, weight_decay=0.1)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    held = sum(len(group["params"]) for group in optimizer.param_groups)
+    assert held == len(list(network.parameters()))
+
+
 def test_muon_refuses_weights_that_were_laid_out_anew() -> None:
     network = three_convolutions(channels_last=False)
     optimizer = make_optimizer(network, "muon", learning_rate=0.1, weight_decay=0.1)
