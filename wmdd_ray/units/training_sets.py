@@ -163,7 +163,8 @@ class TrainingSets(Sets):
             epochs = config.evaluate.all_real_epochs
             label_epoch, cycle = fresh_labels(pixels, teachers, config, device), epochs
         else:
-            # Whole images are fewer than tiles: as many more label epochs make as many views, labels and steps.
+            # Whole images are fewer than tiles: as many more label epochs make as many views and labels. Steps are as many where
+            # the batch size divides the whole images, and otherwise may be more: an epoch is at least one.
             tiles = config.recover.tiles if row in TILED else 1
             repeats = (config.recover.tiles // tiles) ** 2
             epochs *= repeats
