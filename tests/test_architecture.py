@@ -253,7 +253,7 @@ def test_every_file_keeps_to_its_room(path: Path) -> None:
         ("wmdd_ray/units/x.py", "from wmdd_ray.executors import here"),
         ("wmdd_ray/units/x.py", "from wmdd_ray.product.tables import size"),
         ("wmdd_ray/executors/x.py", "from wmdd_ray.stages import recover"),
-        ("wmdd_ray/diffusion/x.py", "from wmdd_ray.units.images import read_images"),
+        ("wmdd_ray/diffusion/x.py", "from wmdd_ray.units.images import ClassImagesReader"),
         ("wmdd_ray/telling/x.py", "from wmdd_ray.product.tables import size"),
         ("wmdd_ray/dataset.py", "importlib.import_module('ray')"),
         ("wmdd_ray/config.py", "from wmdd_ray.records import Teacher"),

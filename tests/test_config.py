@@ -294,3 +294,17 @@ def test_options_of_reading_that_are_not_used_leave_fingerprints_as_they_were() 
     assert fingerprint_options(SourceConfig(bucket=BucketAccess(anonymous=True))).keys() == before
     named = fingerprint_options(SourceConfig(label_column="fine_label", numbers="index"))
     assert named.keys() - before == {"label_column", "numbers"}
+
+
+@pytest.mark.parametrize(
+    ("recover", "needed"),
+    [
+        ({"anchor_weight": 1.0}, True),
+        ({"anchor_weight": 0.0}, False),
+        ({"anchor_weight": 1.0, "method": "real", "start": "nearest"}, False),
+    ],
+)
+def test_anchors_need_norms_of_the_teacher(recover: dict[str, Any], needed: bool) -> None:
+    config = recipe_of("digits", 10)
+    own = replace(config.recover, moments="none", **recover)
+    assert replace(config, recover=own).needs_norms == needed

@@ -25,11 +25,18 @@ from wmdd_ray.config import EvaluateConfig, NetworkConfig, RelabelConfig, Source
 from wmdd_ray.core.networks import build_network
 from wmdd_ray.core.soft_labels import compress, decompress, take_labels
 from wmdd_ray.core.training import train_student
-from wmdd_ray.core.views import StoredImages, concatenate_views, draw_views, render_views, take
+from wmdd_ray.core.views import (
+    StoredImages,
+    concatenate_views,
+    draw_block,
+    draw_views,
+    render_views,
+    take,
+)
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError
 from wmdd_ray.records import SoftLabelBlock, SoftLabels, Teacher, ViewDraw
-from wmdd_ray.store import codecs, documents
+from wmdd_ray.store import codecs, documents, packing
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.images import decode_image, encode_png
 
@@ -409,6 +416,31 @@ def online_dataset(folder: Path, **options: Any) -> tuple[DistilledDataset, nn.M
         labels={"labels": "online", "batch_size": 5},
     )
     return DistilledDataset(uri, **options), network
+
+
+def test_images_justify_the_memory_of_views_without_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stored_bytes(pattern: str) -> int:
+        return max(path.stat().st_size for path in tmp_path.glob(pattern))
+
+    dataset, _ = online_dataset(tmp_path)
+    assert dataset.images.shape[0] == N
+    # Of many small images, 25 epochs of views take more than 64 times a file of their seed.
+    views = 2 * N
+    allowed = packing.BUDGET_RATIO * (stored_bytes("labels/*") + stored_bytes("data/*") / 2)
+    monkeypatch.setattr(packing, "BUDGET_BYTES", 1 << 16)
+    for module in ("wmdd_ray.store.label_files", "wmdd_ray.dataset"):
+        monkeypatch.setattr(f"{module}.VIEW_BYTES", allowed / views)
+    views_read, _ = DistilledDataset(str(tmp_path)).label_epoch(0)
+    assert len(views_read) == N
+    with pytest.raises(ArtifactError, match="expected a label file that takes at most"):
+        codecs.decode_soft_labels(
+            (tmp_path / "labels/epochs-00000-00001.parquet").read_bytes(), draw_block
+        )
+    monkeypatch.setattr("wmdd_ray.dataset.VIEW_BYTES", 4 * allowed / views)
+    with pytest.raises(ArtifactError, match="expected a block of label epochs that takes at most"):
+        DistilledDataset(str(tmp_path))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

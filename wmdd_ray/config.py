@@ -654,10 +654,11 @@ class DistillConfig:
 
     @property
     def needs_norms(self) -> bool:
-        """Whether BatchNorm layers of the teacher are used: by the images' moment term, or by labels of batch statistics."""
+        """Whether BatchNorm layers of the teacher are used: by the images' moments or anchors, or by labels of batch statistics."""
         recover = self.recover
-        matched = recover.method == "inversion" and recover.moments != "none"
-        return (matched and recover.bn_weight > 0) or self.relabel.batch_statistics
+        matched = recover.moments != "none" and recover.bn_weight > 0
+        by_images = recover.method == "inversion" and (matched or recover.anchor_weight > 0)
+        return by_images or self.relabel.batch_statistics
 
     @property
     def num_atoms(self) -> int:

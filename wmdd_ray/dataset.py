@@ -384,15 +384,16 @@ class DistilledDataset(Dataset[Item]):
         for entry in self._files:
             if match := _LABEL_KEY.fullmatch(entry.key):
                 files_of.setdefault((int(match[1]), int(match[2])), []).append(entry)
+        images_bytes = sum(f.size_bytes for f in self._files if f.key.startswith("data/"))
         spans, covered = [], 0
         for (first, last), files in sorted(files_of.items()):
             if first != covered or last < first:
                 break
-            # Views are drawn again from a few bytes, so that names and counts alone could ask for any memory.
+            # Views are drawn again from a few bytes, so that names and counts alone could ask for any memory. The images, of which
+            # `_read_images` finds as many, justify theirs.
             views = (last - first + 1) * self.num_images
-            packing.check_budget(
-                views * VIEW_BYTES, sum(f.size_bytes for f in files), "a block of label epochs"
-            )
+            stored_bytes = images_bytes + sum(f.size_bytes for f in files)
+            packing.check_budget(views * VIEW_BYTES, stored_bytes, "a block of label epochs")
             spans.append((first, last - first + 1, [file.key for file in files]))
             covered = last + 1
         if covered != self.label_epochs or len(spans) < len(files_of):
@@ -438,8 +439,9 @@ class DistilledDataset(Dataset[Item]):
         """Return a block with its rows in order: epoch by epoch, image by image."""
         first, count, keys = self._spans[span]
         with ThreadPoolExecutor(_READ_THREADS) as pool:
+            most = count * self.num_images
             blocks = list(
-                pool.map(lambda k: codecs.decode_soft_labels(self._read(k), draw_block), keys)
+                pool.map(lambda k: codecs.decode_soft_labels(self._read(k), draw_block, most), keys)
             )
         views = concatenate_views([block.views for block in blocks])
         classes = {block.labels.num_classes for block in blocks}

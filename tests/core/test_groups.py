@@ -73,3 +73,29 @@ def test_one_part_is_the_class() -> None:
 def test_a_class_whose_own_moments_are_matched_is_not_split() -> None:
     with pytest.raises(AssertionError, match="a class is matched by all its images"):
         recover([make_target(0)], CONFIG, positions=range(1))
+
+
+def test_weights_of_positions_are_those_of_their_class_in_any_group() -> None:
+    config = replace(CONFIG, moments="global", weighted_moments=True)
+    shares = np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.0, 1.0, 0.0]])
+    targets = [
+        replace(make_target(label, ipc=3), weights_K=weights_K)
+        for label, weights_K in enumerate(shares)
+    ]
+    together = recover(targets, config)
+    parts = [recover(targets, config, positions=range(k, k + 1)) for k in range(3)]
+    for whole, *pieces in zip(together, *parts, strict=True):
+        joined = join_positions(pieces)
+        difference = joined.images_KHWC.astype(int) - whole.images_KHWC
+        assert np.abs(difference).max() <= 1, "one gray level, for sums in another order"
+        np.testing.assert_allclose(joined.losses["bn"], whole.losses["bn"], rtol=1e-3)
+
+
+def test_a_position_without_any_weight_is_matched_by_its_images_alike() -> None:
+    config = replace(CONFIG, moments="global", weighted_moments=True)
+    even = [replace(make_target(label), weights_K=np.array([0.5, 0.5])) for label in range(2)]
+    none = [replace(target, weights_K=np.array([1.0, 0.0])) for target in even]
+    for one, other in zip(
+        *(recover(t, config, positions=range(1, 2)) for t in (even, none)), strict=True
+    ):
+        np.testing.assert_array_equal(one.images_KHWC, other.images_KHWC)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -120,11 +121,34 @@ def test_label_costs_are_in_units_of_the_spread_within_classes() -> None:
     assert (np.diag(price) == 0).all()
 
 
+def test_label_costs_are_squared_distances_and_take_no_room_for_differences() -> None:
+    features, width = classes(*[4] * 60), 2000
+    e_YE = np.random.default_rng(0).normal(size=(60, width)) + 3
+    e_YE[7] = e_YE[3]
+    tracemalloc.start()
+    price_YY = label_costs(features, e_YE, 1.0)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    squared_YY = ((e_YE[:, None] - e_YE) ** 2).sum(axis=2)
+    np.testing.assert_allclose(
+        price_YY / price_YY.mean(), squared_YY / squared_YY.mean(), rtol=1e-10, atol=1e-12
+    )
+    assert peak_bytes < 10 * e_YE.nbytes < 60 * e_YE.nbytes
+
+
 def test_a_class_whose_atoms_nobody_wants_keeps_them_at_equal_weights() -> None:
     features = [np.zeros((50, 2), np.float32), np.full((4, 2), 0.0, np.float32)]
     found = joint(features, 0.0, embedding_YE=np.array([[0.0], [1.0]]))
     for one in found:
         assert np.isfinite(one.atoms_KD).all() and one.weights_K.sum() == pytest.approx(1)
+
+
+def test_atoms_at_one_place_share_its_mass() -> None:
+    pair = np.array([[0, 0], [0, 0], [0, 0], [4, 0]], np.float32)
+    for one in joint([pair, pair + 100], 1e6):
+        at_pair_K = one.atoms_KD[:, 0] % 100 < 1
+        expected_K = np.where(at_pair_K, 0.75 / at_pair_K.sum(), 0.25 / (~at_pair_K).sum())
+        np.testing.assert_allclose(one.weights_K, expected_K)
 
 
 def test_one_class_is_its_own_barycenter() -> None:
@@ -135,7 +159,9 @@ def test_one_class_is_its_own_barycenter() -> None:
     )
 
 
-@pytest.mark.parametrize("embedding", [np.ones((2, 3)), np.full((2, 3), np.nan)])
+@pytest.mark.parametrize(
+    "embedding", [np.ones((2, 3)), np.full((2, 3), 0.1), np.full((2, 3), np.nan)]
+)
 def test_embeddings_that_tell_nothing_are_refused(embedding: np.ndarray) -> None:
     with pytest.raises(DataError, match="label-weight: expected label embeddings that are finite"):
         joint(classes(20, 20), 1.0, embedding_YE=embedding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -314,3 +315,18 @@ def test_statistics_tell_how_sure_labels_are_and_how_they_differ_over_an_image_s
     assert found["label_diversity"] == pytest.approx(np.log(2) / 2)
     one = label_statistics(epochs[:1], 2)
     assert one["label_diversity"] == pytest.approx(0, abs=1e-12)
+
+
+def test_statistics_take_little_more_memory_than_the_sum_of_the_labels() -> None:
+    num_images, num_classes = 4000, 300
+    views = draw_views(num_images, 8, ViewConfig(), seed=0, epoch=0)
+    rng = np.random.default_rng(0)
+    epochs = [(views, rng.normal(size=(num_images, num_classes)).astype(np.float32))] * 2
+    tracemalloc.start()
+    found = label_statistics(epochs, num_images)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    share = softmax(epochs[0][1].astype(np.float64), axis=1)
+    assert found["label_entropy"] == pytest.approx(-(share * np.log(share)).sum(axis=1).mean())
+    assert found["label_diversity"] == pytest.approx(0, abs=1e-12)
+    assert peak_bytes < 8 * num_images * num_classes + (16 << 20)

@@ -15,7 +15,14 @@ from torch import nn
 from tests.core.test_student_losses import random_logits
 from wmdd_ray.config import EvaluateConfig, NetworkConfig, SqueezeConfig, ViewConfig
 from wmdd_ray.core import training
-from wmdd_ray.core.batches import eval_batches, in_memory_batches, order_of, steps_of
+from wmdd_ray.core.batches import (
+    EpochBatches,
+    eval_batches,
+    in_memory_batches,
+    order_of,
+    steps_of,
+    student_steps,
+)
 from wmdd_ray.core.networks import build_network
 from wmdd_ray.core.optimizer import (
     MuonAdamW,
@@ -213,6 +220,16 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(arch: Any, expected: 
     network = nn.Sequential(nn.Conv2d(1, 6, 3), depthwise, nn.Conv2d(6, 6, 1), nn.Linear(2, 2))
     optimizer = make_optimizer(network, "muon", learning_rate=0.1, weight_decay=0.1)
     assert [p.shape for p in optimizer.param_groups[0]["params"]] == [(6, 6)]
+
+
+def test_muon_without_a_hidden_matrix_is_adamw() -> None:
+    network = build_network(
+        NetworkConfig(arch="convnet1", width=4), num_classes=3, channels=1, image_size=8
+    )
+    optimizer = make_optimizer(network, "muon", learning_rate=0.1, weight_decay=0.1)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    held = sum(len(group["params"]) for group in optimizer.param_groups)
+    assert held == len(list(network.parameters()))
 
 
 def test_muon_refuses_weights_that_were_laid_out_anew() -> None:
@@ -700,6 +717,28 @@ def test_rendering_few_or_many_views_at_a_time_trains_the_same_student(
     assert_same_weights(first, second)
     stored = StoredImages(digits[0][:30], MEAN, STD, in_float=True)
     assert_same_weights(first, train_small(small_network(), stored, fixed_epochs(30)))
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "sizes"),
+    [(7, 2, [3, 2, 2]), (6, 2, [2, 2, 2]), (7, 3, [3, 2, 2]), (1, 2, [1]), (3, 1, [1, 1, 1])],
+)
+def test_no_batch_is_of_one_view_unless_there_is_one_or_one_was_asked_for(
+    num_images: int, batch_size: int, sizes: list[int]
+) -> None:
+    batches = list(EpochBatches(num_images, 1, batch_size, seed=0, rank=0, world=1))
+    assert [len(batch) for batch in batches] == sizes
+    assert student_steps(num_images, batch_size) == len(sizes)
+
+
+def test_a_student_of_batches_of_two_learns_from_an_odd_number_of_images(digits: Labeled) -> None:
+    images = to_input(digits[0][:5], MEAN, STD)
+    config = EvaluateConfig(epochs=1, batch_size=2)
+    network = nn.Sequential(nn.Flatten(), nn.LazyLinear(10), nn.BatchNorm1d(10))
+    network(images)
+    views = draw_views(5, 8, ViewConfig(), seed=0, epoch=0)
+    labels = (views, random_logits(5, 0).numpy())
+    train_student(network, images, lambda _: labels, None, config, epochs=1, image_size=8, seed=0)
 
 
 def test_batches_of_a_student_are_of_equal_size_and_hold_every_view_once() -> None:

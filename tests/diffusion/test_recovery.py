@@ -132,7 +132,7 @@ def test_a_group_of_a_dit_that_is_killed_goes_on_from_its_step_and_ends_with_the
     assert [steps.count(f"g{i:05d}") for i in range(5)] == [24 - 15, 24, 24, 24, 24]
     tiny.assert_same_payloads(before_recover, tiny.payloads(whole), "images")
 
-    made = images.read_images(tiny_room(whole), range(10))
+    made = images.ClassImagesReader(tiny_room(whole)).read(range(10))
     for one in made:
         assert one.images_KHWC.shape == (4, 16, 16, 1)
         np.testing.assert_allclose(one.weights_K, 0.25)
@@ -192,7 +192,9 @@ def test_a_surrogate_is_a_unit_before_the_groups_and_both_go_on_where_they_were(
     assert len(commit.units[surrogate.UNIT].metrics["epoch_losses"]) == 2
     plain = shutil.copytree(before_recover, before_recover.with_name("plain"))
     assert tiny.job(plain, *options(unet)) == 0
-    led, unled = (images.read_images(tiny_room(out), range(10)) for out in (whole, plain))
+    led, unled = (
+        images.ClassImagesReader(tiny_room(out)).read(range(10)) for out in (whole, plain)
+    )
     assert all((a.images_KHWC != b.images_KHWC).any() for a, b in zip(led, unled, strict=True))
 
     begun: list[int] = []

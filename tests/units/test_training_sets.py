@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 
 from tests.stages import tiny
+from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.networks import build_network
+from wmdd_ray.core.soft_labels import decompress
 from wmdd_ray.core.training import train_student
 from wmdd_ray.core.views import StoredImages, draw_views, view_bytes
 from wmdd_ray.records import Views
 from wmdd_ray.units import training_sets
+from wmdd_ray.units.labels import blocks, label_block, rows_of, slice_name
 from wmdd_ray.units.training_sets import Input, TrainingSet
 
 CONFIG = tiny.config("--evaluate.network.width", "4")
@@ -93,3 +97,42 @@ def test_what_is_too_large_is_made_whenever_it_is_asked_for(
     for epoch in (0, 3, 3):
         chosen.label_epoch(epoch)
     assert epochs_made == [0, 0, 0]
+
+
+def test_a_baseline_is_labeled_slice_by_slice_as_the_distilled_set_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # With the batch's statistics its company is in the label.
+    options = ("--relabel.batch-statistics", "--relabel.batch-size", "16")
+    config = tiny.config(*options, "--relabel.slice-images", "12")
+    network = build_network(config.squeeze.network, num_classes=10, channels=1, image_size=16)
+    network.eval()
+    monkeypatch.setattr(training_sets, "labeler_of", lambda *_, **__: network)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 1), dtype=np.uint8)
+    teacher: Any = SimpleNamespace(num_classes=10, image_size=16, mean_C=(0.3,), std_C=(0.35,))
+    device = torch.device("cpu")
+    _, logits_VY = training_sets._stored_labels(pixels, [teacher], config, device)(0)
+    assert logits_VY is not None
+    parts = [(name, rows_of(labels, config)) for name, (_, labels) in first_block(config).items()]
+    assert len(parts) == 4
+    stored = [
+        decompress(
+            label_block(
+                network,
+                StoredImages(pixels[index_N], teacher.mean_C, teacher.std_C),
+                range(1),
+                config,
+                image_size=16,
+                name=slice_name(name),
+                report=lambda *_: None,
+            ).labels
+        )
+        for name, index_N in parts
+    ]
+    np.testing.assert_allclose(logits_VY, np.concatenate(stored), atol=1e-3)
+
+
+def first_block(config: DistillConfig) -> dict[str, tuple[range, np.ndarray]]:
+    """Return the units of the first label epochs, a slice each."""
+    units = blocks(config, 10)
+    return {unit: block for unit, block in units.items() if block[0].start == 0}

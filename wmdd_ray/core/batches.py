@@ -32,6 +32,14 @@ def steps_of(num_images: int, batch_size: int) -> int:
     return max(1, num_images // batch_size)
 
 
+def student_steps(num_views: int, batch_size: int) -> int:
+    """Return the steps of a student's epoch: batches of equal size up to one view, of `batch_size` at most.
+
+    Where the last of batches of two would be of one, which BatchNorm refuses, one of them is of three.
+    """
+    return max(1, min(math.ceil(num_views / batch_size), num_views // min(2, batch_size)))
+
+
 def in_memory_batches(
     images_NHWC: np.ndarray,
     labels_N: np.ndarray,
@@ -84,8 +92,8 @@ def eval_batches(
 class EpochBatches(Sampler[list[int]]):
     """Batches of one pass over the images for each iteration: shuffled, of equal size up to one image, none left out.
 
-    No last batch is too small for BatchNorm. With several ranks each has an equal share of every batch, and a remainder of its
-    division by `world` is left out.
+    Their number is `student_steps`, so that no last batch is too small for BatchNorm. With several ranks each has an equal share
+    of every batch, and a remainder of its division by `world` is left out.
 
     Attributes:
         epoch: the pass that the next iteration gives, from 0; it grows by one an iteration.
@@ -94,7 +102,7 @@ class EpochBatches(Sampler[list[int]]):
     def __init__(
         self, num_images: int, cycle: int, batch_size: int, seed: int, rank: int, world: int
     ) -> None:
-        self._steps = math.ceil(num_images / batch_size)
+        self._steps = student_steps(num_images, batch_size)
         if num_images // self._steps < world:
             raise ConfigError(
                 f"batch_size: expected an image or more for each of {world} processes, got {batch_size}, which makes batches of "

@@ -23,12 +23,15 @@ from scipy.sparse import csr_array
 
 from wmdd_ray.config import BarycenterConfig
 from wmdd_ray.core.barycenter import solve_barycenter
+from wmdd_ray.core.lloyd import share_with_copies
 from wmdd_ray.core.transport import exact_cost, one_thread
 from wmdd_ray.errors import DataError
 from wmdd_ray.records import Barycenter
 
 # Images whose distances to all atoms are in memory at once.
 _BLOCK = 4096
+# Squared differences of equal embeddings, in units of their squared length.
+_ROUNDING = 1e-14
 
 
 def solve_joint(
@@ -83,6 +86,8 @@ def solve_joint(
             atoms_YKD = means_YKD
         stored_YKD = atoms_YKD.astype(np.float32)
         _, mass_YK, _ = _round(features, stored_YKD.astype(np.float64), price_YY)
+        for mass_K, stored_KD in zip(mass_YK, stored_YKD, strict=True):
+            share_with_copies(mass_K, stored_KD)
         total_Y1 = mass_YK.sum(axis=1, keepdims=True)
         weights_YK = np.where(total_Y1 > 0, mass_YK / np.maximum(total_Y1, 1), 1 / num_atoms)
         return tuple(
@@ -106,10 +111,13 @@ def label_costs(
     Its mean over different classes is `label_weight` times the mean squared distance of a feature from its class's mean.
     """
     e_YE = embedding_YE.astype(np.float64)
-    squared_YY = ((e_YE[:, None] - e_YE) ** 2).sum(axis=2)
+    squared_Y = (e_YE * e_YE).sum(axis=1)
+    # Not the differences themselves: (Y, Y, E) of 10,000 classes is hundreds of gigabytes.
+    squared_YY = np.maximum(squared_Y[:, None] + squared_Y - 2 * (e_YE @ e_YE.T), 0)
+    np.fill_diagonal(squared_YY, 0)
     num_classes = len(e_YE)
     mean = squared_YY.sum() / (num_classes * (num_classes - 1))
-    if not np.isfinite(mean) or mean == 0:
+    if not np.isfinite(mean) or mean <= _ROUNDING * squared_Y.mean():
         raise DataError(
             "--barycenters.label-weight: expected label embeddings that are finite and differ between classes, and the "
             "teacher's last layer has none; check the teacher"

@@ -165,7 +165,7 @@ def _with_voronoi_weights(
         stored_KD[empty[0]] = cloud.original_ND[squared_N.argmax()]
         cell_N, squared_N = _nearest_atoms(cloud, stored_KD)
     count_K = np.bincount(cell_N, minlength=len(stored_KD)).astype(np.float64)
-    _share_with_copies(count_K, stored_KD)
+    share_with_copies(count_K, stored_KD)
     return Barycenter(
         atoms_KD=stored_KD,
         weights_K=count_K / len(cloud),
@@ -183,7 +183,7 @@ def _nearest_atoms(cloud: Cloud, stored_KD: np.ndarray) -> tuple[np.ndarray, np.
     return cell_N, np.einsum("nd,nd->n", offsets_ND, offsets_ND)
 
 
-def _share_with_copies(count_K: np.ndarray, atoms_KD: np.ndarray) -> None:
+def share_with_copies(count_K: np.ndarray, atoms_KD: np.ndarray) -> None:
     """Split the mass of atoms at one place evenly between them, in place: the same cost, and no empty copy."""
     if (count_K > 0).all():
         return

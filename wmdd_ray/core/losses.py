@@ -29,7 +29,7 @@ class GroupTarget:
     """The targets of G classes as tensors on the device.
 
     `weights_GK` are the masses of the atoms, `share_GK` those of the images, equal unless students weigh them too; both sum to
-    1 in each class.
+    1 in each class, but for weights of some of its positions, which are shares of the whole class.
     """
 
     labels_G: Tensor

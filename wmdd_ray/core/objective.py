@@ -80,7 +80,8 @@ class Objective:
         self.device = torch.device(device)
         self._averages = (f"average{index}_mean", f"average{index}_var")
         own = [t if index == 0 else t.others[index - 1] for t in targets]
-        weights_GK = stacked([w / w.sum() for w in (t.weights_K[positions] for t in targets)])
+        # Of the whole class: one position alone would have lost its weight.
+        weights_GK = stacked([(t.weights_K / t.weights_K.sum())[positions] for t in targets])
         even_GK = torch.full_like(weights_GK, 1 / len(positions))
         self.target = GroupTarget(
             labels_G=torch.tensor([t.label for t in targets], device=device),
@@ -160,7 +161,9 @@ def _moment_loss(
     across, of_cells = config.moments == "global", own[0].mean_S.ndim == 2
     share = share_GK
     if across:
-        share = share_GK.T / share_GK.sum(dim=0)[:, None]
+        total_K = share_GK.sum(dim=0)
+        share = share_GK.T / total_K[:, None]
+        share[total_K == 0] = 1 / len(share_GK)  # a position that no class gives a weight
     elif of_cells:
         share = torch.ones_like(share_GK).view(-1, 1)
     assert not of_cells or config.moments != "blend", "a cell has no share of the running moments"

@@ -32,18 +32,18 @@ def make_optimizer(
     weight_decay: float,
     momentum: float = 0.9,
 ) -> torch.optim.Optimizer:
-    """Return AdamW, SGD with Nesterov momentum, or Muon with AdamW.
+    """Return AdamW, SGD with Nesterov momentum, or Muon with AdamW, which is AdamW alone where no matrix is hidden.
 
     Weight decay applies only to parameters of two or more dimensions: biases and BatchNorm have
     none. `momentum` is SGD's. Parameters that do not require a gradient are left out. Set the
     network's device and memory format before: Muon holds views of the weights.
     """
     parameters = [p for p in network.parameters() if p.requires_grad]
-    if name == "muon":
+    if name == "muon" and _hidden_of(parameters):
         return MuonAdamW(parameters, learning_rate=learning_rate, weight_decay=weight_decay)
     groups = _decay_groups(parameters, weight_decay)
     fused = _can_fuse(parameters)
-    if name == "adamw":
+    if name != "sgd":
         return torch.optim.AdamW(groups, lr=learning_rate, fused=fused)
     nesterov = momentum > 0
     return torch.optim.SGD(
@@ -65,8 +65,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self, parameters: list[nn.Parameter], *, learning_rate: float, weight_decay: float
     ) -> None:
         """Take the parameters in the order of their layers."""
-        matrices = [p for p in parameters if p.ndim in (2, 4)]
-        self._hidden = [p for p in matrices[1:-1] if p.shape[1] > 1]
+        self._hidden = _hidden_of(parameters)
         taken = {id(p) for p in self._hidden}
         others = [p for p in parameters if id(p) not in taken]
         # torch's Muon takes matrices only: these share their memory with the kernels.
@@ -106,6 +105,12 @@ class MuonAdamW(torch.optim.Optimizer):
             matrix.grad = None if kernel.grad is None else _as_matrix(kernel.grad)
         self._muon.step()
         self._adamw.step()
+
+
+def _hidden_of(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Return the weights that Muon takes: none of a network of one convolution."""
+    matrices = [p for p in parameters if p.ndim in (2, 4)]
+    return [p for p in matrices[1:-1] if p.shape[1] > 1]
 
 
 def _as_matrix(kernel: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ from wmdd_ray.records import SoftLabels, Views
 
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 _MOST_STEPS = 255
+# Numbers of the labels whose statistics are computed at once.
+_BLOCK_NUMBERS = 1 << 18
 
 
 def label_views(
@@ -233,22 +235,32 @@ def label_statistics(
     sums_NY: np.ndarray | None = None
     for views, logits_VY in epochs:
         assert logits_VY is not None, "labels have logits"
-        log_VY = logits_VY.astype(np.float64)
-        log_VY -= logsumexp(log_VY, axis=1, keepdims=True)
-        share_VY = np.exp(log_VY)
         if sums_NY is None:
-            sums_NY = np.zeros((num_images, log_VY.shape[1]))
-        np.add.at(sums_NY, views.image_V, share_VY)
-        np.add.at(entropy_N, views.image_V, -(share_VY * log_VY).sum(axis=1))
+            sums_NY = np.zeros((num_images, logits_VY.shape[1]))
+        for rows in _blocks_of_rows(logits_VY):
+            log_VY = logits_VY[rows].astype(np.float64)
+            log_VY -= logsumexp(log_VY, axis=1, keepdims=True)
+            share_VY = np.exp(log_VY)
+            np.add.at(sums_NY, views.image_V[rows], share_VY)
+            np.add.at(entropy_N, views.image_V[rows], -(share_VY * log_VY).sum(axis=1))
         np.add.at(count_N, views.image_V, 1)
     assert sums_NY is not None, "at least one label epoch"
-    mean_NY = sums_NY / np.maximum(count_N, 1)[:, None]
-    of_mean_N = entr(mean_NY).sum(axis=1)
+    of_mean_N = np.empty(num_images)
+    for rows in _blocks_of_rows(sums_NY):
+        mean_NY = sums_NY[rows] / np.maximum(count_N[rows], 1)[:, None]
+        of_mean_N[rows] = entr(mean_NY).sum(axis=1)
     diversity_N = of_mean_N - entropy_N / np.maximum(count_N, 1)
     return {
         "label_entropy": float(entropy_N.sum() / max(1.0, count_N.sum())),
         "label_diversity": float(np.maximum(diversity_N, 0).mean()),
     }
+
+
+def _blocks_of_rows(array_VY: np.ndarray) -> Iterator[slice]:
+    """Yield the rows of an array, some at a time: what is computed of them takes a few megabytes."""
+    size = max(1, _BLOCK_NUMBERS // array_VY.shape[1])
+    for first in range(0, len(array_VY), size):
+        yield slice(first, first + size)
 
 
 def _to_float16(values: np.ndarray) -> np.ndarray:

@@ -60,7 +60,9 @@ def untile(images_NSSC: np.ndarray, tiles: int) -> np.ndarray:
 
 
 def shrink(images_NHWC: np.ndarray, side: int) -> np.ndarray:
-    """Return `images_NHWC` (uint8) at `side` x `side` pixels: bilinear, antialiased, rounded; its own size is identity."""
+    """Return `images_NHWC` (uint8) at `side` x `side` pixels: bilinear, antialiased, rounded; as they are at that size."""
+    if images_NHWC.shape[1:3] == (side, side):
+        return images_NHWC
     pixels = torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2).float()
     small = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
     small_NHWC: np.ndarray = small.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from wmdd_ray.config import EvaluateConfig, SqueezeConfig
-from wmdd_ray.core.batches import AUGMENTATION, Batch, order_of
+from wmdd_ray.core.batches import AUGMENTATION, Batch, order_of, student_steps
 from wmdd_ray.core.curvature import classifier_curvature
 from wmdd_ray.core.optimizer import (
     State,
@@ -164,7 +164,7 @@ def train_student(
 ) -> None:
     """Train `network` in place on views and their labels; the last epoch's weights count.
 
-    The rows of an epoch are shuffled by (seed, epoch) and split into ceil(V / batch_size) batches
+    The rows of an epoch are shuffled by (seed, epoch) and split into `student_steps` batches
     of equal size, up to one image: no image is left out, and no last batch is too small for
     BatchNorm.
 
@@ -207,7 +207,7 @@ def train_student(
         views, logits_VY = label_epochs(epoch)
         assert labels == "hard" or logits_VY is not None, "soft labels are logits"
         order_V = order_of(len(views), seed=seed, epoch=epoch)
-        steps = math.ceil(len(views) / config.batch_size)
+        steps = student_steps(len(views), config.batch_size)
         # Half of a cosine that would be twice as long ends at half its peak.
         horizon = epochs * steps * (2 if config.schedule == "half_cosine" else 1)
         total = torch.zeros((), device=device)

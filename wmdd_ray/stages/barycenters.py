@@ -71,13 +71,18 @@ def work(stage: StageRun) -> dict[str, Any]:
 
 
 def _last_layer(stage: StageRun) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the teacher's last weights and biases where margins or label embeddings are asked for."""
+    """Return the teacher's last weights and biases (0 where it has none) where margins or label embeddings are asked for."""
     config = stage.config.barycenters
     if config.margin_fraction == 0 and config.label_weight is None:
         return None
     teacher = read_teacher(stage.run.room("teacher"))
     linear = last_linear(network_of(teacher, torch.device("cpu"), own_code=True))
-    return linear.weight.detach().numpy(), linear.bias.detach().numpy()
+    weights_YD = linear.weight.detach().numpy()
+    # Typed as a tensor, and None in a layer without one.
+    bias_Y: torch.Tensor | None = linear.bias
+    if bias_Y is None:
+        return weights_YD, np.zeros(len(weights_YD), weights_YD.dtype)
+    return weights_YD, bias_Y.detach().numpy()
 
 
 def _numbers(stage: StageRun, marker: UnitMarker) -> list[Number]:

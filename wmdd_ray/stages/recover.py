@@ -6,7 +6,7 @@ reads the room need not know. Where samples are led by their influence, a classi
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -127,11 +127,14 @@ def _numbers(stage: StageRun, marker: UnitMarker) -> list[Number]:
     ]
 
 
+_groups = lru_cache(maxsize=1)(groups)
+
+
 def _images(stage: StageRun, marker: UnitMarker) -> int:
     if marker.unit == surrogate.UNIT:
         return 0
-    group = groups(stage.config, len(stage.inputs["features"].metrics["class_counts"]))
-    made = group[marker.unit]
+    num_classes = len(stage.inputs["features"].metrics["class_counts"])
+    made = _groups(stage.config, num_classes)[marker.unit]
     return len(made.labels) * len(made.positions)
 
 

@@ -108,13 +108,17 @@ def encode_soft_labels(block: SoftLabelBlock) -> bytes:
 
 @checked
 def decode_soft_labels(
-    content: bytes, draw_block: Callable[[ViewDraw, range], Views] | None = None
+    content: bytes,
+    draw_block: Callable[[ViewDraw, range], Views] | None = None,
+    most_views: int | None = None,
 ) -> SoftLabelBlock:
     """Read what `encode_soft_labels` wrote.
 
     Args:
         content: the file.
         draw_block: (what views are drawn from, label epochs) -> views: `core.views.draw_block`, for files without views.
+        most_views: those that the images of its set justify; None are as many as the file's own bytes do, which without logits
+            are few.
 
     Raises:
         ArtifactError: The file was changed, or is of another format, or its views come out differently here, or it holds
@@ -135,7 +139,13 @@ def decode_soft_labels(
             f"expected a soft-label file of format {_LABEL_FORMAT}, found format {meta['format']}; install the "
             "wmdd_ray version that wrote it"
         )
-    check_budget(meta["num_views"] * VIEW_BYTES, len(content), "a label file")
+    if most_views is None:
+        check_budget(meta["num_views"] * VIEW_BYTES, len(content), "a label file")
+    elif meta["num_views"] > most_views:
+        raise ArtifactError(
+            f"expected at most {most_views} views in a soft-label file, found {meta['num_views']}: it is of another set; run "
+            "relabel and assemble again"
+        )
     labels = _labels_of(table, meta)
     draw = None
     if "draw" in meta:

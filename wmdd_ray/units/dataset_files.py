@@ -12,7 +12,7 @@ from wmdd_ray.core.tiles import tile
 from wmdd_ray.records import ClassImages
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.store import codecs
-from wmdd_ray.units.images import read_images
+from wmdd_ray.units.images import ClassImagesReader
 from wmdd_ray.units.pictures import preview
 from wmdd_ray.units.teacher import teacher_key
 
@@ -44,7 +44,7 @@ class FileWriter:
         config: DistillConfig,
     ) -> None:
         self._room = room
-        self._images_room = images_room
+        self._class_images = ClassImagesReader(images_room)
         self._labels, self._labels_room = labels_room.committed(), labels_room
         self._teacher, self._teacher_room = teacher_room.committed(), teacher_room
         self._class_names = class_names
@@ -71,7 +71,7 @@ class FileWriter:
         attempt.commit({key: content})
 
     def _images(self, unit: str) -> tuple[str, bytes]:
-        classes = read_images(self._images_room, self._files[unit])
+        classes = self._class_images.read(self._files[unit])
         content = codecs.encode_images(
             np.concatenate([self._tiled(record) for record in classes]),
             np.repeat([record.label for record in classes], self._config.ipc).astype(np.int64),
@@ -95,7 +95,7 @@ class FileWriter:
     def _preview(self, unit: str) -> tuple[str, bytes]:
         shown = min(len(self._class_names), self._config.assemble.preview_classes)
         labels = np.linspace(0, len(self._class_names) - 1, shown).round().astype(int).tolist()
-        classes = read_images(self._images_room, labels)
+        classes = self._class_images.read(labels)
         most = self._config.assemble.preview_images
         rows = [(r.label, self._class_names[r.label], self._tiled(r)[:most]) for r in classes]
         return PREVIEW_KEY, preview(rows)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -35,6 +36,8 @@ from wmdd_ray.units.class_features import ClassFeaturesReader
 from wmdd_ray.units.teacher import read_teacher, units_of
 
 OnStep = Callable[[int, Callable[[], State]], None]
+
+_IMAGES_KEY = re.compile(r"classes/(\d{5,})(-\d{5,})?\.safetensors")
 
 
 class Maker(Protocol):
@@ -343,18 +346,27 @@ def read_real(source: Source, keys: tuple[str, ...], config: DistillConfig) -> n
     return np.stack([decode_image(raw.content, config.source, raw.key) for raw in raws])
 
 
-def read_images(room: Room, labels: range | list[int]) -> list[ClassImages]:
-    """Return the distilled images of some classes, verified, whatever units made them; several are read at a time."""
-    files = room.committed().files
+class ClassImagesReader:
+    """Reads the distilled images of classes from a committed room, whatever units made them; lists its files once."""
 
-    def read(label: int) -> ClassImages:
-        entries = files_of(files, label)
-        return join_positions([codecs.decode_class_images(room.read(entry)) for entry in entries])
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._files = files_by_class(room.committed().files)
 
-    return [*read_ahead(read, labels)]
+    def read(self, labels: Iterable[int]) -> list[ClassImages]:
+        """Return the images of some classes, verified, in the order given; several are read at a time."""
+        return [*read_ahead(self._read_class, list(labels))]
+
+    def _read_class(self, label: int) -> ClassImages:
+        files = self._files[label]
+        return join_positions([codecs.decode_class_images(self._room.read(file)) for file in files])
 
 
-def files_of(files: Mapping[str, FileEntry], label: int) -> list[FileEntry]:
-    """Return the files of a class's images among those of some units, in the order of the images."""
-    stem = images_key(label).removesuffix(".safetensors")
-    return [files[key] for key in sorted(files) if key.startswith((f"{stem}.", f"{stem}-"))]
+def files_by_class(files: Mapping[str, FileEntry]) -> dict[int, list[FileEntry]]:
+    """Return label -> the files of a class's images among those of some units (`images_key`), in the order of the images."""
+    by_class: dict[int, list[FileEntry]] = {}
+    # Without its ending the key of the first images is the beginning of the others', and so before them.
+    for key in sorted(files, key=lambda key: key.removesuffix(".safetensors")):
+        if match := _IMAGES_KEY.fullmatch(key):
+            by_class.setdefault(int(match[1]), []).append(files[key])
+    return by_class

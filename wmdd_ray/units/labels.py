@@ -23,7 +23,7 @@ from wmdd_ray.records import SoftLabelBlock, SoftLabels, ViewDraw, Views
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.run import DoUnit, Report, unit_seed
 from wmdd_ray.store import codecs
-from wmdd_ray.units.images import read_images
+from wmdd_ray.units.images import ClassImagesReader
 from wmdd_ray.units.teacher import labelers_of, read_teacher
 
 
@@ -65,12 +65,13 @@ def open_labeler(
     teachers = [read_teacher(teacher_room, unit) for unit in labelers_of(config)]
     teacher = teachers[0]
     network = labeler_of(teachers, device, own_code=True)
+    reader = ClassImagesReader(images_room)
     held: dict[bytes, StoredImages] = {}
 
     def images_of(labels: np.ndarray) -> StoredImages:
         if labels.tobytes() not in held:
             held.clear()
-            classes = read_images(images_room, labels.tolist())
+            classes = reader.read(labels.tolist())
             pixels = torch.from_numpy(np.concatenate([record.images_KHWC for record in classes]))
             held[labels.tobytes()] = StoredImages(
                 pixels.to(device), teacher.mean_C, teacher.std_C, device

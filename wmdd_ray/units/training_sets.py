@@ -163,7 +163,8 @@ class TrainingSets(Sets):
             epochs = config.evaluate.all_real_epochs
             label_epoch, cycle = fresh_labels(pixels, teachers, config, device), epochs
         else:
-            # Whole images are fewer than tiles: as many more label epochs make as many views, labels and steps.
+            # Whole images are fewer than tiles: as many more label epochs make as many views and labels. Steps are as many where
+            # the batch size divides the whole images, and otherwise may be more: an epoch is at least one.
             tiles = config.recover.tiles if row in TILED else 1
             repeats = (config.recover.tiles // tiles) ** 2
             epochs *= repeats
@@ -211,7 +212,7 @@ def _baseline_images(
     row: str, room: Room, source: Source, config: DistillConfig, num_classes: int
 ) -> np.ndarray:
     """Return as many real images as the distilled set stores, in its order of classes."""
-    files = room.committed().files
+    files, side = room.committed().files, tile_side(config.source.image_size, config.recover.tiles)
     chosen = []
     for barycenter in read_ahead(partial(atoms.read_barycenter, room, files), range(num_classes)):
         keys = {
@@ -220,8 +221,8 @@ def _baseline_images(
             "random_tiles": barycenter.random_keys[: config.num_atoms],
             "nearest_tiles": barycenter.nearest_keys,
         }[row]
-        chosen.append(read_real(source, keys, config))
-    return shrink(np.concatenate(chosen), tile_side(config.source.image_size, config.recover.tiles))
+        chosen.append(shrink(read_real(source, keys, config), side))
+    return np.concatenate(chosen)
 
 
 def fresh_labels(
@@ -257,12 +258,13 @@ def _stored_labels(
 
     def label_epoch(epoch: int) -> tuple[Views, np.ndarray | None]:
         epoch %= config.relabel.epochs
-        parts = []
+        parts, logits = [], []
         for name, labels in slices_of_epoch[epoch]:
             index_N = rows_of(labels, config)
             drawn = views_of(config, len(index_N), teacher.image_size, name, epoch)
             parts.append(renamed(drawn, index_N))
-        views = concatenate_views(parts)
-        return views, stored_logits(network, images, views, teacher.image_size, config)
+            # A slice is labeled by itself, as the distilled set's: with the batch's statistics its company is in the label.
+            logits.append(stored_logits(network, images, parts[-1], teacher.image_size, config))
+        return concatenate_views(parts), np.concatenate(logits)
 
     return label_epoch

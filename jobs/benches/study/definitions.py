@@ -18,6 +18,7 @@ from wmdd_ray.config import (
     SourceConfig,
     SqueezeConfig,
 )
+from wmdd_ray.core.batches import student_steps
 from wmdd_ray.errors import ConfigError
 from wmdd_ray.recipes import recipe_of
 
@@ -150,7 +151,7 @@ def budget_of(group: Group, row: Row, num_images: int) -> Budget:
                 f"{passes} and {stored}"
             )
         epochs, label_epochs = passes // share, min(stored, passes) // share
-    steps = epochs * -(-num_images // student.batch_size)
+    steps = epochs * student_steps(num_images, student.batch_size)
     return Budget(epochs=epochs, label_epochs=label_epochs, views=epochs * num_images, steps=steps)
 
 

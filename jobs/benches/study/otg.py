@@ -29,7 +29,7 @@ from wmdd_ray.spine.checkpoints import Checkpoints
 from wmdd_ray.spine.claims import fingerprint
 from wmdd_ray.spine.provenance import hardware, versions
 from wmdd_ray.spine.rooms import Room
-from wmdd_ray.units.images import Inputs, read_images
+from wmdd_ray.units.images import ClassImagesReader, Inputs
 from wmdd_ray.units.teacher import read_teacher
 
 from ..reporting import mean_and_std, save
@@ -248,7 +248,7 @@ def w2(study: Study, sets: Sets, real: Labeled) -> list[float]:
     for jobs in sets:
         costs = [
             exact_cost(features(record.images_KHWC), record.weights_K, real_by_class[record.label])
-            for record in read_images(study.room(jobs["recover"]), range(num_classes))
+            for record in ClassImagesReader(study.room(jobs["recover"])).read(range(num_classes))
         ]
         distances.append(float(np.sqrt(np.mean(costs))))
     return distances
@@ -267,7 +267,7 @@ def mean_influence(study: Study, jobs: dict[str, Job], surrogate: Job) -> float:
     teacher, features, solved = map(study.room, surrogate.inputs)
     inputs = Inputs(teacher, features, solved, place.source_of("train"), config, device)
     most, values = config.recover.diffusion.influence_latents, []
-    for record in read_images(study.room(jobs["recover"]), range(num_classes)):
+    for record in ClassImagesReader(study.room(jobs["recover"])).read(range(num_classes)):
         latents = model.encode(inputs.real_at(record.label, config, most))
         of_class = class_influence(networks, latents, record.label)
         for latent_CHW in model.encode(record.images_KHWC):

@@ -17,7 +17,7 @@ from wmdd_ray.store import codecs
 from wmdd_ray.store.sources import Source
 from wmdd_ray.units.atoms import barycenter_key
 from wmdd_ray.units.class_features import ClassFeaturesReader
-from wmdd_ray.units.images import files_of, read_real, start_images
+from wmdd_ray.units.images import files_by_class, read_real, start_images
 from wmdd_ray.units.teacher import read_teacher
 
 PICTURE_BYTES = 9_000_000
@@ -80,6 +80,7 @@ class _Reader:
             name: {f.key: f for marker in stage.units.values() for f in marker.files}
             for name, stage in facts.stages.items()
         }
+        self._images = files_by_class(self._files["recover"])
         features, squeeze = facts.stages["features"], facts.stages["squeeze"]
         self._features = ClassFeaturesReader(features.room) if features.commit else None
         self._teacher = read_teacher(squeeze.room) if squeeze.commit else None
@@ -88,8 +89,8 @@ class _Reader:
         """Return a class, None when nothing of it is there."""
         shown = ShownClass(label=label)
         stages = self._facts.stages
-        room, files = stages["recover"].room, files_of(self._files["recover"], label)
-        if files:
+        if files := self._images.get(label):
+            room = stages["recover"].room
             parts = [codecs.decode_class_images(room.read(file)) for file in files]
             shown.images = join_positions(parts)
         key = barycenter_key(label)
