@@ -23,6 +23,10 @@ class Worker:
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
+        if (Path(folder) / "unfit").exists():
+            with (Path(folder) / "opened").open("a") as file:
+                file.write("x")
+            raise DataError("no class 7")
 
     def ready(self) -> str:
         if (Path(self._folder) / "stillborn").exists() and self._first_time("died at birth"):
@@ -94,3 +98,11 @@ def test_an_error_in_an_actor_arrives_as_it_was_raised(tmp_path: Path) -> None:
         fanned(tmp_path, "a", "wrong", "b")
     assert type(caught.value) is DataError
     assert str(caught.value) == "class 7 is empty"
+
+
+def test_an_error_while_an_actor_opens_its_data_arrives_at_once(tmp_path: Path) -> None:
+    (tmp_path / "unfit").touch()
+    with pytest.raises(DataError) as caught:
+        fanned(tmp_path, "a", "b", "c")
+    assert str(caught.value) == "no class 7"
+    assert len((tmp_path / "opened").read_text()) <= 2, "one an actor that was started"

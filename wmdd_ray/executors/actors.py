@@ -152,6 +152,9 @@ class Pool:
         self.working[actor.work.remote(unit)] = (actor, unit, time.monotonic())
 
     def _lose(self, actor: ActorHandle, error: RayError) -> None:
+        cause = root_cause(error)
+        if isinstance(cause, WmddError):  # of its constructor, which no other actor would spare
+            raise cause from error
         self._nodes.pop(actor, None)
         # One that cannot be reached may come back, and nobody would give it work.
         ray.kill(actor)

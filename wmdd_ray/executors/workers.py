@@ -20,6 +20,7 @@ from ray.actor import ActorHandle
 from ray.train import RunConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from wmdd_ray.errors import WmddError
 from wmdd_ray.executors import beside, here
 from wmdd_ray.executors.actors import UnitActor, fan_out, progress_of
 from wmdd_ray.executors.cluster import Width, await_room, width
@@ -106,9 +107,15 @@ def _worker_loop(config: dict[str, Any]) -> None:
     keep_freed_memory()
     torch.set_num_threads(config["cpus"])
     context = ray.train.get_context()
+    queue = RemoteQueue(config["queue"])
+    try:
+        do_unit = config["open_worker"](device_of_worker())
+    except WmddError as error:  # which a group that is started again would meet again
+        queue.fail("a new worker", error)
+        return
     work_through(
-        RemoteQueue(config["queue"]),
-        config["open_worker"](device_of_worker()),
+        queue,
+        do_unit,
         rank=context.get_world_rank(),
         world=context.get_world_size(),
     )
