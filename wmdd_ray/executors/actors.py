@@ -11,7 +11,7 @@ from typing import Any
 import ray
 import torch
 from ray.actor import ActorClass, ActorHandle
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, RayError
 
 from wmdd_ray.errors import WmddError
 from wmdd_ray.executors import here
@@ -23,6 +23,8 @@ from wmdd_ray.spine.run import OpenWorker, StageRun
 # Actors that may die in a row, at work or while they start, before any unit is finished.
 _MAX_LOST = 32
 _LOOK_EVERY_S = 5.0
+# The last is what Ray's memory monitor ends a worker by.
+_LOSSES = (ActorDiedError, ActorUnavailableError, OutOfMemoryError)
 
 
 def fan_out(
@@ -111,7 +113,7 @@ class Pool:
             try:
                 self._nodes[actor] = ray.get(ref)
                 self._give(actor)
-            except (ActorDiedError, ActorUnavailableError) as error:
+            except _LOSSES as error:
                 self._lose(actor, error)
             except RayError as error:
                 raise told(error, "a new worker") from error
@@ -120,7 +122,7 @@ class Pool:
         about = self._about(actor, unit)
         try:
             ray.get(ref)
-        except (ActorDiedError, ActorUnavailableError) as error:
+        except _LOSSES as error:
             self._deaths[unit] += 1
             if self._deaths[unit] >= MAX_ATTEMPTS:
                 self._stage.event("unit_failed", **about, reason=last_line(error))
