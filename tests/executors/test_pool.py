@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import count
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -26,17 +28,22 @@ class Ref:
 class FakeRay:
     """Ray with one actor at a time, whose calls of `work` end by the answers given."""
 
-    def __init__(self, *answers: Any) -> None:
+    def __init__(self, answers: Sequence[Any], fraction: Callable[[], float]) -> None:
         self._answers = deque(answers)
         self.started = 0
+        self.fraction = fraction
 
     def cluster_resources(self) -> dict[str, float]:
         return {"CPU": 1.0}
 
-    def wait(self, refs: list[Ref], timeout: float) -> tuple[list[Ref], list[Ref]]:
-        return refs[:1], refs[1:]
+    def wait(
+        self, refs: list[Ref], timeout: float, num_returns: int = 1
+    ) -> tuple[list[Ref], list[Ref]]:
+        return refs[:num_returns], refs[num_returns:]
 
-    def get(self, ref: Ref) -> Any:
+    def get(self, ref: Ref | list[Ref]) -> Any:
+        if isinstance(ref, list):
+            return [self.get(one) for one in ref]
         if isinstance(ref.answer, Exception):
             raise ref.answer
         return ref.answer
@@ -48,25 +55,28 @@ class FakeRay:
         self.started += 1
         work = SimpleNamespace(remote=lambda unit: Ref(self._answers.popleft()))
         ready = SimpleNamespace(remote=lambda: Ref("node"))
-        return Actor(ready, work)
+        progress = SimpleNamespace(remote=lambda: Ref((self.fraction(), "", "u", {})))
+        return Handle(ready=ready, work=work, progress=progress)
 
 
-class Actor:
-    """A handle."""
+class Handle(SimpleNamespace):
+    """A handle, which is a key."""
 
-    def __init__(self, ready: Any, work: Any) -> None:
-        self.ready, self.work = ready, work
+    __hash__ = object.__hash__
 
 
-def worked(monkeypatch: pytest.MonkeyPatch, *answers: Any) -> tuple[list[str], FakeRay]:
+def worked(
+    monkeypatch: pytest.MonkeyPatch, *answers: Any, fraction: Callable[[], float] = lambda: 0.0
+) -> tuple[list[str], FakeRay]:
     """Return the units of a stage of one unit that are done when its attempts end by `answers`, and who did them."""
-    ray = FakeRay(*answers)
+    ray = FakeRay(answers, fraction)
     monkeypatch.setattr(actors, "ray", ray)
     stage: Any = SimpleNamespace(event=lambda *_, **__: None, stage=SimpleNamespace(name="recover"))
     done: list[str] = []
     pool = Pool(cast(StageRun, stage), cast(Any, ray), (), deque(["u"]), 1, 1, done.append)
     while pool.waiting or pool.working:
         pool.grow()
+        pool.progress()
         pool.take_next(0.0)
     return done, ray
 
@@ -79,3 +89,12 @@ def test_a_worker_that_rays_memory_monitor_ended_is_replaced_and_its_unit_given_
     assert done == ["u"] and ray.started == 2
     with pytest.raises(WmddError, match="unit u ended its worker 3 times .*above the threshold"):
         worked(monkeypatch, *MAX_ATTEMPTS * [out_of_memory])
+
+
+def test_a_unit_that_comes_further_each_time_is_not_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps = count(1)
+    losses = 3 * MAX_ATTEMPTS * [OutOfMemoryError("its node is full")]
+    done, _ = worked(monkeypatch, *losses, None, fraction=lambda: next(steps) / 100)
+    assert done == ["u"]

@@ -16,13 +16,12 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.actor import ActorHandle
 from ray.train import RunConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from wmdd_ray.errors import WmddError
 from wmdd_ray.executors import beside, here
-from wmdd_ray.executors.actors import UnitActor, fan_out, progress_of
+from wmdd_ray.executors.actors import Part, UnitActor, fan_out
 from wmdd_ray.executors.cluster import Width, await_room, width
 from wmdd_ray.executors.heap import keep_freed_memory
 from wmdd_ray.executors.queue import work_through
@@ -82,8 +81,7 @@ def _run_actors(
         done += 1
         stage.progress.update(done)
 
-    def look(actors: list[ActorHandle]) -> None:
-        parts = progress_of(actors)
+    def look(parts: list[Part]) -> None:
         note = parts[0][1] if parts else ""
         stage.progress.update(done + sum(part[0] for part in parts), note)
         for _, _, unit, values in parts:
