@@ -105,13 +105,13 @@ def fit_until_done(stage: StageRun, queue: ActorHandle, fit: Callable[[RunConfig
                     f"{last_line(cause)}; finished units are kept: run the same command again"
                 ) from failure
             if error is not None:
-                raise error from failure
+                raise root_cause(error) from failure
             before = done
         finally:
             stage.run.store.delete(f"{NOTES_FOLDER}/{stage.run.token}")
     error = ray.get(queue.error.remote())
     if error is not None:
-        raise error
+        raise root_cause(error)
 
 
 def _in_thread(do: Callable[[], None]) -> None:
