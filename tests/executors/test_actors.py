@@ -11,6 +11,7 @@ import ray
 
 from wmdd_ray.errors import DataError, WmddError
 from wmdd_ray.executors.actors import fan_out
+from wmdd_ray.executors.cluster import Width
 from wmdd_ray.spine.events import read_events
 from wmdd_ray.spine.run import Progress, StageRun
 from wmdd_ray.store.filesystem import Store
@@ -58,7 +59,16 @@ def stage_at(folder: Path) -> StageRun:
 def fanned(tmp_path: Path, *units: str) -> list[str]:
     done: list[str] = []
     actor = ray.remote(num_cpus=1)(Worker)
-    fan_out(stage_at(tmp_path), actor, (str(tmp_path),), units, max_actors=2, on_done=done.append)
+    wide = Width(2, 1, 0.0)
+    fan_out(
+        stage_at(tmp_path),
+        actor,
+        (str(tmp_path),),
+        units,
+        wide=wide,
+        max_actors=2,
+        on_done=done.append,
+    )
     return sorted(done)
 
 

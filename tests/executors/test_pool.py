@@ -11,9 +11,10 @@ from typing import Any, cast
 import pytest
 from ray.exceptions import OutOfMemoryError
 
-from wmdd_ray.errors import WmddError
+from wmdd_ray.errors import ConfigError, WmddError
 from wmdd_ray.executors import actors
-from wmdd_ray.executors.actors import Pool
+from wmdd_ray.executors.actors import Pool, fan_out
+from wmdd_ray.executors.cluster import Width
 from wmdd_ray.spine.rooms import MAX_ATTEMPTS
 from wmdd_ray.spine.run import StageRun
 
@@ -65,15 +66,19 @@ class Handle(SimpleNamespace):
     __hash__ = object.__hash__
 
 
+def stage_of_events() -> StageRun:
+    stage: Any = SimpleNamespace(event=lambda *_, **__: None, stage=SimpleNamespace(name="recover"))
+    return cast(StageRun, stage)
+
+
 def worked(
     monkeypatch: pytest.MonkeyPatch, *answers: Any, fraction: Callable[[], float] = lambda: 0.0
 ) -> tuple[list[str], FakeRay]:
     """Return the units of a stage of one unit that are done when its attempts end by `answers`, and who did them."""
     ray = FakeRay(answers, fraction)
     monkeypatch.setattr(actors, "ray", ray)
-    stage: Any = SimpleNamespace(event=lambda *_, **__: None, stage=SimpleNamespace(name="recover"))
     done: list[str] = []
-    pool = Pool(cast(StageRun, stage), cast(Any, ray), (), deque(["u"]), 1, 1, done.append)
+    pool = Pool(stage_of_events(), cast(Any, ray), (), deque(["u"]), 1, 1, done.append)
     while pool.waiting or pool.working:
         pool.grow()
         pool.progress()
@@ -98,3 +103,28 @@ def test_a_unit_that_comes_further_each_time_is_not_given_up(
     losses = 3 * MAX_ATTEMPTS * [OutOfMemoryError("its node is full")]
     done, _ = worked(monkeypatch, *losses, None, fraction=lambda: next(steps) / 100)
     assert done == ["u"]
+
+
+def test_when_the_last_node_that_fits_is_lost_another_is_waited_for_and_then_the_stage_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = FakeRay([OutOfMemoryError("its node is full")], lambda: 0.0)
+    monkeypatch.setattr(actors, "ray", ray)
+
+    def await_room(stage: StageRun, wide: Width) -> None:
+        if ray.started:
+            raise ConfigError("no room")
+
+    monkeypatch.setattr(actors, "await_room", await_room)
+    with pytest.raises(ConfigError, match="no room"):
+        fan_out(
+            stage_of_events(),
+            cast(Any, ray),
+            (),
+            ["u"],
+            wide=Width(1, 1, 0.0),
+            max_actors=1,
+            first_actors=1,
+            on_done=lambda unit: None,
+        )
+    assert ray.started == 1

@@ -6,6 +6,7 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -16,6 +17,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryErr
 from wmdd_ray.errors import WmddError
 from wmdd_ray.executors import here
 from wmdd_ray.executors.causes import last_line, root_cause
+from wmdd_ray.executors.cluster import Width, await_room
 from wmdd_ray.executors.heap import keep_freed_memory
 from wmdd_ray.executors.queue import Deaths
 from wmdd_ray.spine.rooms import MAX_ATTEMPTS, unit_given_up
@@ -37,6 +39,7 @@ def fan_out(
     arguments: tuple[Any, ...],
     units: Sequence[str],
     *,
+    wide: Width,
     max_actors: int,
     first_actors: int = 0,
     on_done: Callable[[str], None],
@@ -48,16 +51,19 @@ def fan_out(
     that an autoscaler sees the demand and a cluster of fixed size is not flooded with a thousand waiting actors. Units
     go out in the order given, one at a time an actor. A unit whose actor died is tried again on another.
 
+    `wide` is what an actor needs: when nothing is at work, it is waited for a node that has it, as long as `await_room` does.
     `first_actors` are asked for at once; 0 is one a CPU that the cluster has now, or all when it has none yet. `on_wait` is called
     now and then with what `UnitActor`s say of the units under way.
 
     Raises:
-        WmddError: A unit failed, or ended its actor `MAX_ATTEMPTS` times at one point.
+        WmddError: A unit failed, or ended its actor `MAX_ATTEMPTS` times at one point, or the nodes have no room any more.
     """
     pool = Pool(stage, actor_class, arguments, deque(units), max_actors, first_actors, on_done)
     looked = time.monotonic()
     try:
         while pool.waiting or pool.working:
+            if not pool.working:  # an autoscaler sees the actors that wait
+                await_room(stage, replace(wide, num_workers=1))
             pool.grow()
             pool.take_next(_LOOK_EVERY_S)
             if on_wait and time.monotonic() - looked >= _LOOK_EVERY_S:

@@ -94,6 +94,7 @@ def _run_actors(
         actor,
         (open_worker, wide.cpus),
         units,
+        wide=wide,
         max_actors=wide.num_workers,
         first_actors=wide.num_workers,
         on_done=finish,
