@@ -61,8 +61,22 @@ def test_an_error_of_a_task_that_decodes_is_told_in_our_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     queue = UnitQueue(["teacher"])
-    trained(monkeypatch, queue, 1, of_a_task())
+    with pytest.raises(DataError) as caught:
+        trained(monkeypatch, queue, 1, of_a_task())
+    assert_in_our_words(caught.value)
     assert_in_our_words(queue.error())
+
+
+def test_an_error_of_one_rank_ends_those_that_wait_for_it_and_the_next_group_at_its_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    queue = UnitQueue(["teacher"])
+    error = DataError("no class 7")
+    with pytest.raises(DataError, match="no class 7"):
+        trained(monkeypatch, queue, 1, error)
+    for rank in (0, 1):
+        trained(monkeypatch, queue, rank, AssertionError("trained again"))
+    assert queue.error() is error
 
 
 def test_an_error_of_a_task_that_counts_is_told_in_our_words(

@@ -145,6 +145,8 @@ def _worker_loop(loop: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     queue = train_groups.RemoteQueue(loop["queue"])
+    if queue.error() is not None:
+        return  # the group was started again after it, as Ray Train does after any
     if rank == 0:
         queue.join(rank, world, socket.gethostname())
         queue.take(rank)
@@ -170,6 +172,8 @@ def _worker_loop(loop: dict[str, Any]) -> None:
         if not isinstance(cause, WmddError):
             raise
         queue.fail(unit, cause)
+        if world > 1:
+            raise cause from error  # the others would wait for this one in their next collective
         return
     if rank == 0:
         queue.report(unit, 1.0, "")

@@ -46,6 +46,11 @@ class RemoteQueue(Queue):
     def fail(self, unit: str, error: WmddError) -> None:
         ray.get(self._actor.fail.remote(unit, error))
 
+    def error(self) -> WmddError | None:
+        """Return the first deliberate error of any rank."""
+        error: WmddError | None = ray.get(self._actor.error.remote())
+        return error
+
 
 @contextlib.contextmanager
 def queue_actor(stage: StageRun, left: Sequence[str], num_done: int) -> Iterator[ActorHandle]:
