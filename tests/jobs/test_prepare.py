@@ -38,6 +38,7 @@ from tests.store.written_sources import (
     WRITERS,
     write_imagefolder,
 )
+from wmdd_ray.errors import ConfigError
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.spine.rooms import Room, UnitMarker
 from wmdd_ray.stages import prepare as stage
@@ -402,6 +403,10 @@ def test_overwriting_puts_other_options_in_the_place_of_the_first(
     job = [str(tmp_path / "source"), "--out", str(out)]
     assert prepare.main([*job, "--val-fraction", "0"]) == 0
     assert not rows_of(out, "validation")
+    before = Store(str(out)).list()
+    with mock.patch.object(Store, "probe", side_effect=ConfigError("refused")):
+        assert prepare.main([*job, "--classes", str(names), "--overwrite"]) == 2
+    assert Store(str(out)).list() == before
     assert prepare.main([*job, "--classes", str(names), "--overwrite"]) == 0
     manifest = json.loads((out / "prepared.json").read_text())
     assert manifest["class_names"] == ["cat", "bee", "dog", "ant"]
