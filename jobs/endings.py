@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -93,18 +94,21 @@ def refuse_lost_folder(out: str | None) -> None:
 
 def refuse_foreign_folder(out: Store) -> None:
     """Refuse a folder of this machine with files of somebody's own and no run: rooms would lie among them. A log may be there."""
-    from wmdd_ray.spine.taken import RUNS_KEY
+    from wmdd_ray.spine.taken import KEY, RUNS_KEY
     from wmdd_ray.stages.pipeline import PIPELINE
 
     folder = local_path(out.uri)
     if (
         folder is None
         or not folder.is_dir()
-        or any((folder / key).exists() for key in ("run.json", RUNS_KEY))
+        or any((folder / key).exists() for key in ("run.json", RUNS_KEY, KEY))
     ):
         return
     ours = {"events", "report.html", *(stage.room for stage in PIPELINE)}
-    foreign = sorted({path.name for path in folder.iterdir() if path.suffix != ".log"} - ours)
+    names = {path.name for path in folder.iterdir() if path.suffix != ".log"} - ours
+    # What a first run leaves that is killed before it writes its `run.json`.
+    left = re.compile(r"probe-[0-9a-f]{32}|\..+\.[0-9a-f]{32}\.part")
+    foreign = sorted(name for name in names if not left.fullmatch(name))
     if foreign:
         raise ConfigError(
             f"--out {out.uri}: expected an empty folder or an earlier run, found other files, such as {foreign[0]}; give "

@@ -221,6 +221,8 @@ def _found(run: Run, plans: dict[str, Any], *, overwrite: bool) -> dict[str, Any
             f"{store.uri}: expected the {len(manifest['files'])} files of {PREPARED_KEY}, found {len(broken)} missing or of "
             f"another size: {shown(broken)}; pass --overwrite to make them again"
         )
+    run.begin_writing()
+    run.connect()
     store.delete(PREPARED_KEY)
     run.room(DATA_ROOM).clear()
     return None

@@ -11,6 +11,7 @@ import ray
 
 from wmdd_ray.errors import DataError, WmddError
 from wmdd_ray.executors.actors import fan_out
+from wmdd_ray.executors.cluster import Width
 from wmdd_ray.spine.events import read_events
 from wmdd_ray.spine.run import Progress, StageRun
 from wmdd_ray.store.filesystem import Store
@@ -23,6 +24,10 @@ class Worker:
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
+        if (Path(folder) / "unfit").exists():
+            with (Path(folder) / "opened").open("a") as file:
+                file.write("x")
+            raise DataError("no class 7")
 
     def ready(self) -> str:
         if (Path(self._folder) / "stillborn").exists() and self._first_time("died at birth"):
@@ -54,7 +59,16 @@ def stage_at(folder: Path) -> StageRun:
 def fanned(tmp_path: Path, *units: str) -> list[str]:
     done: list[str] = []
     actor = ray.remote(num_cpus=1)(Worker)
-    fan_out(stage_at(tmp_path), actor, (str(tmp_path),), units, max_actors=2, on_done=done.append)
+    wide = Width(2, 1, 0.0)
+    fan_out(
+        stage_at(tmp_path),
+        actor,
+        (str(tmp_path),),
+        units,
+        wide=wide,
+        max_actors=2,
+        on_done=done.append,
+    )
     return sorted(done)
 
 
@@ -94,3 +108,11 @@ def test_an_error_in_an_actor_arrives_as_it_was_raised(tmp_path: Path) -> None:
         fanned(tmp_path, "a", "wrong", "b")
     assert type(caught.value) is DataError
     assert str(caught.value) == "class 7 is empty"
+
+
+def test_an_error_while_an_actor_opens_its_data_arrives_at_once(tmp_path: Path) -> None:
+    (tmp_path / "unfit").touch()
+    with pytest.raises(DataError) as caught:
+        fanned(tmp_path, "a", "b", "c")
+    assert str(caught.value) == "no class 7"
+    assert len((tmp_path / "opened").read_text()) <= 2, "one an actor that was started"

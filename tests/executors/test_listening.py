@@ -164,6 +164,21 @@ def test_a_ray_that_did_not_start_is_started_once_more(
     assert tries == [40, 40]
 
 
+def test_a_folder_of_one_machine_is_refused_where_an_autoscaler_may_add_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Nodes(monkeypatch, True, {"CPU": 4.0})
+    monkeypatch.setattr(cluster, "require_head", lambda address: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    cluster.connect("runs/mine")  # a Ray of this machine alone
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    cluster.connect("s3://bucket/run")
+    with pytest.raises(ConfigError, match="expected a URI that every node of the cluster see"):
+        cluster.connect("runs/mine")
+    monkeypatch.setattr(cluster, "has_autoscaler", lambda _: False)
+    cluster.connect("runs/mine")
+
+
 # Workers that can never exist --------------------------------------------------------------------
 
 
@@ -183,6 +198,9 @@ class Nodes:
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
+
+    def is_initialized(self) -> bool:
+        return True
 
     def nodes(self) -> list[dict[str, Any]]:
         return [{"Alive": at <= self.now, "Resources": node} for at, node in self.later]

@@ -51,6 +51,21 @@ def test_a_unit_that_keeps_ending_its_worker_is_given_up_by_name() -> None:
     assert queue.take(0) is None
 
 
+def test_a_unit_that_comes_further_each_time_is_not_given_up() -> None:
+    queue = UnitQueue(["long"])
+    for attempt in range(3 * MAX_ATTEMPTS):
+        queue.join(0, world=1)
+        assert queue.take(0) == "long"
+        queue.report("long", (attempt + 1) / 10, "")
+        queue.lose({0: "its node died"})
+    assert queue.error() is None
+    for _ in range(MAX_ATTEMPTS - 1):
+        queue.join(0, world=1)
+        queue.take(0)
+        queue.lose({0: "its node died"})
+    assert queue.error() is not None
+
+
 def test_a_unit_whose_group_is_started_again_because_of_others_is_never_given_up() -> None:
     queue = UnitQueue(["long", *(f"u{i}" for i in range(8 * MAX_ATTEMPTS))])
     for _ in range(4 * MAX_ATTEMPTS):

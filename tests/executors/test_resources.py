@@ -31,6 +31,7 @@ from tests.stages.scarcity import Holding, Hunger, SmallDisk, SmallUnits, Unavai
 from tests.stages.tiny import ROOM_OF, ROOMS, STAGES, FinishedRun
 from wmdd_ray.executors import streams
 from wmdd_ray.executors.actors import fan_out
+from wmdd_ray.executors.cluster import Width
 from wmdd_ray.executors.dispatch import do_units
 from wmdd_ray.records import FeatureChunk
 from wmdd_ray.spine.rooms import MAX_ATTEMPTS, Room
@@ -363,7 +364,15 @@ def open_small_worker(device: torch.device, *, room: Room) -> DoUnit:
 
 def small_units_in_actors(stage: StageRun, units: list[str]) -> None:
     actor = ray.remote(num_cpus=1)(SmallUnits)
-    fan_out(stage, actor, (stage.room,), units, max_actors=2, on_done=lambda unit: None)
+    fan_out(
+        stage,
+        actor,
+        (stage.room,),
+        units,
+        wide=Width(2, 1, 0.0),
+        max_actors=2,
+        on_done=lambda unit: None,
+    )
 
 
 def small_units_on_workers(stage: StageRun, units: list[str]) -> None:

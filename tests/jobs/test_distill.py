@@ -273,3 +273,19 @@ def test_a_folder_with_files_of_somebody_else_is_refused_and_one_with_a_run_is_n
     (tmp_path / "run.json").write_text("{}")
     endings.refuse_foreign_folder(Store(str(tmp_path)))
     endings.refuse_foreign_folder(Store("s3://bucket/run"))
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        "taken.json",
+        f"probe-{32 * 'a'}",
+        f".probe-{32 * 'a'}.{32 * 'b'}.part",
+        f".run.json.{32 * 'b'}.part",
+    ],
+)
+def test_what_a_first_run_leaves_that_was_killed_before_its_record_is_its_own(
+    left: str, tmp_path: Path
+) -> None:
+    Store(str(tmp_path)).put(left, b"")
+    endings.refuse_foreign_folder(Store(str(tmp_path)))

@@ -38,6 +38,7 @@ from tests.store.written_sources import (
     WRITERS,
     write_imagefolder,
 )
+from wmdd_ray.errors import ConfigError
 from wmdd_ray.recipes import recipe_of
 from wmdd_ray.spine.rooms import Room, UnitMarker
 from wmdd_ray.stages import prepare as stage
@@ -46,7 +47,7 @@ from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.shrink import kept_image
 from wmdd_ray.store.sources import open_source
 from wmdd_ray.telling.progress import StageLine
-from wmdd_ray.units.prepared import Scanner, Writer
+from wmdd_ray.units.prepared import ROW_TYPE, Scanner, Writer, part_unit
 from wmdd_ray.units.splitting import PrepareConfig, held_out, output_files
 
 COUNTS = {"ant eater": 23, "пчела": 12, "猫": 1}
@@ -335,6 +336,28 @@ def test_a_shard_whose_reader_died_goes_on_after_its_last_part(
     assert records == shard.num_images
 
 
+def test_a_part_that_lies_beside_other_bytes_at_its_key_is_the_one_that_is_read(
+    data: Path, tmp_path: Path
+) -> None:
+    config = PrepareConfig(shard_mb=1, max_side=64)
+    source = open_source(str(data), config.source, split="train")
+    (shard, *_) = source.shards(2048)
+    row = {"split": "train", "shard": shard.written(), "parts": 0, "records": 0}
+    scanned = Room(Store(str(tmp_path)), "parts_room", run="r")
+    scanned.store.put(f"parts/{part_unit('train', shard, 0)}.bin", b"another writer's")
+    part, index = next(Scanner(scanned, {"train": source}, config).work(row)).files
+    assert part.at
+    sizes_N = parts.decode_index(scanned.read(index), "").sizes_N
+    rows_N = np.zeros(len(sizes_N), dtype=ROW_TYPE)
+    rows_N["size"], rows_N["offset"] = sizes_N, np.cumsum(sizes_N) - sizes_N
+    writer = Writer(
+        Room(Store(str(tmp_path)), "data", run="r"), scanned, [part], source.class_names
+    )
+    file = {"unit": "f", "key": "data/f.parquet", "split": "train", "rows": rows_N.tobytes()}
+    (marker,) = writer.work(file)
+    assert marker.metrics["num_images"] == len(sizes_N) > 0
+
+
 def test_other_options_are_refused_and_a_damaged_output_is_found(
     data: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -380,6 +403,10 @@ def test_overwriting_puts_other_options_in_the_place_of_the_first(
     job = [str(tmp_path / "source"), "--out", str(out)]
     assert prepare.main([*job, "--val-fraction", "0"]) == 0
     assert not rows_of(out, "validation")
+    before = Store(str(out)).list()
+    with mock.patch.object(Store, "probe", side_effect=ConfigError("refused")):
+        assert prepare.main([*job, "--classes", str(names), "--overwrite"]) == 2
+    assert Store(str(out)).list() == before
     assert prepare.main([*job, "--classes", str(names), "--overwrite"]) == 0
     manifest = json.loads((out / "prepared.json").read_text())
     assert manifest["class_names"] == ["cat", "bee", "dog", "ant"]

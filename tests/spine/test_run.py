@@ -179,6 +179,31 @@ def test_from_with_overwrite_does_that_room_and_those_after_again(
     assert {name for name, _ in worked.done} == {"second", "third"}
 
 
+@pytest.mark.parametrize("first", ["second", None])
+@pytest.mark.parametrize("refused_by", ["the store", "the cluster"])
+def test_overwrite_empties_nothing_when_the_store_or_the_cluster_refuses(
+    refused_by: str,
+    first: str | None,
+    tmp_path: Path,
+    pipeline: tuple[Stage, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run_pipeline(run_at(tmp_path), pipeline)
+    before = Store(str(tmp_path)).list()
+
+    def refuse(*_: object) -> None:
+        raise ConfigError("not here")
+
+    run = run_at(tmp_path, replace(recipe_of("digits", 10), recover=RecoverConfig(iterations=5)))
+    if refused_by == "the cluster":
+        run.connect = refuse
+    else:
+        monkeypatch.setattr(Store, "probe", refuse)
+    with pytest.raises(ConfigError, match="not here"):
+        run_pipeline(run, pipeline, first=first, overwrite=True)
+    assert Store(str(tmp_path)).list() == before
+
+
 def test_from_needs_the_rooms_before_and_until_stops(
     tmp_path: Path, pipeline: tuple[Stage, ...], worked: Worked
 ) -> None:

@@ -6,23 +6,31 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
 import torch
 from ray.actor import ActorClass, ActorHandle
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, RayError
 
 from wmdd_ray.errors import WmddError
 from wmdd_ray.executors import here
 from wmdd_ray.executors.causes import last_line, root_cause
+from wmdd_ray.executors.cluster import Width, await_room
 from wmdd_ray.executors.heap import keep_freed_memory
+from wmdd_ray.executors.queue import Deaths
 from wmdd_ray.spine.rooms import MAX_ATTEMPTS, unit_given_up
 from wmdd_ray.spine.run import OpenWorker, StageRun
 
 # Actors that may die in a row, at work or while they start, before any unit is finished.
 _MAX_LOST = 32
 _LOOK_EVERY_S = 5.0
+# The last is what Ray's memory monitor ends a worker by.
+_LOSSES = (ActorDiedError, ActorUnavailableError, OutOfMemoryError)
+
+Part = tuple[float, str, str, dict[str, float]]
+"""How far a `UnitActor` is: the fraction of the unit under way that is done, a note, the unit, and the values that it told last."""
 
 
 def fan_out(
@@ -31,10 +39,11 @@ def fan_out(
     arguments: tuple[Any, ...],
     units: Sequence[str],
     *,
+    wide: Width,
     max_actors: int,
     first_actors: int = 0,
     on_done: Callable[[str], None],
-    on_wait: Callable[[list[ActorHandle]], None] | None = None,
+    on_wait: Callable[[list[Part]], None] | None = None,
 ) -> None:
     """Call `work(unit)` on actors for every unit, and `on_done` with each that is done.
 
@@ -42,21 +51,24 @@ def fan_out(
     that an autoscaler sees the demand and a cluster of fixed size is not flooded with a thousand waiting actors. Units
     go out in the order given, one at a time an actor. A unit whose actor died is tried again on another.
 
+    `wide` is what an actor needs: when nothing is at work, it is waited for a node that has it, as long as `await_room` does.
     `first_actors` are asked for at once; 0 is one a CPU that the cluster has now, or all when it has none yet. `on_wait` is called
-    now and then with the actors at work.
+    now and then with what `UnitActor`s say of the units under way.
 
     Raises:
-        WmddError: A unit failed, or ended its actor `MAX_ATTEMPTS` times.
+        WmddError: A unit failed, or ended its actor `MAX_ATTEMPTS` times at one point, or the nodes have no room any more.
     """
     pool = Pool(stage, actor_class, arguments, deque(units), max_actors, first_actors, on_done)
     looked = time.monotonic()
     try:
         while pool.waiting or pool.working:
+            if not pool.working:  # an autoscaler sees the actors that wait
+                await_room(stage, replace(wide, num_workers=1))
             pool.grow()
             pool.take_next(_LOOK_EVERY_S)
             if on_wait and time.monotonic() - looked >= _LOOK_EVERY_S:
                 looked = time.monotonic()
-                on_wait(pool.at_work())
+                on_wait(pool.progress())
     finally:
         pool.end()
 
@@ -81,7 +93,9 @@ class Pool:
         # A cluster without any CPU is one that will be as large as what is asked for.
         self._first = first_actors or int(ray.cluster_resources().get("CPU", 0)) or max_actors
         self.waiting = units
-        self._deaths: Counter[str] = Counter()
+        self._takes: Counter[str] = Counter()
+        self._deaths = Deaths()
+        self._fractions: dict[str, float] = {}
         self._nodes: dict[ActorHandle, str] = {}
         self._starting: dict[Any, ActorHandle] = {}
         self.working: dict[Any, tuple[ActorHandle, str, float]] = {}
@@ -95,9 +109,16 @@ class Pool:
             actor = self._actor_class.remote(*self._arguments)
             self._starting[actor.ready.remote()] = actor
 
-    def at_work(self) -> list[ActorHandle]:
-        """Return the actors with a unit."""
-        return [actor for actor, _, _ in self.working.values()]
+    def progress(self) -> list[Part]:
+        """Return the `progress` of every `UnitActor` at work that answers within a second."""
+        refs = [actor.progress.remote() for actor, _, _ in self.working.values()]
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=1.0) if refs else ([], [])
+        try:
+            parts: list[Part] = ray.get(ready)
+        except RayError:  # it is told by what they were at
+            return []
+        self._fractions |= {unit: fraction for fraction, _, unit, _ in parts}
+        return parts
 
     def take_next(self, timeout_s: float) -> None:
         """Take the next answer, if one comes in time: of an actor that has started, or of one that has done a unit, or died."""
@@ -111,7 +132,7 @@ class Pool:
             try:
                 self._nodes[actor] = ray.get(ref)
                 self._give(actor)
-            except (ActorDiedError, ActorUnavailableError) as error:
+            except _LOSSES as error:
                 self._lose(actor, error)
             except RayError as error:
                 raise told(error, "a new worker") from error
@@ -120,9 +141,8 @@ class Pool:
         about = self._about(actor, unit)
         try:
             ray.get(ref)
-        except (ActorDiedError, ActorUnavailableError) as error:
-            self._deaths[unit] += 1
-            if self._deaths[unit] >= MAX_ATTEMPTS:
+        except _LOSSES as error:
+            if self._deaths.count(unit, self._fractions.pop(unit, 0.0)) >= MAX_ATTEMPTS:
                 self._stage.event("unit_failed", **about, reason=last_line(error))
                 raise unit_given_up(unit, f"by {last_line(error)}") from error
             self._stage.event("unit_retried", **about, reason=last_line(error))
@@ -148,10 +168,14 @@ class Pool:
             ray.kill(actor)
             return
         unit = self.waiting.popleft()
+        self._takes[unit] += 1
         self._stage.event("unit_started", **self._about(actor, unit))
         self.working[actor.work.remote(unit)] = (actor, unit, time.monotonic())
 
     def _lose(self, actor: ActorHandle, error: RayError) -> None:
+        cause = root_cause(error)
+        if isinstance(cause, WmddError):  # of its constructor, which no other actor would spare
+            raise cause from error
         self._nodes.pop(actor, None)
         # One that cannot be reached may come back, and nobody would give it work.
         ray.kill(actor)
@@ -163,7 +187,7 @@ class Pool:
             ) from error
 
     def _about(self, actor: ActorHandle, unit: str) -> dict[str, Any]:
-        return {"unit": unit, "node": self._nodes[actor], "attempt": self._deaths[unit] + 1}
+        return {"unit": unit, "node": self._nodes[actor], "attempt": self._takes[unit]}
 
 
 def told(error: RayError, where: str) -> WmddError:
@@ -183,7 +207,7 @@ class UnitActor:
         self._cpus = cpus
         self._do_unit = open_worker(here.device_here())
         self._unit = ""
-        self._progress: tuple[float, str, str, dict[str, float]] = (0.0, "", "", {})
+        self._progress: Part = (0.0, "", "", {})
 
     def ready(self) -> str:
         """Return the node's name once the worker can work."""
@@ -195,19 +219,9 @@ class UnitActor:
         self._do_unit(unit, self._report)
         self._progress = (0.0, "", "", {})
 
-    def progress(self) -> tuple[float, str, str, dict[str, float]]:
-        """Return the fraction of the unit under way that is done, a note, the unit, and the values that it told last."""
+    def progress(self) -> Part:
+        """Return how far this worker is."""
         return self._progress
 
     def _report(self, fraction: float, note: str = "", **values: float) -> None:
         self._progress = (min(fraction, 0.999), note, self._unit, values)
-
-
-def progress_of(actors: Sequence[ActorHandle]) -> list[tuple[float, str, str, dict[str, float]]]:
-    """Return the `progress` of every `UnitActor` that answers within a second."""
-    refs = [actor.progress.remote() for actor in actors]
-    ready, _ = ray.wait(refs, num_returns=len(refs), timeout=1.0) if refs else ([], [])
-    try:
-        return ray.get(ready)
-    except RayError:  # it is told by what they were at
-        return []

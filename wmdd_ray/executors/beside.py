@@ -14,7 +14,7 @@ import torch
 from wmdd_ray.config import Resources
 from wmdd_ray.errors import WmddError
 from wmdd_ray.executors import here
-from wmdd_ray.executors.actors import Pool, UnitActor, progress_of
+from wmdd_ray.executors.actors import Pool, UnitActor
 from wmdd_ray.executors.queue import work_through
 from wmdd_ray.spine.run import OpenWorker, StageRun
 
@@ -64,7 +64,7 @@ def do_units(
         told = now
         done, _ = queue.progress()
         if pool is not None:
-            for fraction, note, unit, values in progress_of(pool.at_work()):
+            for fraction, note, unit, values in pool.progress():
                 if unit:
                     queue.report(unit, fraction, note, values)
         elif done and (now - began) * (len(units) - done) >= _WORTH_S * done:

@@ -59,6 +59,8 @@ def connect(out: str | None, *, verbose: bool = False) -> None:
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     # A head without CPUs does nothing itself: nodes that do are still to come, once they are asked for.
     elsewhere = num_nodes > 1 or not ray.cluster_resources().get("CPU")
+    if os.environ.get("RAY_ADDRESS") and "://" not in out:
+        elsewhere = elsewhere or has_autoscaler(ray.get_runtime_context().gcs_address)
     if out.startswith("memory://") or (elsewhere and "://" not in out):
         nodes = f"all {num_nodes} nodes" if num_nodes > 1 else "every node"
         raise ConfigError(

@@ -19,6 +19,7 @@ from typing import Any
 import ray
 import ray.train
 import torch.distributed as dist
+from ray.exceptions import RayError
 from ray.train import RunConfig
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -26,6 +27,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import WmddError
 from wmdd_ray.executors import here, train_groups
+from wmdd_ray.executors.causes import root_cause
 from wmdd_ray.executors.cluster import await_room, is_one_machine, width
 from wmdd_ray.executors.heap import keep_freed_memory
 from wmdd_ray.executors.queue import reporter
@@ -143,6 +145,8 @@ def _worker_loop(loop: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     queue = train_groups.RemoteQueue(loop["queue"])
+    if queue.error() is not None:
+        return  # the group was started again after it, as Ray Train does after any
     if rank == 0:
         queue.join(rank, world, socket.gethostname())
         queue.take(rank)
@@ -163,8 +167,13 @@ def _worker_loop(loop: dict[str, Any]) -> None:
             world=world,
             streamed=streamed,
         )
-    except WmddError as error:
-        queue.fail(unit, error)
+    except Exception as error:
+        cause = root_cause(error)  # what tasks that decode raise is ours and Ray's at once
+        if not isinstance(cause, WmddError):
+            raise
+        queue.fail(unit, cause)
+        if world > 1:
+            raise cause from error  # the others would wait for this one in their next collective
         return
     if rank == 0:
         queue.report(unit, 1.0, "")
@@ -197,4 +206,7 @@ def count_images(source: Source) -> int:
     def count(shard: Any) -> int:
         return sum(1 for _ in ray.get(held).read_shard(shard))
 
-    return sum(ray.get([count.remote(shard) for shard in source.shards(CHUNK_IMAGES)]))
+    try:
+        return sum(ray.get([count.remote(shard) for shard in source.shards(CHUNK_IMAGES)]))
+    except RayError as error:
+        raise root_cause(error) from error

@@ -111,9 +111,10 @@ def do_each(
 
         if not (light and width(stage.resources).num_workers == 0):
             most = stage.resources.max_actors
-            await_room(stage, Width(min(most, len(told)), cpus=1, gpus=0.0))
+            wide = Width(min(most, len(told)), cpus=1, gpus=0.0)
+            await_room(stage, wide)
             actor = ray.remote(num_cpus=1)(worker_class)
-            fan_out(stage, actor, arguments, told, max_actors=most, on_done=on_done)
+            fan_out(stage, actor, arguments, told, wide=wide, max_actors=most, on_done=on_done)
             return
     from wmdd_ray.executors import here
 

@@ -35,6 +35,21 @@ class Queue(Protocol):
         """Stop because of a deliberate error."""
 
 
+class Deaths:
+    """How often each unit ended its worker without having come further than ever before."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._furthest: dict[str, float] = {}
+
+    def count(self, unit: str, fraction: float) -> int:
+        """Count a worker that died when so much of the unit was done; return how many did since it came further."""
+        if fraction > self._furthest.get(unit, 0.0):
+            self._counts[unit], self._furthest[unit] = 0, fraction
+        self._counts[unit] += 1
+        return self._counts[unit]
+
+
 class UnitQueue:
     """The units that are left, and who works on which. Rebuilt by running again: it holds nothing of its own.
 
@@ -57,7 +72,7 @@ class UnitQueue:
         self._taken: dict[str, tuple[int, float]] = {}
         self._nodes: dict[int, str] = {}
         self._takes: Counter[str] = Counter()
-        self._deaths: Counter[str] = Counter()
+        self._deaths = Deaths()
         self._fractions: dict[str, float] = {}
         self._done = 0
         self._note = ""
@@ -110,12 +125,12 @@ class UnitQueue:
         self._error = self._error or error
 
     def lose(self, reasons: dict[int, str]) -> None:
-        """Note that ranks died, by themselves and not with their group; their units have so many attempts and no more."""
+        """Note that ranks died, by themselves and not with their group; their units have so many attempts at one point."""
         for unit, (holder, _) in self._taken.items():
-            if holder in reasons:
-                self._deaths[unit] += 1
-                if self._deaths[unit] >= MAX_ATTEMPTS:
-                    self.fail(unit, unit_given_up(unit, f"by {reasons[holder]}"))
+            if holder not in reasons:
+                continue
+            if self._deaths.count(unit, self._fractions.get(unit, 0.0)) >= MAX_ATTEMPTS:
+                self.fail(unit, unit_given_up(unit, f"by {reasons[holder]}"))
 
     def progress(self) -> tuple[float, str]:
         """Return (units done, with the fractions under way; last note)."""

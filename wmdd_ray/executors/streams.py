@@ -30,13 +30,14 @@ _MAX_PARTITIONS = 256
 
 
 @contextlib.contextmanager
-def _settings(block_bytes: int) -> Iterator[None]:
-    """Make Ray Data hand a row on once it has `block_bytes`; a stream that is built inside keeps the settings."""
+def _settings(block_bytes: int | None = None) -> Iterator[None]:
+    """Make Ray Data hand a row on once it has `block_bytes`, if given; a stream that is built inside keeps the settings."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the stage has its own line
     context.execution_options.preserve_order = False
     context.execution_no_progress_timeout_s = _NO_PROGRESS_S
-    before, context.target_max_block_size = context.target_max_block_size, block_bytes
+    before = context.target_max_block_size
+    context.target_max_block_size = before if block_bytes is None else block_bytes
     try:
         yield
     finally:
@@ -179,12 +180,13 @@ def regroup_by_class(stage: StageRun, units: list[str]) -> None:
         class_features.commit_class(room, label, parts)
         return {"label": np.array([label])}
 
-    dataset = (
-        ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000))
-        .map_batches(split, batch_size=1, batch_format="pyarrow")
-        .groupby("label", num_partitions=min(num_classes, _MAX_PARTITIONS))
-        .map_groups(merge, batch_format="numpy")
-    )
+    with _settings():
+        dataset = (
+            ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000))
+            .map_batches(split, batch_size=1, batch_format="pyarrow")
+            .groupby("label", num_partitions=min(num_classes, _MAX_PARTITIONS))
+            .map_groups(merge, batch_format="numpy")
+        )
     try:
         done = sum(1 for _ in dataset.iter_rows())
     except Exception as error:

@@ -46,6 +46,11 @@ class RemoteQueue(Queue):
     def fail(self, unit: str, error: WmddError) -> None:
         ray.get(self._actor.fail.remote(unit, error))
 
+    def error(self) -> WmddError | None:
+        """Return the first deliberate error of any rank."""
+        error: WmddError | None = ray.get(self._actor.error.remote())
+        return error
+
 
 @contextlib.contextmanager
 def queue_actor(stage: StageRun, left: Sequence[str], num_done: int) -> Iterator[ActorHandle]:
@@ -105,13 +110,13 @@ def fit_until_done(stage: StageRun, queue: ActorHandle, fit: Callable[[RunConfig
                     f"{last_line(cause)}; finished units are kept: run the same command again"
                 ) from failure
             if error is not None:
-                raise error from failure
+                raise root_cause(error) from failure
             before = done
         finally:
             stage.run.store.delete(f"{NOTES_FOLDER}/{stage.run.token}")
     error = ray.get(queue.error.remote())
     if error is not None:
-        raise error
+        raise root_cause(error)
 
 
 def _in_thread(do: Callable[[], None]) -> None:

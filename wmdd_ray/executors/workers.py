@@ -16,12 +16,12 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.actor import ActorHandle
 from ray.train import RunConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from wmdd_ray.errors import WmddError
 from wmdd_ray.executors import beside, here
-from wmdd_ray.executors.actors import UnitActor, fan_out, progress_of
+from wmdd_ray.executors.actors import Part, UnitActor, fan_out
 from wmdd_ray.executors.cluster import Width, await_room, width
 from wmdd_ray.executors.heap import keep_freed_memory
 from wmdd_ray.executors.queue import work_through
@@ -81,8 +81,7 @@ def _run_actors(
         done += 1
         stage.progress.update(done)
 
-    def look(actors: list[ActorHandle]) -> None:
-        parts = progress_of(actors)
+    def look(parts: list[Part]) -> None:
         note = parts[0][1] if parts else ""
         stage.progress.update(done + sum(part[0] for part in parts), note)
         for _, _, unit, values in parts:
@@ -95,6 +94,7 @@ def _run_actors(
         actor,
         (open_worker, wide.cpus),
         units,
+        wide=wide,
         max_actors=wide.num_workers,
         first_actors=wide.num_workers,
         on_done=finish,
@@ -106,9 +106,15 @@ def _worker_loop(config: dict[str, Any]) -> None:
     keep_freed_memory()
     torch.set_num_threads(config["cpus"])
     context = ray.train.get_context()
+    queue = RemoteQueue(config["queue"])
+    try:
+        do_unit = config["open_worker"](device_of_worker())
+    except WmddError as error:  # which a group that is started again would meet again
+        queue.fail("a new worker", error)
+        return
     work_through(
-        RemoteQueue(config["queue"]),
-        config["open_worker"](device_of_worker()),
+        queue,
+        do_unit,
         rank=context.get_world_rank(),
         world=context.get_world_size(),
     )

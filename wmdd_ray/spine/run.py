@@ -277,6 +277,8 @@ def run_pipeline(
     for position, stage in enumerate(stages[:end]):
         plan = expected_plan(run, stage, fingerprints)
         if overwrite and first and position >= begin and run.owns(stage.room):
+            run.begin_writing()
+            run.begin_work()
             run.room(stage.room).clear()
         if position < begin and _committed_as(run, stage, plan) is None:
             raise ConfigError(
@@ -318,6 +320,9 @@ def _build(run: Run, stage: Stage, plan: dict[str, Any], *, overwrite: bool) -> 
     started = time.monotonic()
     room = run.room(stage.room)
     room.store.sweep(run.began)
+    if overwrite:  # a refusal comes before the room is emptied
+        run.begin_writing()
+        run.begin_work()
     plan = claim_room(room, plan, run.begin_writing, overwrite=overwrite)
     room = run.room(stage.room, plan["space"])
     run.begin_work()

@@ -224,13 +224,14 @@ class Writer:
 
         def read(span: np.ndarray) -> list[bytes]:
             entry = self._parts[int(span["part"][0])]
-            where = self._scanned.store.url(entry.key)
+            key = entry.at or entry.key
+            where = self._scanned.store.url(key)
             start = int(span["offset"][0])
             size = int(span["offset"][-1] + span["size"][-1]) - start
             try:
                 with (
                     reading(where, "a part"),
-                    open_whole(filesystem, f"{base}/{entry.key}", where, entry.size_bytes) as file,
+                    open_whole(filesystem, f"{base}/{key}", where, entry.size_bytes) as file,
                 ):
                     file.seek(start)
                     content = file.read(size)
