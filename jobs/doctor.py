@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
     if command_line.asks_for_help(arguments):
         print(__doc__)
     try:
-        job = _parsed(arguments, ask_cluster=with_cluster)
+        job, failure = _parsed(arguments, ask_cluster=with_cluster)
         run = open_run(job)
     except WmddError as error:
         show("options", Finding("FAIL", str(error)))
@@ -81,11 +81,12 @@ def main(arguments: list[str]) -> int:
     level = logging.INFO if job.verbose else logging.CRITICAL
     logging.basicConfig(level=level, format="%(name)s: %(message)s")
     config = job.config
+    recipe = config.recipe if failure is None else "auto, not chosen"
     show(
         "options",
         Finding(
             "ok",
-            f"recipe {config.recipe}, ipc {config.ipc}, --data {config.data}, --out {run.store.uri}",
+            f"recipe {recipe}, ipc {config.ipc}, --data {config.data}, --out {run.store.uri}",
         ),
     )
     for line in job.told:
@@ -95,8 +96,16 @@ def main(arguments: list[str]) -> int:
     visit = Visit(job, run)
     marks: Counter[Mark] = Counter()
     worst = 0
+    if isinstance(failure, DataError):
+        # What would be said of the images is that of a recipe which nobody has asked for.
+        show("auto", Finding("FAIL", str(failure)))
+        marks["FAIL"] += 1
+        worst = failure.exit_code
+        visit.failed.add("data")
     try:
         for check in checks(job, cluster=with_cluster):
+            if check.name in visit.failed:
+                continue
             for finding in examine(check, visit):
                 show(check.name, finding)
                 marks[finding.mark] += 1
@@ -108,19 +117,19 @@ def main(arguments: list[str]) -> int:
     return worst
 
 
-def _parsed(arguments: list[str], *, ask_cluster: bool) -> Job:
+def _parsed(arguments: list[str], *, ask_cluster: bool) -> tuple[Job, Exception | None]:
     """Return the job, the last of several; where images cannot be measured, or the cluster not joined, that of a recipe.
 
-    Their checks say why.
+    Beside it the reason, which checks tell too where it is none of the images' own.
     """
     try:
-        return parse_all(arguments, ask_cluster=ask_cluster)[-1]
+        return parse_all(arguments, ask_cluster=ask_cluster)[-1], None
     except Exception as error:
         is_told = isinstance(error, DataError | ArtifactError | ConnectionError)
         if not is_told and not type(error).__module__.startswith("ray."):
             raise
         logger.info("auto", exc_info=error)
-        return parse_all([*arguments, "--recipe", "cifar10"])[-1]
+        return parse_all([*arguments, "--recipe", "cifar10"])[-1], error
 
 
 def checks(job: Job, *, cluster: bool) -> tuple[Check, ...]:

@@ -273,6 +273,19 @@ def test_the_plan_and_the_doctor_warn_of_a_recipe_for_other_images(
     assert "2 warnings" in said
 
 
+def test_the_doctor_says_of_images_that_cannot_be_measured_why_and_nothing_of_a_recipe(
+    tmp_path: Path, capsys: Said
+) -> None:
+    (tmp_path / "set" / "ant").mkdir(parents=True)
+    (tmp_path / "set" / "ant" / "note.txt").write_text("x")
+    typed = ["--data", str(tmp_path / "set"), "--out", str(tmp_path / "run"), "--no-cluster"]
+    assert doctor.main(typed) == 4
+    said = capsys.readouterr().out
+    assert "recipe auto, not chosen" in said and "cifar10" not in said.partition(", --data")[0]
+    assert said.count("FAIL") == 1 and "FAIL     auto " in said
+    assert "skipped  plan         needs data" in said
+
+
 def test_the_doctor_tells_what_auto_chose(photos: Path, capsys: Said) -> None:
     assert doctor.main(["--data", str(photos), "--ipc", "1", "--no-cluster", "--out", "run"]) == 0
     said = capsys.readouterr().out
