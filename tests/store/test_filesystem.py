@@ -193,6 +193,24 @@ def test_a_write_that_fails_leaves_nothing_behind(
     assert store.list() == {}
 
 
+def test_a_file_that_is_removed_while_its_folder_is_listed_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path))
+    store.put("a/one.bin", b"1")
+    walk = os.walk
+
+    def with_one_more(*args: Any, **options: Any) -> Any:
+        return (
+            (place, folders, [*names, "gone.bin"])
+            for place, folders, names in walk(*args, **options)
+        )
+
+    monkeypatch.setattr(os, "walk", with_one_more)
+    assert store.list() == {"a/one.bin": 1}
+    assert store.list("nothing") == store.list("a/one.bin") == {}
+
+
 def test_a_staged_file_of_a_killed_writer_is_never_listed(tmp_path: Path) -> None:
     (tmp_path / ".key.0123.part").write_bytes(b"half")
     assert Store(str(tmp_path)).list() == {}

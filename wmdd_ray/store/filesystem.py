@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -196,9 +197,7 @@ class Store:
         _check_inside(prefix)
         with self._named("list", prefix):
             if self._path is not None:
-                base = self._path / prefix
-                files = (p for p in base.rglob("*") if p.is_file() and not p.name.endswith(".part"))
-                sizes = {p.relative_to(self._path).as_posix(): p.stat().st_size for p in files}
+                sizes = dict(_files_below(self._path / prefix, self._path))
             else:
                 fs, root = self._fs()
                 fs.invalidate_cache()
@@ -334,6 +333,22 @@ def _linked(staged: Path, target: Path) -> bool:
             f"cannot create {target}: its file system has no hard links ({error.strerror}), without which two drivers "
             "could both publish; put --out on another disk or an object store"
         ) from error
+
+
+def _files_below(folder: Path, root: Path) -> Iterator[tuple[str, int]]:
+    """Yield (name below `root`, bytes) of whole files; what somebody removes meanwhile is not there."""
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
+    for place, _, names in os.walk(folder, onerror=refuse):
+        for name in names:
+            path = Path(place, name)
+            with contextlib.suppress(FileNotFoundError):
+                about = path.stat()
+                if stat.S_ISREG(about.st_mode) and not name.endswith(".part"):
+                    yield path.relative_to(root).as_posix(), about.st_size
 
 
 @contextlib.contextmanager
