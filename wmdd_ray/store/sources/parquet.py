@@ -292,9 +292,9 @@ def open_parquet(listing: Listing) -> ParquetSource:
             )
         source.name_classes(names, number_places(names, numbers))
     else:
-        examples = {
-            y: file for file, size in files.items() for y in source.label_counts(file, size)
-        }
+        with ThreadPoolExecutor(_FOOTER_THREADS) as executor:
+            counts = executor.map(source.label_counts, files, files.values())
+            examples = {y: file for file, found in zip(files, counts, strict=True) for y in found}
         where = listing.root if len(files) > 1 else source.url(next(iter(files)))
         source.name_classes(*found_classes(examples, numbers, where))
     return source
