@@ -111,7 +111,7 @@ def check_teacher(visit: Visit) -> Iterator[Finding]:
     """Measure the teacher that is given or committed on a sample of the held-out images."""
     import torch
 
-    from wmdd_ray.core import networks
+    from wmdd_ray.core import networks, teacher_check
     from wmdd_ray.units.given_teacher import check_names, given_network
     from wmdd_ray.units.held_out import Listed
     from wmdd_ray.units.teacher import measure, read_teacher
@@ -123,7 +123,7 @@ def check_teacher(visit: Visit) -> Iterator[Finding]:
     if config.teacher is not None:
         where = f"--teacher {config.teacher}"
         network_config, network = given_network(config, config.teacher, names)
-        networks.check_teacher(network, needs_norms=config.needs_norms, **config.source.shape)
+        teacher_check.check_teacher(network, needs_norms=config.needs_norms, **config.source.shape)
         arch = network_config.arch
         network = network.to(device).eval()
     elif "storage" not in visit.failed and room.read_commit() is not None:

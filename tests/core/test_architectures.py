@@ -14,8 +14,9 @@ from torchvision import models
 
 from wmdd_ray.config import EvaluateConfig, NetworkConfig, RecoverConfig, ViewConfig
 from wmdd_ray.core.embedding import features_and_moments
-from wmdd_ray.core.networks import batch_norms, build_network, check_teacher, last_linear
+from wmdd_ray.core.networks import batch_norms, build_network, last_linear
 from wmdd_ray.core.synthesis import ClassTarget, recover_group
+from wmdd_ray.core.teacher_check import check_teacher
 from wmdd_ray.core.training import train_student
 from wmdd_ray.core.views import draw_views
 from wmdd_ray.errors import ConfigError

@@ -13,7 +13,6 @@ from wmdd_ray.config import NetworkConfig
 from wmdd_ray.core.networks import (
     batch_norms,
     build_network,
-    check_teacher,
     features_and_logits,
     labeler_of,
     last_linear,
@@ -22,6 +21,7 @@ from wmdd_ray.core.networks import (
     required_batch_norms,
     weights_of,
 )
+from wmdd_ray.core.teacher_check import check_teacher
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.records import Teacher
 

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wmdd_ray.config import NetworkConfig
-from wmdd_ray.core.networks import batch_norms, build_network, check_teacher
+from wmdd_ray.core.networks import batch_norms, build_network
 from wmdd_ray.core.taps import TappedNorm, tapped
+from wmdd_ray.core.teacher_check import check_teacher
 from wmdd_ray.errors import ConfigError
 
 

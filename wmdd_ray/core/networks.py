@@ -5,7 +5,6 @@ Legend: B batch, C color channels, H W pixels, D feature width (input of the las
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from wmdd_ray.config import NetworkConfig
 from wmdd_ray.core.architectures import build_network as build_network
-from wmdd_ray.core.architectures import evaluating, is_ours, refuse_foreign_code
+from wmdd_ray.core.architectures import is_ours, refuse_foreign_code
 from wmdd_ray.core.checkpoints import first_names, unwrapped
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.records import Teacher
@@ -99,46 +98,6 @@ def required_batch_norms(network: nn.Module) -> list[nn.BatchNorm2d]:
             "without them"
         )
     return norms
-
-
-def check_teacher(network: nn.Module, *, channels: int, image_size: int, needs_norms: bool) -> None:
-    """Refuse, before hours of training, a network that cannot be a teacher; one pass of two black images tells.
-
-    The input has `channels` C and sides of `image_size` pixels. `needs_norms` says that moments of BatchNorm layers are used.
-
-    Raises:
-        ConfigError: it lacks BatchNorm2d layers or a last Linear layer, or does not use them in one place each, or gradients
-            do not pass its tapped BatchNorm2d layers.
-    """
-    norms = required_batch_norms(network) if needs_norms else batch_norms(network)
-    names = {id(module): name for name, module in network.named_modules()}
-    calls: Counter[int] = Counter()
-    handles = [n.register_forward_hook(lambda norm, *_: calls.update([id(norm)])) for n in norms]
-    weight = last_linear(network).weight
-    images = torch.zeros(2, channels, image_size, image_size, device=weight.device)
-    try:
-        with torch.no_grad(), evaluating(network):
-            features_BD, logits_BY = features_and_logits(network, images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    several = [names[id(norm)] for norm in norms if calls[id(norm)] != 1]
-    if several:
-        raise ConfigError(
-            f"--squeeze.network.arch: expected a teacher whose BatchNorm2d layers are each passed once, got "
-            f"{type(network).__name__}, whose {first_names(several)} are passed never or more often; choose another architecture"
-        )
-    if features_BD.ndim != 2 or logits_BY.shape != (2, weight.shape[0]):
-        raise ConfigError(
-            f"--squeeze.network.arch: expected a teacher whose last Linear layer maps features of images (2, D) to logits, got "
-            f"{type(network).__name__}, whose layer {names[id(last_linear(network))]} maps {tuple(features_BD.shape)} where the "
-            f"logits are {tuple(logits_BY.shape)}; choose another architecture"
-        )
-    if needs_norms:
-        from wmdd_ray.core.taps import check_taps  # which knows this module
-
-        with evaluating(network):
-            check_taps(network, images)
 
 
 def features_and_logits(network: nn.Module, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from wmdd_ray.config import DistillConfig
-from wmdd_ray.core.networks import build_network, check_teacher
+from wmdd_ray.core.networks import build_network
+from wmdd_ray.core.teacher_check import check_teacher
 from wmdd_ray.executors.dispatch import ray_or_here
 from wmdd_ray.options import fingerprint_options
 from wmdd_ray.spine.numbers import Number, StageNumbers

@@ -10,8 +10,9 @@ import torch
 
 from wmdd_ray.config import DistillConfig, NetworkConfig, SourceConfig
 from wmdd_ray.core.checkpoints import read_checkpoint
-from wmdd_ray.core.networks import build_network, check_teacher, load_weights
+from wmdd_ray.core.networks import build_network, load_weights
 from wmdd_ray.core.published import download, is_published, published
+from wmdd_ray.core.teacher_check import check_teacher
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError
 from wmdd_ray.spine.run import Run, Stage, StageRun, expected_plan
 from wmdd_ray.spine.taken import teacher_room
