@@ -284,6 +284,9 @@ def open_run(job: Job) -> Run:
     """Return the run of a job; nothing is read or started yet."""
     config = job.config
     out = job.out or default_out(config)
+    endings.refuse_data_among_rooms(
+        Store(out), {"--data": config.data, "--val-data": config.val_data}
+    )
     origin = Store(job.features) if job.features else None
     beside = [f"{root_of(job)}/ipc{ipc}" for ipc in job.ipcs if job.features]
 

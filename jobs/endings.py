@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -114,6 +114,24 @@ def refuse_foreign_folder(out: Store) -> None:
             f"--out {out.uri}: expected an empty folder or an earlier run, found other files, such as {foreign[0]}; give "
             "another --out"
         )
+
+
+def refuse_data_among_rooms(out: Store, places: Mapping[str, str | None]) -> None:
+    """Refuse an output whose rooms would be where real images lie: `--overwrite` empties a room. `places` are URIs by option."""
+    from wmdd_ray.executors.dispatch import NOTES_FOLDER
+    from wmdd_ray.stages.pipeline import PIPELINE
+
+    rooms = ("events", NOTES_FOLDER, *(stage.room for stage in PIPELINE))
+    for option, uri in places.items():
+        path = local_path(uri) if uri else None
+        place = f"{(uri or '').rstrip('/') if path is None else path}/"
+        if place == f"{out.uri}/" or place.startswith(
+            tuple(f"{out.uri}/{room}/" for room in rooms)
+        ):
+            raise ConfigError(
+                f"--out {out.uri}: expected a place of its own, but the run would write where {option} {uri} lies; give another "
+                "--out"
+            )
 
 
 def join_cluster(out: str | None, resources: Resources, *, verbose: bool) -> None:

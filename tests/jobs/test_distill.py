@@ -289,3 +289,25 @@ def test_what_a_first_run_leaves_that_was_killed_before_its_record_is_its_own(
 ) -> None:
     Store(str(tmp_path)).put(left, b"")
     endings.refuse_foreign_folder(Store(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("data", "out"),
+    [
+        ("s3://bucket/photos", "s3://bucket/photos/"),
+        ("s3://bucket/run/images/set", "s3://bucket/run"),
+        ("FOLDER/train", "FOLDER"),
+        ("file://FOLDER/images", "FOLDER/"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--data", "--val-data"])
+def test_an_output_that_would_write_where_real_images_lie_is_refused_before_anything_is_read(
+    data: str, out: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = (uri.replace("FOLDER", str(tmp_path)) for uri in (data, out))
+    typed = ["--recipe", "cifar10", "--data", str(tmp_path / "other"), "--out", out, option, data]
+    for asked in ([], ["--dry-run"], ["--overwrite"]):
+        assert distill.main([*typed, *asked]) == 2
+        said = capsys.readouterr().err
+        assert f"but the run would write where {option} {data} lies; give another --out" in said
+    assert [*tmp_path.iterdir()] == []

@@ -179,6 +179,16 @@ def test_from_with_overwrite_does_that_room_and_those_after_again(
     assert {name for name, _ in worked.done} == {"second", "third"}
 
 
+def test_from_with_overwrite_empties_no_folder_that_was_never_a_room(
+    tmp_path: Path, pipeline: tuple[Stage, ...]
+) -> None:
+    run_pipeline(run_at(tmp_path), pipeline, last="first")
+    (tmp_path / "second_room").mkdir()
+    (tmp_path / "second_room" / "cat.png").write_bytes(b"somebody's")
+    run_pipeline(run_at(tmp_path), pipeline, first="second", overwrite=True)
+    assert (tmp_path / "second_room" / "cat.png").read_bytes() == b"somebody's"
+
+
 @pytest.mark.parametrize("first", ["second", None])
 @pytest.mark.parametrize("refused_by", ["the store", "the cluster"])
 def test_overwrite_empties_nothing_when_the_store_or_the_cluster_refuses(

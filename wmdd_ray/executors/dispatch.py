@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -131,5 +132,11 @@ def watch_of(run: Run, tracked: TrackedRun, trackers: Sequence[Tracker] = ()) ->
 
 
 def sweep_notes(run: Run) -> None:
-    """Remove the notes that killed drivers left; called when a run has ended well, and so nobody else is at work."""
-    run.store.delete(NOTES_FOLDER)
+    """Remove the notes that killed drivers left, when a run has ended well.
+
+    Only those of runs, whose tokens are their names: somebody's training images may lie in a folder `train` beside the rooms.
+    """
+    names = {key.partition("/")[0] for key in run.store.child(NOTES_FOLDER).list()}
+    notes = {name for name in names if re.fullmatch("[0-9a-f]{32}", name)}
+    for folder in [NOTES_FOLDER] if notes == names else [f"{NOTES_FOLDER}/{n}" for n in notes]:
+        run.store.delete(folder)

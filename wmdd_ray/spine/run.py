@@ -279,7 +279,9 @@ def run_pipeline(
         if overwrite and first and position >= begin and run.owns(stage.room):
             run.begin_writing()
             run.begin_work()
-            run.room(stage.room).clear()
+            # Without a plan a folder of that name is somebody else's.
+            if (room := run.room(stage.room)).read_plan() is not None:
+                room.clear()
         if position < begin and _committed_as(run, stage, plan) is None:
             raise ConfigError(
                 f"--from {first} needs a committed {stage.room}/ for these options, and there is none in "
