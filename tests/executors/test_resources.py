@@ -75,7 +75,7 @@ def the_error(capsys: pytest.CaptureFixture[str]) -> str:
 def assert_goes_on(out: Path, stage: str, finished_run: FinishedRun, *options: str) -> None:
     """Assert that the same command ends well, keeps what was finished, sweeps what was not, and writes the usual bytes."""
     before = tiny.markers(out)
-    (out / ROOM_OF[stage] / ".killed-writer.part").write_bytes(b"half")
+    (out / ROOM_OF[stage] / f".x.{'0a' * 16}.part").write_bytes(b"half")
     last = stage if stage != "assemble" else "evaluate"  # whose results are part of the card
     assert tiny.job(out, "--until", last, *options) == 0
     after = tiny.markers(out)

@@ -216,6 +216,16 @@ def test_a_staged_file_of_a_killed_writer_is_never_listed(tmp_path: Path) -> Non
     assert Store(str(tmp_path)).list() == {}
 
 
+def test_only_staged_files_of_ours_are_swept(tmp_path: Path) -> None:
+    (tmp_path / "room").mkdir()
+    staged = tmp_path / "room" / f".key.json.{'0a' * 16}.part"
+    download = tmp_path / "room" / ".film.mkv.part"
+    for path in (staged, download):
+        path.write_bytes(b"half")
+    Store(str(tmp_path)).sweep(time.time() + 1)
+    assert download.exists() and not staged.exists()
+
+
 def test_what_only_marks_a_folder_on_s3_is_not_an_object(s3_server: S3Uri) -> None:
     store = Store(s3_server())
     store.put("train/state.json", b"{}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import stat
 import threading
@@ -30,6 +31,8 @@ from wmdd_ray.store.uris import check_uri, fsspec_filesystem, local_path
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _PLACINGS = 5
 _DELETERS = 32
+# How `_staged` names a file: what somebody else calls so is left alone.
+_STAGED = re.compile(r"\..+\.[0-9a-f]{32}\.part")
 _memory_lock = threading.Lock()
 
 
@@ -239,6 +242,8 @@ class Store:
             return
         with self._named("list", ""):
             for path in self._path.rglob(".*.part"):
+                if not _STAGED.fullmatch(path.name):  # somebody else's
+                    continue
                 with contextlib.suppress(FileNotFoundError):
                     if path.stat().st_mtime < before:
                         path.unlink()
