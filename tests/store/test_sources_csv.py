@@ -206,6 +206,12 @@ def test_rows_that_are_no_image_are_bad_images_by_line_and_reason(store: Store) 
     }
 
 
+def test_rows_of_a_table_without_a_header_are_counted_from_its_first_line(store: Store) -> None:
+    source = opened(write(store, "gone/a.png,ant", "", "gone/b.png,bee", *ROWS, header=""))
+    bad = [r.key for shard in source.shards(5) for r in source.read_shard(shard) if r.problem]
+    assert sorted(bad) == ["labels.csv:1", "labels.csv:3"]
+
+
 def test_a_table_without_a_good_row_says_what_is_wrong_with_the_first(store: Store) -> None:
     with pytest.raises(DataError, match="no good one; the first is labels.csv:2: no file x/0.png"):
         opened(write(store, "x/0.png,ant", "1.png,bee"))

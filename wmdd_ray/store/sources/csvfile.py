@@ -219,14 +219,14 @@ def _cells(
         first = next(lines, [])
         path_at, label_at, split_at = _columns(first, config, where, by_place=True)
         width = max(path_at, label_at, -1 if split_at is None else split_at) + 1
-        second = next(lines, [])
-        rows = [second] if _is_header(first, second, path_at, config, where) else [first, second]
-        for cells in itertools.chain(rows, lines):
-            if not any(cell.strip() for cell in cells):
-                continue
+        numbered = ((lines.line_num, cells) for cells in lines if any(map(str.strip, cells)))
+        rows = [(lines.line_num, first), *itertools.islice(numbered, 1)]
+        if _is_header(first, rows[-1][1], path_at, config, where):
+            del rows[0]
+        for number, cells in itertools.chain(rows, numbered):
             cells = [cell.strip() for cell in cells] + [""] * (width - len(cells))
             split = None if split_at is None else cells[split_at]
-            yield lines.line_num, (cells[path_at], cells[label_at], split)
+            yield number, (cells[path_at], cells[label_at], split)
     except csv.Error as error:
         raise DataError(
             f"{where}: line {lines.line_num} is malformed ({error}); expected cells separated by {delimiter!r}, and "
