@@ -236,7 +236,8 @@ def test_each_ipc_has_the_options_of_its_recipe_and_a_folder(
     root = "s3://bucket/runs/fashion_mnist-ipc1-10"
     assert (one.out, ten.out, ten.features) == (f"{root}/ipc1", f"{root}/ipc10", root)
     assert distill.root_of(one) == root
-    assert doctor._parsed(words, ask_cluster=False).config.ipc == 10
+    job, unmeasured = doctor._parsed(words, ask_cluster=False)
+    assert (job.config.ipc, unmeasured) == (10, None)
     alone = distill.parse_all(["--ipc", "10"])
     assert len(alone) == 1 and alone[0] == distill.parse(["--ipc", "10"])
 
