@@ -182,6 +182,6 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     from tests.stages import tiny
 
     out = tmp_path_factory.mktemp("finished") / "run"
-    typed = tiny.typed(out)
+    typed = tiny.typed(out, "--executor", "auto")
     assert typed.exit_code == 0, typed.stderr
     return tiny.FinishedRun(out=out, typed=typed, payloads=tiny.payloads(out))

@@ -111,7 +111,7 @@ def with_rooms(source: Path, uri: str, *rooms: str) -> str:
 # fmt: off
 OPTIONS = (
     "--from", "barycenters", "--until", "recover",
-    "--max-actors", "2", "--num-workers", "2", "--gpus-per-worker", "1",
+    "--max-actors", "2", "--num-workers", "1", "--gpus-per-worker", "1",
 )
 # fmt: on
 
@@ -135,7 +135,7 @@ def test_a_head_alone_grows_for_barycenters_and_recover_and_shrinks_to_itself(
 # fmt: off
 LONG = (
     "--barycenters.num-starts", "2000",
-    "--recover.iterations", "400", "--recover.images-per-group", "4",
+    "--recover.iterations", "400", "--recover.images-per-group", "4", "--num-workers", "2",
 )
 # fmt: on
 

@@ -62,11 +62,13 @@ def test_a_socket_on_every_interface_is_seen() -> None:
 @pytest.mark.parametrize(
     ("rooms", "options"),
     [
-        # A process group of torch, Ray Data, actors of barycenters, a group of Ray Train.
-        pytest.param((), ("--num-workers", "2", "--executor", "train"), id="groups"),
+        # A process group of torch in a group of Ray Train, Ray Data, actors of barycenters.
+        pytest.param(
+            (), ("--until", "barycenters", "--num-workers", "2", "--executor", "train"), id="groups"
+        ),
         pytest.param(
             tiny.ROOMS[:3],
-            ("--num-workers", "1", "--executor", "actors"),
+            ("--until", "recover", "--num-workers", "1", "--executor", "actors"),
             id="actors",
             marks=pytest.mark.chaos_long,
         ),
@@ -81,7 +83,7 @@ def test_nothing_of_a_local_run_listens_beyond_this_machine_and_its_folder_is_cl
     folder.mkdir()
     mark = uuid.uuid4().hex
     environment = {**os.environ, "WMDD_RAY_MARK": mark, "RAY_TMPDIR": str(folder)}
-    command = tiny.command(out, "--until", "recover", *options)
+    command = tiny.command(out, *options)
     job = subprocess.Popen(
         command, cwd=tiny.ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )  # fmt: skip
