@@ -108,6 +108,15 @@ def given(path: Path, *, width: int = 32, num_classes: int = 10) -> None:
     save_file(network.state_dict(), path)
 
 
+def test_a_checkpoint_in_the_root_folder_is_looked_for_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere.pt").write_bytes(b"")
+    with pytest.raises(ConfigError, match="found none of them .no such file"):
+        given_network(recipe_of("digits", 10, "best"), "/elsewhere.pt", NAMES[:10])
+
+
 @pytest.mark.parametrize(
     ("kind", "code", "said"),
     [

@@ -17,7 +17,7 @@ from wmdd_ray.errors import ArtifactError, ConfigError, DataError
 from wmdd_ray.spine.run import Run, Stage, StageRun, expected_plan
 from wmdd_ray.spine.taken import teacher_room
 from wmdd_ray.store import codecs
-from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.filesystem import file_at
 from wmdd_ray.store.sources import Source
 from wmdd_ray.store.sources.classes import first_difference
 from wmdd_ray.units.held_out import Listed
@@ -106,9 +106,9 @@ def _given_weights(
         )
         return network, {name: torch.tensor(array) for name, array in teacher.weights.items()}
     _require_first(config, spec, unit, "no run")
-    folder, _, name = spec.rpartition("/")
     try:
-        content = Store(folder or ".").get(name)
+        store, name = file_at(spec)
+        content = store.get(name)
     except (FileNotFoundError, ArtifactError) as error:
         raise ConfigError(
             f"--teacher {spec}: expected a committed teacher (a run or its teacher/ folder), torchvision:WEIGHTS, timm:MODEL, "
