@@ -149,7 +149,7 @@ class ClassImages:
 
     `losses` are the last value of every loss term, `curves` its values (float32) after the iterations `curve_at_P`
     (int32, ascending). `features_KD` are what the stored images reach in the (first) teacher. Images that were not
-    recovered, or before these were kept, have no curves and no features.
+    recovered have no curves and no features.
     """
 
     label: int

@@ -174,18 +174,11 @@ class _Reader:
             return None
         atoms_KD = shown.barycenter.barycenter.atoms_KD
         reached_KD = shown.images.features_KD if shown.images else None
-        if shown.images and reached_KD is None:
-            self.missing.append(
-                "The features that the images reach were not kept by the version that made them."
-            )
         return project(shown.features.features_ND, atoms_KD, reached_KD)
 
     def _curves(self, shown: ShownClass) -> dict[str, Any] | None:
         images = shown.images
-        if images is None:
-            return None
-        if images.curve_at_P is None:
-            self.missing.append("Loss curves were not kept by the version that made the images.")
+        if images is None or images.curve_at_P is None:
             return None
         terms = {
             name: [float(f"{v:.4g}") for v in curve_P] for name, curve_P in images.curves.items()
