@@ -164,7 +164,7 @@ def _prepared(typed: Typed) -> Measured | None:
         manifest = of_prepared(read_sealed(Store(typed.data), PREPARED_KEY))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if manifest is None or typed.channels not in (None, manifest.channels):
+    if typed.channels not in (None, manifest.channels):
         return None
     if manifest.held_out is None and typed.val_data is None:
         raise DataError(

@@ -17,7 +17,7 @@ from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import open_source
-from wmdd_ray.units.own_data import Measured, doubts, measure, median, of_prepared, sample
+from wmdd_ray.units.own_data import Measured, doubts, measure, of_prepared, sample
 
 READING = SourceConfig()
 
@@ -107,12 +107,6 @@ def test_a_manifest_of_prepare_says_all_and_one_without_sizes_nothing() -> None:
         shorter_side=64, channels=1, mean=(0.1235,), std=(1e-4,), sampled=0, num_classes=2,
         num_images=12, smallest_class=5, held_out=None,
     )  # fmt: skip
-    assert of_prepared({**found, "shorter_side": None}) is None
-    assert of_prepared({name: found[name] for name in found if name != "shorter_side"}) is None
-
-
-def test_the_median_of_an_even_number_is_the_lower_one() -> None:
-    assert [median(values) for values in ([3], [4, 1], [5, 1, 3], [8, 2, 4, 6])] == [3, 1, 3, 4]
 
 
 SIZE: Callable[[int], SourceConfig] = lambda side: replace(READING, image_size=side, resize=side)  # noqa: E731

@@ -12,6 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from statistics import median_low
 from typing import Any, cast
 
 import numpy as np
@@ -27,7 +28,6 @@ from wmdd_ray.store.sources.base import told_counts
 from wmdd_ray.store.sources.classes import one_line
 from wmdd_ray.store.sources.files import read_ahead
 from wmdd_ray.store.sources.passed import Tally
-from wmdd_ray.units.own_data import median
 from wmdd_ray.units.prepared import ROW_TYPE, Scanner, Writer, parts_of
 from wmdd_ray.units.splitting import (
     DEFAULT_VAL_FRACTION,
@@ -219,11 +219,10 @@ def _summary(markers: Sequence[UnitMarker], num_classes: int) -> dict[str, Any]:
     channels = 1 if all(m["num_gray"] == m["num_images"] for m in train) else 3
     sides: Counter[int] = Counter()
     for m in train:
-        # Files of an earlier version did not count them.
-        sides.update({int(side): n for side, n in m.get("shorter_sides", {}).items()})
+        sides.update({int(side): n for side, n in m["shorter_sides"].items()})
     return {
         **by_split,
-        "shorter_side": median(sorted(sides.elements())) if sides else None,
+        "shorter_side": median_low(sides.elements()),
         "channels": channels,
         "mean": [round(value, 6) for value in mean_C[:channels]],
         "std": [round(value, 6) for value in std_C[:channels]],

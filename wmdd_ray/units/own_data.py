@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import islice
+from statistics import median_low
 from typing import Any, Literal
 
 import numpy as np
@@ -130,7 +131,7 @@ def measure(
     shapes = [shape for record in records if (shape := shape_of(record)) is not None]
     if not shapes:
         raise _no_good_one(source.root, records, source.config)
-    side = median([side for side, _ in shapes])
+    side = median_low([side for side, _ in shapes])
     color = channels == 3 or (channels is None and any(color for _, color in shapes))
     seen = input_of(image_size or snapped(side), 3 if color else 1, (0.5,) * 3, (0.5,) * 3)
     seen = replace(seen, exif_orientation=source.config.exif_orientation)
@@ -187,10 +188,8 @@ def _moments(
     return tuple(np.round(mean_C, 4).tolist()), tuple(np.round(std_C, 4).tolist())
 
 
-def of_prepared(manifest: Mapping[str, Any]) -> Measured | None:
-    """Return what the manifest of `jobs/prepare.py` says; None when it is of a version that did not measure sizes."""
-    if not manifest.get("shorter_side"):
-        return None
+def of_prepared(manifest: Mapping[str, Any]) -> Measured:
+    """Return what the manifest of `jobs/prepare.py` says."""
     counts = manifest["train"]["class_counts"]
     return Measured(
         shorter_side=manifest["shorter_side"],
@@ -203,11 +202,6 @@ def of_prepared(manifest: Mapping[str, Any]) -> Measured | None:
         smallest_class=min(counts),
         held_out=manifest["validation"]["num_images"] or None,
     )
-
-
-def median(values: Sequence[int]) -> int:
-    """Return the median; of an even number of values the lower of the two in the middle."""
-    return sorted(values)[(len(values) - 1) // 2]
 
 
 def snapped(side: int) -> int:
@@ -233,7 +227,7 @@ def doubts(shapes: Sequence[tuple[int, bool]], config: SourceConfig) -> list[tup
 
     `shapes` are (shorter side in pixels, whether it has colors) of sampled images.
     """
-    side = median([side for side, _ in shapes])
+    side = median_low([side for side, _ in shapes])
     wanted = snapped(side)
     pairs = []
     better = f"leave --recipe out, or set --source.image-size {wanted} --source.resize {wanted}"
