@@ -11,6 +11,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
+PIP_FLAGS ?=
 
 BIN := $(VENV)/bin
 FAST := tests/core tests/store tests/spine $(addprefix tests/test_,architecture.py config.py dataset.py documents.py errors.py options.py)
@@ -58,5 +59,5 @@ $(STAMP): requirements.txt requirements-run.txt
 		{ echo "Python >= 3.11 is needed and $(PYTHON) is older; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@echo "Installing requirements.txt into $(VENV) (about 5 GB, a few minutes; once)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt
 	@touch $@

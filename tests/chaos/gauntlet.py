@@ -17,7 +17,7 @@ from tests.chaos.killer import WEIGHTS, Kill, Killer, tail
 from tests.chaos.record import Record
 from tests.chaos.two_nodes import TwoNodes
 from tests.stages import tiny
-from tests.stages.tiny import STAGES
+from tests.stages.tiny import ROOMS, STAGES
 
 MODES: dict[str, tuple[str, ...]] = {
     "driver": ("--num-workers", "0"),
@@ -68,16 +68,16 @@ class Gauntlet:
         names, chances = list(WEIGHTS), list(WEIGHTS.values())
         return {stage: self._random.choices(names, chances, k=per_stage) for stage in STAGES}
 
-    def run(self, uri: str, mode: str, plan: Plan) -> None:
+    def run(self, uri: str, mode: str, plan: Plan, until: str = STAGES[-1]) -> None:
         """Run the job and kill what the plan names, type it again until it ends well, and check what it made."""
         self.runs += 1
         self._struck.clear()
         log = self._folder / f"run-{self.runs}.log"
         record = Record(uri)
-        driver = self._type(uri, mode, log)
+        driver = self._type(uri, mode, until, log)
         try:
             while True:
-                early = self._random.random() < _EARLY and bool(plan[record.stage()])
+                early = self._random.random() < _EARLY and bool(plan.get(record.stage()))
                 patience_s = self._random.uniform(*_EARLY_S) if early else None
                 moved = _wait_for_progress(driver, record, patience_s, log)
                 if driver.exitcode == 0 or (driver.is_alive() and moved):
@@ -86,13 +86,13 @@ class Gauntlet:
                     break
                 if driver.exitcode is not None:
                     self._assert_may_end(driver, log)
-                    driver = self._type(uri, mode, log)
+                    driver = self._type(uri, mode, until, log)
                 else:
                     self._maybe_kill(plan, mode, moved, record, driver, log)
         finally:
             driver.kill()
         self._begun_again += record.check()
-        tiny.assert_same_payloads(uri, self._payloads)
+        tiny.assert_same_payloads(uri, self._payloads, *ROOMS[: STAGES.index(until) + 1])
         self._assert_nothing_runs()
 
     def summary(self) -> dict[str, Any]:
@@ -114,10 +114,11 @@ class Gauntlet:
             "recovery_s": {name: round(value, 1) for name, value in recovery.items()},
         }
 
-    def _type(self, uri: str, mode: str, log: Path) -> ForkServerProcess:
+    def _type(self, uri: str, mode: str, until: str, log: Path) -> ForkServerProcess:
         self._cluster.start()
         self._in_life.clear()
-        return tiny.started(uri, *MODES[mode], ray_address=self._cluster.address, log=log)
+        options = (*MODES[mode], "--until", until)
+        return tiny.started(uri, *options, ray_address=self._cluster.address, log=log)
 
     def _maybe_kill(
         self,
@@ -130,7 +131,7 @@ class Gauntlet:
     ) -> None:
         """Kill the next victim of the stage, now or a moment later, or let this sign pass."""
         stage = record.stage()
-        victims = plan[stage]
+        victims = plan.get(stage, [])
         # A driver that has only just begun ends by SIGTERM like any process.
         if not victims or (victims[0] == "terminate" and not moved):
             return

@@ -5,7 +5,6 @@ Two heads are started for all of them: an open one, where the image's pods start
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shlex
@@ -29,7 +28,7 @@ from jobs.checks.cluster import authentication
 from tests.conftest import free_port
 from tests.jobs.test_doctor import failures, report_of
 from tests.stages import tiny
-from tests.stages.tiny import ROOM_OF, STAGES, FinishedRun
+from tests.stages.tiny import FinishedRun
 from tests.test_cluster import copy_image
 
 import psutil  # isort: skip - Ray puts its own on the path
@@ -176,15 +175,13 @@ def test_a_cluster_with_a_token_runs_the_submitted_job_of_who_has_it_only(
     assert "authentication" in (refused.stdout + refused.stderr).lower()
     assert not (tmp_path / "refused").exists()
 
-    done = submit(token_head, *tiny.command(tmp_path / "run", "--until", "barycenters")[1:])
+    done = submit(token_head, *tiny.command(tmp_path / "run", "--until", "squeeze")[1:])
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     assert "succeeded" in said
-    assert "features    20/20 done" in said
+    assert "squeeze     1/1 done" in said
     assert token_head.environment["RAY_AUTH_TOKEN"] not in said
-    for stage in STAGES[:3]:
-        commit = json.loads((tmp_path / "run" / ROOM_OF[stage] / "stage.json").read_text())
-        assert (commit["stage"], len(commit["units"])) == (stage, tiny.UNITS[stage])
+    assert (tmp_path / "run/teacher/stage.json").exists()
 
 
 def test_a_job_api_that_asks_for_a_token_is_fine(token_head: Head) -> None:
