@@ -40,7 +40,7 @@ fuzz: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy wmdd_ray jobs
+	$(BIN)/mypy wmdd_ray jobs tests
 
 docs: $(STAMP)
 	$(BIN)/python -m sphinx -W -q -c .ci/docs . build/docs

@@ -104,7 +104,7 @@ def test_every_option_says_what_it_means() -> None:
         ),
         (
             options.EvaluateConfig,
-            {"hard": options.HardLabelConfig(optimizer="lion")},  # type: ignore[arg-type]
+            {"hard": options.HardLabelConfig(optimizer="lion")},
             "--evaluate.hard.optimizer: expected one of adamw",
         ),
         (

@@ -31,7 +31,7 @@ class Outer:
     ("wrong", "message"),
     [
         (Outer(steps=0), "--job.steps: expected >= 1, got 0"),
-        (Outer(kinds=("a", "c")), "--job.kinds: expected one of a, b, got ('a', 'c')"),  # type: ignore[arg-type]
+        (Outer(kinds=("a", "c")), "--job.kinds: expected one of a, b, got ('a', 'c')"),
         (Outer(limit=-1.0), "--job.limit: expected >= 0, got -1.0"),
         (Outer(weight=float("inf")), "--job.weight: expected a finite number >= 0, got inf"),
         (Outer(weight=float("nan")), "--job.weight: expected a finite number >= 0, got nan"),

@@ -142,7 +142,7 @@ class TwoNodes:
 
     def _wait(self) -> None:
         """Wait until a node is alive that was not before, as the control store sees it."""
-        from ray._raylet import GcsClient
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:

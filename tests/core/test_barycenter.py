@@ -416,7 +416,7 @@ def test_the_unit_of_the_features_does_not_change_the_answer(solver: str, expone
     rng = np.random.default_rng(3)
     features_ND = rng.normal(size=(6, 4))[rng.integers(6, size=40)] + 0.1 * rng.normal(size=(40, 4))
     features_ND = features_ND.astype(np.float32)
-    config = BarycenterConfig(solver=solver)  # type: ignore[arg-type]
+    config = BarycenterConfig(solver=solver)
     plain = solve_barycenter(features_ND, 5, config, seed=0)
     scaled = solve_barycenter(features_ND * np.float32(2.0**exponent), 5, config, seed=0)
     # Powers of two round nothing.

@@ -308,7 +308,7 @@ def test_the_parts_of_a_batch_take_the_steps_of_the_whole_with_the_term_in_each(
     )
     torch.testing.assert_close(cut.state_dict(), whole.state_dict(), rtol=1e-4, atol=1e-6)
     train(without, replace(in_parts(1, plain=True), curvature_weight=0.0))
-    assert not torch.allclose(whole[3].weight, without[3].weight, atol=1e-4)  # type: ignore[arg-type]
+    assert not torch.allclose(whole[3].weight, without[3].weight, atol=1e-4)
 
 
 def _rank(rank: int, folder: str) -> None:
@@ -359,4 +359,4 @@ def test_the_weight_is_that_of_ipc_ten_and_falls_with_ipc_by_the_power() -> None
 )
 def test_options_that_cannot_be_are_refused(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        SqueezeConfig(**wrong)  # type: ignore[arg-type]
+        SqueezeConfig(**wrong)

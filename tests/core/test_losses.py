@@ -128,7 +128,7 @@ def test_the_moments_that_are_compared_are_averaged_from_the_second_call() -> No
     average = moments(10)
     torch.testing.assert_close(loss(taps_of(10)), distance_G(*average))
     for seed in (20, 30):
-        average = tuple(  # type: ignore[assignment]
+        average = tuple(
             0.75 * old + 0.25 * new for old, new in zip(average, moments(seed), strict=True)
         )
         torch.testing.assert_close(loss(taps_of(seed)), distance_G(*average))

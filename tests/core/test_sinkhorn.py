@@ -159,9 +159,9 @@ def test_a_shuffled_batch_costs_nothing_but_entropy_and_a_moved_one_its_distance
     first, _ = batches(20, 20)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     options = {"regularization": 1e-3, "iterations": 200}
-    shuffled = sinkhorn_distance(l1_costs(first, first[order]), **options)  # type: ignore[arg-type]
+    shuffled = sinkhorn_distance(l1_costs(first, first[order]), **options)
     assert 0 <= float(shuffled) <= 1e-3 * math.log(20) + 1e-6
-    moved = sinkhorn_distance(l1_costs(first, first + 100.0), **options)  # type: ignore[arg-type]
+    moved = sinkhorn_distance(l1_costs(first, first + 100.0), **options)
     torch.testing.assert_close(float(moved), 100.0, rtol=1e-3, atol=0)
 
 

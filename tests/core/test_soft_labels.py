@@ -32,7 +32,7 @@ FULL = RelabelConfig(compression="full")
 
 def steps(step: float = 0.125, k: int | None = None) -> RelabelConfig:
     kind = {} if k is None else {"compression": "top_k", "top_k": k}
-    return RelabelConfig(precision="int8", step=step, **kind)  # type: ignore[arg-type]
+    return RelabelConfig(precision="int8", step=step, **kind)
 
 
 def top(k: int) -> RelabelConfig:

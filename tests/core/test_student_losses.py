@@ -97,6 +97,6 @@ def test_transport_loss_is_the_entropic_cost_of_centered_logits_and_a_share_of_t
 def test_transport_loss_of_a_student_that_is_its_teacher_is_finite(batch: int) -> None:
     student = torch.zeros(batch, 10, requires_grad=True)
     loss = transport_loss(student, torch.zeros(batch, 10), regularization=0.1, iterations=10)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert float(loss.detach()) == pytest.approx(0, abs=1e-9)
     assert student.grad is not None and not student.grad.any()

@@ -26,7 +26,7 @@ def network(arch: Any = "convnet3") -> nn.Module:
         for norm in batch_norms(net):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
             nn.init.normal_(norm.bias)
-            norm.running_mean.normal_()  # type: ignore[union-attr]
+            norm.running_mean.normal_()
     return net
 
 
@@ -139,7 +139,7 @@ class Shared(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.first(x)
-        return self.last((y.square() + self.norm(y)).mean(dim=(2, 3)))  # type: ignore[no-any-return]
+        return self.last((y.square() + self.norm(y)).mean(dim=(2, 3)))
 
 
 def test_a_network_of_norms_behind_activations_may_be_a_teacher() -> None:

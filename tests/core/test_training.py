@@ -58,7 +58,7 @@ def digits() -> Labeled:
     return pixels[order], labels[order].astype(np.int64)
 
 
-def small_network(seed: int = 0, width: int = 16, channels_last: bool = True) -> nn.Module:
+def small_network(seed: int = 0, width: int = 16, channels_last: bool = True) -> nn.Sequential:
     torch.manual_seed(seed)
     network = nn.Sequential(
         nn.Conv2d(1, width, 3, padding=1, bias=False),
@@ -119,7 +119,7 @@ def optimizer_of(network: nn.Module, config: SqueezeConfig) -> torch.optim.Optim
 def test_weight_decay_spares_parameters_of_one_dimension(name: str) -> None:
     network = small_network()
     before = copy.deepcopy(network)
-    optimizer = make_optimizer(network, name, learning_rate=0.1, weight_decay=0.5)  # type: ignore[arg-type]
+    optimizer = make_optimizer(network, name, learning_rate=0.1, weight_decay=0.5)
     loss = sum((0 * p).sum() for p in network.parameters())
     assert isinstance(loss, torch.Tensor)
     take_step(optimizer, loss, 0.1, 0, 10)
@@ -154,7 +154,7 @@ def test_a_step_uses_the_rate_of_the_schedule() -> None:
 
 def test_frozen_parameters_are_left_out_of_the_optimizer() -> None:
     network = small_network()
-    network[0].requires_grad_(False)  # type: ignore[index]
+    network[0].requires_grad_(False)
     optimizer = make_optimizer(network, "adamw", learning_rate=0.1, weight_decay=0.1)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in network.parameters() if p.requires_grad}
@@ -278,7 +278,7 @@ def test_the_average_after_one_step_is_the_weights_after_it() -> None:
     network = small_network()
     average = WeightAverage(network, 0.999)
     with torch.no_grad():
-        network[0].weight.mul_(3)  # type: ignore[index]
+        network[0].weight.mul_(3)
     after = copy.deepcopy(network.state_dict())
     average.update()
     average.put_into_network()
@@ -704,7 +704,7 @@ def test_students_of_one_seed_are_equal_to_the_last_bit(optimizer: str) -> None:
     second = train_small(small_network(), images, fixed_epochs(21), optimizer=optimizer)
     assert_same_weights(first, second)
     other = train_small(small_network(), images, fixed_epochs(21), optimizer=optimizer, seed=1)
-    assert (other[0].weight != first[0].weight).any()  # type: ignore[index]
+    assert (other[0].weight != first[0].weight).any()
 
 
 def test_rendering_few_or_many_views_at_a_time_trains_the_same_student(
@@ -780,7 +780,7 @@ def test_weights_of_images_scale_their_loss_only_when_the_option_is_on() -> None
     options: dict[str, Any] = {"weights": weights, "weighted_loss": True}
     plain = train_small(linear(), images, fixed_epochs(16))
     weighted = train_small(linear(), images, fixed_epochs(16), **options)
-    assert (plain[1].weight != weighted[1].weight).any()  # type: ignore[index]
+    assert (plain[1].weight != weighted[1].weight).any()
     # An image of weight 0 teaches nothing: its label may change.
     assert_same_weights(weighted, train_small(linear(), images, other_label, **options))
     options["weights"] = 7 * weights  # only relative weights count
@@ -818,7 +818,7 @@ def test_cross_entropy_joins_a_loss_by_its_weight_and_reads_the_partners_class()
 
     assert_same_weights(train(), train(classes=classes))
     with_ce = train(classes=classes, ce_weight=0.5)
-    assert (with_ce[0].weight != train()[0].weight).any()  # type: ignore[index]
+    assert (with_ce[0].weight != train()[0].weight).any()
     others = np.where(np.arange(16) == 5, classes, 9)
     assert_same_weights(with_ce, train(classes=others, ce_weight=0.5))
 
@@ -918,7 +918,7 @@ def test_a_teacher_is_trained_in_bfloat16_only_when_asked(digits: Labeled) -> No
     data, seen = (digits[0][:64], digits[1][:64]), []
     for on in (False, True):
         network = small_network()
-        network[-1].register_forward_hook(lambda *a: seen.append(a[2].dtype))  # type: ignore[index]
+        network[-1].register_forward_hook(lambda *a: seen.append(a[2].dtype))
         train_on(network, data, SqueezeConfig(epochs=1, batch_size=64, mixed_precision=on))
     assert seen == [torch.float32, torch.bfloat16]
 

@@ -161,7 +161,7 @@ def test_scale_min_of_one_is_always_the_whole_image() -> None:
 
 @pytest.mark.parametrize("mix", ["cutmix", "none"])
 def test_views_depend_only_on_seed_epoch_and_row(mix: str) -> None:
-    config = ViewConfig(mix=mix)  # type: ignore[arg-type]
+    config = ViewConfig(mix=mix)
     first = draw_views(50, 16, config, seed=1, epoch=7)
     assert_same_views(first, draw_views(50, 16, config, seed=1, epoch=7))
     longer = draw_views(80, 16, config, seed=1, epoch=7)
@@ -237,7 +237,7 @@ def test_no_mix_and_no_flip_are_what_they_say() -> None:
 @pytest.mark.parametrize("size", [11, 16, 70])
 def test_any_partition_of_the_rows_renders_the_same_pixels_bit_for_bit(mix: str, size: int) -> None:
     images = stored_images(37, 13 if size < 64 else 64)
-    views = draw_views(37, size, ViewConfig(mix=mix), seed=0, epoch=3)  # type: ignore[arg-type]
+    views = draw_views(37, size, ViewConfig(mix=mix), seed=0, epoch=3)
     whole = render_views(images, views, size)
     for batch in (1, 2, 5, 36):
         parts = [
@@ -301,7 +301,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize(("mix", "scale_min"), GOLDEN)
 def test_views_are_the_ones_that_every_machine_draws(mix: str, scale_min: float) -> None:
-    config = ViewConfig(mix=mix, crop_scale_min=scale_min)  # type: ignore[arg-type]
+    config = ViewConfig(mix=mix, crop_scale_min=scale_min)
     assert (
         digest(draw_views(5000, 224, config, seed=2**63 - 25, epoch=299)) == GOLDEN[mix, scale_min]
     )

@@ -72,7 +72,7 @@ def test_the_influence_is_the_mean_cosine_to_the_mean_gradient_of_the_real_laten
     def gradient(network: torch.nn.Module, latent: Tensor) -> Tensor:
         network.zero_grad()
         loss = -network(latent.view(1, *SHAPE)).log_softmax(dim=1)[0, 1]
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
     cosines = []

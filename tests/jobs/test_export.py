@@ -239,9 +239,9 @@ def test_the_card_of_a_hugging_face_folder_has_valid_front_matter(
     assert typed(stored, tmp_path / "out", "--format", "huggingface", "--license", "cc-by-4.0") == 0
     text = (tmp_path / "out/README.md").read_text()
     card = DatasetCard(text)
-    assert card.data.license == "cc-by-4.0"
-    assert card.data.task_categories == ["image-classification"]
-    assert card.data.size_categories == ["n<1K"]
+    assert card.data["license"] == "cc-by-4.0"
+    assert card.data["task_categories"] == ["image-classification"]
+    assert card.data["size_categories"] == ["n<1K"]
     told = yaml.safe_load(text.split("---\n")[1])["dataset_info"]["features"]
     assert (
         datasets.Features._from_yaml_list(told)

@@ -203,8 +203,8 @@ def test_the_teacher_is_named_by_the_checksum_of_its_file_where_that_is_known() 
 
 def test_the_hub_reads_the_front_matter() -> None:
     data = DatasetCard(dataset_card(META, recipe_of("digits", 10), TABLE)).data
-    assert data.license == "other" and data.size_categories == ["n<1K"]
-    assert data.task_categories == ["image-classification"]
+    assert data["license"] == "other" and data["size_categories"] == ["n<1K"]
+    assert data["task_categories"] == ["image-classification"]
 
 
 def test_a_table_of_several_students_names_them_and_leaves_gaps_where_nothing_was_measured() -> (

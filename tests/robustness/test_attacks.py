@@ -156,7 +156,7 @@ def test_consistent_results_have_no_contradiction() -> None:
         ("autoattack", 0.1): flags("11000"),
         ("autoattack", 0.2): flags("01000"),
     }
-    assert contradictions(flags("11110"), robust) == []  # type: ignore[arg-type]
+    assert contradictions(flags("11110"), robust) == []
 
 
 def test_every_contradiction_is_found_image_by_image_even_where_the_accuracies_look_right() -> None:
@@ -167,7 +167,7 @@ def test_every_contradiction_is_found_image_by_image_even_where_the_accuracies_l
         ("autoattack", 0.2): flags("0001"),
         ("square", 0.1): flags("1111"),
     }
-    found = contradictions(flags("1110"), robust)  # type: ignore[arg-type]
+    found = contradictions(flags("1110"), robust)
     told = {(c["what"], c["eps"]): c["images"] for c in found}
     assert told == {
         ("AutoAttack exceeds PGD-100", 0.1): 1,
@@ -185,8 +185,8 @@ def test_the_worst_case_counts_every_attack_up_to_eps_but_not_cw() -> None:
         ("autoattack", 0.1): flags("0111"),
         ("cw", 0.1): flags("0000"),
     }
-    assert worst_case(robust, 0.1).tolist() == [False, True, True, False]  # type: ignore[arg-type]
-    assert worst_case(robust, 0.2).tolist() == [False, False, True, False]  # type: ignore[arg-type]
+    assert worst_case(robust, 0.1).tolist() == [False, True, True, False]
+    assert worst_case(robust, 0.2).tolist() == [False, False, True, False]
 
 
 def test_missing_libraries_and_too_few_classes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,4 +213,4 @@ def test_missing_libraries_and_too_few_classes_are_told(monkeypatch: pytest.Monk
 )
 def test_budgets_that_cannot_be_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        AttackConfig(**options)  # type: ignore[arg-type]
+        AttackConfig(**options)

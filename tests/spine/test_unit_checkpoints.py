@@ -20,7 +20,7 @@ def kept(tmp_path: Path, steps: int) -> Room:
     room = Room(Store(str(tmp_path)), "images", "one")
     keep = Checkpoints(room, "g0", 0.0)
     for step in range(1, steps + 1):
-        keep.maybe(lambda step=step: state(step))  # type: ignore[misc]
+        keep.maybe(lambda step=step: state(step))
         if keep._pending is not None:
             keep._pending.result()
     return room
@@ -70,7 +70,7 @@ def test_going_on_from_a_state_never_overwrites_it_first(tmp_path: Path) -> None
     keep.maybe(lambda: state(4))
     assert keep._pending is not None
     keep._pending.result()
-    steps = [int(Checkpoints(room, "g0", 0.0).load()["step"])]  # type: ignore[index]
+    steps = [int(Checkpoints(room, "g0", 0.0).load()["step"])]
     newest = max((tmp_path / "images/partial/g0").iterdir(), key=lambda p: p.stat().st_mtime_ns)
     newest.unlink()
     assert [*steps, loaded(room)] == [4, 3]
@@ -111,7 +111,7 @@ def test_a_state_is_put_while_the_work_goes_on_and_none_is_taken_before_it_arriv
         return state(step)
 
     for step in (1, 2, 3):
-        keep.maybe(lambda step=step: take(step))  # type: ignore[misc]
+        keep.maybe(lambda step=step: take(step))
     assert taken == [1]
     arrive.set()
     keep.clear()

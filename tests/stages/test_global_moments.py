@@ -61,5 +61,5 @@ def test_groups_are_planned_once_for_all_units_that_are_told_of(
     monkeypatch.setattr(images, "plan_groups", counted)
     features = SimpleNamespace(metrics={"class_counts": [8] * 10})
     stage: Any = SimpleNamespace(config=config, inputs={"features": features})
-    told = [NUMBERS.images(stage, SimpleNamespace(unit=unit)) for unit in units]  # type: ignore[arg-type]
+    told = [NUMBERS.images(stage, SimpleNamespace(unit=unit)) for unit in units]
     assert told == [10] * 4 and len(plans) == 1

@@ -67,7 +67,7 @@ def test_a_group_killed_between_two_steps_goes_on_from_its_last_stored_step(
 
     def counted(self: images.Checkpoints, get_state: object) -> None:
         steps.append(self._folder.split("/")[1])
-        count(self, get_state)  # type: ignore[arg-type]
+        count(self, get_state)
 
     monkeypatch.setattr(images.Checkpoints, "maybe", counted)
     assert tiny.job(out, *options) == 0

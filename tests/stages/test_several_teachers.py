@@ -225,8 +225,8 @@ def test_a_second_teacher_that_was_cut_goes_on_and_the_first_is_not_trained_agai
             if len(began) == 2 and epoch == 0:
                 raise WmddError("cut here")
 
-        began.append(options["start_epoch"])  # type: ignore[arg-type]
-        train(*args, on_epoch=on_epoch_or_cut, **options)  # type: ignore[arg-type]
+        began.append(options["start_epoch"])
+        train(*args, on_epoch=on_epoch_or_cut, **options)
 
     monkeypatch.setattr(training, "Checkpoints", tiny.WaitingCheckpoints)
     monkeypatch.setattr(training, "train_classifier", cut)

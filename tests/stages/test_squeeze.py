@@ -176,8 +176,8 @@ def test_training_that_was_cut_goes_on_from_its_last_stored_epoch_with_the_same_
             if len(began) == 1 and epoch == 1:
                 raise WmddError("cut here")
 
-        began.append(options["start_epoch"])  # type: ignore[arg-type]
-        train(*args, on_epoch=on_epoch_or_cut, **options)  # type: ignore[arg-type]
+        began.append(options["start_epoch"])
+        train(*args, on_epoch=on_epoch_or_cut, **options)
 
     monkeypatch.setattr(training, "Checkpoints", tiny.WaitingCheckpoints)
     monkeypatch.setattr(training, "train_classifier", cut)

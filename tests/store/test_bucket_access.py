@@ -61,7 +61,7 @@ def read_by(elsewhere: Strange, uri: str, **access: object) -> list[dict[str, st
     fs, root = fsspec.core.url_to_fs(uri)
     for path in fs.find(root):
         fs.chmod(path, acl="public-read")
-    bucket = BucketAccess(endpoint=elsewhere.endpoint, **access)  # type: ignore[arg-type]
+    bucket = BucketAccess(endpoint=elsewhere.endpoint, **access)
     config = replace(CONFIG, bucket=bucket)
     source = open_source(uri, config, split="train")
     keys, labels_N, _, _ = load_images(source, config, 1 << 20) or pytest.fail("too large")

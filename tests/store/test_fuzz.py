@@ -290,7 +290,7 @@ def planted(kind: str) -> Target:
 
     def target(content: bytes) -> str:
         if kind == "crash":
-            faulthandler._sigsegv()
+            faulthandler._sigsegv()  # type: ignore[attr-defined]
         while kind == "hang":
             pass
         if kind == "leak":

@@ -32,7 +32,9 @@ def encoded(picture: Image.Image, format: str = "PNG", **options: object) -> byt
     return sink.getvalue()
 
 
-def one_color(picture: Image.Image, config: SourceConfig, format: str = "PNG", **options: object):
+def one_color(
+    picture: Image.Image, config: SourceConfig, format: str = "PNG", **options: object
+) -> Any:
     """Decode a picture of one color; return that color as a tuple."""
     pixels = decode_image(encoded(picture, format, **options), config, "x")
     assert pixels.shape == (8, 8, config.channels) and pixels.dtype == np.uint8

@@ -42,7 +42,7 @@ def write(store: Store, *rows: str, header: str = "path,label", name: str = "lab
 
 
 def opened(uri: str, **options: object) -> Source:
-    return open_source(uri, CONFIG, split="train", **options)  # type: ignore[arg-type]
+    return open_source(uri, CONFIG, split="train", **options)
 
 
 def labels_by_path(source: Source) -> dict[str, str]:
@@ -144,8 +144,8 @@ def test_splits_come_from_a_column_or_from_the_names_of_tables(store: Store) -> 
     write(store, *ROWS[:20], name="train.csv")
     write(store, *ROWS[20:], name="val.csv")
     write(store, "001", header="path", name="test.csv")  # competitions keep these labels
-    config = CONFIG.__class__(**{**_fields(), "format": "csv"})  # type: ignore[arg-type]
-    sizes = [open_source(store.uri, config, split=s).num_images for s in ("train", "val")]  # type: ignore[arg-type]
+    config = CONFIG.__class__(**{**_fields(), "format": "csv"})
+    sizes = [open_source(store.uri, config, split=s).num_images for s in ("train", "val")]
     assert sizes == [20, 4]
     store.delete("val.csv")
     with pytest.raises(NoSuchSplitError, match="expected held-out images in folders or files"):

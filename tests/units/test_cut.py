@@ -178,11 +178,11 @@ def test_samples_of_tar_shards_are_cut_a_class_at_a_time_and_bad_ones_stay_among
         store.put(f"{shard}.tar", tar_of(members))
     store.put("classes.txt", "\n".join(NAMES).encode())
     whole = open_split(asked(store, None), "train")
-    rows = {
+    labels = {
         raw.key: raw.label for s in whole.shards(9) for raw in whole.read_shard(s) if raw.label >= 0
     }
-    ranks_N = np.array([rank_of(0, key) for key in rows], dtype=np.uint64)
-    mask_N = held_out(np.array([*rows.values()]), ranks_N, 0.25)
+    ranks_N = np.array([rank_of(0, key) for key in labels], dtype=np.uint64)
+    mask_N = held_out(np.array([*labels.values()]), ranks_N, 0.25)
     assert mask_N.sum() == 6
     read: dict[str, int] = {}
     for split, expected, bad in (("train", 18, 6), ("val", 6, 0)):
@@ -191,7 +191,7 @@ def test_samples_of_tar_shards_are_cut_a_class_at_a_time_and_bad_ones_stay_among
         chunks = [c for s in part.shards(4) for c in decoded_chunks(worker, s, CONFIG, 4)]
         of_part = {k: y for c in chunks for k, y in zip(c.keys, c.labels_N.tolist(), strict=True)}
         assert of_part.keys() == {
-            key for key, held in zip(rows, mask_N, strict=True) if held == (split == "val")
+            key for key, held in zip(labels, mask_N, strict=True) if held == (split == "val")
         }
         assert [raw.label for raw in worker.read_keys([*of_part])] == [*of_part.values()]
         assert sum(len(c.bad) for c in chunks) == bad
@@ -200,7 +200,7 @@ def test_samples_of_tar_shards_are_cut_a_class_at_a_time_and_bad_ones_stay_among
         # The samples and other members of both shards = images + bad + those of the other part + the licenses.
         assert expected + bad + total(group for c in chunks for group in c.passed) == 24 + 6 + 2
         read |= of_part
-    assert read == rows
+    assert read == labels
 
 
 def test_a_share_beside_held_out_images_is_refused() -> None:

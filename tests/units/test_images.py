@@ -36,7 +36,7 @@ def room_of_classes(room: Room) -> Room:
     about = {"stage": "recover", "version": 1, "fingerprint": "", "seconds": 0.0, "host": ""}
     units = room.read_units(sorted(room.finished()))
     room.commit(
-        StageCommit(**about, options={}, inputs={}, units=units, metrics={}, run="", finished="")  # type: ignore[arg-type]
+        StageCommit(**about, options={}, inputs={}, units=units, metrics={}, run="", finished="")
     )
     return room
 

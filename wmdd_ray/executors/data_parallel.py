@@ -124,7 +124,7 @@ def _meet(backend: str, rank: int, num_workers: int, meeting: str) -> None:
     os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
     dist.init_process_group(
         backend=backend,
-        store=dist.FileStore(meeting, num_workers),  # type: ignore[attr-defined]
+        store=dist.FileStore(meeting, num_workers),
         rank=rank,
         world_size=num_workers,
         timeout=timedelta(minutes=30),

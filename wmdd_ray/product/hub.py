@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # its documented place
+from huggingface_hub.utils import validate_repo_id
 
 from wmdd_ray.errors import ArtifactError, ConfigError, WmddError
 from wmdd_ray.product.export import EXPORT_KEY, Export

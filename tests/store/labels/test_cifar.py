@@ -46,7 +46,7 @@ def opened(place: Path, files: Files, split: str = "train", **options: Any) -> S
         store.put(key, content)
     names = options.pop("class_names", None)
     return open_source(
-        store.uri, replace(COLOR, **options), split=split, class_names=names  # type: ignore[arg-type]
+        store.uri, replace(COLOR, **options), split=split, class_names=names
     )  # fmt: skip
 
 

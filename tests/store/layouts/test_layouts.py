@@ -34,7 +34,7 @@ def opened(case: Case, folder: Path, split: str, names: tuple[str, ...] | None =
     return open_source(
         str(folder / place),
         replace(CONFIG, **case.options),
-        split=split,  # type: ignore[arg-type]
+        split=split,
         class_names=names,
         dedicated=split == "val" and case.val_at is not None,
     )
