@@ -5,8 +5,9 @@ of ours (`dataset/` of a run, or the run) or labelled images that somebody else 
 Parquet, `.pt` files of DC, DM, IDC and MTT, a set of the Hugging Face hub. Images of others have soft labels when --teacher is
 given, which is measured first. The URI comes first.
 
-Ours say where their real images are, which are read from there with --follow-data, or given as --data; they bring their input
-size and normalization; the student's recipe is that of the recipe they were made by. Every option of it is an --evaluate option.
+Ours say where their real images are, which are read from there with --follow-data, as their run read them, or given as --data or
+--val-data, with the --source options for labels that the run had typed again, or changed. They bring their input size and
+normalization; the student's recipe is that of the recipe they were made by. Every option of it is an --evaluate option.
 --attacks pgd,square,autoattack,cw,mim --eps 1/255,2/255,8/255 attacks every student on --attack-images of the held-out images.
 Results are committed under --out, a folder a student, and one an attack and eps; the same command again goes on or prints them,
 attacks can be added, and results.json holds all of them, sealed. Exit codes are those of jobs/distill.py.

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torchvision
@@ -21,7 +23,14 @@ from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler
 
 from tests.manifests import manifest_of
-from wmdd_ray.config import EvaluateConfig, NetworkConfig, RelabelConfig, SourceConfig, ViewConfig
+from wmdd_ray.config import (
+    DistillConfig,
+    EvaluateConfig,
+    NetworkConfig,
+    RelabelConfig,
+    SourceConfig,
+    ViewConfig,
+)
 from wmdd_ray.core.networks import build_network
 from wmdd_ray.core.soft_labels import compress, decompress, take_labels
 from wmdd_ray.core.training import train_student
@@ -36,6 +45,7 @@ from wmdd_ray.core.views import (
 from wmdd_ray.dataset import DistilledDataset
 from wmdd_ray.errors import ArtifactError, ConfigError, DataError
 from wmdd_ray.records import SoftLabelBlock, SoftLabels, Teacher, ViewDraw
+from wmdd_ray.stages.assemble import options_of
 from wmdd_ray.store import codecs, documents, packing
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.images import decode_image, encode_png
@@ -552,6 +562,45 @@ def test_held_out_images_are_resized_and_turned_as_the_teacher_s_were(
     mean, std = (torch.tensor(x).reshape(1, 3, 1, 1) for x in (MEAN, STD))
     expected = (torch.from_numpy(shown).permute(0, 3, 1, 2) / 255 - mean) / std
     torch.testing.assert_close(images, expected)
+
+
+def set_by_column(folder: Path) -> str:
+    """Return a run with a set whose classes stand in another column than `label`, which its real images have too."""
+    for split in ("train", "val"):
+        images = [encode_png(np.full((SIZE, SIZE, 3), 80 * i, np.uint8)) for i in range(3)]
+        columns = {"image": images, "label": NAMES[::-1], "diagnosis": NAMES}
+        (folder / "real").mkdir(exist_ok=True)
+        pq.write_table(pa.table(columns), folder / "real" / f"{split}-0.parquet")
+    typed = SourceConfig(label_column="diagnosis", layout="*/{class}")
+    options = options_of(DistillConfig(source=typed))
+    write_dataset(
+        str(folder / "run" / "dataset"),
+        source={**manifest_of()["source"], "uri": "real"},
+        provenance={**manifest_of()["provenance"], "options": options},
+    )
+    told = {"config": {"data": str(folder / "real")}}
+    (folder / "run" / "run.json").write_text(json.dumps(told))
+    return str(folder / "run")
+
+
+def test_held_out_images_have_the_labels_that_the_run_s_options_say(tmp_path: Path) -> None:
+    dataset = DistilledDataset(f"{set_by_column(tmp_path)}/dataset")
+
+    def labels(*place: str, **reading: Any) -> list[int]:
+        batches = dataset.held_out(*place, follow_data=not place, layout="", **reading)
+        return torch.cat([labels for _, labels in batches]).tolist()
+
+    assert labels() == [0, 1, 2]
+    assert labels(label_column="label") == [2, 1, 0]
+    real = str(tmp_path / "real" / "val-0.parquet")
+    with pytest.raises(ConfigError, match=r"held_out\(uri\): .*label-column 'diagnosis' \(in Py"):
+        labels(real)
+    assert labels(real, label_column="diagnosis") == [0, 1, 2]
+    assert labels(real, label_column=None) == [2, 1, 0]
+    with pytest.raises(ConfigError, match=r"layout '\*/\{class\}' .*or another value"):
+        next(dataset.held_out(real, label_column=None))
+    with pytest.raises(TypeError, match="expected options among .*got resize"):
+        next(dataset.held_out(real, resize="9"))
 
 
 def test_held_out_images_that_were_cut_off_the_training_images_are_asked_for(

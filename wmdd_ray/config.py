@@ -30,6 +30,8 @@ Numbers = Literal["auto", "index", "index-from-1", "name"]
 CurvatureForm = Literal["gradient", "loss"]
 AttackName = Literal["pgd", "square", "autoattack", "cw", "mim"]
 TarKeys = Literal["auto", "first-dot", "last-dot"]
+READING = ("format", "label_column", "image_column", "numbers", "layout", "tar_keys")
+"""Options of --source by which real images and their labels are found in the files."""
 _TILE_PIXELS = 4  # smallest side of a tile
 StageName = Literal[
     "squeeze", "features", "barycenters", "recover", "relabel", "assemble", "evaluate"

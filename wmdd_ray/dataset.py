@@ -24,13 +24,14 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
-from wmdd_ray.config import SourceConfig
+from wmdd_ray.config import READING, SourceConfig
 from wmdd_ray.core.batches import Batch, EpochBatches, eval_batches
 from wmdd_ray.core.networks import labeler_of
 from wmdd_ray.core.soft_labels import concatenate_labels, decompress, label_views, take_labels
@@ -245,22 +246,32 @@ class DistilledDataset(Dataset[Item]):
             self.num_images, min(self.epochs, self.label_epochs), batch_size, seed, rank, world
         )
 
-    def held_out(self, uri: str | None = None, *, follow_data: bool = False) -> Iterator[Batch]:
+    def held_out(
+        self, uri: str | None = None, *, follow_data: bool = False, **reading: str | None
+    ) -> Iterator[Batch]:
         """Yield held-out real images as students are tested on them: (float32 (B, C, S, S), normalized; classes int64 (B,)).
 
         Args:
             uri: images with the set's class names, in any layout that jobs/distill.py reads; None are those that lie beside the
                 images that the set was distilled from: digits, which come with scikit-learn.
             follow_data: whether any other place is opened because the set names it; say so of sets that are yours.
+            **reading: options of --source by which labels are found (`label_column`, `image_column`, `numbers`, `layout`,
+                `tar_keys`, `format`). Images beside the set's are read by those of its run; at a `uri`, those that were not at
+                their defaults are asked for, because nothing says whether these images are labelled alike.
 
         Raises:
             ConfigError: The set names another place, or one that no set may name, or digits without scikit-learn; or its
-                students were tested on images that `--val-fraction` cut off its training images.
+                students were tested on images that `--val-fraction` cut off its training images; or options of the run are to
+                be repeated or changed.
             DataError: There are none, or they have other classes.
         """
         # Imported here: training alone reads no real image.
         from wmdd_ray.store.sources import decoded_chunks, open_source
 
+        if unknown := reading.keys() - {*READING}:
+            raise TypeError(
+                f"held_out: expected options among {', '.join(READING)}, got {', '.join(sorted(unknown))}"
+            )
         named = str(self.manifest["source"]["uri"])
         if uri is None and named != "digits":
             if not follow_data:
@@ -284,6 +295,9 @@ class DistilledDataset(Dataset[Item]):
             interpolation=teacher.interpolation,
             exif_orientation=teacher.exif_orientation,
         )
+        given = "" if uri is None else "held_out(uri)"
+        config = documents.read_alike(self.uri, self.manifest, config, given=given, typed=reading)
+        config = replace(config, **cast(Any, reading))
         source = open_source(
             uri or named,
             config,

@@ -71,7 +71,8 @@ class Job:
     Absent: for a set of ours the embedded digits, where it was distilled from these."""
     follow_data: bool = False
     """Without --data, read real images where the set says that they are (a path, s3:// or gs://): say so only of sets that are
-    yours."""
+    yours. Labels are found there by the run's own options (--source.label-column, image-column, numbers, layout, tar-keys); with
+    --data or --val-data those that the run had are to be typed again, or changed."""
     val_data: str | None = None
     """Held-out images, where --data does not bring them."""
     classes: Literal["names", "order"] = "names"
@@ -157,7 +158,7 @@ def parse(arguments: list[str], description: str | None) -> Evaluation:
     base = full_table(base)
     source = base.source
     if own is not None:
-        source = source_of_ours(own, source)
+        source = source_of_ours(own, source, arguments[1:])
     elif spec and (labelers := committed_teachers(spec)) is not None:
         teacher, num_teachers = labelers
         class_names = teacher.class_names

@@ -15,10 +15,12 @@ from wmdd_ray.records import Teacher
 from wmdd_ray.spine.rooms import Room
 from wmdd_ray.spine.taken import teacher_room
 from wmdd_ray.store import codecs
-from wmdd_ray.store.documents import load_json
+from wmdd_ray.store.documents import load_json, read_alike
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.units.auto import choose
 from wmdd_ray.units.own_data import Measured
+
+from ..command_line import typed
 
 logger = logging.getLogger(__name__)
 
@@ -76,14 +78,22 @@ def recipe_of_ours(own: Any) -> DistillConfig:
     return general
 
 
-def source_of_ours(own: Any, recipe: SourceConfig) -> SourceConfig:
-    """Return how real images are brought to the input of a set of ours."""
+def source_of_ours(own: Any, recipe: SourceConfig, arguments: Sequence[str]) -> SourceConfig:
+    """Return how real images are read and brought to the input of a set of ours: as `read_alike` says of those that are given."""
     from wmdd_ray.units.teacher import source_of  # which loads torch
 
     meta, content = own.meta, Store(own.uri).get("teacher.safetensors")
     teacher = codecs.decode_teacher_of(meta, content, f"{own.uri}/teacher.safetensors")
     source = replace(source_of(teacher, recipe), format="auto")
-    return replace(source, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
+    source = replace(source, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
+    places = typed(arguments, "data", "val-data")
+    options = {
+        word.partition("=")[0].removeprefix("--source.").replace("-", "_")
+        for word in arguments
+        if word.startswith("--source.")
+    }
+    given = next((f"--{place}" for place, uri in places.items() if uri), "")
+    return read_alike(own.uri, meta, source, given=given, typed=options)
 
 
 def committed_teachers(spec: str) -> tuple[Teacher, int] | None:

@@ -27,7 +27,7 @@ from tests.conftest import S3Uri
 from tests.manifests import manifest_of
 from tests.stages.tiny import FinishedRun
 from tests.store.written_sources import write_parquet
-from tests.test_dataset import IPC, SIZE, write_dataset
+from tests.test_dataset import IPC, SIZE, set_by_column, write_dataset
 from tests.units.test_auto import MEASURED
 from wmdd_ray.config import (
     DistillConfig,
@@ -37,7 +37,7 @@ from wmdd_ray.config import (
     ViewConfig,
 )
 from wmdd_ray.core.views import draw_views
-from wmdd_ray.errors import ArtifactError, DataError
+from wmdd_ray.errors import ArtifactError, ConfigError, DataError
 from wmdd_ray.executors.metrics import RayMetrics
 from wmdd_ray.product.export import export
 from wmdd_ray.robustness import units as attacking
@@ -311,6 +311,28 @@ def test_a_side_is_the_input_of_images_of_others_however_the_option_is_written(
     write_parquet(Store(str(tmp_path)))
     source = asked.parse([str(tmp_path), option, "64", *LONG], None).config.source
     assert (source.image_size, source.resize) == (64, 64)
+
+
+def test_real_images_of_our_sets_are_read_by_the_run_s_options_and_others_by_typed_ones(
+    tmp_path: Path,
+) -> None:
+    run = set_by_column(tmp_path)
+    own = asked.parse([run, "--follow-data"], None).config
+    assert (own.source.label_column, own.source.layout) == ("diagnosis", "*/{class}")
+    changed = asked.parse([run, "--follow-data", "--source.label_column", "label"], None).config
+    assert (changed.source.label_column, changed.source.layout) == ("label", "*/{class}")
+    for place in ("--data", "--val-data"):
+        given = [run, place, own.data]
+        with pytest.raises(
+            ConfigError,
+            match=rf"^{place}: .*label-column 'diagnosis' .*layout '\*/\{{class\}}' .*so the labels",
+        ):
+            asked.parse(given, None)
+        with pytest.raises(ConfigError, match=r"expected --source.layout [^:]* or another value"):
+            asked.parse([*given, "--source.label-column", "diagnosis"], None)
+        typed = ["--source.label-column=diagnosis", "--source.layout="]
+        source = asked.parse([*given, *typed], None).config.source
+        assert (source.label_column, source.layout) == ("diagnosis", "")
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from wmdd_ray.config import DistillConfig
+from wmdd_ray.config import READING, DistillConfig
 from wmdd_ray.errors import LostRaceError
 from wmdd_ray.executors.dispatch import do_each
 from wmdd_ray.options import fingerprint_options
@@ -102,14 +102,7 @@ def _publish(
             "recipe": config.recipe,
             "seed": config.seed,
             "teacher_sha256": next(f.sha256 for f in files if f.key == TEACHER_KEY),
-            # Students come later, and may be trained again by others.
-            "options": public(
-                {
-                    name: value
-                    for name, value in fingerprint_options(config, with_absent=True).items()
-                    if name != "evaluate"
-                }
-            ),
+            "options": options_of(config),
             "fingerprints": {name: commit.fingerprint for name, commit in stage.inputs.items()},
             **versions(),
         },
@@ -125,6 +118,16 @@ def _publish(
     return {
         k: meta[k] for k in ("image_bytes", "label_bytes", "teacher_bytes", "num_images", "source")
     }
+
+
+def options_of(config: DistillConfig) -> dict[str, Any]:
+    """Return the options of a run as its set tells them, without places."""
+    options = fingerprint_options(config, with_absent=True)
+    del options["evaluate"]  # students come later, and may be trained again by others
+    told: dict[str, Any] = public(options)
+    # Whole, and those of no fingerprint too: whoever follows the set to its real images finds their labels alike.
+    told["source"] |= {name: getattr(config.source, name) for name in READING}
+    return told
 
 
 def write_card(run_room: Room, config: DistillConfig, commit: StageCommit) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from wmdd_ray.errors import ArtifactError
+from wmdd_ray.config import READING, SourceConfig
+from wmdd_ray.errors import ArtifactError, ConfigError
 from wmdd_ray.redaction import public
 from wmdd_ray.store.filesystem import Store, check_key
 from wmdd_ray.store.schemas import check
@@ -215,3 +216,37 @@ def real_images_of(uri: str, manifest: dict[str, Any]) -> str:
     place = data if public(data) == named else named
     check_named(place, uri)
     return place
+
+
+def read_alike(
+    uri: str,
+    manifest: dict[str, Any],
+    source: SourceConfig,
+    *,
+    given: str = "",
+    typed: Collection[str] = (),
+) -> SourceConfig:
+    """Return `source` with the options by which labels are found (`READING`) as a set's own real images need them.
+
+    Other images, which the option `given` names, may be labelled otherwise: of them nothing is assumed, and what is not at its
+    default for the set's has to be among the `typed` options.
+
+    Raises:
+        ConfigError: Other images are given, and options of the set are not typed.
+    """
+    stored = manifest["provenance"].get("options", {}).get("source", {})
+    own = replace(source, **{name: stored[name] for name in READING if name in stored})
+    if not given:
+        return own
+    default = SourceConfig()
+    missing = [
+        f"--source.{name.replace('_', '-')} {getattr(own, name)!r} (in Python {name}=)"
+        for name in READING[1:]
+        if name not in typed and getattr(own, name) != getattr(default, name)
+    ]
+    if missing:
+        raise ConfigError(
+            f"{given}: expected {' and '.join(missing)} or another value beside it: so the labels of {uri}'s own real images were "
+            "found, and nothing says whether those of other images are; type what holds for these"
+        )
+    return source

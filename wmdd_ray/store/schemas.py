@@ -11,6 +11,7 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.validators import extend
 
+from wmdd_ray.config import READING
 from wmdd_ray.errors import ArtifactError
 
 _MOST = 2**53
@@ -91,7 +92,13 @@ _MANIFEST = _object(
                 **{"recipe": _TEXT, "seed": _COUNT, "git_revision": {"type": ["string", "null"]}},
                 "versions": {"type": "object", "additionalProperties": _TEXT},
             },
-            {"options": _ANY, "teacher_sha256": _TEXT},
+            {
+                "options": _object(
+                    {},
+                    {"source": _object({}, dict.fromkeys(READING, {"type": ["string", "null"]}))},
+                ),
+                "teacher_sha256": _TEXT,
+            },
         ),
     },
     {
