@@ -29,7 +29,7 @@ from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.spine.run import Run, run_pipeline
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
-from wmdd_ray.store.sources.classes import by_number, shown
+from wmdd_ray.store.sources.classes import by_any_number, by_number, first_difference, shown
 from wmdd_ray.telling.progress import StageLine
 from wmdd_ray.units.cut import open_split
 from wmdd_ray.units.tensor_set import TensorSet, is_tensor_set, open_tensor_set
@@ -137,19 +137,21 @@ def foreign_set(evaluation: Evaluation, names: tuple[str, ...]) -> Source | Tens
     ordered = names if {*opened.class_names} == {*names} else by_number(opened.class_names)
     if ordered is not names:
         _require_order(names)
+        _require_order(ordered, f"{job.uri}'s")
     if ordered != opened.class_names:
         opened = open_source(evaluation.place, source, split="train", class_names=ordered)
     opened.class_names = names
     return opened
 
 
-def _require_order(names: tuple[str, ...]) -> None:
+def _require_order(names: tuple[str, ...], whose: str = "the held-out images'") -> None:
     """Refuse classes of which nobody knows which one is the third."""
-    if by_number(names) != names:
+    numbered = by_any_number(names)
+    if numbered != names:
+        k = first_difference(numbered, names)
         raise DataError(
-            f"--classes order: the held-out images' classes {shown(names)} are numbered and come in the order of text, so class 2 "
-            f"could be {by_number(names)[2]!r} or {names[2]!r}; pad their names with zeros, or name the set's classes alike and "
-            "pass --classes names"
+            f"--classes order: {whose} classes {shown(names)} are numbered and come in another order, so class {k} could be "
+            f"{numbered[k]!r} or {names[k]!r}; pad their names with zeros, or name the set's classes alike and pass --classes names"
         )
 
 

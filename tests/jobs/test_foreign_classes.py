@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from jobs.evaluate import foreign_set
 from tests.store.labels.files import Files, cls, declared, folders, table
@@ -72,6 +73,33 @@ def test_by_order_numbered_classes_in_the_order_of_text_are_refused(tmp_path: Pa
     files = folders([f"new{i:03d}" for i in range(12)])
     with pytest.raises(DataError, match="class 2 could be '2' or '10'; pad their names with zeros"):
         classes_of(tmp_path, files, sorted(TWELVE))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["10", "8", "9"], "class 0 could be '8' or '10'; pad"),
+        (["cat2", "dog1"], "class 0 could be 'dog1' or 'cat2'; pad"),
+        (["ant7", "bee2", "cow9"], "class 0 could be 'bee2' or 'ant7'; pad"),
+    ],
+)
+def test_by_order_numbers_with_gaps_or_of_two_classes_are_refused_on_either_side(
+    tmp_path: Path, names: list[str], message: str
+) -> None:
+    words = WORDS[: len(names)]
+    with pytest.raises(DataError, match=f"the held-out images' .*{message}"):
+        classes_of(tmp_path / "a", folders(words), names)
+    torch.save([torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.long)], tmp_path / "x.pt")
+    with pytest.raises(DataError, match=f"the held-out images' .*{message}"):
+        classes_of(tmp_path / "x.pt", {}, names)
+    if by_number(names) == tuple(names):  # else they count the classes, and are taken in this order
+        with pytest.raises(DataError, match=f"/b's .*{message}"):
+            classes_of(tmp_path / "b", folders(names), words)
+
+
+def test_by_order_numbers_that_tell_no_classes_apart_are_no_doubt(tmp_path: Path) -> None:
+    years = ["coupe 2012", "sedan 2007", "van 2012"]
+    assert classes_of(tmp_path, folders(WORDS[:3]), years) == years
 
 
 def test_by_order_labels_of_files_stay_what_they_are(tmp_path: Path) -> None:

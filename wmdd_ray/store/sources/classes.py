@@ -116,8 +116,19 @@ def by_number(names: Sequence[str]) -> tuple[str, ...]:
 
     Folders come in the order of their names as text: 0, 1, 10, 11, 2.
     """
-    first = [re.search("[0-9]{1,9}", name) for name in names]
-    numbers = [int(number[0]) for number in first if number]
-    if sorted(numbers) not in ([*range(len(names))], [*range(1, len(names) + 1)]):
+    numbers = sorted(_numbers(names))
+    counted = numbers in ([*range(len(names))], [*range(1, len(names) + 1)])
+    return by_any_number(names) if counted else tuple(names)
+
+
+def by_any_number(names: Sequence[str]) -> tuple[str, ...]:
+    """Return names in the order of the numbers in them, where each has its own, whatever these count; others as is."""
+    numbers = _numbers(names)
+    if len({*numbers}) < len(names):
         return tuple(names)
     return tuple(name for _, name in sorted(zip(numbers, names, strict=True)))
+
+
+def _numbers(names: Sequence[str]) -> list[int]:
+    """Return the first number in each name that has one."""
+    return [int(number[0]) for name in names if (number := re.search("[0-9]{1,9}", name))]
