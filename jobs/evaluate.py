@@ -29,7 +29,7 @@ from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.spine.run import Run, run_pipeline
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, open_source
-from wmdd_ray.store.sources.classes import by_any_number, by_number, first_difference, shown
+from wmdd_ray.store.sources.classes import by_any_number, by_number, first_difference, plain, shown
 from wmdd_ray.telling.progress import StageLine
 from wmdd_ray.units.cut import open_split
 from wmdd_ray.units.tensor_set import TensorSet, is_tensor_set, open_tensor_set
@@ -134,7 +134,8 @@ def foreign_set(evaluation: Evaluation, names: tuple[str, ...]) -> Source | Tens
             f"--classes order: expected {len(names)} classes as the held-out images have, found {len(opened.class_names)} in "
             f"{job.uri}"
         )
-    ordered = names if {*opened.class_names} == {*names} else by_number(opened.class_names)
+    alike = {*map(plain, opened.class_names)} == {*map(plain, names)}
+    ordered = names if alike else by_number(opened.class_names)
     if ordered is not names:
         _require_order(names)
         _require_order(ordered, f"{job.uri}'s")

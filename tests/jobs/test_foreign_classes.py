@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +68,14 @@ def test_by_order_folder_k_is_class_k_padded_or_not(tmp_path: Path, pattern: str
 
 def test_by_order_folders_of_the_held_out_images_own_names_are_these(tmp_path: Path) -> None:
     assert classes_of(tmp_path, folders(TWELVE), sorted(TWELVE)) == TWELVE
+
+
+def test_by_order_names_that_look_the_same_are_the_same_however_accents_are_composed(
+    tmp_path: Path,
+) -> None:
+    names = ["apple", "zebra", "\xe9clair"]
+    composed = folders([unicodedata.normalize("NFD", name) for name in names])
+    assert classes_of(tmp_path, composed, names) == names
 
 
 def test_by_order_numbered_classes_in_the_order_of_text_are_refused(tmp_path: Path) -> None:
