@@ -96,6 +96,13 @@ def test_classes_in_a_column_are_classes_and_rows_of_soft_labels_their_likeliest
     assert learned.read()[1].tolist() == LABELS.flip(0).tolist() and "likeliest" in learned.told
 
 
+def learned(row: int, *values: float) -> torch.Tensor:
+    """Return a learned label of every class, of which one row begins with `values` and has zeros behind."""
+    labels = torch.eye(10)
+    labels[row] = torch.tensor([*values, *[0.0] * (10 - len(values))])
+    return labels
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -107,6 +114,10 @@ def test_classes_in_a_column_are_classes_and_rows_of_soft_labels_their_likeliest
         ([IMAGES, LABELS[:4]], "for each of 10 images, found torch.int64 of shape"),
         ([IMAGES, torch.eye(10)[:, :9]], "expected learned labels of 10 classes.* found rows of 9"),
         ([IMAGES, LABELS[:, None].float()], "found rows of 1"),
+        ([IMAGES, learned(2, 0.5, 0.5)], "found 1 of 10 without, first row 2: .0.5, 0.5, 0.0,"),
+        ([IMAGES, learned(9, 0.0)], "found 1 of 10 without, first row 9: .0.0, 0.0,"),
+        ([IMAGES, learned(0, torch.nan, 1.0)], "first row 0: .nan, 1.0, .*leave out these images"),
+        ([IMAGES, learned(4, torch.inf)], "first row 4: .inf, 0.0,"),
         ([IMAGES, LABELS.float()], "for each of 10 images, found torch.float32"),
         ([IMAGES.abs() * 100, LABELS], "finite values, either in .*from 0.* to 300"),
         ([IMAGES * torch.nan, LABELS], "finite values"),

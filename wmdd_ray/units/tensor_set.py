@@ -113,9 +113,22 @@ def _read(
                 f"{labels.shape[1]}"
             )
         told += ", the likeliest class of each learned label"
-        labels = labels.argmax(dim=1)
+        labels = _likeliest(labels, uri)
     which = f"set {number} of {len(pairs)}, " if len(pairs) > 1 else ""
     return inputs, labels.long(), f"{which}{told}", contents
+
+
+def _likeliest(labels_NY: torch.Tensor, uri: str) -> torch.Tensor:
+    """Return the class of each learned label; a row with several likeliest classes, or none, has no class to take."""
+    has_one_N = (labels_NY == labels_NY.amax(dim=1, keepdim=True)).sum(dim=1) == 1
+    has_one_N &= torch.isfinite(labels_NY).all(dim=1)
+    if not has_one_N.all():
+        row = int((~has_one_N).nonzero()[0])
+        raise DataError(
+            f"{uri}: expected learned labels of finite values, with one that is the largest, found {int((~has_one_N).sum())} of "
+            f"{len(labels_NY)} without, first row {row}: {labels_NY[row, :10].tolist()}; mend or leave out these images"
+        )
+    return labels_NY.argmax(dim=1)
 
 
 def _content(file: str) -> bytes:
