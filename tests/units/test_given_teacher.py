@@ -17,7 +17,7 @@ from wmdd_ray.recipes import recipe_of
 from wmdd_ray.spine.rooms import Room, StageCommit
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.units import given_teacher
-from wmdd_ray.units.given_teacher import given_network
+from wmdd_ray.units.given_teacher import check_names, given_network
 from wmdd_ray.units.teacher import commit_teacher
 
 NAMES = tuple(f"{label:04d}" for label in range(1000))
@@ -100,6 +100,19 @@ def test_published_weights_of_other_classes_are_refused_before_their_download(
         given_network(config, "torchvision:resnet18", NAMES[1:])
     about, network = given_network(config, "torchvision:resnet18", NAMES, fetch=False)
     assert about.arch == "resnet18" and network.get_submodule("fc").out_features == 1000
+
+
+def test_a_teacher_s_class_names_are_compared_as_they_look_and_told_apart_where_they_differ() -> (
+    None
+):
+    composed, apart = ("bee", "\xe9clair"), ("bee", "e\u0301clair")
+    check_names(composed, apart, "RUN")
+    with pytest.raises(
+        DataError, match=r"class 1: \('\u0435clair' \(\\u0435clair\)\) against \('eclair'\)"
+    ):
+        check_names(("bee", "\u0435clair"), ("bee", "eclair"), "RUN")
+    with pytest.raises(DataError, match=r"its 1 classes .*2, first at class 1: \(\) against"):
+        check_names(composed[:1], apart, "RUN")
 
 
 def given(path: Path, *, width: int = 32, num_classes: int = 10) -> None:

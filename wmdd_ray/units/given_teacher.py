@@ -19,7 +19,7 @@ from wmdd_ray.spine.taken import teacher_room
 from wmdd_ray.store import codecs
 from wmdd_ray.store.filesystem import file_at
 from wmdd_ray.store.sources import Source
-from wmdd_ray.store.sources.classes import first_difference
+from wmdd_ray.store.sources.classes import exact, first_difference, plain
 from wmdd_ray.units.held_out import Listed
 from wmdd_ray.units.teacher import UNIT, commit_teacher, measure, source_of, teacher_key, units_of
 
@@ -143,9 +143,9 @@ def _written(value: object) -> str:
 
 def check_names(teacher: tuple[str, ...], data: tuple[str, ...], spec: str) -> None:
     """Raise a DataError when a teacher's class names are not those of the data, in its order."""
-    if teacher != data:
-        first = first_difference(teacher, data)
+    first = first_difference([*map(plain, teacher)], [*map(plain, data)])
+    if first < max(len(teacher), len(data)):
         raise DataError(
             f"--teacher {spec}: its {len(teacher)} classes differ from the data's {len(data)}, first at class {first}: "
-            f"{teacher[first : first + 3]} against {data[first : first + 3]}; use the teacher of this data"
+            f"({exact(teacher[first : first + 3])}) against ({exact(data[first : first + 3])}); use the teacher of this data"
         )
