@@ -490,6 +490,12 @@ def card(**changes: Any) -> ModelCard:
     return replace(plain, **changes)
 
 
+TWICE = card(
+    num_classes=4,
+    class_names=("Cardigan, Cardigan Welsh corgi", "crane, sandhill crane", "cardigan", "crane"),
+)
+
+
 def test_classes_are_those_that_were_given_or_named_or_as_many(dit: Path) -> None:
     assert class_ids_of(read_card(str(dit)), DIGITS, ()) == tuple(range(100, 110))
     assert class_ids_of(read_card(str(dit)), ("thing 7", "WORD 3"), ()) == (7, 3)
@@ -498,6 +504,9 @@ def test_classes_are_those_that_were_given_or_named_or_as_many(dit: Path) -> Non
     assert class_ids_of(card(num_classes=None, null_class=None), ("a", "b"), ()) == (0, 0)
     mine = card(class_names=DIGITS, ordered=True)
     assert class_ids_of(mine, DIGITS, ()) == tuple(range(10))
+    assert class_ids_of(TWICE, ("cardigan", "Cardigan"), ()) == (2, 0)
+    assert class_ids_of(TWICE, ("Sandhill Crane", "cardigan welsh CORGI"), ()) == (1, 0)
+    assert class_ids_of(replace(TWICE, num_classes=2), ("x", "y"), ()) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -520,6 +529,20 @@ def test_classes_are_those_that_were_given_or_named_or_as_many(dit: Path) -> Non
             DIGITS,
             (),
             "has 1000 classes and the data 10, .*class-ids 0 217",
+        ),
+        (
+            TWICE,
+            ("Cardigan", "crane"),
+            (),
+            "of whose names 1 .*one class of the model: 'crane'; say",
+        ),
+        (TWICE, ("CARDIGAN", "x"), (), "of whose names 2 .*: 'CARDIGAN', 'x'; say"),
+        (TWICE, ("Cardigan", "Cardigan Welsh corgi", "x", "y"), (), "4 do not each mean one"),
+        (
+            card(num_classes=3, class_names=("airplane", "bird", "cat")),
+            ("cat", "bird", "plane"),
+            (),
+            "has 3 classes and the data 3, .* 1 do not .*: 'plane'; say",
         ),
         (card(), DIGITS, (1, 2), "expected 10 classes below 10, one a class of the data, got"),
         (card(), ("a", "b"), (1, 10), "expected 2 classes below 10"),

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ import pyarrow as pa
 from wmdd_ray.errors import ArtifactError, ConfigError
 from wmdd_ray.store.documents import load_json, unseal
 from wmdd_ray.store.filesystem import Store
-from wmdd_ray.store.sources.classes import first_difference
+from wmdd_ray.store.sources.classes import exact, first_difference, plain
 from wmdd_ray.store.uris import arrow_filesystem, local_path
 
 logger = logging.getLogger(__name__)
@@ -311,7 +312,8 @@ def class_ids_of(
     """Return the model's class of every class of the data; 0 for a model that knows none.
 
     In this order: what was given, a model of our own for exactly these classes, the names that the model has for its
-    classes, and for as many classes as the data's, their numbers.
+    classes, each of one class (by its upper and lower case, where these tell two apart), and for as many classes as the data's,
+    of which it knows none by name, their numbers.
 
     Raises:
         ConfigError: It cannot be told, or the model is one of other classes.
@@ -327,29 +329,40 @@ def class_ids_of(
     if card.num_classes is None:
         return (0,) * count
     if card.ordered:
-        if card.class_names != class_names:
-            first = first_difference(card.class_names, class_names)
+        first = first_difference([*map(plain, card.class_names)], [*map(plain, class_names)])
+        if first < max(count, len(card.class_names)):
             raise ConfigError(
                 f"{OPTION} {card.uri}: it was trained on other classes: {len(card.class_names)} against the data's {count}, "
-                f"first at class {first}: {card.class_names[first : first + 3]} against {class_names[first : first + 3]}; "
-                "train one on this data (jobs/train_diffusion.py), or say by --recover.diffusion.class-ids which of its classes "
-                "are meant"
+                f"first at class {first}: ({exact(card.class_names[first : first + 3])}) against "
+                f"({exact(class_names[first : first + 3])}); train one on this data (jobs/train_diffusion.py), or say by "
+                "--recover.diffusion.class-ids which of its classes are meant"
             )
         return tuple(range(count))
-    by_name = {
-        word.strip().lower(): i
-        for i, names in enumerate(card.class_names)
-        for word in names.split(",")
-    }
-    ids = [by_name.get(name.strip().lower(), -1) for name in class_names]
-    if min(ids) >= 0 and len(set(ids)) == count:
-        return tuple(ids)
-    if card.num_classes == count:
+    in_case: dict[str, set[int]] = {}
+    in_any_case: dict[str, set[int]] = {}
+    for i, names in enumerate(card.class_names):
+        for word in map(plain, names.split(",")):
+            in_case.setdefault(word, set()).add(i)
+            in_any_case.setdefault(word.lower(), set()).add(i)
+    found = [
+        in_case.get(word) or in_any_case.get(word.lower(), set())
+        for word in map(plain, class_names)
+    ]
+    if card.num_classes == count and not any(found):
         logger.info("%s: class i of the data is taken for the model's class i", card.uri)
         return tuple(range(count))
+    times = Counter(i for ids in found for i in ids)
+    doubtful = [
+        name
+        for name, ids in zip(class_names, found, strict=True)
+        if len(ids) != 1 or times[min(ids)] > 1
+    ]
+    if not doubtful:
+        return tuple(i for ids in found for i in ids)
     raise ConfigError(
-        f"{OPTION} {card.uri}: it has {card.num_classes} classes and the data {count}, whose names {class_names[:3]}... are not "
-        "among the model's; say which are meant: --recover.diffusion.class-ids 0 217 482 ..., one a class of the data"
+        f"{OPTION} {card.uri}: it has {card.num_classes} classes and the data {count}, of whose names {len(doubtful)} do not "
+        f"each mean one class of the model: {exact(doubtful)}; say which are meant: --recover.diffusion.class-ids 0 217 482 ..., "
+        "one a class of the data"
     )
 
 
