@@ -82,13 +82,22 @@ def test_digits_know_no_other_place_and_no_other_classes() -> None:
 
 def test_idx_classes_have_names_only_where_the_place_says_fashion(tmp_path: Path) -> None:
     labels_N = np.arange(24) % 10
-    for folder, first in (("mnist/raw", "0"), ("Fashion-MNIST/raw", "T-shirt/top")):
+    places = dict.fromkeys(("mnist/raw", "old-fashioned/mnist", "fashion-of-1920/raw"), "0")
+    fashion = ("Fashion-MNIST/raw", "fashion_mnist/raw", "FashionMNIST/raw", "fashion/mnist")
+    places |= dict.fromkeys((*fashion, "dataset-fashion-mnist/raw"), "T-shirt/top")
+    for folder, first in places.items():
         store = Store(str(tmp_path / folder))
         store.put("train-images-idx3-ubyte", idx_of(IMAGES_NHWC[:, :, :, 0]))
         store.put("train-labels-idx1-ubyte.gz", gzip.compress(idx_of(labels_N)))
         source = open_source(str(tmp_path / folder.partition("/")[0]), CONFIG, split="train")
         assert source.class_names[0] == first and len(source.class_names) == 10
         assert sorted(labels_of(source)) == sorted(labels_N)
+    for file in ("fashion-mnist-train", "old-fashion-train"):
+        store = Store(str(tmp_path / file))
+        store.put(f"{file}-images-idx3-ubyte", idx_of(IMAGES_NHWC[:, :, :, 0]))
+        store.put(f"{file}-labels-idx1-ubyte", idx_of(labels_N))
+        source = open_source(store.uri, CONFIG, split="train")
+        assert (source.class_names[0] == "T-shirt/top") == (file == "fashion-mnist-train")
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,10 @@ _FASHION_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
+# A whole part of a path: `old-fashioned/mnist` is none.
+_FASHION = re.compile(
+    r"(?i)(?:^|/)(?:dataset-)?fashion(?:[-_]?mnist)?(?:/|-(?:train|t10k|test|val)-images)"
+)
 
 _NUM_DIGITS = 1797
 _TEST_DIGITS_PER_CLASS = 36
@@ -185,7 +189,7 @@ def open_idx(listing: Listing) -> IdxSource:
         )
     source = IdxSource(listing, images_file, labels_file)
     wanted, numbers = listing.class_names, listing.config.numbers
-    is_fashion = "fashion" in f"{listing.root}/{images_file}".lower()
+    is_fashion = _FASHION.search(f"{listing.root}/{images_file}") is not None
     if wanted is not None:
         # The training labels, whose names no file holds.
         same = is_fashion and wanted == _FASHION_NAMES
