@@ -10,6 +10,7 @@ Exit codes: 0 done, 1 workers lost, 2 configuration, 3 lost a race for --out, 4 
 
 from __future__ import annotations
 
+import re
 import runpy
 import shlex
 import sys
@@ -326,10 +327,11 @@ def _in_our_words(text: str, named: bool) -> str:
     if "there is no such option" in text:  # what was typed stays as it was typed
         return text
     if named:
-        text = text.replace(" training classes, found", " classes of --classes, found")
-        text = text.replace(
-            "pass held-out images with the same class names",
+        text = re.sub(r" (training|given) classes, found", " classes of --classes, found", text)
+        text = re.sub(
+            "pass (held-out )?images with the same class names",
             "let the file name every class of the images, in label order",
+            text,
         )
     for theirs, ours in (
         ("check --data and --val-data", "check SOURCE_URI and --val-data"),

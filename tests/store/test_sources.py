@@ -159,6 +159,18 @@ def test_held_out_classes_are_matched_by_name(store: Store, format: str) -> None
         assert val.read_keys([raw.key])[0].label == raw.label
 
 
+@pytest.mark.parametrize("format", ["imagefolder", "parquet"])
+def test_images_to_train_on_of_other_classes_than_those_given_are_called_so(
+    store: Store, format: str
+) -> None:
+    WRITERS[format](store, "train")
+    expected = (
+        "expected the 3 given classes, found 1 others: 'bee'; absent: 'dog'; pass images with"
+    )
+    with pytest.raises(DataError, match=expected):
+        open_source(store.uri, CONFIG, split="train", class_names=("ant", "cat", "dog"))
+
+
 @pytest.mark.parametrize("format", NAMED)
 def test_other_held_out_classes_are_refused_by_name(store: Store, format: str) -> None:
     WRITERS[format](store, "val")

@@ -160,7 +160,11 @@ def _name_classes(source: CifarSource, listing: Listing) -> None:
         own = tuple(line.strip() for line in lines if line.strip()) or None
     wanted, numbers = listing.class_names, listing.config.numbers
     if own is not None:
-        places = None if wanted is None else match_classes(own, wanted, source.root)
+        places = (
+            None
+            if wanted is None
+            else match_classes(own, wanted, source.root, held_out=listing.split == "val")
+        )
         source.name_classes(wanted or own, places)
     elif wanted is not None:
         source.name_classes(wanted, number_places(wanted, numbers))

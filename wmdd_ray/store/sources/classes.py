@@ -25,9 +25,11 @@ def first_difference(names: Sequence[str], others: Sequence[str]) -> int:
 
 
 def match_classes(
-    names: Sequence[str], wanted: Sequence[str], where: str
+    names: Sequence[str], wanted: Sequence[str], where: str, *, held_out: bool = True
 ) -> tuple[int, ...] | None:
     """Return, for each found class, its place among the wanted names; None when both are equal.
+
+    `held_out` images are matched to the training classes, others to classes that somebody gives (a list, a teacher, another set).
 
     Raises:
         DataError: A found name is not wanted, or a wanted name is there twice.
@@ -35,25 +37,22 @@ def match_classes(
     names, wanted = tuple(map(plain, names)), tuple(map(plain, wanted))
     if names == wanted:
         return None
+    kind, whose = ("held-out ", "training classes") if held_out else ("", "given classes")
     place = {name: label for label, name in enumerate(wanted)}
     if len(place) < len(wanted):
-        raise DataError(
-            f"{where}: two training classes have one name, so these cannot be matched by name"
-        )
+        raise DataError(f"{where}: two {whose} have one name, so these cannot be matched by name")
     unknown = [name for name in names if name not in place]
     there = set(names)
     missing = [name for name in wanted if name not in there]
     if unknown:
         raise DataError(
-            f"{where}: expected the {len(wanted)} training classes, found {len(unknown)} others: "
+            f"{where}: expected the {len(wanted)} {whose}, found {len(unknown)} others: "
             + exact(unknown)
             + (f"; absent: {exact(missing)}" if missing else "")
-            + "; pass held-out images with the same class names"
+            + f"; pass {kind}images with the same class names"
         )
     if missing:
-        logger.warning(
-            "%s: no images of %d training classes: %s", where, len(missing), shown(missing)
-        )
+        logger.warning("%s: no images of %d %s: %s", where, len(missing), whose, shown(missing))
     return tuple(place[name] for name in names)
 
 

@@ -100,7 +100,7 @@ def open_imagefolder(listing: Listing) -> Source:
     _warn_of_empty_classes(listing, layout, classes)
     if listing.class_names is not None:
         where = join(listing.root, layout.partition("{")[0]).rstrip("/")
-        match_classes(classes, listing.class_names, where)
+        match_classes(classes, listing.class_names, where, held_out=listing.split == "val")
     return ImageFolderSource(listing, files, pattern, layout, listing.class_names or tuple(classes))
 
 

@@ -279,7 +279,7 @@ def open_parquet(listing: Listing) -> ParquetSource:
     if listing.class_names is not None:
         source.name_classes(listing.class_names, number_places(listing.class_names, numbers))
         for own in declared:
-            match_classes(own, listing.class_names, listing.root)
+            match_classes(own, listing.class_names, listing.root, held_out=listing.split == "val")
     elif declared:
         names = declared[0]
         known = {*map(plain, names)}
