@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wmdd_ray.config import ViewConfig
 from wmdd_ray.core.views import (
@@ -60,6 +61,27 @@ def test_to_input_divides_by_255_then_normalizes() -> None:
     result = to_input(images, MEAN, STD)
     assert result.dtype == torch.float32 and result.is_contiguous()
     np.testing.assert_allclose(result.numpy(), expected.transpose(0, 3, 1, 2), atol=1e-5)
+
+
+class Divisors(TorchDispatchMode):
+    """Collects what is divided by."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if str(func).startswith("aten.div"):
+            self.found.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self):  # type: ignore[no-untyped-def]
+        self.found: list[object] = []
+        return super().__enter__()
+
+
+def test_to_input_divides_by_tensors_on_the_device_since_cuda_multiplies_by_a_reciprocal() -> None:
+    with Divisors() as divisors:
+        to_input(np.zeros((2, 3, 3, 3), np.uint8), MEAN, STD, "meta")
+    assert len(divisors.found) == 2
+    for divisor in divisors.found:
+        assert isinstance(divisor, torch.Tensor) and divisor.device.type == "meta", divisor
 
 
 def test_to_input_leaves_its_argument_alone_and_takes_readonly_arrays() -> None:

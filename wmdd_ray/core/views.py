@@ -95,7 +95,8 @@ def to_input(
     )
     mean = torch.tensor(mean_C, dtype=torch.float32, device=pixels.device)[:, None, None]
     std = torch.tensor(std_C, dtype=torch.float32, device=pixels.device)[:, None, None]
-    return pixels.div_(255).sub_(mean).div_(std)
+    # Of a number, a CUDA kernel would multiply by the reciprocal.
+    return pixels.div_(pixels.new_full((), 255)).sub_(mean).div_(std)
 
 
 def draw_crops(rng: np.random.Generator, n: int, scale_min: float) -> np.ndarray:
