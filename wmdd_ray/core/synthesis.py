@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from wmdd_ray.config import RecoverConfig
 from wmdd_ray.core.groups import needs_whole_classes
 from wmdd_ray.core.jitter import Jitter, noise_start
+from wmdd_ray.core.kernels import deterministic_convolutions
 from wmdd_ray.core.networks import features_and_logits, required_batch_norms
 from wmdd_ray.core.objective import ClassTarget as ClassTarget
 from wmdd_ray.core.objective import Objective, Terms
@@ -312,14 +313,3 @@ def _refuse_lost(targets: list[ClassTarget], images_BCHW: Tensor) -> None:
             f"recover: pixels of classes {lost} became NaN; lower --recover.learning-rate or --recover.bn-weight, "
             "and check that the teacher and the class's moments are finite"
         )
-
-
-@contextmanager
-def deterministic_convolutions() -> Iterator[None]:
-    """Keep cuDNN from algorithms that add in a random order; they would break the promise of equal bytes."""
-    before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.deterministic = before

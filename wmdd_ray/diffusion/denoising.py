@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wmdd_ray.core.batches import AUGMENTATION, in_memory_batches, steps_of
+from wmdd_ray.core.kernels import deterministic_convolutions
 from wmdd_ray.core.optimizer import (
     State,
     WeightAverage,
@@ -31,7 +32,6 @@ from wmdd_ray.core.optimizer import (
     take_step,
     training_state,
 )
-from wmdd_ray.core.synthesis import deterministic_convolutions
 from wmdd_ray.diffusion.model import new_unet
 from wmdd_ray.diffusion.training import Training
 from wmdd_ray.errors import ConfigError

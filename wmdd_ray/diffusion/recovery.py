@@ -13,8 +13,9 @@ import torch
 
 from wmdd_ray.config import DistillConfig
 from wmdd_ray.core.groups import Group
+from wmdd_ray.core.kernels import deterministic_convolutions
 from wmdd_ray.core.optimizer import State
-from wmdd_ray.core.synthesis import deterministic_convolutions, features_of
+from wmdd_ray.core.synthesis import features_of
 from wmdd_ray.core.tiles import shrink, tile_side
 from wmdd_ray.core.views import to_input
 from wmdd_ray.diffusion import surrogate

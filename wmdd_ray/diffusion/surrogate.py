@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from wmdd_ray.config import DistillConfig
+from wmdd_ray.core.kernels import deterministic_convolutions
 from wmdd_ray.core.optimizer import State
-from wmdd_ray.core.synthesis import deterministic_convolutions
 from wmdd_ray.diffusion.card import ModelCard
 from wmdd_ray.diffusion.influence import surrogate_of, surrogate_parameters, train_surrogate
 from wmdd_ray.diffusion.model import DiffusionModel
