@@ -949,6 +949,27 @@ def test_the_student_ends_as_the_average_and_reports_what_it_trains() -> None:
             assert (value != trained[-1][name]).any(), name
 
 
+class Deterministic(nn.Module):
+    """Counts the passes, and requires that convolutions add in one order."""
+
+    passes = 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        assert torch.backends.cudnn.deterministic
+        self.passes += 1
+        return images
+
+
+def test_teachers_and_students_train_by_convolutions_that_add_in_one_order(digits: Labeled) -> None:
+    seen = Deterministic()
+    network = nn.Sequential(seen, *small_network())
+    train_on(network, tuple(part[:32] for part in digits), SqueezeConfig(epochs=1))  # type: ignore[arg-type]
+    assert seen.passes > 0
+    seen.passes = 0
+    train_small(network, torch.randn(16, 1, 8, 8), fixed_epochs(16))
+    assert seen.passes > 0 and not torch.backends.cudnn.deterministic
+
+
 def test_a_diverging_student_is_told_to_lower_its_rate() -> None:
     images = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ConfigError, match=r"--evaluate.learning-rate: .*finite"):

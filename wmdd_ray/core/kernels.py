@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
@@ -17,3 +18,15 @@ def deterministic_convolutions() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.deterministic = before
+
+
+@contextmanager
+def deterministic_gradients(device: torch.device | str) -> Iterator[None]:
+    """Keep a GPU from convolutions and from fused attention whose gradients are added in a random order."""
+    on_gpu = torch.device(device).type == "cuda"
+    with (
+        deterministic_convolutions(),
+        # Not on a CPU, whose fused attention has one order and other bits.
+        sdpa_kernel(SDPBackend.MATH) if on_gpu else nullcontext(),
+    ):
+        yield

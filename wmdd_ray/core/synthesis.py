@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from wmdd_ray.config import RecoverConfig
 from wmdd_ray.core.groups import needs_whole_classes
 from wmdd_ray.core.jitter import Jitter, noise_start
-from wmdd_ray.core.kernels import deterministic_convolutions
+from wmdd_ray.core.kernels import deterministic_convolutions, deterministic_gradients
 from wmdd_ray.core.networks import features_and_logits, required_batch_norms
 from wmdd_ray.core.objective import ClassTarget as ClassTarget
 from wmdd_ray.core.objective import Objective, Terms
@@ -115,7 +115,7 @@ def recover_group(
         positions=positions,
     )
     with ExitStack() as stack:
-        stack.enter_context(deterministic_convolutions())
+        stack.enter_context(deterministic_gradients(device))
         objectives = [
             stack.enter_context(_objective(network, m, targets, positions, config, device))
             for m, network in enumerate(networks)

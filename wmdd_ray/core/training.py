@@ -24,6 +24,7 @@ from torch import nn
 from wmdd_ray.config import EvaluateConfig, SqueezeConfig
 from wmdd_ray.core.batches import AUGMENTATION, Batch, order_of, student_steps
 from wmdd_ray.core.curvature import classifier_curvature
+from wmdd_ray.core.kernels import deterministic_gradients
 from wmdd_ray.core.optimizer import (
     State,
     WeightAverage,
@@ -121,6 +122,7 @@ def train_classifier(
     """
     num_steps = config.epochs * steps_per_epoch
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+    device = next(network.parameters()).device
     split = SplitBatch(network, config.batch_parts, rank, world)
     for epoch in range(start_epoch, config.epochs):
         network.train()
@@ -128,7 +130,9 @@ def train_classifier(
         batches = zip(*(epoch_batches(epoch, k) for k in split.own), strict=False)
         count = 0
         for batch_k in islice(batches, steps_per_epoch):
-            split.backward([partial(part.loss, *b) for part, b in zip(parts, batch_k, strict=True)])
+            losses_k = [partial(part.loss, *b) for part, b in zip(parts, batch_k, strict=True)]
+            with deterministic_gradients(device):
+                split.backward(losses_k)
             step = epoch * steps_per_epoch + count
             descend(optimizer, config.learning_rate, step, num_steps, warmup_steps)
             if average is not None:
@@ -213,7 +217,7 @@ def train_student(
         total = torch.zeros((), device=device)
         kept = pixels and pixels(epoch)
         batches = _rendered_batches(images_NCHW, views, kept, logits_VY, order_V, steps, image_size)
-        with _seeded_dropout(seed, epoch, 0, device):
+        with deterministic_gradients(device), _seeded_dropout(seed, epoch, 0, device):
             for i, rows in enumerate(batches):
                 loss = loss_of(network, rows)
                 take_step(optimizer, loss, config.learning_rate, epoch * steps + i, horizon)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wmdd_ray.core.batches import AUGMENTATION, in_memory_batches, steps_of
-from wmdd_ray.core.kernels import deterministic_convolutions
+from wmdd_ray.core.kernels import deterministic_gradients
 from wmdd_ray.core.optimizer import (
     State,
     WeightAverage,
@@ -62,7 +62,7 @@ def train_unet(
         )
     # A third less time on CPU, and what tensor cores want.
     network = network.to(device, memory_format=torch.channels_last)
-    with deterministic_convolutions():
+    with deterministic_gradients(device):
         train_denoiser(
             network,
             scheduler,

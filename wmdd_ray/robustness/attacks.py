@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from wmdd_ray.config import AttackName
+from wmdd_ray.core.kernels import deterministic_gradients
 from wmdd_ray.errors import ConfigError, WmddError
 
 SETTINGS: dict[AttackName, dict[str, Any]] = {
@@ -140,7 +141,7 @@ def attack(
     if len(row_R):
         index = torch.from_numpy(row_R).to(device)
         chosen, classes = pixels[index], labels[index]
-        with _seeded(seed, device), _heard(notes):
+        with _seeded(seed, device), deterministic_gradients(device), _heard(notes):
             if name in ("square", "autoattack"):
                 attacked = _by_pyautoattack(name, model, chosen, classes, eps, seed)
             else:
