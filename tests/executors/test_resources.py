@@ -181,8 +181,8 @@ def let_starve(stage: str, hunger: Hunger, monkeypatch: pytest.MonkeyPatch) -> N
             return super()._features(chunk)
 
     class EmbeddingActor(streams.EmbeddingActor):
-        def __init__(self, **arguments: Any) -> None:
-            self._embedder = Embedder(**arguments)
+        def __init__(self, gpus: float, **arguments: Any) -> None:
+            self._embedder = Embedder(device=torch.device("cpu"), **arguments)
 
     if stage == "barycenters":
         monkeypatch.setattr(barycenters, "ClassSolver", ClassSolver)

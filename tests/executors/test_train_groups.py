@@ -26,7 +26,12 @@ def test_an_error_while_a_worker_opens_its_data_is_told_to_the_queue(
     monkeypatch.setattr(workers.ray.train, "get_context", lambda: context)
     monkeypatch.setattr(workers, "RemoteQueue", lambda queue: queue)
     queue = UnitQueue(["a", "b"])
-    config: dict[str, Any] = {"open_worker": unfit, "cpus": torch.get_num_threads(), "queue": queue}
+    config: dict[str, Any] = {
+        "open_worker": unfit,
+        "cpus": torch.get_num_threads(),
+        "gpus": 0,
+        "queue": queue,
+    }
     workers._worker_loop(config)
     assert isinstance(queue.error(), DataError)
     assert queue.take(0) is None
@@ -52,9 +57,9 @@ def trained(monkeypatch: pytest.MonkeyPatch, queue: UnitQueue, rank: int, error:
     monkeypatch.setattr(data_parallel.ray.train, "get_context", lambda: context)
     monkeypatch.setattr(train_groups, "RemoteQueue", lambda queue: queue)
     monkeypatch.setattr(data_parallel, "train_teacher", train_teacher)
-    monkeypatch.setattr(data_parallel, "device_of_worker", lambda: torch.device("cpu"))
+    monkeypatch.setattr(data_parallel, "device_of_worker", lambda gpus: torch.device("cpu"))
     training = SimpleNamespace(unit="teacher", room=SimpleNamespace(finished=set), train=())
-    data_parallel._worker_loop({"training": training, "queue": queue})
+    data_parallel._worker_loop({"training": training, "queue": queue, "gpus": 0})
 
 
 def test_an_error_of_a_task_that_decodes_is_told_in_our_words(

@@ -201,11 +201,11 @@ def told(error: RayError, where: str) -> WmddError:
 class UnitActor:
     """An isolated worker: keeps what `open_worker` loads, and does a unit a call."""
 
-    def __init__(self, open_worker: OpenWorker, cpus: int) -> None:
+    def __init__(self, open_worker: OpenWorker, cpus: int, gpus: float) -> None:
         keep_freed_memory()
         torch.set_num_threads(cpus)
         self._cpus = cpus
-        self._do_unit = open_worker(here.device_here())
+        self._do_unit = open_worker(here.device_for(gpus))
         self._unit = ""
         self._progress: Part = (0.0, "", "", {})
 

@@ -44,7 +44,7 @@ def do_units(
     queue = here.queue_here(stage, units, num_finished)
     cpus = stage.resources.cpus_per_worker
     torch.set_num_threads(cpus)
-    do_unit = open_worker(here.device_here())
+    do_unit = open_worker(here.device_for(0))
     pool: Pool | None = None
     failures: list[WmddError] = []
     began = gave = told = time.monotonic()
@@ -73,7 +73,7 @@ def do_units(
             pool = Pool(
                 stage,
                 actor,
-                (open_worker, cpus),
+                (open_worker, cpus, 0.0),
                 queue.waiting,
                 most,
                 most,

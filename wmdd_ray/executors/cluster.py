@@ -193,11 +193,11 @@ def width(resources: Resources) -> Width:
         resources.cpus_per_worker,
         resources.gpus_per_worker,
     )
-    if num_workers == 0:
-        return Width(0, cpus, max(0.0, gpus))
     here = ray.cluster_resources()
     if gpus < 0:
         gpus = 1.0 if has_gpus() else 0.0
+    if num_workers == 0:
+        return Width(0, cpus, gpus)
     if num_workers < 0:
         here_cpus = int(here.get("CPU", 0))
         here_gpus = here.get("GPU", 0.0)

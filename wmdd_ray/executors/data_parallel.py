@@ -28,7 +28,7 @@ from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import WmddError
 from wmdd_ray.executors import here, train_groups
 from wmdd_ray.executors.causes import root_cause
-from wmdd_ray.executors.cluster import await_room, is_one_machine, width
+from wmdd_ray.executors.cluster import Width, await_room, is_one_machine, width
 from wmdd_ray.executors.heap import keep_freed_memory
 from wmdd_ray.executors.queue import reporter
 from wmdd_ray.executors.workers import device_of_worker
@@ -58,7 +58,9 @@ def train(stage: StageRun, training: Training, source: Source, num_finished: int
         )
     wide = replace(wide, num_workers=num_workers)
     await_room(stage, wide, num_needed=num_workers)
-    loop: dict[str, Any] = {"training": training}
+    if wide.gpus:
+        _try_gpu(wide)
+    loop: dict[str, Any] = {"training": training, "gpus": wide.gpus}
     if training.train is None:
         spare = int(ray.cluster_resources().get("CPU", 0)) - num_workers * wide.cpus
         loop |= {
@@ -85,6 +87,14 @@ def train(stage: StageRun, training: Training, source: Source, num_finished: int
             ).fit()
 
         train_groups.fit_until_done(stage, queue, fit)
+
+
+def _try_gpu(wide: Width) -> None:
+    """Raise the ConfigError of a GPU that torch cannot use: NCCL would fail again and again, and not say why."""
+    try:
+        ray.get(ray.remote(num_cpus=1, num_gpus=wide.gpus)(here.device_for).remote(wide.gpus))
+    except RayError as error:
+        raise root_cause(error) from error
 
 
 @dataclass
@@ -162,7 +172,7 @@ def _worker_loop(loop: dict[str, Any]) -> None:
         train_teacher(
             training,
             reporter(queue, unit),
-            device=device_of_worker(),
+            device=device_of_worker(loop["gpus"]),
             rank=rank,
             world=world,
             streamed=streamed,

@@ -16,6 +16,7 @@ import ray.data
 from wmdd_ray.executors.causes import root_cause
 from wmdd_ray.executors.cluster import Width, await_room, width
 from wmdd_ray.executors.heap import return_freed_memory
+from wmdd_ray.executors.here import device_for
 from wmdd_ray.spine.rooms import UnitMarker, marker_of
 from wmdd_ray.spine.run import StageRun
 from wmdd_ray.store.sources import Shard
@@ -86,7 +87,7 @@ def embedded(
 ) -> Iterator[UnitMarker]:
     """Yield the markers of embedded chunks: shards are decoded by tasks, and embedded by a pool of actors with the teacher.
 
-    `left` are shards with the chunks of each that are finished, `arguments` those of `Embedder`.
+    `left` are shards with the chunks of each that are finished, `arguments` those of `Embedder` but the device.
     """
     wide = width(stage.resources)
     gpus = {"num_gpus": wide.gpus} if wide.gpus else {"num_cpus": 1}
@@ -109,7 +110,7 @@ def embedded(
                 batch_size=1,
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
-                fn_constructor_kwargs=arguments,
+                fn_constructor_kwargs={"gpus": wide.gpus, **arguments},
                 **gpus,
             )
         )
@@ -119,8 +120,8 @@ def embedded(
 class EmbeddingActor:
     """Keeps an `Embedder`; Ray's statistics and errors show its name."""
 
-    def __init__(self, **arguments: Any) -> None:
-        self._embedder = Embedder(**arguments)
+    def __init__(self, gpus: float, **arguments: Any) -> None:
+        self._embedder = Embedder(device=device_for(gpus), **arguments)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return _marker_row(self._embedder.embed(_unpacked(batch)))

@@ -63,7 +63,12 @@ def _run_group(
         def fit(run_config: RunConfig) -> None:
             DataParallelTrainer(
                 _worker_loop,
-                train_loop_config={"open_worker": open_worker, "cpus": wide.cpus, "queue": queue},
+                train_loop_config={
+                    "open_worker": open_worker,
+                    "cpus": wide.cpus,
+                    "gpus": wide.gpus,
+                    "queue": queue,
+                },
                 scaling_config=scaling(wide, min(wide.num_workers, len(units))),
                 run_config=run_config,
             ).fit()
@@ -92,7 +97,7 @@ def _run_actors(
     fan_out(
         stage,
         actor,
-        (open_worker, wide.cpus),
+        (open_worker, wide.cpus, wide.gpus),
         units,
         wide=wide,
         max_actors=wide.num_workers,
@@ -108,7 +113,7 @@ def _worker_loop(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     queue = RemoteQueue(config["queue"])
     try:
-        do_unit = config["open_worker"](device_of_worker())
+        do_unit = config["open_worker"](device_of_worker(config["gpus"]))
     except WmddError as error:  # which a group that is started again would meet again
         queue.fail("a new worker", error)
         return
@@ -120,10 +125,13 @@ def _worker_loop(config: dict[str, Any]) -> None:
     )
 
 
-def device_of_worker() -> torch.device:
-    """Return the GPU that Ray gave to this worker, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
+def device_of_worker(gpus: float) -> torch.device:
+    """Return what `here.device_for` does; a worker of a group may see the GPUs of the others, and have one in their middle."""
+    device = here.device_for(gpus)
+    if device.type == "cpu":
+        return device
     import ray.train.torch
 
-    return ray.train.torch.get_device()
+    device = ray.train.torch.get_device()
+    torch.cuda.set_device(device)
+    return device

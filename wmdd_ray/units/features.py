@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import numpy as np
+import torch
 
 from wmdd_ray.config import DistillConfig, SourceConfig
 from wmdd_ray.errors import DataError
@@ -50,15 +51,15 @@ class ChunkReader:
 class Embedder:
     """Holds the teacher on a device; embeds a chunk a call and commits it."""
 
-    def __init__(self, room: Room, teacher_room: Room, batch_size: int, threads: int) -> None:
-        import torch
-
+    def __init__(
+        self, room: Room, teacher_room: Room, batch_size: int, threads: int, device: torch.device
+    ) -> None:
         from wmdd_ray.core.networks import network_of
 
         torch.set_num_threads(threads)
         self._room = room
         self._batch_size = batch_size
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = device
         self._teacher = read_teacher(teacher_room)
         self._network = network_of(self._teacher, self._device, own_code=True)
 

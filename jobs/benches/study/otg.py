@@ -24,7 +24,7 @@ from wmdd_ray.diffusion.influence import class_influence, influence
 from wmdd_ray.diffusion.model import load_model, save_model
 from wmdd_ray.diffusion.training import Training
 from wmdd_ray.errors import ConfigError
-from wmdd_ray.executors.here import device_here
+from wmdd_ray.executors.here import device_for
 from wmdd_ray.spine.checkpoints import Checkpoints
 from wmdd_ray.spine.claims import fingerprint
 from wmdd_ray.spine.provenance import hardware, versions
@@ -152,7 +152,7 @@ def train_model(training: Training, place: Place) -> str:
             train.images_NHWC,
             train.labels_N,
             num_classes=len(place.class_names),
-            device=device_here(),
+            device=device_for(-1),
             state=keep.load(),
             on_epoch=lambda epoch, loss, get_state: keep.maybe(get_state),
         )
@@ -259,7 +259,7 @@ def mean_influence(study: Study, jobs: dict[str, Job], surrogate: Job) -> float:
 
     The surrogate of the job `surrogate` measures all sets, on the real images that it has seen.
     """
-    config, place, device = surrogate.config, study.place, device_here()
+    config, place, device = surrogate.config, study.place, device_for(-1)
     model, num_classes = load_model(config.recover.diffusion.model, device), len(place.class_names)
     networks = surrogates.read(
         study.room(surrogate), model, config, num_classes=num_classes, device=device

@@ -13,7 +13,7 @@ import torch
 from wmdd_ray.core.batches import eval_batches
 from wmdd_ray.core.networks import network_of
 from wmdd_ray.core.training import accuracy
-from wmdd_ray.executors.here import device_here
+from wmdd_ray.executors.here import device_for
 from wmdd_ray.product.comparison import label_robust_score
 from wmdd_ray.spine.provenance import hardware, versions
 from wmdd_ray.store import codecs
@@ -81,7 +81,7 @@ def score(
 def top1_of_students(place: Place, job: Job, images: Labeled) -> dict[tuple[str, str], float]:
     """Return (id of the job, unit) -> top-1 of its students on real images."""
     study, num_classes = Study(place), len(place.class_names)
-    room, device = study.room(job), device_here()
+    room, device = study.room(job), device_for(-1)
     return {
         (study.id(job), unit): top1(
             read_student(room, unit, job.config, num_classes, device), images, place
@@ -115,7 +115,7 @@ def _teachers(rows: Sequence[Trained], images: Labeled, study: Study) -> dict[st
                 continue
             teacher, marker = read_teacher(study.room(job), unit), commit.units[unit]
             described[recipe.name] = {
-                "top1": top1(network_of(teacher, device_here()), images, study.place),
+                "top1": top1(network_of(teacher, device_for(-1)), images, study.place),
                 "top1_val": marker.metrics["top1"],
                 "given": recipe.given,
                 "seconds": marker.seconds,
