@@ -298,6 +298,22 @@ def test_take_and_concatenate_are_inverse() -> None:
     assert_same_views(concatenate_views(parts), views)
 
 
+@pytest.mark.parametrize(("free_bytes", "moved"), [(4 * 48, True), (4 * 48 - 1, False)])
+def test_stored_images_lie_on_a_gpu_whose_free_memory_is_four_times_theirs(
+    free_bytes: int, moved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu: list[torch.device] = []
+
+    def to(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+        on_gpu.append(device)
+        return images
+
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free_bytes, 1 << 40))
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    StoredImages(np.zeros((1, 4, 4, 3), np.uint8), MEAN, STD, "cuda:0")
+    assert on_gpu == ([torch.device("cuda:0")] if moved else [])
+
+
 def test_stored_images_in_float_render_as_their_normalized_tensor() -> None:
     stored = stored_images(8, 9)
     views = draw_views(8, 9, ViewConfig(), seed=0, epoch=0)

@@ -34,6 +34,8 @@ _LOG_ASPECT_MAX = 0.28768207245178093  # log 4/3, written out: a log is not the 
 # Uniform numbers a row: 2 x (4 crop + 1 flip) + partner + lambda + 2 box center = 14, rounded up to
 # whole counters of Philox (4 numbers each), so that row i begins at counter 4 i.
 _DRAWS_PER_ROW = 16
+# Of the free memory of a GPU: images that would take more stay on the CPU, which then gathers each batch.
+_SHARE_OF_GPU = 0.25
 
 
 class StoredImages:
@@ -51,13 +53,18 @@ class StoredImages:
         *,
         in_float: bool = False,
     ) -> None:
-        """Keep uint8 `images_NHWC` where they are; views and looked-up images go to `device`.
+        """Keep uint8 `images_NHWC` where they are, or on a GPU that has room; views and looked-up images go to `device`.
 
         Views are resampled in bytes; with `in_float` in float32, as those of sets of format 1 were.
         """
         self.images_NHWC = _tensor_of(images_NHWC)
         self.mean_C, self.std_C = tuple(mean_C), tuple(std_C)
         self.device = torch.device(device)
+        if self.device.type == "cuda":
+            free_bytes, _ = torch.cuda.mem_get_info(self.device)
+            if self.images_NHWC.nbytes <= free_bytes * _SHARE_OF_GPU:
+                self.images_NHWC = self.images_NHWC.to(self.device)
+                self.device = self.images_NHWC.device  # with its number
         self.in_float = in_float
 
     def __len__(self) -> int:
