@@ -963,7 +963,7 @@ class Deterministic(nn.Module):
 def test_teachers_and_students_train_by_convolutions_that_add_in_one_order(digits: Labeled) -> None:
     seen = Deterministic()
     network = nn.Sequential(seen, *small_network())
-    train_on(network, tuple(part[:32] for part in digits), SqueezeConfig(epochs=1))  # type: ignore[arg-type]
+    train_on(network, tuple(part[:32] for part in digits), SqueezeConfig(epochs=1))
     assert seen.passes > 0
     seen.passes = 0
     train_small(network, torch.randn(16, 1, 8, 8), fixed_epochs(16))

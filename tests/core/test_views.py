@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,18 +67,19 @@ def test_to_input_divides_by_255_then_normalizes() -> None:
 class Divisors(TorchDispatchMode):
     """Collects what is divided by."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[object] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if str(func).startswith("aten.div"):
             self.found.append(args[1])
         return func(*args, **(kwargs or {}))
 
-    def __enter__(self):  # type: ignore[no-untyped-def]
-        self.found: list[object] = []
-        return super().__enter__()
-
 
 def test_to_input_divides_by_tensors_on_the_device_since_cuda_multiplies_by_a_reciprocal() -> None:
-    with Divisors() as divisors:
+    divisors = Divisors()
+    with divisors:
         to_input(np.zeros((2, 3, 3, 3), np.uint8), MEAN, STD, "meta")
     assert len(divisors.found) == 2
     for divisor in divisors.found:
