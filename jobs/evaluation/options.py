@@ -65,7 +65,8 @@ class Job:
     """`soft`, `hard`, or both with a comma; short for --evaluate.labels. Absent: what the set has."""
     baselines: tuple[str, ...] = ()
     """Rows of real training images beside the set's, under the same recipe, views and teacher: `random_real` (as many a class),
-    `all_real`. They need --data or --follow-data."""
+    `all_real`. They need --data or --follow-data, but for sets of the embedded digits. --evaluate.baselines is the same, and takes
+    only these two."""
     data: str | None = None
     """Real training images, for baselines, and held-out ones where the layout has both (`digits`, IDX, folders train/ and val/).
     Absent: for a set of ours the embedded digits, where it was distilled from these."""
