@@ -47,7 +47,7 @@ class UnitTimes:
     students: float
 
 
-ASSUMED = UnitTimes("L4", "assumed", 514, 1000 / 4.25, 514, 200)
+ASSUMED = UnitTimes("L4", "assumed", 514, 1000 / 4.23, 514, 200)
 """From published throughput; cluster/README.md says how."""
 
 
