@@ -323,7 +323,7 @@ def variant_of(best: DistillConfig, variant: str) -> DistillConfig:
 
 
 def _as_published(best: DistillConfig, *, is_weighted: bool) -> DistillConfig:
-    """Return WMDD as it was published, with the recipe's data and networks; lambda is one of the paper's, 10 to 500.
+    """Return WMDD as it was published, with the recipe's data, networks and teacher; lambda is one of the paper's, 10 to 500.
 
     Noise start, Wasserstein and per-class BatchNorm terms without cross-entropy, Adam at 0.25 (Tiny-ImageNet 0.1) for 2000
     iterations; FKD's labels of 300 epochs, whole logits in half precision; students by AdamW at 1e-3 in batches of 100, KL at
