@@ -2,6 +2,7 @@ import copy
 import json
 import math
 import re
+import shlex
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from jobs import bench
+from jobs.benches.study import command
 from jobs.benches.study.checks import check_result, read_result, required_rows
 from jobs.benches.study.definitions import Options
 from jobs.benches.study.rendering import (
@@ -493,6 +496,51 @@ def test_the_pages_show_the_committed_results_and_no_others() -> None:
 
 
 # The summary
+
+
+def options_typed(page: str) -> list[list[str]]:
+    """Return the options of each `bench.py accuracy` of a page; a piece of code from `--ipc` on changes those above it."""
+    typed: list[list[str]] = []
+    pattern = r"python jobs/bench\.py accuracy((?:\\\n|[^`\n])*)|`(--ipc [^`]*)`"
+    for whole, changes in re.findall(pattern, page):
+        words = shlex.split((whole or changes).replace("\\\n", " "))
+        typed.append([*typed[-1], *words] if changes else words)
+    return [words for words in typed if "--render" not in words]
+
+
+class TableFoundError(Exception):
+    """A command line named a table, and rows and groups of it."""
+
+
+@pytest.fixture
+def stops_at_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `bench.py accuracy` end once it has made the table that its options ask for."""
+
+    def stop(*asked: Any) -> None:
+        table_of(*asked)
+        raise TableFoundError
+
+    monkeypatch.setattr(command, "table_of", stop)
+
+
+@pytest.mark.usefixtures("stops_at_its_table")
+@pytest.mark.parametrize("words", options_typed((RESULTS / "README.md").read_text()), ids=" ".join)
+def test_the_commands_of_the_page_name_tables_groups_and_rows_that_there_are(
+    words: list[str],
+) -> None:
+    with pytest.raises(TableFoundError):
+        bench.main(["accuracy", *words])
+
+
+@pytest.mark.usefixtures("stops_at_its_table")
+def test_a_row_of_before_in_a_command_of_a_page_is_found() -> None:
+    page = "```bash\npython jobs/bench.py accuracy --table ablation \\\n    --rows best\n```\nand `--ipc 50 --rows uniform`"
+    right, wrong = options_typed(page)
+    assert wrong == ["--table", "ablation", "--rows", "best", "--ipc", "50", "--rows", "uniform"]
+    with pytest.raises(TableFoundError):
+        bench.main(["accuracy", *right])
+    with pytest.raises(SystemExit, match="--rows: expected some of best, lloyd"):
+        bench.main(["accuracy", *wrong])
 
 
 def test_the_summary_has_means_by_both_labels_all_real_images_and_the_published_best() -> None:
