@@ -143,6 +143,11 @@ def test_every_option_says_what_it_means() -> None:
             "--evaluate.ce-weight: expected 0 .* add soft to --evaluate.labels, .* got 0.3",
         ),
         (Resources, {"num_workers": -2}, "--num-workers: expected >= -1, got -2"),
+        (
+            Resources,
+            {"gpus_per_worker": 1.5},
+            "--gpus-per-worker: expected a part of one, or whole ones, got 1.5",
+        ),
     ],
 )
 def test_a_bad_value_is_named_as_it_was_typed(

@@ -675,7 +675,7 @@ class Resources:
     num_workers: int = option(-1, ge=-1)
     """Workers of teacher (--squeeze.batch-parts at most), recover, relabel, students; 0: the driver alone; -1: by the cluster."""
     gpus_per_worker: float = -1.0
-    """GPUs of one worker; -1 takes one when the cluster has GPUs, else none."""
+    """GPUs of one worker, a part of one or whole ones; -1 takes one when the cluster has GPUs, else none."""
     cpus_per_worker: int = option(1, ge=1)
     """CPUs, and with them computing threads, of one worker (one: on shared cores two threads ran 4 to 7 times slower). The
     training computes on one, for more of them round in another way."""
@@ -691,6 +691,8 @@ class Resources:
 
     def __post_init__(self) -> None:
         check(self)
+        gpus = self.gpus_per_worker
+        require(gpus <= 1 or gpus % 1 == 0, "gpus-per-worker", "a part of one, or whole ones", gpus)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -75,7 +75,7 @@ def check_cluster(visit: Visit) -> Iterator[Finding]:
 
 def _workers(visit: Visit, has: Mapping[str, float], *, grows: bool) -> Finding:
     """Tell how wide a stage works on the cluster's resources."""
-    from wmdd_ray.executors.cluster import width
+    from wmdd_ray.executors.cluster import width, workers_on
 
     growth = "an autoscaler adds nodes" if grows else "no autoscaler is seen"
     try:
@@ -85,7 +85,7 @@ def _workers(visit: Visit, has: Mapping[str, float], *, grows: bool) -> Finding:
     if wide.num_workers == 0:
         return Finding("ok", f"stages work in this process; {growth}")
     rooms = [has.get("CPU", 0) // wide.cpus]
-    rooms += [has.get("GPU", 0) // wide.gpus] if wide.gpus else []
+    rooms += [workers_on(has.get("GPU", 0), wide.gpus)] if wide.gpus else []
     each = many(wide.cpus, "CPU") + (f" and {many(wide.gpus, 'GPU')}" if wide.gpus else "")
     text = f"stages work on {many(wide.num_workers, 'worker')} of {each} each, with room for {min(rooms):g} now; {growth}"
     if min(rooms) < wide.num_workers and not grows:

@@ -208,7 +208,8 @@ class Nodes:
         return [{"Alive": at <= self.now, "Resources": node} for at, node in self.later]
 
     def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": sum(n["Resources"].get("CPU", 0.0) for n in self.nodes() if n["Alive"])}
+        alive = [node["Resources"] for node in self.nodes() if node["Alive"]]
+        return {kind: sum(has.get(kind, 0.0) for has in alive) for kind in ("CPU", "GPU")}
 
     def get_runtime_context(self) -> Any:
         return SimpleNamespace(gcs_address="")
@@ -259,6 +260,21 @@ def test_a_cluster_that_grows_is_asked_for_all_workers_and_waited_for_as_long_as
     with pytest.raises(WmddError, match="after 100 s") as told:
         cluster.await_room(stage_of(100), Width(1, 16, 0.0))
     assert told.value.exit_code == 1, "starting it again may find machines"
+
+
+@pytest.mark.parametrize(("gpus", "num_workers"), [(0.5, 4), (0.6, 2), (1.0, 2), (2.0, 1)])
+def test_parts_of_gpus_are_counted_by_the_gpu(
+    gpus: float, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = Nodes(monkeypatch, False, {"CPU": 8.0, "GPU": 2.0})
+    wide = cluster.width(Resources(gpus_per_worker=gpus))
+    assert wide == Width(num_workers, 1, gpus)
+    cluster.await_room(stage_of(3600), wide, num_needed=num_workers)
+    with pytest.raises(ConfigError, match="this machine has 2 GPUs"):
+        cluster.width(Resources(num_workers=num_workers + 1, gpus_per_worker=gpus))
+    with pytest.raises(ConfigError, match=f"has room for {num_workers} "):
+        cluster.await_room(stage_of(3600), wide, num_needed=num_workers + 1)
+    assert nodes.cancelled == len(nodes.asked)
 
 
 @pytest.mark.slow

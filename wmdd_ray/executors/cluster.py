@@ -204,7 +204,7 @@ def width(resources: Resources) -> Width:
         if not (here_gpus if gpus else here_cpus):
             num_workers = _UNSEEN_WORKERS
         elif gpus:
-            num_workers = max(1, int(here_gpus / gpus))
+            num_workers = max(1, workers_on(here_gpus, gpus))
         elif len(ray.nodes()) == 1 and here_cpus <= _LAPTOP_CPUS:
             return Width(0, cpus, 0.0)
         else:
@@ -212,6 +212,11 @@ def width(resources: Resources) -> Width:
     if not os.environ.get("RAY_ADDRESS"):
         _refuse_more_than_here(num_workers, cpus, gpus, here)
     return Width(num_workers, cpus, gpus)
+
+
+def workers_on(has: float, each: float) -> int:
+    """Return how many workers of `each` GPUs (or CPUs) a machine has room for: a part of a GPU is a part of one of them."""
+    return int(has) * int(1 / each) if each < 1 else int(has // each)
 
 
 def _refuse_more_than_here(
@@ -222,7 +227,7 @@ def _refuse_more_than_here(
         ("cpus-per-worker", cpus, "CPU"),
         ("gpus-per-worker", gpus, "GPU"),
     ):
-        if num_workers * each > (has := here.get(kind, 0)):
+        if each and num_workers > workers_on(has := here.get(kind, 0), each):
             raise ConfigError(
                 f"--num-workers {num_workers} of --{option} {each:g}: this machine has {has:g} {kind}s; lower them, or join a "
                 "cluster that has more (RAY_ADDRESS, or ray job submit)"
@@ -281,7 +286,7 @@ def _room(wide: Width) -> int:
     for node in ray.nodes():
         has = node["Resources"] if node["Alive"] else {}
         fits = int(has.get("CPU", 0) // wide.cpus)
-        room += min(fits, int(has.get("GPU", 0) / wide.gpus)) if wide.gpus else fits
+        room += min(fits, workers_on(has.get("GPU", 0), wide.gpus)) if wide.gpus else fits
     return room
 
 

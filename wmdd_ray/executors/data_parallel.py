@@ -49,7 +49,13 @@ def train(stage: StageRun, training: Training, source: Source, num_finished: int
         return
     num_parts = stage.config.squeeze.batch_parts
     num_workers = max(n for n in range(1, wide.num_workers + 1) if num_parts % n == 0)
-    if num_workers < wide.num_workers:
+    if wide.gpus % 1 and num_workers > 1:
+        logger.warning(
+            "1 worker trains: several need a whole GPU each for NCCL, and --gpus-per-worker is %g",
+            wide.gpus,
+        )
+        num_workers = 1
+    elif num_workers < wide.num_workers:
         logger.warning(
             "%d of %d workers train: --squeeze.batch-parts %d lets all of them share each batch, and makes another teacher",
             num_workers,
