@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
+from torch import nn
 
-from wmdd_ray.core.kernels import deterministic_gradients
+from wmdd_ray.config import ViewConfig
+from wmdd_ray.core.curvature import classifier_curvature
+from wmdd_ray.core.embedding import features_and_moments
+from wmdd_ray.core.kernels import deterministic_gradients, full_float32
+from wmdd_ray.core.soft_labels import label_views
+from wmdd_ray.core.views import draw_views
 
 
 def flags() -> tuple[bool, ...]:
@@ -28,3 +36,30 @@ def test_gradients_on_a_gpu_are_of_algorithms_with_one_order_and_a_cpu_keeps_its
     with deterministic_gradients("cpu"):
         assert flags() == (True, *before[1:])
     assert flags() == before
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_as_before_however_it_was_set(allowed: bool) -> None:
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32
+    cudnn.allow_tf32 = allowed
+    try:
+        with full_float32():
+            assert cudnn.conv.fp32_precision == "ieee"
+        assert cudnn.allow_tf32 is allowed
+    finally:
+        cudnn.allow_tf32 = before
+
+
+def test_labels_moments_and_curvature_are_computed_without_tf32() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3))
+    seen: list[str] = []
+    network.register_forward_pre_hook(
+        lambda *_: seen.append(torch.backends.cudnn.conv.fp32_precision)
+    )
+    images, labels = torch.randn(5, 1, 8, 8), np.array([0, 1, 2, 0, 1])
+    network.eval()
+    label_views(network, images, draw_views(5, 8, ViewConfig(), seed=0, epoch=0), 8, 5)
+    features_and_moments(network, images, labels, batch_size=5)
+    classifier_curvature(network, images, torch.from_numpy(labels), step=0.1).backward()
+    assert seen == ["ieee"] * 4

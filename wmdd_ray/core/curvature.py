@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from wmdd_ray.config import CurvatureForm
 from wmdd_ray.core.architectures import evaluating
+from wmdd_ray.core.kernels import full_float32
 
 
 def curvature(
@@ -85,7 +86,7 @@ def classifier_curvature(
 
     In training mode BatchNorm would make every loss depend on the whole batch, and the term would move the running
     moments; an attacker meets the network in evaluation mode. Under autocast the difference of two close gradients would have
-    bfloat16's 8 bits. `step` is in units of the normalized input.
+    bfloat16's 8 bits, and TF32's 10 on a GPU. `step` is in units of the normalized input.
 
     Call it after the training pass of the same step: BatchNorm writes the running moments in place, which the graph of this
     term holds until `backward`.
@@ -98,6 +99,7 @@ def classifier_curvature(
 
     with (
         evaluating(network),
+        full_float32(),
         torch.autocast(images_BCHW.device.type, enabled=False),
     ):
         return curvature(losses_of, images_BCHW, step=step, form=form)

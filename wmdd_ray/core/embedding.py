@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from wmdd_ray.core.kernels import deterministic_convolutions, full_float32
 from wmdd_ray.core.moments import merge_moments
 from wmdd_ray.core.networks import (
     batch_norms,
@@ -56,7 +57,12 @@ def features_and_moments(
     device = next(network.parameters()).device
     features: list[np.ndarray] = []
     parts: dict[int, list[Moments]] = {}
-    with torch.no_grad(), _image_moments(network) as caught:
+    with (
+        torch.no_grad(),
+        deterministic_convolutions(),
+        full_float32(),
+        _image_moments(network) as caught,
+    ):
         for start in range(0, len(images_NCHW), batch_size):
             batch = images_NCHW[start : start + batch_size].to(device)
             features_BD, _ = features_and_logits(network, batch)

@@ -41,6 +41,7 @@ from scipy.special import entr, logsumexp
 from torch import nn
 
 from wmdd_ray.config import RelabelConfig
+from wmdd_ray.core.kernels import deterministic_convolutions, full_float32
 from wmdd_ray.core.networks import required_batch_norms
 from wmdd_ray.core.views import Images, render_views, take
 from wmdd_ray.errors import ConfigError, DataError
@@ -85,7 +86,12 @@ def label_views(
         for b in range(num_batches)
     ]
     logits = []
-    with torch.inference_mode(), _batch_statistics(network) if batch_statistics else nullcontext():
+    with (
+        torch.inference_mode(),
+        deterministic_convolutions(),
+        full_float32(),
+        _batch_statistics(network) if batch_statistics else nullcontext(),
+    ):
         for rows in batches:
             pixels = render_views(images_NCHW, take(views, rows), image_size)
             logits.append(network(pixels).float().cpu().numpy())
