@@ -970,6 +970,20 @@ def test_teachers_and_students_train_by_convolutions_that_add_in_one_order(digit
     assert seen.passes > 0 and not torch.backends.cudnn.deterministic
 
 
+def test_weights_are_averaged_together_to_the_bits_of_one_by_one() -> None:
+    network = small_network()
+    average = WeightAverage(network, 0.9)
+    expected = {k: v.clone() for k, v in network.state_dict().items() if v.is_floating_point()}
+    for step in range(1, 4):
+        for parameter in network.parameters():
+            parameter.data.normal_()
+        average.update()
+        for name, value in expected.items():
+            value.lerp_(network.state_dict()[name], (1 - 0.9) / (1 - 0.9**step))
+    average.put_into_network()
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in expected.items())
+
+
 def test_a_diverging_student_is_told_to_lower_its_rate() -> None:
     images = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ConfigError, match=r"--evaluate.learning-rate: .*finite"):

@@ -154,8 +154,8 @@ class WeightAverage:
         """Take in the weights after one more step."""
         self._steps += 1
         share = (1 - self._decay) / (1 - self._decay**self._steps)
-        for name, average in self._averages.items():
-            average.lerp_(self._values[name], share)
+        # On a GPU a few launches for all of them, with the bits of one each.
+        torch._foreach_lerp_([*self._averages.values()], [*self._values.values()], share)
 
     def put_into_network(self) -> None:
         """Overwrite the network's weights and running moments by their averages."""
