@@ -45,7 +45,7 @@ def test_tf32_is_as_before_however_it_was_set(allowed: bool) -> None:
     cudnn.allow_tf32 = allowed
     try:
         with full_float32():
-            assert cudnn.conv.fp32_precision == "ieee"
+            assert cudnn.conv.fp32_precision == "ieee"  # type: ignore[attr-defined]
         assert cudnn.allow_tf32 is allowed
     finally:
         cudnn.allow_tf32 = before
@@ -55,7 +55,7 @@ def test_labels_moments_and_curvature_are_computed_without_tf32() -> None:
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3))
     seen: list[str] = []
     network.register_forward_pre_hook(
-        lambda *_: seen.append(torch.backends.cudnn.conv.fp32_precision)
+        lambda *_: seen.append(torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
     )
     images, labels = torch.randn(5, 1, 8, 8), np.array([0, 1, 2, 0, 1])
     network.eval()

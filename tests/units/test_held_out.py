@@ -13,8 +13,7 @@ import pytest
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.images import decode_image, encode_png
-from wmdd_ray.store.sources import open_source
-from wmdd_ray.units import held_out
+from wmdd_ray.store.sources import chunks, open_source
 from wmdd_ray.units.held_out import Listed
 
 LOOKS: list[Callable[[Listed], Any]] = [
@@ -53,7 +52,7 @@ def test_streamed_images_are_decoded_by_several_threads(
         both.wait()
         return decode_image(content, config, key)
 
-    monkeypatch.setattr(held_out, "decode_image", decode)
+    monkeypatch.setattr(chunks, "decode_image", decode)
     for i in range(4):
         folder = tmp_path / ("cat" if i < 2 else "dog")
         folder.mkdir(exist_ok=True)

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 
 import numpy as np
 import torch
 
 from wmdd_ray.config import SourceConfig
 from wmdd_ray.core.batches import Batch, eval_batches
-from wmdd_ray.errors import BadImageError
-from wmdd_ray.store.images import decode_image
 from wmdd_ray.store.sources import (
     Shard,
     Source,
+    decoded_chunks,
     load_images,
     refuse_too_many_bad,
 )
-from wmdd_ray.store.sources.base import RawImage
-from wmdd_ray.store.sources.classes import one_line
-from wmdd_ray.store.sources.files import read_ahead
 
 _BATCH_IMAGES = 256
 _MEMORY_BYTES = 2 << 30
@@ -44,30 +39,12 @@ class Listed:
         """Yield (images uint8 NHWC, labels int64) in the source's order."""
         bad: list[str] = []
         for shard in self.shards:
-            records = self.source.read_shard(shard)
-            for first in records:
-                # By some threads at once: a GPU would wait minutes for one that decodes ImageNet's.
-                part = chain([first], islice(records, _BATCH_IMAGES - 1))
-                images, labels = [], []
-                for label, image in read_ahead(self._decode, part):
-                    if isinstance(image, str):
-                        bad.append(image)
-                        refuse_too_many_bad(bad, self.config, self.source.root)
-                    else:
-                        labels.append(label)
-                        images.append(image)
-                if images:
-                    yield np.stack(images), np.array(labels, dtype=np.int64)
-
-    def _decode(self, record: RawImage) -> tuple[int, np.ndarray | str]:
-        """Return the label of a record with its pixels, or with why there are none."""
-        where = one_line(record.key)
-        if record.problem:
-            return record.label, f"{where}: {record.problem}"
-        try:
-            return record.label, decode_image(record.content, self.config, where)
-        except BadImageError as error:
-            return record.label, str(error)
+            # A GPU would wait minutes for one thread that decodes ImageNet's.
+            chunks = decoded_chunks(self.source, shard, self.config, _BATCH_IMAGES, by_threads=True)
+            for chunk in chunks:
+                bad += chunk.bad
+                refuse_too_many_bad(bad, self.config, self.source.root)
+                yield chunk.images_NHWC, chunk.labels_N
 
     def load(self, limit_bytes: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Return all images and labels, or None when the pixels would be more than `limit_bytes`."""

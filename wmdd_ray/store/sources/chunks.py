@@ -6,6 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from wmdd_ray.errors import BadImageError, DataError
 from wmdd_ray.store.images import decode_image
 from wmdd_ray.store.sources.base import RawImage, Shard, Source
 from wmdd_ray.store.sources.classes import SHOWN, one_line
+from wmdd_ray.store.sources.files import read_ahead
 from wmdd_ray.store.sources.passed import PassedOver
 
 # Shard size of a whole-set read: only bounds what is decoded at once.
@@ -51,8 +53,10 @@ def decoded_chunks(
     config: SourceConfig,
     chunk_images: int,
     skip: frozenset[int] = frozenset(),
+    *,
+    by_threads: bool = False,
 ) -> Iterator[DecodedChunk]:
-    """Read a shard and decode it chunk by chunk.
+    """Read a shard and decode it chunk by chunk, where nothing else wants the processors `by_threads`.
 
     A record belongs to chunk `position // chunk_images`, where bad records count too. The chunk
     that holds the last record is `last`, also when it is full; an empty shard is one empty last
@@ -71,18 +75,19 @@ def decoded_chunks(
         labels: list[int] = []
         images: list[np.ndarray] = []
         bad: list[str] = []
-        for _ in range(chunk_images):
-            if ahead is None:
-                break
-            if chunk not in skip:
-                try:
-                    images.append(_decode(ahead, config))
-                    keys.append(ahead.key)
-                    labels.append(ahead.label)
-                except BadImageError as error:
-                    bad.append(str(error))
-                    refuse_too_many_bad(bad, config, source.root)
-            ahead = next(records, None)
+        head = () if ahead is None else (ahead,)
+        part = itertools.chain(head, itertools.islice(records, chunk_images - 1))
+        if chunk in skip:
+            deque(part, maxlen=0)
+        for record, image in (read_ahead if by_threads else map)(partial(_decode, config), part):
+            if isinstance(image, BadImageError):
+                bad.append(str(image))
+                refuse_too_many_bad(bad, config, source.root)
+            else:
+                images.append(image)
+                keys.append(record.key)
+                labels.append(record.label)
+        ahead = next(records, None)
         if chunk not in skip:
             shape = (len(images), config.image_size, config.image_size, config.channels)
             yield DecodedChunk(
@@ -99,11 +104,15 @@ def decoded_chunks(
             return
 
 
-def _decode(record: RawImage, config: SourceConfig) -> np.ndarray:
+def _decode(config: SourceConfig, record: RawImage) -> tuple[RawImage, np.ndarray | BadImageError]:
+    """Return a record with its pixels, or with why there are none."""
     where = one_line(record.key)
     if record.problem:
-        raise BadImageError(f"{where}: {record.problem}")
-    return decode_image(record.content, config, where)
+        return record, BadImageError(f"{where}: {record.problem}")
+    try:
+        return record, decode_image(record.content, config, where)
+    except BadImageError as error:
+        return record, error
 
 
 def refuse_too_many_bad(bad: Sequence[str], config: SourceConfig, where: str) -> None:
