@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -100,10 +101,19 @@ def to_input(
         .permute(0, 3, 1, 2)
         .to(torch.float32, memory_format=torch.contiguous_format)
     )
-    mean = torch.tensor(mean_C, dtype=torch.float32, device=pixels.device)[:, None, None]
-    std = torch.tensor(std_C, dtype=torch.float32, device=pixels.device)[:, None, None]
+    mean, std = _per_channel((tuple(mean_C), tuple(std_C)), pixels.device)
     # Of a number, a CUDA kernel would multiply by the reciprocal.
     return pixels.div_(pixels.new_full((), 255)).sub_(mean).div_(std)
+
+
+@cache
+def _per_channel(
+    rows_2C: tuple[tuple[float, ...], ...], device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """Return each row as (C, 1, 1) on a device, kept: a GPU would wait for both in every step."""
+    with torch.inference_mode(False):
+        rows = torch.tensor(rows_2C, dtype=torch.float32, device=device)
+        return rows[:, :, None, None].unbind()
 
 
 def draw_crops(rng: np.random.Generator, n: int, scale_min: float) -> np.ndarray:
