@@ -262,6 +262,19 @@ def test_a_cluster_that_grows_is_asked_for_all_workers_and_waited_for_as_long_as
     assert told.value.exit_code == 1, "starting it again may find machines"
 
 
+@pytest.mark.parametrize(
+    ("cpus", "free_bytes", "expected"),
+    [(4, 1 << 40, 512 << 20), (64, 1 << 40, None), (64, 64 << 20, 512 << 20)],
+    ids=["laptop", "server", "container"],
+)
+def test_a_local_ray_has_half_a_gigabyte_for_objects_but_on_a_server(
+    cpus: int, free_bytes: int, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster.os, "cpu_count", lambda: cpus)
+    monkeypatch.setattr(cluster.shutil, "disk_usage", lambda _: SimpleNamespace(free=free_bytes))
+    assert cluster._object_store_bytes() == expected
+
+
 @pytest.mark.parametrize(("gpus", "num_workers"), [(0.5, 4), (0.6, 2), (1.0, 2), (2.0, 1)])
 def test_parts_of_gpus_are_counted_by_the_gpu(
     gpus: float, num_workers: int, monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import resource
+import shutil
 import socket
 import tempfile
 import time
@@ -27,7 +28,7 @@ _LAPTOP_CPUS = 4
 _HEAD_TIMEOUT_S = 10.0
 # Workers to ask an autoscaler for that has started nothing yet, when nobody says how many (--num-workers).
 _UNSEEN_WORKERS = 2
-_LOCAL_OBJECT_STORE_BYTES = 512 << 20
+_LAPTOP_OBJECT_STORE_BYTES = 512 << 20
 # Ray's processes on one machine open hundreds of sockets and files.
 _NEEDED_FILES = 1024
 # A cluster that nobody makes larger: a node that was lost may be on its way back.
@@ -156,12 +157,21 @@ def _init_local(level: int, verbose: bool) -> None:
         address="local",
         num_cpus=max(2, os.cpu_count() or 2),
         include_dashboard=False,
-        object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+        object_store_memory=_object_store_bytes(),
         logging_level=level,
         log_to_driver=verbose,
         _node_ip_address="127.0.0.1",
         _temp_dir=_own_folder(),
     )
+
+
+def _object_store_bytes() -> int | None:
+    """Return how much memory a local Ray has for objects: None is its own choice, 30 % of all, within what /dev/shm has free."""
+    shared = Path("/dev/shm")
+    is_small = (os.cpu_count() or 1) <= _LAPTOP_CPUS or not shared.is_dir()
+    if is_small or shutil.disk_usage(shared).free < 4 * _LAPTOP_OBJECT_STORE_BYTES:
+        return _LAPTOP_OBJECT_STORE_BYTES
+    return None
 
 
 @contextlib.contextmanager
