@@ -73,6 +73,9 @@ WNID_TARS = {name: shard(truth, label="") for name, truth in WNID_TRUTH.items()}
 FLAT_VAL = each("ILSVRC2012_val_{n:08d}.JPEG", tuple(reversed(WNIDS)))
 IN_TARS = each("{c}/{i}.png"), each("{c}/v{i}.png")
 HALVES = each("a/{i}{c}.png"), each("b/{i}{c}.png")
+PANDA_NAMES = ("cat", "red", "red panda")
+PANDAS_TRAIN, PANDAS = each("train/{c}/{i}.png", PANDA_NAMES), each("val/{n}.png", PANDA_NAMES)
+LOOSE_VAL = each("val/{n}.png")
 
 
 def layout(text: str) -> dict[str, str]:
@@ -120,6 +123,14 @@ READ = [
     Case("devkit", WNID_TRAIN, FLAT, {**GROUND_TRUTH, **META}),
     Case("val-list-with-spaces", each("train/{c}/{i}.png", ("big cat", "bee")), each("val/{n}.png", ("big cat", "bee")),
          {"val/labels.txt": lines(each("val/{n}.png", ("big cat", "bee")), "{name} {c}", classes=("big cat", "bee"))}),
+    Case("val-list-of-names-that-begin-alike", PANDAS_TRAIN, PANDAS,
+         {"val.txt": lines(PANDAS, "{name},{c}"),
+          "val/boxes.csv": lines(PANDAS, "{stem},{c} 1 2 3 4 {c} 85 1.5 -9 272 ", "ImageId,PredictionString")}),
+    Case("val-list-composed-otherwise", each("train/{c}/{i}.png", ("caf\u00e9", "tea")), each("val/{n}.png", ("caf\u00e9", "tea")),
+         {"val/labels.txt": lines(each("val/{n}.png", ("cafe\u0301", "tea")), "{name}\t{c}")}),
+    Case("val-list-of-numbers-from-1", TRAIN, LOOSE_VAL, options={"numbers": "index-from-1"},
+         files=NAMED | {"val.txt": "".join(f"{i}.png {(i + 1) // 2}\n" for i in range(1, 7)).encode()}),
+    Case("val-list-of-places", TRAIN, LOOSE_VAL, {"val.txt": lines(LOOSE_VAL, "{name} {k}")}, options={"numbers": "index"}),
     Case("tars-of-classes", ALL_OF_CLASS, files={f"train/{n}.tar": c for n, c in CLASS_TARS.items()}, packed=True),
     Case("tars-of-classes-in-a-tar", ALL_OF_CLASS, packed=True,
          files={"ILSVRC2012_img_train.tar": tar_of([(f"{n}.tar", c) for n, c in CLASS_TARS.items()])}),
@@ -266,6 +277,8 @@ REFUSED = [
          {"val.txt": lines(FLAT, "{name} {k}", classes=WNIDS)}, images=FLAT),
     Case("flat-val-of-other-classes", WNID_TRAIN, "val.txt says 'n09', which is none of the 3 classes",
          {"val.txt": lines(FLAT, "{name} n09")}, images=FLAT),
+    Case("flat-val-of-a-class-that-begins-as-another", PANDAS_TRAIN, "val.txt says 'red fox', which is none of the 3 classes",
+         {"val.txt": lines(PANDAS, "{name}\t{c}").replace(b"\tcat", b"\tred fox")}, images=PANDAS),
     Case("flat-val-named-in-part", WNID_TRAIN, "4 of 6 images are not named in val.txt, --source.max-bad-images allows 3",
          {"val.txt": lines(dict([*FLAT.items()][:2]), "{name} {c}")}, images=FLAT, options={"max_bad_images": 3}),
     Case("flat-val-named-twice", WNID_TRAIN, "names ILSVRC2012_val_00000001.JPEG with two classes, 'n01443537' and 'n01629819'",

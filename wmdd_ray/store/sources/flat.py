@@ -6,17 +6,19 @@ Tiny-ImageNet's `val/val_annotations.txt`, Kaggle's `LOC_val_solution.csv`, `val
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import posixpath
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources import csvfile
 from wmdd_ray.store.sources.base import Source
-from wmdd_ray.store.sources.classes import SHOWN, shown
+from wmdd_ray.store.sources.classes import SHOWN, plain, shown
+from wmdd_ray.store.sources.labels import beside_classes, class_of, label_of
 from wmdd_ray.store.sources.layout import Flat, doubt, is_unlabeled, join
 from wmdd_ray.store.sources.listing import SPLIT_NAMES, Listing, no_such_split, split_word
 from wmdd_ray.store.sources.matfile import read_structs
@@ -26,6 +28,7 @@ _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 _SYNSET = ("ILSVRC2012_ID", "WNID", "num_children")
 _DEVKIT = re.compile(r"(?:.*/)?ILSVRC2012_devkit.*\.(?:tar\.gz|tgz)")
 _ORDERS = ("classes.txt", "synsets.txt")
+_COORDINATE = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 # 50,000 images of ILSVRC have lists of 1.5 MB; meta.mat has a tenth of a megabyte.
 _MAX_LIST_BYTES = 256 << 20
 _MAX_META_BYTES = 1 << 20
@@ -173,38 +176,67 @@ def _labels(
                 )
     if not said:
         return {}
-    known = set(listing.class_names or ())
-    if not known.issuperset(said.values()):
-        # Kaggle's solutions go on with boxes: `n03995372 85 1 499 272`.
-        said = {image: label.partition(" ")[0] for image, label in said.items()}
     order = _order(listing)
-    if not known.issuperset(said.values()) and order and all(v.isdecimal() for v in said.values()):
-        numbers = {image: int(label) for image, label in said.items() if len(label) < 9}
-        if len(numbers) == len(said) and max(numbers.values()) < len(order):
-            return {image: order[number] for image, number in numbers.items()}
-    unknown = sorted(set(said.values()) - known)
+    classes = _classes(set(said.values()), listing, order)
+    unknown = sorted(set(said.values()) - classes.keys())
     if unknown:
         hint = (
-            ", and no classes.txt or synsets.txt says which classes these numbers are"
-            if all(label.isdecimal() for label in unknown)
+            ", and no classes.txt or synsets.txt says which classes these numbers are (--source.numbers index: places among the "
+            "training classes)"
+            if order is None and all(label.isdecimal() for label in unknown)
             else ""
         )
         refused.append(
-            f"{name} says {shown(unknown)}, which {'is' if len(unknown) == 1 else 'are'} none of the {len(known)} classes{hint}"
+            f"{name} says {shown(unknown)}, which {'is' if len(unknown) == 1 else 'are'} none of the "
+            f"{len(listing.class_names or ())} classes{hint}"
         )
         return {}
-    return said
+    return {image: classes[label] for image, label in said.items()}
 
 
-def _order(listing: Listing) -> list[str]:
+def _classes(
+    texts: Iterable[str], listing: Listing, order: tuple[str, ...] | None
+) -> dict[str, str]:
+    """Return the training class of each text of a list, by the rule of `labels`, without those that are none of them."""
+    names, numbers = listing.class_names or (), listing.config.numbers
+    _, places = beside_classes(order, names, numbers, listing.root)
+    by_name = {plain(name): label for label, name in enumerate(names)}
+    classes: dict[str, str] = {}
+    for text in texts:
+        name = text if plain(text) in by_name else _without_boxes(text, by_name)
+        if plain(name) in by_name and not numbers.startswith("index"):
+            classes[text] = names[by_name[plain(name)]]
+        elif (label := label_of(name, numbers, is_text=True)) is not None:
+            with contextlib.suppress(DataError):
+                classes[text] = names[class_of(label, places, names, by_name, listing.root)]
+    return classes
+
+
+def _without_boxes(text: str, by_name: Mapping[str, int]) -> str:
+    """Return the class that boxes of four numbers follow, as in Kaggle's solutions; any other text as it is.
+
+    Before each box the class may stand again: `n03995372 85 1 499 272 n03995372 9 1 99 72`.
+    """
+    words = text.split()
+    most = max((name.count(" ") for name in by_name), default=0) + 1
+    for count in range(1, min(most, len(words) - 4) + 1):
+        name, rest = " ".join(words[:count]), f" {' '.join(words[count:])} "
+        if plain(name) in by_name:
+            for boxes in (rest.split(), rest.replace(f" {name} ", " ").split()):
+                if len(boxes) % 4 == 0 and all(map(_COORDINATE.fullmatch, boxes)):
+                    return name
+    return text
+
+
+def _order(listing: Listing) -> tuple[str, ...] | None:
     """Return the classes in the order of a file with a name a line, if it has the training classes and no others."""
     for name in _ORDERS:
         if name in listing.files:
             lines = listing.read(name, _MAX_LIST_BYTES).decode("utf-8-sig", "replace").splitlines()
-            names = [line.strip() for line in lines if line.strip()]
-            if sorted(names) == sorted(listing.class_names or ()):
+            names = tuple(plain(line) for line in lines if line.strip())
+            if sorted(names) == sorted(map(plain, listing.class_names or ())):
                 return names
-    return []
+    return None
 
 
 def _ground_truth(
