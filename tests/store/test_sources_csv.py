@@ -212,6 +212,25 @@ def test_rows_of_a_table_without_a_header_are_counted_from_its_first_line(store:
     assert sorted(bad) == ["labels.csv:1", "labels.csv:3"]
 
 
+@pytest.mark.parametrize("name", ["target", "Class", "split"])
+def test_a_first_row_whose_class_is_called_like_a_column_is_no_header(
+    store: Store, name: str
+) -> None:
+    rows = [row.replace("ant", name) for row in ROWS]
+    if name == "split":  # nobody can tell, and it is said
+        with pytest.raises(DataError, match="expected a header"):
+            opened(write(store, *rows, header=""))
+    else:
+        assert len(labels_by_path(opened(write(store, *rows, header="")))) == len(ROWS)
+
+
+def test_a_file_that_stands_there_with_both_slashes_is_one_image(store: Store) -> None:
+    source = opened(write(store, *ROWS, "images\\000.png,bee"))
+    bad = [r.problem for shard in source.shards(9) for r in source.read_shard(shard) if r.problem]
+    assert bad == ["images/000.png stands at labels.csv:2 already with label 'ant'"]
+    assert labels_by_path(source) == EXPECTED
+
+
 def test_a_table_without_a_good_row_says_what_is_wrong_with_the_first(store: Store) -> None:
     with pytest.raises(DataError, match="no good one; the first is labels.csv:2: no file x/0.png"):
         opened(write(store, "x/0.png,ant", "1.png,bee"))

@@ -123,7 +123,7 @@ def open_csv(listing: Listing) -> CsvSource:
     source = CsvSource(listing, tables)
     rows, digest = _rows_of_split(source, listing)
     images = _image_files(listing, rows)
-    checked = [_checked(row, images) for row in _without_repeats(rows)]
+    checked = list(_without_repeats([_checked(row, images) for row in rows]))
     names, places = _classes(source, listing, checked)
     keys: dict[int, list[str]] = {}
     problems: dict[str, str] = {}
@@ -238,12 +238,12 @@ def _is_header(
     first: list[str], second: list[str], path_at: int, config: SourceConfig, where: str
 ) -> bool:
     """Return whether the first line of a table names its columns: by their usual names, or by what lies below."""
+    if is_image_name(first[path_at].strip()):
+        return False
     named = {_column_name(cell) for cell in first}
     asked = {_column_name(name) for name in (config.image_column, config.label_column) if name}
     if named & {*_PATH_NAMES, *_LABEL_NAMES, _SPLIT_NAME, *asked}:
         return True
-    if is_image_name(first[path_at].strip()):
-        return False
     if len(second) > path_at and is_image_name(second[path_at].strip()):
         return True
     raise DataError(
