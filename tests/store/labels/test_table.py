@@ -24,9 +24,10 @@ from tests.store.labels.files import (
     shard,
     table,
 )
-from tests.store.written_sources import PNGS, tar_of
+from tests.store.written_sources import CONFIG, PNGS, tar_of
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.filesystem import Store
+from wmdd_ray.store.sources import open_source
 
 TYPED: dict[str, Callable[[Sequence[Any]], Files]] = {"parquet": parquet, "json": jsons}
 TEXT: dict[str, Callable[[Sequence[Any]], Files]] = {"cls": cls, "csv": csv}
@@ -58,6 +59,7 @@ RULE: dict[str, tuple[Sequence[Any], Formats, dict[str, Any], Sequence[str], Seq
     "digits in quotes as places": (["1", "0"], TYPED, {"numbers": "index"}, ["0", "1"], ["1", "0"]),
     "nothing": (["ant", None], TYPED, {}, ["ant"], ["ant"]),
     "padded": (["007", "7"], TEXT, {}, ["7"], ["7", "7"]),
+    "names with joiners and wide spaces": (["\u0645\u06cc\u200c\u0631", "a\u3000b", "a\u00a0b", "\U0001f469\u200d\U0001f4bb"], ALL, {}, ["a\u00a0b", "a\u3000b", "\u0645\u06cc\u200c\u0631", "\U0001f469\u200d\U0001f4bb"], ["\u0645\u06cc\u200c\u0631", "a\u3000b", "a\u00a0b", "\U0001f469\u200d\U0001f4bb"]),
     "words and numbers as names": (["ant", 1], TEXT, {"numbers": "name"}, ["1", "ant"], ["ant", "1"]),
 }  # fmt: skip
 
@@ -211,6 +213,21 @@ def test_labels_are_read_rightly_or_refused_with_the_word_that_helps(
             outcome(store, files, **options)
     else:
         assert outcome(store, files, **options)[1] == expected
+
+
+@pytest.mark.parametrize("format", ["parquet", *TEXT])
+def test_a_text_that_cannot_be_a_label_is_told_as_such(store: Store, format: str) -> None:
+    files = ALL[format](["ant", "b\x01c", "", "a" * 1001])
+    for key, content in files.items():
+        store.put(key, content)
+    source = open_source(store.uri, CONFIG, split="train")
+    problems = sorted(
+        r.problem for s in source.shards(9) for r in source.read_shard(s) if r.problem
+    )
+    assert len(problems) == 3
+    assert problems[0].startswith(r"its label 'aaa") or problems[0].startswith("its label b'aaa")
+    assert "\\x01c' is no name of one line in UTF-8, of at most 1000" in problems[1]
+    assert problems[2].startswith("no label")
 
 
 HELD_OUT_CASES: dict[str, tuple[Files, Sequence[str], dict[str, Any], Any]] = {

@@ -61,6 +61,11 @@ def plain(name: str) -> str:
     return unicodedata.normalize("NFC", name).strip()
 
 
+def is_one_line(name: str) -> bool:
+    """Return whether a name can be written on a line: without control characters, halves of characters and ends of lines."""
+    return not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
+
+
 def check_class_names(names: Sequence[str], where: str) -> None:
     """Refuse names that cannot be told apart, or that cannot be written on a line.
 
@@ -71,7 +76,7 @@ def check_class_names(names: Sequence[str], where: str) -> None:
     seen: dict[str, str] = {}
     for name in names:
         same = plain(name)
-        if not same or any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name):
+        if not same or not is_one_line(name):
             raise DataError(
                 f"{where}: expected class names of one line each, found {name!r}; rename the class"
             )

@@ -20,7 +20,7 @@ from wmdd_ray.store.sources.base import FileSource, RawImage, Shard, class_shard
 from wmdd_ray.store.sources.classes import SHOWN, one_line, shown
 from wmdd_ray.store.sources.endings import is_image_name
 from wmdd_ray.store.sources.files import reading, refuse_outside
-from wmdd_ray.store.sources.labels import Label, beside_classes, found_classes, label_of
+from wmdd_ray.store.sources.labels import Label, beside_classes, found_classes, label_of, no_label
 from wmdd_ray.store.sources.listing import (
     SPLIT_NAMES,
     SPLIT_WORDS,
@@ -205,7 +205,9 @@ def _rows(text: str, where: str, table: str, word: str, config: SourceConfig) ->
     is_json = table == JSON_TABLE
     for place, (path, label, split) in (_json_cells if is_json else _cells)(text, where, config):
         named = label_of(label, config.numbers, is_text=not is_json)
-        yield _Row(f"{table}:{place}", path, named, word if split is None else split.lower())
+        problem = f"{no_label(label)} for {one_line(path)}" if path and named is None else ""
+        of_split = word if split is None else split.lower()
+        yield _Row(f"{table}:{place}", path, named, of_split, problem)
 
 
 def _cells(
@@ -339,8 +341,6 @@ def _checked(row: _Row, images: Mapping[str, int]) -> _Row:
         return row
     if not row.path:
         return replace(row, problem="no path")
-    if row.label is None:
-        return replace(row, problem=f"no label for {one_line(row.path)}")
     # Tables that were written on Windows.
     for path in (row.path, row.path.replace("\\", "/")):
         if path in images:

@@ -14,7 +14,15 @@ from collections.abc import Mapping, Sequence
 
 from wmdd_ray.config import Numbers
 from wmdd_ray.errors import DataError
-from wmdd_ray.store.sources.classes import exact, integer_names, match_classes, plain, shown
+from wmdd_ray.store.sources.classes import (
+    exact,
+    integer_names,
+    is_one_line,
+    match_classes,
+    one_line,
+    plain,
+    shown,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +59,20 @@ def label_of(value: object, numbers: Numbers, *, is_text: bool = False) -> Label
         as_number = _NUMBER.fullmatch(value)
         if as_number and (is_text or numbers != "auto") and numbers != "name":
             value = int(as_number[1])
-        elif not value.isprintable() or len(value) > _MAX_NAME_CHARS or value in ("", "-1"):
+        elif not is_one_line(value) or len(value) > _MAX_NAME_CHARS or value in ("", "-1"):
             return None
     if not isinstance(value, int | str) or value == -1:
         return None
     if isinstance(value, str):
         return value
     return str(value) if numbers == "name" else value - (numbers == "index-from-1")
+
+
+def no_label(value: object) -> str:
+    """Say of a value that is no label that there is none, or of a text that it cannot be taken for one."""
+    if not isinstance(value, str | bytes) or value.strip() in ("", b"", "-1", b"-1"):
+        return "no label"
+    return f"its label {one_line(repr(value))} is no name of one line in UTF-8, of at most {_MAX_NAME_CHARS} characters"
 
 
 def found_classes(

@@ -18,7 +18,14 @@ from wmdd_ray.errors import DataError, WmddError
 from wmdd_ray.store.sources.base import RawImage, Shard, Source
 from wmdd_ray.store.sources.classes import MAX_CLASSES, match_classes, one_line, plain
 from wmdd_ray.store.sources.files import reading
-from wmdd_ray.store.sources.labels import Label, Places, found_classes, label_of, number_places
+from wmdd_ray.store.sources.labels import (
+    Label,
+    Places,
+    found_classes,
+    label_of,
+    no_label,
+    number_places,
+)
 from wmdd_ray.store.sources.listing import Listing, files_of_split
 from wmdd_ray.store.sources.parquet_columns import Columns, find_columns
 from wmdd_ray.store.sources.parquet_limits import Bounds, batch_rows, batches
@@ -177,7 +184,7 @@ class ParquetSource(Source):
         label = label_of(value, self.config.numbers)
         if label is None:
             said = "null" if value is None else one_line(repr(value))
-            problem = f"no label: {columns.label} is {said}"
+            problem = f"{no_label(value)}: {columns.label} is {said}"
         elif content is None:
             problem = f"no image: {columns.image} has no bytes (paths in it are not followed)"
         else:

@@ -12,7 +12,7 @@ from wmdd_ray.config import SourceConfig
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.classes import SHOWN
 from wmdd_ray.store.sources.endings import IMAGE_ENDINGS, is_system_name
-from wmdd_ray.store.sources.labels import Label, label_of
+from wmdd_ray.store.sources.labels import Label, label_of, no_label
 from wmdd_ray.store.sources.passed import NO_IMAGE, SYSTEM, Tally
 from wmdd_ray.store.sources.tar import Member, Readable, tar_members
 
@@ -33,6 +33,7 @@ class Sample:
     size_bytes: int = 0
     content: bytes | None = None
     label: Label | None = None
+    no_label: str = "no label"  # what is told where `label` is None
     problem: str = ""
 
     @property
@@ -122,7 +123,10 @@ def _take(sample: Sample, ending: str, member: Member, config: SourceConfig) -> 
     # A key can only stand in JSON.
     is_label = ending == "json" or (ending == "cls" and config.label_column is None)
     if is_label and member.content is not None and (ending == "cls" or sample.label is None):
-        sample.label = _parse_label(member.content, ending, config)
+        value = _label_value(member.content, ending, config)
+        sample.label = label_of(value, config.numbers, is_text=ending == "cls")
+        if sample.label is None:
+            sample.no_label = no_label(value)
     return ending in _LABEL_ENDINGS
 
 
@@ -152,11 +156,10 @@ class _InnerStems:
             self.whole = inner
 
 
-def _parse_label(content: bytes, ending: str, config: SourceConfig) -> Label | None:
+def _label_value(content: bytes, ending: str, config: SourceConfig) -> object:
     if ending == "cls":
-        return label_of(content, config.numbers, is_text=True)
+        return content.strip()
     try:
-        value = json.loads(content)[config.label_column or "label"]
+        return json.loads(content)[config.label_column or "label"]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None
-    return label_of(value, config.numbers)

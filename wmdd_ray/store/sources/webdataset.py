@@ -86,7 +86,9 @@ class WebDatasetSource(Source):
                 if column
                 else 'a number or a name in .cls or {"label": ...} in .json'
             )
-            problem = f"no label: expected {expected} (-1 is none), among {sample.shown_endings}"
+            problem = (
+                f"{sample.no_label}: expected {expected} (-1 is none), among {sample.shown_endings}"
+            )
         else:
             problem = self.too_large(sample.size_bytes)
         if problem:
