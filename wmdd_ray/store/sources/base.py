@@ -250,7 +250,8 @@ class Source(abc.ABC):
             # A name of two classes stands for none.
             self._by_name = {name: k for k, name in enumerate(names) if counts[name] == 1}
         where = f"{self.root}: image {key}"
-        return labels.class_of(label, places, self._label_names, self._by_name, where)
+        of_label, numbers = self._label_names, self.config.numbers
+        return labels.class_of(label, places, of_label, self._by_name, where, numbers)
 
     @property
     def max_content_bytes(self) -> int:

@@ -208,7 +208,8 @@ def _classes(
             classes[text] = names[by_name[plain(name)]]
         elif (label := label_of(name, numbers, is_text=True)) is not None:
             with contextlib.suppress(DataError):
-                classes[text] = names[class_of(label, places, names, by_name, listing.root)]
+                place = class_of(label, places, names, by_name, listing.root, numbers)
+                classes[text] = names[place]
     return classes
 
 

@@ -102,11 +102,11 @@ def found_classes(
         names = {plain(text): text for text in reversed(texts)}
         order = sorted(names, key=int if all(map(_DIGITS.fullmatch, names)) else str)
         return tuple(names[name] for name in order), {}
+    first = int(numbers == "index-from-1")
     if values[0] < 0:
         raise DataError(
-            f"{where}: expected labels from 0, found {values[0]} ({examples[values[0]]})"
-            + (", counted from 1" if numbers == "index-from-1" else "")
-            + "; correct the labels (-1 alone marks an image without one)"
+            f"{where}: expected labels from {first}, found {values[0] + first} ({examples[values[0]]}); correct the labels "
+            "(-1 alone marks an image without one)"
         )
     if values == list(range(len(values))) or numbers.startswith("index"):
         return integer_names(values[-1] + 1), None
@@ -156,6 +156,7 @@ def class_of(
     names: Sequence[str],
     by_name: Mapping[str, int],
     where: str,
+    numbers: Numbers,
 ) -> int:
     """Return the class of a label as its file has it, by the class of each number and of each plain name.
 
@@ -185,7 +186,9 @@ def class_of(
     count = len(names if places is None else places)
     if 0 <= label < count:
         return label if places is None else places[label]
+    first = int(numbers == "index-from-1")
     raise DataError(
-        f"{where} has label {label}, expected 0 to {count - 1} ({count} classes); correct the labels or the class names, or "
-        "pass --source.numbers index-from-1 if they count from 1"
+        f"{where} has label {label + first}, expected {first} to {count - 1 + first} ({count} classes); correct the labels or the "
+        "class names"
+        + ("" if first else ", or pass --source.numbers index-from-1 if they count from 1")
     )
