@@ -58,7 +58,9 @@ RULE: dict[str, tuple[Sequence[Any], Formats, dict[str, Any], Sequence[str], Seq
     "digits in quotes": (["10", "9"], TYPED, {}, ["9", "10"], ["10", "9"]),
     "digits in quotes as places": (["1", "0"], TYPED, {"numbers": "index"}, ["0", "1"], ["1", "0"]),
     "nothing": (["ant", None], TYPED, {}, ["ant"], ["ant"]),
-    "padded": (["007", "7"], TEXT, {}, ["7"], ["7", "7"]),
+    "padded": (["100", "007", "010", "0"], TEXT, {}, ["0", "007", "010", "100"], ["100", "007", "010", "0"]),
+    "padded twins as places": (["00", "01", "1"], TEXT, {"numbers": "index"}, ["0", "1"], ["0", "1", "1"]),
+    "padded twins as names": (["01", "1"], TEXT, {"numbers": "name"}, ["1", "01"], ["01", "1"]),
     "names with joiners and wide spaces": (["\u0645\u06cc\u200c\u0631", "a\u3000b", "a\u00a0b", "\U0001f469\u200d\U0001f4bb"], ALL, {}, ["a\u00a0b", "a\u3000b", "\u0645\u06cc\u200c\u0631", "\U0001f469\u200d\U0001f4bb"], ["\u0645\u06cc\u200c\u0631", "a\u3000b", "a\u00a0b", "\U0001f469\u200d\U0001f4bb"]),
     "words and numbers as names": (["ant", 1], TEXT, {"numbers": "name"}, ["1", "ant"], ["ant", "1"]),
 }  # fmt: skip
@@ -83,6 +85,8 @@ def test_one_rule_for_all_formats(store: Store, case: str, format: str) -> None:
 HELD_OUT: dict[str, tuple[Sequence[Any], Formats, Sequence[str], dict[str, Any], Any]] = {
     "numbers by value": ([2, 10, 11], NUMBERS, FOLDERS_12, {}, ["2", "10", "11"]),
     "numbers by value, padded": ([2, 10], NUMBERS, ("02", "10"), {}, ["02", "10"]),
+    "padded numbers by value": (["02", "010"], TEXT, ("2", "10"), {}, ["2", "10"]),
+    "padded numbers by name": (["02", "10"], TEXT, ("02", "10"), {}, ["02", "10"]),
     "numbers from 1 by value": ([3, 1], NUMBERS, ("1", "2", "3"), {}, ["3", "1"]),
     "numbers of words": ([0, 1], NUMBERS, WORDS, {}, r"label [01], a number, and nothing says which .*--source\.numbers index"),
     "numbers of words as places": ([0, 2], NUMBERS, WORDS, {"numbers": "index"}, ["ant", "cat"]),
@@ -178,6 +182,10 @@ CASES: dict[str, tuple[Files, dict[str, Any], Any]] = {
     "names that are their own places": (classes(cls([1, 0]), "0\n1\n"), {}, ["1", "0"]),
     "names beside a table": (classes(csv(["bee", "ant"]), "bee\nant\n"), {}, ["bee", "ant"]),
     "words that are not beside": (classes(cls(["dog"]), "ant\nbee\n"), {}, r"has label 'dog', expected one of the 2 classes"),
+    "padded numbers of names beside": (classes(csv(["01", "00"]), "ant\nbee\n"), {}, ["bee", "ant"]),
+    "padded twins": (csv(["01", "1"]), {}, r"leading zeros, found 01 \(00\.png\) and 1 \(01\.png\); pass --source\.numbers name if"),
+    "padded twins that are both padded": (cls(["01", "001"]), {}, r"leading zeros, found 001 \(.*\) and 01 "),
+    "padded numbers and words": (csv(["ant", "01"]), {}, r"found both, such as 01 \(01.png\) and 'ant' \(00.png\); pass --source\.numbers"),
     "numbers below 1": (csv([0, 1]), {"numbers": "index-from-1"}, r"expected labels from 1, found 0 \(00.png\); correct"),
     # What holds no label.
     "words and numbers": (csv(["ant", 1]), {}, r"found both, such as 1 \(01.png\) and 'ant' \(00.png\); pass --source\.numbers name"),

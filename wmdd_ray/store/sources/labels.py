@@ -4,10 +4,14 @@ One rule for all formats. A text is the class of that name. A number is a place 
 file (a ClassLabel, `classes.txt` beside it), from 0. Where its file brings no names it is its own name: `7` is the class called 7,
 so that labels from 1, or with gaps, need no guess. When the classes have other names (folders `ant`, `bee`, ...) nobody says
 which number is which, and the label is refused; `--source.numbers` settles it. -1 and nothing at all are no label.
+
+In text (a table, `.cls`) a number with leading zeros, `007`, is a number too where its file or the training classes have names.
+Where not, its own name is what stands there: all of 001, ..., 100 are names as they are written, and 01 beside 1 is refused.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -29,10 +33,18 @@ logger = logging.getLogger(__name__)
 Label = int | str
 """A place among the class names of its file, or a class name."""
 
+
+class Padded(str):
+    """A number with leading zeros, as it is written."""
+
+    __slots__ = ()
+
+
 Places = tuple[int, ...] | Mapping[int, int] | None
 """Class of each number: by position, by value, or None where number k is class k. Without entries no number means anything."""
 
 _NUMBER = re.compile(r"([+-]?[0-9]{1,18})(?:\.0*)?")
+_PADDED = re.compile(r"0[0-9]{1,17}")
 _DIGITS = re.compile(r"[0-9]{1,18}")
 _MAX_NAME_CHARS = 1000
 
@@ -58,6 +70,8 @@ def label_of(value: object, numbers: Numbers, *, is_text: bool = False) -> Label
         value = value.strip()
         as_number = _NUMBER.fullmatch(value)
         if as_number and (is_text or numbers != "auto") and numbers != "name":
+            if numbers == "auto" and _PADDED.fullmatch(value):
+                return Padded(value)
             value = int(as_number[1])
         elif not is_one_line(value) or len(value) > _MAX_NAME_CHARS or value in ("", "-1"):
             return None
@@ -86,15 +100,17 @@ def found_classes(
     Raises:
         DataError: There is no label, numbers stand beside names, or a number is below 0.
     """
-    values = sorted(label for label in examples if isinstance(label, int))
-    texts = sorted(label for label in examples if isinstance(label, str))
+    written = sorted((label for label in examples if isinstance(label, int | Padded)), key=str)
+    written.sort(key=int)
+    values = [label for label in written if isinstance(label, int)]
+    texts = sorted(label for label in examples if not isinstance(label, int | Padded))
     if not examples:
         raise DataError(
             f"{where}: expected images with labels, found no label; pass --source.label-column if they have another name"
         )
-    if values and texts:
+    if written and texts:
         raise DataError(
-            f"{where}: expected numbers or names as labels, found both, such as {values[0]} ({examples[values[0]]}) and "
+            f"{where}: expected numbers or names as labels, found both, such as {written[0]} ({examples[written[0]]}) and "
             f"{texts[0]!r} ({examples[texts[0]]}); pass --source.numbers name if the numbers are names of classes too, "
             "or correct the labels"
         )
@@ -103,11 +119,13 @@ def found_classes(
         order = sorted(names, key=int if all(map(_DIGITS.fullmatch, names)) else str)
         return tuple(names[name] for name in order), {}
     first = int(numbers == "index-from-1")
-    if values[0] < 0:
+    if int(written[0]) < 0:
         raise DataError(
-            f"{where}: expected labels from {first}, found {values[0] + first} ({examples[values[0]]}); correct the labels "
+            f"{where}: expected labels from {first}, found {int(written[0]) + first} ({examples[written[0]]}); correct the labels "
             "(-1 alone marks an image without one)"
         )
+    if len(values) < len(written):
+        return _padded_names(written, examples, where)
     if values == list(range(len(values))) or numbers.startswith("index"):
         return integer_names(values[-1] + 1), None
     logger.warning(
@@ -115,6 +133,21 @@ def found_classes(
         where, values[0], values[-1], len(values),
     )  # fmt: skip
     return tuple(map(str, values)), {value: label for label, value in enumerate(values)}
+
+
+def _padded_names(
+    values: Sequence[Label], examples: Mapping[Label, str], where: str
+) -> tuple[tuple[str, ...], Places]:
+    """Return numbers as they are written, some with leading zeros, as the names of their classes."""
+    for one, other in itertools.pairwise(values):
+        if int(one) == int(other):
+            raise DataError(
+                f"{where}: expected numbers that differ by more than leading zeros, found {one} ({examples[one]}) and {other} "
+                f"({examples[other]}); pass --source.numbers name if these are two classes, --source.numbers index if both are "
+                f"the number {int(one)}, or correct the labels"
+            )
+    places = {value: label for label, value in enumerate(values) if isinstance(value, int)}
+    return tuple(map(str, values)), places
 
 
 def number_places(names: Sequence[str], numbers: Numbers) -> Places:
@@ -166,10 +199,12 @@ def class_of(
     if isinstance(label, str):
         if (place := by_name.get(plain(label))) is not None:
             return place
-        raise DataError(
-            f"{where} has label {exact([label])}, expected one of the {len(names)} classes {exact(names)}; correct the label "
-            "or the class names"
-        )
+        if not isinstance(label, Padded):
+            raise DataError(
+                f"{where} has label {exact([label])}, expected one of the {len(names)} classes {exact(names)}; correct the "
+                "label or the class names"
+            )
+        label = int(label)
     if isinstance(places, Mapping):
         if label in places:
             return places[label]
