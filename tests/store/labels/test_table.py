@@ -123,6 +123,13 @@ def both(first: Sequence[str], second: Sequence[str] | None) -> Files:
     return shard(0, [0, 1], first, "a.parquet") | shard(2, [0, 1], second, "b.parquet")
 
 
+def _two_folders(second: str) -> Files:
+    """Return two shards in folders of their own, image 0 and image 1 of label 1, with class names beside each."""
+    members = [[(f"{i}.cls", b"1"), (f"{i}.png", PNGS[i])] for i in range(2)]
+    files = {f"{i}/x.tar": tar_of(members[i]) for i in range(2)}
+    return files | {"0/classes.txt": b"ant\nbee\n", "1/classes.txt": second.encode()}
+
+
 IMAGES = pa.array(PNGS[:2])
 OTHER_IMAGES = pa.array(PNGS[2:4])
 TWO = {"fine_label": {"_type": "ClassLabel", "names": ["f", "g"]}, "coarse_label": {"_type": "ClassLabel", "names": ["c"]}}  # fmt: skip
@@ -187,6 +194,13 @@ CASES: dict[str, tuple[Files, dict[str, Any], Any]] = {
     "padded twins that are both padded": (cls(["01", "001"]), {}, r"leading zeros, found 001 \(.*\) and 01 "),
     "padded numbers and words": (csv(["ant", "01"]), {}, r"found both, such as 01 \(01.png\) and 'ant' \(00.png\); pass --source\.numbers"),
     "numbers below 1": (csv([0, 1]), {"numbers": "index-from-1"}, r"expected labels from 1, found 0 \(00.png\); correct"),
+    "names beside that are numbered otherwise": (classes(cls([0, 1]), "1 dog\n0 cat\n"), {}, r"classes.txt: expected the name of number 0 in line 1, found '1 dog', which may be that of 1; sort"),
+    "names beside that are numbered from 1": (classes(csv([0, 1]), "1 dog\n2 cat\n"), {}, r"number 0 in line 1, found '1 dog'"),
+    "names beside that are numbered from 1 as labels are": (classes(csv([1, 2]), "1 dog\n2 cat\n"), {"numbers": "index-from-1"}, ["1 dog", "2 cat"]),
+    "names beside that are numbered as labels are": (classes(cls([1, 0]), "0 cat\n1 dog\n"), {}, ["1 dog", "0 cat"]),
+    "names beside that begin with numbers, as a list": (classes(cls([1, 0]), '["3 series", "1 series"]', "classes.json"), {}, ["1 series", "3 series"]),
+    "names of two folders that are alike": (_two_folders("ant\nbee\n"), {}, ["bee", "bee"]),
+    "names of two folders that differ": (_two_folders("bee\nant\n"), {}, r"same class names beside all files, found others in 1/classes.txt \('bee', 'ant'\) and in 0/classes.txt"),
     # What holds no label.
     "words and numbers": (csv(["ant", 1]), {}, r"found both, such as 1 \(01.png\) and 'ant' \(00.png\); pass --source\.numbers name"),
     "a label of several lines": (cls([0, "a\nb"]), {}, ["0"]),

@@ -17,7 +17,7 @@ from wmdd_ray.store.sources.passed import NO_IMAGE, SYSTEM, Tally
 from wmdd_ray.store.sources.tar import Readable, tar_members
 from wmdd_ray.store.sources.tar_folders import Place, open_folders, tars_of_split
 from wmdd_ray.store.sources.webdataset import WebDatasetSource, is_tar, open_webdataset
-from wmdd_ray.store.sources.webdataset_index import read_class_names
+from wmdd_ray.store.sources.webdataset_index import has_class_names
 
 _LOOKED_AT = 16
 
@@ -110,7 +110,7 @@ def open_tars(listing: Listing) -> Source:
     probe = WebDatasetSource(listing.root, tars, listing.config)
     some = tars_of_split(listing, tars) or tars
     first, size_bytes = next(iter(some.items()))
-    names = [] if read_class_names(probe) else _first_names(probe, first, 0, size_bytes)
+    names = [] if has_class_names(probe) else _first_names(probe, first, 0, size_bytes)
     images = [name.removeprefix("./") for name in names if is_image_name(name)]
     if names and all(map(is_tar, names)):
         files = files_of_split(listing, tars)

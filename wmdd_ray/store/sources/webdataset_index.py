@@ -5,31 +5,72 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from wmdd_ray.config import Numbers
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.base import Source
-from wmdd_ray.store.sources.classes import shown
+from wmdd_ray.store.sources.classes import plain, shown
 from wmdd_ray.store.sources.patterns import expand_braces
 
 logger = logging.getLogger(__name__)
 
+_NUMBERED = re.compile(r"([0-9]{1,9})[\s,:;]+\S")
+_CLASS_FILES = ("classes.txt", "classes.json")
 _MAX_PATTERN_CHARS = 1024
 
 
+def has_class_names(source: Source) -> bool:
+    """Return whether names of classes lie beside the shards or at the root."""
+    return any(True for _ in _beside(source, _CLASS_FILES))
+
+
 def read_class_names(source: Source) -> tuple[str, ...] | None:
-    """Return the class names of `classes.txt` or `classes.json`; None when there is neither."""
-    for name, content in _beside(source, ("classes.txt", "classes.json")):
-        base = name.rpartition("/")[2]
+    """Return the class names of `classes.txt`, or else `classes.json`, of a folder; None when there is neither.
+
+    Raises:
+        DataError: A file is none of names, its lines are numbered otherwise than labels are, or two folders have other names.
+    """
+    found: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for name, content in _beside(source, _CLASS_FILES):
+        folder, _, base = name.rpartition("/")
+        if folder in found:
+            continue
         try:
-            return parse_class_names(content.decode("utf-8-sig"), base)
+            names = parse_class_names(content.decode("utf-8-sig"), base)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f"{source.url(name)}: expected one name a line (classes.txt), or a JSON list or an "
                 f"object from label to name (classes.json), found otherwise ({error})"
             ) from error
-    return None
+        if base == "classes.txt":
+            _refuse_other_numbers(names, source.config.numbers, source.url(name))
+        found[folder] = name, names
+    for name, names in found.values():
+        first_name, first = next(iter(found.values()))
+        if [*map(plain, names)] != [*map(plain, first)]:
+            raise DataError(
+                f"{source.root}: expected the same class names beside all files, found others in {first_name} ({shown(first)}) and "
+                f"in {name} ({shown(names)}); make them alike, or pass one of these folders alone"
+            )
+    return next((names for _, names in found.values()), None)
+
+
+def _refuse_other_numbers(names: Sequence[str], numbers: Numbers, where: str) -> None:
+    """Refuse `1 dog`, `0 cat`: lines that all begin with a number, which is another than that of their place."""
+    told = [int(match[1]) for name in names if (match := _NUMBERED.match(name))]
+    first = int(numbers == "index-from-1")
+    if numbers == "name" or len(told) < len(names):
+        return
+    for place, (number, name) in enumerate(zip(told, names, strict=True), first):
+        if number != place:
+            raise DataError(
+                f"{where}: expected the name of number {place} in line {place - first + 1}, found {name!r}, which may be that of "
+                f"{number}; sort the lines by what number labels are, take the numbers off, or, where they are parts of the names, "
+                "write these as a list into classes.json instead"
+            )
 
 
 def parse_class_names(text: str, base: str) -> tuple[str, ...]:
