@@ -89,8 +89,9 @@ class SourceConfig:
     """Follow links out of the `--data` folder (a hub's cache, a subset made of links): say so only of links that are yours."""
     layout: str = option("", in_fingerprint=False)
     """Where the images of a class lie, as a path below `--data`, where the folders leave a doubt: `train/{class}`,
-    `{split}/{class}`, `*/{class}`, `train/{class}.*` (file names that begin with the class). `*` is any name, or part of one; what
-    ends in a folder takes all below it. Of archives and Parquet the files: `full_size/*`. Empty: told by the folders themselves."""
+    `{split}/{class}`, `*/{class}`, `train/{class}_{number}.*` (file names that begin with the class). `*` is any name, or part
+    of one, `{number}` digits; what ends in a folder takes all below it. Of archives and Parquet the files: `full_size/*`.
+    Empty: told by the folders themselves."""
     tar_keys: TarKeys = option("auto", in_fingerprint=False)
     """Where the key of a tar's member ends: at the first dot of its name, as webdataset has it, or at the last (`img_012.05.png`).
     `auto` is the first, and stops where the last would find images that the first does not."""

@@ -73,6 +73,14 @@ WNID_TARS = {name: shard(truth, label="") for name, truth in WNID_TRUTH.items()}
 FLAT_VAL = each("ILSVRC2012_val_{n:08d}.JPEG", tuple(reversed(WNIDS)))
 IN_TARS = each("{c}/{i}.png"), each("{c}/v{i}.png")
 HALVES = each("a/{i}{c}.png"), each("b/{i}{c}.png")
+DOGS = each("images/{c}_{i}.jpg", ("american_bulldog", "american_pit_bull", "beagle"))
+SPLIT_LIKE = ("cup", "train", "test_tube", "val_d")
+TRAINS = ("bus", "car", "freight_train", "test_car")
+TRAIN_TARS = {name: shard(each(name + "_{i}.png", (name,)), label="") for name in TRAINS}
+TRAIN_TARS_VAL = {
+    name: shard(each(name + "_{i}.png", (name,), first=5), label="") for name in TRAINS
+}
+ALL_OF_TRAINS, ALL_OF_TRAINS_VAL = each("{c}_{i}.png", TRAINS), each("{c}_{i}.png", TRAINS, first=5)
 PANDA_NAMES = ("cat", "red", "red panda")
 PANDAS_TRAIN, PANDAS = each("train/{c}/{i}.png", PANDA_NAMES), each("val/{n}.png", PANDA_NAMES)
 LOOSE_VAL = each("val/{n}.png")
@@ -189,6 +197,8 @@ READ = [
     Case("lower-classes", TWO_LEVELS, options=layout("*/{class}")),
     Case("class-before-split", each("{c}/train/{i}.png"), each("{c}/test/{i}.png"), options=layout("{class}/{split}")),
     Case("class-in-the-file-name", CATS, "expected held-out images", options=layout("train/{class}.*")),
+    Case("class-with-the-sign-before-numbers", DOGS, options=layout("images/{class}_{number}.*")),
+    Case("number-before-the-class", each("{n}_{c}/0.png", ("big_dog", "dog")), options=layout("{number}_{class}")),
     Case("one-of-two-sizes", SIZES["full_size"], SIZES_VAL, images=SIZES["160px"],
          options=layout("full_size/{split}/{class}") | {"max_passed_over": 1}),
     Case("one-of-two-sizes-by-folder", SIZES["full_size"], SIZES_VAL, images=SIZES["160px"], at="full_size"),
@@ -228,6 +238,10 @@ READ = [
 ]  # fmt: skip
 
 REFUSED = [
+    Case("class-with-the-sign-of-the-layout", "class of images/american_bulldog_0.jpg may be 'american' or 'american_bulldog'.*"
+         r"'images/{class}_{number}\.\*', or write labels.csv", images=DOGS, options=layout("images/{class}_*")),
+    Case("class-with-the-sign-after-a-star", r"class of 1_big_dog/0.png may be 'dog' or 'big_dog'.*'{number}_{class}/\*'",
+         images=each("{n}_{c}/0.png", ("big_dog", "cat")), options=layout("*_{class}/*")),
     Case("one-class", "all 2 images lie in one folder, ant/, which makes one class.*--source.layout '{class}'",
          images=each("{c}/{i}.png", ("ant",))),
     Case("one-class-in-train", "all 2 images .* train/ant/, .*--source.layout 'train/{class}'",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable
 
 from wmdd_ray.errors import ConfigError, DataError
 from wmdd_ray.store.sources import flat
 from wmdd_ray.store.sources.base import FileSource, RawImage, Shard, Source, class_shards
 from wmdd_ray.store.sources.classes import match_classes, plain, shown
-from wmdd_ray.store.sources.endings import is_image_name
+from wmdd_ray.store.sources.endings import ending_of, is_image_name
 from wmdd_ray.store.sources.layout import Flat, doubt, find_classes, join
 from wmdd_ray.store.sources.listing import SPLIT_NAMES, Listing, no_such_split, split_word
 from wmdd_ray.store.sources.patterns import layout_pattern
@@ -129,6 +130,26 @@ def _matching(listing: Listing, pattern: re.Pattern[str]) -> dict[str, int]:
     }
 
 
+def _refuse_two_readings(listing: Listing, pattern: re.Pattern[str], files: Iterable[str]) -> None:
+    """Raise where a layout such as `{class}_*` reads two classes in one path: `american` and `american_bulldog`."""
+    layout = listing.config.layout
+    longest = layout_pattern(layout, longest=True)
+    for name in files:
+        # The dot before an ending such as .jpg ends no class: `{class}.*` reads one class in cat.1.jpg.
+        cut = len(ending_of(name)) if layout.endswith("*") and is_image_name(name) else 0
+        one, other = pattern.fullmatch(name), longest.fullmatch(name[: len(name) - cut])
+        if one and other and one["class"] != other["class"]:
+            part = next(part for part in layout.split("/") if "{class}" in part)
+            is_name = part.endswith("*") and layout.endswith(part)
+            numbered = f"{part[:-1]}{{number}}.*" if is_name else part.replace("*", "{number}")
+            raise doubt(
+                listing,
+                f"by --source.layout {layout!r} the class of {name} may be {one['class']!r} or {other['class']!r}",
+                *([layout.replace(part, numbered)] if "*" in part else []),
+                otherwise="write labels.csv beside the images (columns path and label) and pass --source.format csv",
+            )
+
+
 def _files_of_layout(listing: Listing, pattern: re.Pattern[str]) -> dict[str, int]:
     """Return the images of the split that --source.layout describes; none where it was not meant for held-out images elsewhere."""
     layout = listing.config.layout
@@ -137,6 +158,7 @@ def _files_of_layout(listing: Listing, pattern: re.Pattern[str]) -> dict[str, in
             f"--source.layout: expected {{class}} in the layout of folders of images, got {layout!r}"
         )
     files = _matching(listing, pattern)
+    _refuse_two_readings(listing, pattern, files)
     if not files and not listing.dedicated:
         raise DataError(
             f"{listing.root}: expected images at --source.layout {layout!r}, found {len(listing.images)} elsewhere, such as "

@@ -205,6 +205,5 @@ def doubt(listing: Listing, why: str, *layouts: str, otherwise: str = "") -> Dat
     """Return the error that a layout is in doubt, with the layouts that would settle it."""
     options = ", or by ".join(f"--source.layout '{layout}'" for layout in layouts)
     more = f", or {otherwise}" if otherwise else ""
-    return DataError(
-        f"{listing.root}: the layout is in doubt: {why}; say what is meant by {options}{more}"
-    )
+    settled = f"say what is meant by {options}{more}" if layouts else otherwise
+    return DataError(f"{listing.root}: the layout is in doubt: {why}; {settled}")

@@ -10,7 +10,7 @@ from wmdd_ray.errors import ConfigError, DataError
 _MAX_EXPANDED = 100_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_HOLES = re.compile(r"(\{class\}|\{split\}|\*)")
+_HOLES = re.compile(r"(\{class\}|\{split\}|\{number\}|\*)")
 
 
 def expand_braces(pattern: str, whole: str = "") -> list[str]:
@@ -49,16 +49,22 @@ def _choices(body: str, pattern: str) -> list[str]:
     return [f"{number:0{len(match[1])}d}" for number in range(first, last + 1)]
 
 
-def layout_pattern(layout: str) -> re.Pattern[str]:
+def layout_pattern(layout: str, *, longest: bool = False) -> re.Pattern[str]:
     """Return what matches the paths that a --source.layout describes, with groups `class` and `split` where it names them.
 
-    `*` stands for what is between two slashes, or a part of it; what ends in a whole folder takes all that lies below it.
+    `*` stands for what is between two slashes, or a part of it, `{number}` for digits; what ends in a whole folder takes all that
+    lies below it. Of several readings of a path the class is the shortest, or the `longest`.
 
     Raises:
         ConfigError: It is no such path.
     """
     parts = _HOLES.split(layout)
-    groups = {"{class}": "(?P<class>[^/]+?)", "{split}": "(?P<split>[^/]+?)", "*": "[^/]*"}
+    groups = {
+        "{class}": f"(?P<class>[^/]+{'' if longest else '?'})",
+        "{split}": "(?P<split>[^/]+?)",
+        "{number}": "(?<![0-9])[0-9]+(?![0-9])",
+        "*": f"[^/]*{'?' if longest else ''}",
+    }
     if (
         layout.startswith("/")
         or set("{}") & set("".join(parts[::2]))
@@ -66,8 +72,8 @@ def layout_pattern(layout: str) -> re.Pattern[str]:
         or ".." in layout.split("/")
     ):
         raise ConfigError(
-            f"--source.layout: expected a path below --data with {{class}}, {{split}} and * in it, such as 'train/{{class}}', got "
-            f"{layout!r}"
+            f"--source.layout: expected a path below --data with {{class}}, {{split}}, {{number}} and * in it, such as "
+            f"'train/{{class}}', got {layout!r}"
         )
     pattern = "".join(groups.get(part, re.escape(part)) for part in parts)
     last = layout.rpartition("/")[2]
