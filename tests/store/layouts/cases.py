@@ -197,6 +197,7 @@ READ = [
     Case("lower-classes", TWO_LEVELS, options=layout("*/{class}")),
     Case("class-before-split", each("{c}/train/{i}.png"), each("{c}/test/{i}.png"), options=layout("{class}/{split}")),
     Case("class-in-the-file-name", CATS, "expected held-out images", options=layout("train/{class}.*")),
+    Case("class-in-the-file-name-at-the-root", each("{c}.{i}.jpg"), options=layout("{class}.*")),
     Case("class-with-the-sign-before-numbers", DOGS, options=layout("images/{class}_{number}.*")),
     Case("number-before-the-class", each("{n}_{c}/0.png", ("big_dog", "dog")), options=layout("{number}_{class}")),
     Case("one-of-two-sizes", SIZES["full_size"], SIZES_VAL, images=SIZES["160px"],

@@ -24,6 +24,7 @@ from wmdd_ray.store.sources.classes import check_class_names, shown
 from wmdd_ray.store.sources.endings import ending_of
 from wmdd_ray.store.sources.layout import Flat, find_classes
 from wmdd_ray.store.sources.listing import Listing, NoSuchSplitError, Split, list_files, split_word
+from wmdd_ray.store.sources.patterns import layout_pattern
 
 PREPARED_KEY = "prepared.json"
 """What `jobs/prepare.py` writes last beside its Parquet files; a folder that holds it needs no format."""
@@ -142,8 +143,11 @@ def _detect(listing: Listing) -> str:
     if len(matches) == 1:
         return matches[0]
     # Only now, for it looks into files.
-    if not matches and "imagefolder" in candidates and any("/" in name for name in listing.images):
-        return "imagefolder"
+    if not matches and "imagefolder" in candidates:
+        # Right in the folder images have a class if the layout finds it in their names.
+        by_layout = layout_pattern(listing.config.layout or "{class}/")
+        if any("/" in name or by_layout.fullmatch(name) for name in listing.images):
+            return "imagefolder"
     expected = ", ".join(_FORMATS[name][2] for name in (matches or candidates))
     if matches:
         raise DataError(
