@@ -190,6 +190,9 @@ READ = [
     Case("unicode", {"Käfer/0.png": "Käfer", "蜂/0.png": "蜂"}),
     Case("braces-in-a-folder", each("set {{v1}}/{c}/{i}.png"), at="set {v1}"),
     Case("braces-in-a-class", {"{a,b}/0.png": "{a,b}", "{c}/0.png": "{c}"}),
+    Case("classes-called-as-splits-below-splits", each("train/{c}/{i}.png", SPLIT_LIKE, 4), each("val/{c}/{i}.png", SPLIT_LIKE)),
+    Case("a-class-called-train-in-two-splits", each("train/{c}/{i}.png", ("car", "train")),
+         each("test/{c}/{i}.png", ("car", "train"))),
     Case("more-images-inside-a-class", {**ROOT, "ant/more/9.png": "ant"}),
     # Doubts that are settled.
     Case("one-class-when-told", {"ant/0.png": "ant"}, options=layout("{class}")),

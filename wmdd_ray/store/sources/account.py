@@ -6,6 +6,7 @@ from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.base import Source
 from wmdd_ray.store.sources.classes import SHOWN
 from wmdd_ray.store.sources.endings import is_image_name
+from wmdd_ray.store.sources.imagefolder import ImageFolderSource
 from wmdd_ray.store.sources.layout import is_unlabeled, join
 from wmdd_ray.store.sources.listing import Listing, split_word
 from wmdd_ray.store.sources.passed import (
@@ -28,14 +29,15 @@ def passed_over(source: Source, listing: Listing) -> tuple[PassedOver, ...]:
     prefix = source.root.removeprefix(listing.root).lstrip("/")
     read = {join(prefix, name) for name in source.files}
     beside = {join(prefix, name) for name in source.read_beside}
-    own = {_split_of(name) for name in read}
+    depth = _depth_of_split(source)
+    own = {_split_of(name, depth) for name in read}
     tally = Tally()
     for name in listing.hidden:
         tally.add(SYSTEM, name)
     for name in listing.files:
         if name in read:
             continue
-        word = _split_of(name)
+        word = _split_of(name, depth)
         if word and word not in own:
             tally.add(OTHER_SPLIT, name)
         elif name in beside:
@@ -49,9 +51,25 @@ def passed_over(source: Source, listing: Listing) -> tuple[PassedOver, ...]:
     return tally.groups()
 
 
-def _split_of(name: str) -> str:
-    """Return the word of a split that a file belongs to: for files that are images, by their folders alone."""
-    return split_word(name.rpartition("/")[0] if is_image_name(name) else name)
+def _split_of(name: str, depth: int | None) -> str:
+    """Return the word of a split that a file belongs to: for images by their folders, of which `depth` are above the classes."""
+    if not is_image_name(name):
+        return split_word(name)
+    return split_word("/".join(name.split("/")[:-1][:depth]))
+
+
+def _depth_of_split(source: Source) -> int | None:
+    """Return how many folders lead to that of the split; None where none above the classes is called as one.
+
+    Below it folders are classes, which may be called `train` or `test_tube`.
+    """
+    if not isinstance(source, ImageFolderSource) or not source.files:
+        return None
+    first = next(iter(source.files))
+    match = source.pattern.fullmatch(first)
+    assert match is not None
+    above = first[: match.start("class")].split("/")[:-1]
+    return max((place for place, part in enumerate(above, 1) if split_word(part)), default=None)
 
 
 def refuse_much_passed_over(source: Source) -> None:
