@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.sources.base import Source
 from wmdd_ray.store.sources.classes import SHOWN
-from wmdd_ray.store.sources.endings import is_image_name
+from wmdd_ray.store.sources.endings import ending_of, is_image_name
 from wmdd_ray.store.sources.imagefolder import ImageFolderSource
 from wmdd_ray.store.sources.layout import is_unlabeled, join
-from wmdd_ray.store.sources.listing import Listing, split_word
+from wmdd_ray.store.sources.listing import Listing, split_word, word_of_tars
 from wmdd_ray.store.sources.passed import (
     LABELS,
     NO_CLASS,
@@ -30,14 +32,18 @@ def passed_over(source: Source, listing: Listing) -> tuple[PassedOver, ...]:
     read = {join(prefix, name) for name in source.files}
     beside = {join(prefix, name) for name in source.read_beside}
     depth = _depth_of_split(source)
-    own = {_split_of(name, depth) for name in read}
+    word_of: Callable[[str], str] = split_word
+    if source.format == "class tars":
+        tars = [name for name in listing.files if ending_of(name) == ".tar"]
+        word_of = word_of_tars(tars) or split_word
+    own = {_split_of(name, depth, word_of) for name in read}
     tally = Tally()
     for name in listing.hidden:
         tally.add(SYSTEM, name)
     for name in listing.files:
         if name in read:
             continue
-        word = _split_of(name, depth)
+        word = _split_of(name, depth, word_of)
         if word and word not in own:
             tally.add(OTHER_SPLIT, name)
         elif name in beside:
@@ -51,10 +57,10 @@ def passed_over(source: Source, listing: Listing) -> tuple[PassedOver, ...]:
     return tally.groups()
 
 
-def _split_of(name: str, depth: int | None) -> str:
+def _split_of(name: str, depth: int | None, word_of: Callable[[str], str]) -> str:
     """Return the word of a split that a file belongs to: for images by their folders, of which `depth` are above the classes."""
     if not is_image_name(name):
-        return split_word(name)
+        return word_of(name) if ending_of(name) == ".tar" else split_word(name)
     return split_word("/".join(name.split("/")[:-1][:depth]))
 
 
@@ -75,6 +81,9 @@ def _depth_of_split(source: Source) -> int | None:
 def refuse_much_passed_over(source: Source) -> None:
     """Raise a DataError when more than --source.max-passed-over of the files leave a doubt whether images were lost."""
     missed = lost(source.passed_over)
+    if source.format != "imagefolder":
+        # Beside tars lie archives of other things; that of a class would be one of them.
+        missed = tuple(group for group in missed if group.ending == ".tar")
     share = total(missed) / (total(missed) + len(source.files))
     if share > source.config.max_passed_over:
         raise DataError(

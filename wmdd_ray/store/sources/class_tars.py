@@ -12,7 +12,7 @@ from wmdd_ray.store.sources.base import RawImage, Shard, Source
 from wmdd_ray.store.sources.classes import match_classes, shown
 from wmdd_ray.store.sources.endings import is_image_name, is_system_name
 from wmdd_ray.store.sources.files import reading, streamed
-from wmdd_ray.store.sources.listing import Listing, files_of_split
+from wmdd_ray.store.sources.listing import Listing, files_of_split, split_word, word_of_tars
 from wmdd_ray.store.sources.passed import NO_IMAGE, SYSTEM, Tally
 from wmdd_ray.store.sources.tar import Readable, tar_members
 from wmdd_ray.store.sources.tar_folders import Place, open_folders, tars_of_split
@@ -108,7 +108,8 @@ def open_tars(listing: Listing) -> Source:
     if "{class}" in listing.config.layout:
         return open_folders(listing, tars)
     probe = WebDatasetSource(listing.root, tars, listing.config)
-    some = tars_of_split(listing, tars) or tars
+    word_of = word_of_tars(tars)
+    some = tars_of_split(listing, tars, word_of or split_word) or tars
     first, size_bytes = next(iter(some.items()))
     names = [] if has_class_names(probe) else _first_names(probe, first, 0, size_bytes)
     images = [name.removeprefix("./") for name in names if is_image_name(name)]
@@ -119,11 +120,22 @@ def open_tars(listing: Listing) -> Source:
     if not images or any(name.lower().endswith((".cls", ".json")) for name in names):
         return open_webdataset(listing)
     of_class = len(some) > 1 and all(_class_of(first) in name for name in images)
+    if word_of is None:
+        # Called as classes are, if all of them are tars of classes.
+        of_class = all(_is_named_as_class(probe, file, size) for file, size in tars.items())
+        word_of = (lambda _: "") if of_class else split_word
     if of_class or (listing.split == "train" and not any("/" in name for name in images)):
-        files = files_of_split(listing, tars)
+        files = files_of_split(listing, tars, word_of)
         whole = [(_class_of(file), Place(file, 0, size)) for file, size in files.items()]
+        images = [name for name in _first_names(probe, *whole[0][1]) if is_image_name(name)]
         return _open_class_tars(listing, files, whole, images)
     return open_folders(listing, tars)
+
+
+def _is_named_as_class(probe: Source, file: str, size_bytes: int) -> bool:
+    """Return whether the first images of a tar, or the folder right above them, are called as the tar is."""
+    names = [name for name in _first_names(probe, file, 0, size_bytes) if is_image_name(name)]
+    return bool(names) and all(_class_of(file) in "/".join(n.split("/")[-2:]) for n in names)
 
 
 def _open_class_tars(

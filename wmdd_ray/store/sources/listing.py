@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
@@ -190,8 +191,12 @@ def _folder_of_pattern(uri: str, *, is_disk: bool) -> str:
     return root
 
 
-def files_of_split(listing: Listing, candidates: dict[str, int]) -> dict[str, int]:
-    """Return the candidates of the split, by words in their names.
+def files_of_split(
+    listing: Listing,
+    candidates: dict[str, int],
+    word_of: Callable[[str], str] | None = None,
+) -> dict[str, int]:
+    """Return the candidates of the split, by words in their names, or as `word_of` has them.
 
     `train-0001.tar` and `data/validation-0.parquet` have such a word. Files without any are
     training images, or all belong to a dedicated URI. --source.layout may name the files.
@@ -203,7 +208,7 @@ def files_of_split(listing: Listing, candidates: dict[str, int]) -> dict[str, in
     if layout:
         pattern = layout_pattern(layout)
         candidates = {n: size for n, size in candidates.items() if pattern.fullmatch(n)}
-    words = {name: split_word(name) for name in candidates}
+    words = {name: (word_of or split_word)(name) for name in candidates}
     for names in SPLIT_NAMES[listing.split]:
         selected = {name: size for name, size in candidates.items() if words[name] in names}
         if selected:
@@ -234,6 +239,19 @@ def split_word(name: str) -> str:
     """Return the last word of a path that names a split: files count more than their folders."""
     words = [word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_WORDS]
     return words[-1] if words else ""
+
+
+def word_of_tars(tars: Iterable[str]) -> Callable[[str], str] | None:
+    """Return what has the word of a split of a tar: its name or its folder, if all have one; None where only some have words.
+
+    So `bullet_train.tar` beside `car.tar` is no tar of a split, nor is `val/bullet_train.tar` beside `train/car.tar` one of train.
+    """
+    if not any(map(split_word, tars)):
+        return split_word
+    for part in (posixpath.basename, posixpath.dirname, str):
+        if all(split_word(part(name)) for name in tars):
+            return lambda name, part=part: split_word(part(name))  # type: ignore[misc]
+    return None
 
 
 def no_such_split(listing: Listing, names: list[str]) -> NoSuchSplitError:

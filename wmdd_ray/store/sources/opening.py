@@ -104,7 +104,7 @@ def open_source(
     check_class_names(source.class_names, root)
     source.titles = _titles(source, listing)
     source.passed_over = passed_over(source, listing)
-    if source.format == "imagefolder":
+    if source.format in ("imagefolder", "class tars", "folders in tars"):
         refuse_much_passed_over(source)
     return source
 

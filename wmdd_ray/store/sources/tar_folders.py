@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -119,9 +119,11 @@ class _Packed(WebDatasetSource):
         return content
 
 
-def tars_of_split(listing: Listing, tars: Mapping[str, int]) -> dict[str, int]:
+def tars_of_split(
+    listing: Listing, tars: Mapping[str, int], word_of: Callable[[str], str] = split_word
+) -> dict[str, int]:
     """Return the tars whose names say that they are of the split; all where none says a split, and none where they say others."""
-    words = {name: split_word(name) for name in tars}
+    words = {name: word_of(name) for name in tars}
     for names in SPLIT_NAMES[listing.split]:
         if chosen := {name: size for name, size in tars.items() if words[name] in names}:
             return chosen
