@@ -26,6 +26,7 @@ from tests.store.written_sources import (
     idx_of,
     parquet_of,
     tar_of,
+    write_idx,
     write_imagefolder,
     write_parquet,
     write_webdataset,
@@ -33,6 +34,8 @@ from tests.store.written_sources import (
 from wmdd_ray.errors import DataError
 from wmdd_ray.store.filesystem import Store
 from wmdd_ray.store.sources import Source, load_images, open_source
+from wmdd_ray.store.sources.listing import Split
+from wmdd_ray.store.sources.passed import OTHER_SPLIT
 from wmdd_ray.store.sources.patterns import expand_braces
 
 
@@ -78,6 +81,15 @@ def test_digits_know_no_other_place_and_no_other_classes() -> None:
         open_source(str(Path(__file__).parent), embedded, split="train")
     with pytest.raises(DataError, match="others: '0'"):
         open_source("digits", CONFIG, split="val", class_names=NAMES)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_mnist_s_files_of_the_other_split_are_known_as_such(store: Store, split: Split) -> None:
+    for part in ("train", "val"):
+        write_idx(store, part)
+    config = replace(CONFIG, channels=1, mean=(0.5,), std=(0.5,))
+    source = open_source(store.uri, config, split=split)
+    assert {group.reason for group in source.passed_over if "idx" in group.example} == {OTHER_SPLIT}
 
 
 def test_idx_classes_have_names_only_where_the_place_says_fashion(tmp_path: Path) -> None:

@@ -237,7 +237,9 @@ def _place(name: str) -> str:
 @lru_cache(1 << 16)
 def split_word(name: str) -> str:
     """Return the last word of a path that names a split: files count more than their folders."""
-    words = [word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_WORDS]
+    # MNIST calls its test images t10k.
+    parts = re.split(r"[^a-z]+", name.lower().replace("t10k", "test"))
+    words = [word for word in parts if word in SPLIT_WORDS]
     return words[-1] if words else ""
 
 
