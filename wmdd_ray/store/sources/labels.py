@@ -84,9 +84,14 @@ def label_of(value: object, numbers: Numbers, *, is_text: bool = False) -> Label
 
 def no_label(value: object) -> str:
     """Say of a value that is no label that there is none, or of a text that it cannot be taken for one."""
-    if not isinstance(value, str | bytes) or value.strip() in ("", b"", "-1", b"-1"):
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError:
+            return "no label"
+    if not isinstance(value, str) or value.strip() in ("", "-1"):
         return "no label"
-    return f"its label {one_line(repr(value))} is no name of one line in UTF-8, of at most {_MAX_NAME_CHARS} characters"
+    return f"its label {one_line(repr(value))} is no name of one line of at most {_MAX_NAME_CHARS} characters"
 
 
 def found_classes(
