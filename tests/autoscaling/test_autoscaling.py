@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR as HOOK
 
+from tests.autoscaling import fake_gpus
 from tests.conftest import S3Uri
 from tests.stages import tiny
 from tests.stages.tiny import FinishedRun
@@ -82,7 +84,11 @@ def in_fake_cloud(command: list[str], *losses: dict[str, Any], timeout_s: float)
     process = subprocess.Popen(
         [*OWN_PROCESSES, sys.executable, "-m", "tests.autoscaling.fake_cloud", json.dumps(plan)],
         cwd=tiny.ROOT,
-        env={**os.environ, "PYTHONWARNINGS": "default"},
+        env={
+            **os.environ,
+            "PYTHONWARNINGS": "default",
+            HOOK: f"{fake_gpus.__name__}.compute_on_the_cpu",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -132,14 +132,17 @@ def test_a_run_that_reports_has_the_same_payloads(redone: Path, finished_run: Fi
     tiny.assert_same_payloads(redone, finished_run.payloads)
 
 
-def test_the_event_log_has_ray_datas_own_statistics(finished_run: FinishedRun) -> None:
-    told = [e for e in read_events(Store(str(finished_run.out))) if e["event"] == "data_statistics"]
+@pytest.mark.usefixtures("ray_local")
+def test_the_event_log_has_ray_datas_own_statistics(
+    finished_run: FinishedRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tiny.copy_rooms(finished_run.out, tmp_path / "run", "teacher")
+    assert tiny.job(out, "--until", "features") == 0
+    told = [e for e in read_events(Store(str(out))) if e["event"] == "data_statistics"]
     assert [event["stage"] for event in told] == ["features"]
     assert re.search(r"MapBatches\(EmbeddingActor\).*: \d+ tasks executed", told[0]["text"])
-    assert (
-        "statistics" not in finished_run.typed.stderr
-        and "Operator" not in finished_run.typed.stderr
-    )
+    said = capfd.readouterr().err
+    assert "20/20 done" in said and "statistics" not in said and "Operator" not in said
 
 
 class Heard(Tracker):
