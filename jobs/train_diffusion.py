@@ -171,14 +171,13 @@ def _trained(
     store: Store,
 ) -> tuple[DiffusionModel, list[float]]:
     """Return the trained model, and the losses of the epochs of this run."""
-    import torch
-
+    from wmdd_ray.core.device import device_for
     from wmdd_ray.diffusion.denoising import train_unet
     from wmdd_ray.diffusion.model import DiffusionModel, trained_card
     from wmdd_ray.spine.checkpoints import Checkpoints
     from wmdd_ray.spine.rooms import Room
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_for(-1)
     keep = Checkpoints(Room(store, ""), "training", job.checkpoint_s)
     state = keep.load()
     first = 0 if state is None else int(state["epoch"]) + 1

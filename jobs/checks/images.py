@@ -109,16 +109,15 @@ def _sample(visit: Visit, split: str, source: Source, shards: Sequence[Shard]) -
 
 def check_teacher(visit: Visit) -> Iterator[Finding]:
     """Measure the teacher that is given or committed on a sample of the held-out images."""
-    import torch
-
     from wmdd_ray.core import networks, teacher_check
+    from wmdd_ray.core.device import device_for
     from wmdd_ray.units.given_teacher import check_names, given_network
     from wmdd_ray.units.held_out import Listed
     from wmdd_ray.units.teacher import measure, read_teacher
 
     config, run = visit.job.config, visit.run
     names = run.source("train").class_names
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_for(-1)
     room = run.room("teacher")
     if config.teacher is not None:
         where = f"--teacher {config.teacher}"

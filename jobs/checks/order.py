@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from wmdd_ray.config import SourceConfig
+from wmdd_ray.core.device import device_for
 from wmdd_ray.core.published import is_published, published
 from wmdd_ray.errors import DataError
 from wmdd_ray.recipes import recipe_of
@@ -36,7 +35,7 @@ def probe_class_order(spec: str, source: Source, recipe: str) -> float:
     config = replace(config, source=seen, squeeze=replace(config.squeeze, min_top1=1e-9))
     num_classes = len(source.class_names)
     _, network = given_network(config, spec, source.class_names)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_for(-1)
     sample = Listed(source=source, shards=held_out_sample(source), config=seen)
     name = f"--teacher {spec}"
     top1 = measure(network.to(device).eval(), sample, config, name, device, check_order=True)

@@ -9,14 +9,14 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-HERE = "wmdd_ray.executors.here"
+DEVICE = "wmdd_ray.core.device"
 
 
 class _Patched(MetaPathFinder):
     """Patches the module when it is imported, for torch behind it takes each idle process of Ray seconds."""
 
     def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
-        if name != HERE:
+        if name != DEVICE:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

@@ -11,8 +11,8 @@ import torch
 
 from tests.stages import tiny
 from tests.stages.tiny import FinishedRun
+from wmdd_ray.core.device import device_for
 from wmdd_ray.errors import ConfigError
-from wmdd_ray.executors.here import device_for
 from wmdd_ray.executors.workers import device_of_worker
 
 # Neither can be imported, as where they are not installed: Ray, and POT's arrays of torch.

@@ -14,8 +14,8 @@ import torch
 from ray.actor import ActorClass, ActorHandle
 from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, RayError
 
+from wmdd_ray.core.device import device_for
 from wmdd_ray.errors import WmddError
-from wmdd_ray.executors import here
 from wmdd_ray.executors.causes import last_line, root_cause
 from wmdd_ray.executors.cluster import Width, await_room
 from wmdd_ray.executors.heap import keep_freed_memory
@@ -205,7 +205,7 @@ class UnitActor:
         keep_freed_memory()
         torch.set_num_threads(cpus)
         self._cpus = cpus
-        self._do_unit = open_worker(here.device_for(gpus))
+        self._do_unit = open_worker(device_for(gpus))
         self._unit = ""
         self._progress: Part = (0.0, "", "", {})
 

@@ -12,6 +12,7 @@ import ray
 import torch
 
 from wmdd_ray.config import Resources
+from wmdd_ray.core.device import device_for
 from wmdd_ray.errors import WmddError
 from wmdd_ray.executors import here
 from wmdd_ray.executors.actors import Pool, UnitActor
@@ -44,7 +45,7 @@ def do_units(
     queue = here.queue_here(stage, units, num_finished)
     cpus = stage.resources.cpus_per_worker
     torch.set_num_threads(cpus)
-    do_unit = open_worker(here.device_for(0))
+    do_unit = open_worker(device_for(0))
     pool: Pool | None = None
     failures: list[WmddError] = []
     began = gave = told = time.monotonic()

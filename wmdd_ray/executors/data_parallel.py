@@ -25,6 +25,7 @@ from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from wmdd_ray.config import SourceConfig
+from wmdd_ray.core.device import device_for
 from wmdd_ray.errors import WmddError
 from wmdd_ray.executors import here, train_groups
 from wmdd_ray.executors.causes import root_cause
@@ -98,7 +99,7 @@ def train(stage: StageRun, training: Training, source: Source, num_finished: int
 def _try_gpu(wide: Width) -> None:
     """Raise the ConfigError of a GPU that torch cannot use: NCCL would fail again and again, and not say why."""
     try:
-        ray.get(ray.remote(num_cpus=1, num_gpus=wide.gpus)(here.device_for).remote(wide.gpus))
+        ray.get(ray.remote(num_cpus=1, num_gpus=wide.gpus)(device_for).remote(wide.gpus))
     except RayError as error:
         raise root_cause(error) from error
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from wmdd_ray.errors import ConfigError
+from wmdd_ray.core.device import device_for
 from wmdd_ray.executors.queue import UnitQueue, work_through
 from wmdd_ray.spine.rooms import UnitMarker
 from wmdd_ray.spine.run import OpenWorker, StageRun
@@ -17,29 +17,6 @@ from wmdd_ray.store.sources import Shard, Source
 from wmdd_ray.units import class_features
 from wmdd_ray.units.features import ChunkReader, Embedder
 from wmdd_ray.units.teacher import CHUNK_IMAGES, Training, shuffled_stream, train_teacher
-
-
-def device_for(gpus: float) -> torch.device:
-    """Return the GPU of a worker that was given `gpus` of them (negative: one where there is one), or the CPU.
-
-    Ray leaves a worker without a GPU the sight of all: what it was given decides.
-
-    Raises:
-        ConfigError: torch cannot use the GPU that was given.
-    """
-    usable = torch.cuda.is_available()
-    if gpus == 0 or (gpus < 0 and not usable):
-        return torch.device("cpu")
-    if not usable:
-        built = torch.version.cuda
-        remedy = (
-            f"update its driver to one for CUDA {built}" if built else "install a torch with CUDA"
-        )
-        raise ConfigError(
-            f"--gpus-per-worker {gpus:g}: expected a GPU that torch {torch.__version__} can use on {socket.gethostname()}, "
-            f"found none (torch.version.cuda is {built}); {remedy}, or pass --gpus-per-worker 0"
-        )
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def queue_here(stage: StageRun, units: Sequence[str], num_finished: int) -> UnitQueue:

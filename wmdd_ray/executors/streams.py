@@ -13,10 +13,10 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from wmdd_ray.core.device import device_for
 from wmdd_ray.executors.causes import root_cause
 from wmdd_ray.executors.cluster import Width, await_room, width
 from wmdd_ray.executors.heap import return_freed_memory
-from wmdd_ray.executors.here import device_for
 from wmdd_ray.spine.rooms import UnitMarker, marker_of
 from wmdd_ray.spine.run import StageRun
 from wmdd_ray.store.sources import Shard

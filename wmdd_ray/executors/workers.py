@@ -19,6 +19,7 @@ import torch
 from ray.train import RunConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from wmdd_ray.core.device import device_for
 from wmdd_ray.errors import WmddError
 from wmdd_ray.executors import beside, here
 from wmdd_ray.executors.actors import Part, UnitActor, fan_out
@@ -126,8 +127,8 @@ def _worker_loop(config: dict[str, Any]) -> None:
 
 
 def device_of_worker(gpus: float) -> torch.device:
-    """Return what `here.device_for` does; a worker of a group may see the GPUs of the others, and have one in their middle."""
-    device = here.device_for(gpus)
+    """Return what `device_for` does; a worker of a group may see the GPUs of the others, and have one in their middle."""
+    device = device_for(gpus)
     if device.type == "cpu":
         return device
     import ray.train.torch

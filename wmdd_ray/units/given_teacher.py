@@ -10,6 +10,7 @@ import torch
 
 from wmdd_ray.config import DistillConfig, NetworkConfig, SourceConfig
 from wmdd_ray.core.checkpoints import read_checkpoint
+from wmdd_ray.core.device import device_for
 from wmdd_ray.core.networks import build_network, load_weights
 from wmdd_ray.core.published import download, is_published, published
 from wmdd_ray.core.teacher_check import check_teacher
@@ -34,7 +35,7 @@ def import_teacher(stage: StageRun, spec: str, unit: str = UNIT) -> None:
     source: Source = stage.run.source("train")
     network_config, network = given_network(stage.config, spec, source.class_names, unit)
     check_teacher(network, needs_norms=stage.config.needs_norms, **stage.config.source.shape)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_for(-1)
     network = network.to(device).eval()
     val = Listed.of(stage.run.source("val"), stage.config.source)
     check_order = stage.config.squeeze.check_class_order

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from wmdd_ray.config import DiffusionConfig, DistillConfig, LabelKind, RecoverConfig
+from wmdd_ray.core.device import device_for
 from wmdd_ray.core.networks import network_of
 from wmdd_ray.core.synthesis import features_of
 from wmdd_ray.core.transport import exact_cost
@@ -24,7 +25,6 @@ from wmdd_ray.diffusion.influence import class_influence, influence
 from wmdd_ray.diffusion.model import load_model, save_model
 from wmdd_ray.diffusion.training import Training
 from wmdd_ray.errors import ConfigError
-from wmdd_ray.executors.here import device_for
 from wmdd_ray.spine.checkpoints import Checkpoints
 from wmdd_ray.spine.claims import fingerprint
 from wmdd_ray.spine.provenance import hardware, versions

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from wmdd_ray.core.batches import eval_batches
+from wmdd_ray.core.device import device_for
 from wmdd_ray.core.networks import network_of
 from wmdd_ray.core.training import accuracy
-from wmdd_ray.executors.here import device_for
 from wmdd_ray.product.comparison import label_robust_score
 from wmdd_ray.spine.provenance import hardware, versions
 from wmdd_ray.store import codecs
